@@ -1,0 +1,86 @@
+"""Every field of a pre-training run, once, with its meaning and unit. The values are the paper's main run."""
+
+from ml_collections import ConfigDict
+
+
+def get_base() -> ConfigDict:
+  """Returns the settings of the paper's main run (section 3; vissl pirl_jigsaw_4node_resnet50.yaml), but for data."""
+  config = ConfigDict()
+  config.job = "pretrain"  # what launch.py does with this config
+  config.name = ""  # of the run; without --workdir its folder is runs/NAME
+  config.seed = 0  # of everything random: weights, bank, order, crops, views, negatives
+  config.num_epochs = 800
+  config.batch_size = 1024  # images in a step, over all devices
+  config.num_negatives = 32_000  # for each of the two terms, a multiple of the bank's strata (256 or fewer)
+  config.temperature = 0.07  # tau
+  config.loss = "nce"  # "nce" (the official one), "infonce" (softmax), "eq4" (the paper's equations as written)
+  config.pretext = "jigsaw"  # how the second view is made
+  config.pretext_weight = 0.5  # lambda: weight of the pretext term; the image term has the rest
+
+  config.data = data = ConfigDict()
+  data.source = "tfds"  # "embedded" (textures, no download), "folder" or "tfds"
+  data.name = ""  # tfds: name of the data set, as in its catalog
+  data.root = ""  # folder: the folder of pictures; tfds: where prepared sets lie ("": its default)
+  data.split = "train"  # tfds: a split; folder: a sub-folder ("": everything)
+  data.labels = "none"  # folder: "folder" takes the sub-folders as classes; used for kNN only
+  data.num_images = 0  # embedded: how many to draw
+  data.image_size = 224  # pixels, side of the image view
+  data.image_scale = (0.08, 1.0)  # share of the picture's area that the image crop covers
+  data.pretext_size = 255  # pixels, side of the crop that is cut into patches
+  data.pretext_scale = (0.6, 1.0)  # share of the picture's area that it covers
+  data.num_threads = 16  # that decode and crop
+
+  config.views = views = ConfigDict()
+  views.recipe = "base"  # "base", or "gblur": Gaussian blur and stronger colours (vissl photo_gblur.yaml)
+  views.brightness = 0.4  # factor uniform in [1 - b, 1 + b]
+  views.contrast = 0.4
+  views.saturation = 0.4
+  views.hue = 0.2  # shift uniform in [-h, h] of the colour circle
+  views.jitter_prob = 1.0  # of the four above, in random order
+  views.photometric_prob = 0.66  # of posterize, sharpness, solarize, autocontrast, all together; "base" only
+  views.grayscale_prob = 0.2
+  views.flip_prob = 0.5
+  views.blur_prob = 0.5  # "gblur" only
+  views.grid = 3  # cells of the jigsaw, a side
+  views.patch_size = 64  # pixels, side of a patch, at most pretext_size // grid
+
+  config.model = model = ConfigDict()
+  model.arch = "resnet50"
+  model.width = 1  # channels times this
+  model.stem = "imagenet"  # "imagenet" (7x7, pooling), "3x3", "3x3s2" (stride 2, for CPUs)
+  model.head = "linear"  # "linear", or "mlp" (vissl resnet50_mlphead.yaml)
+  model.dim = 128  # of an embedding
+  model.dtype = "float32"  # of the trunk: "float32" or "bfloat16"; weights, statistics, bank and loss stay float32
+  # Statistics over all devices, so that their number changes nothing; "device": each its own, as the authors ran it
+  # (32 images on each of 32 GPUs).
+  model.batch_norm = "global"
+
+  config.bank = bank = ConfigDict()
+  bank.momentum = 0.5  # weight of the old row
+  bank.dtype = "float32"  # of storage: "float32" or "bfloat16"
+
+  config.optimizer = optimizer = ConfigDict()
+  optimizer.learning_rate = 0.12  # for a batch of 1,024; scaled in proportion to the batch
+  optimizer.end_factor = 0.001  # share of it that is left at the end of the cosine
+  optimizer.warmup_epochs = 0
+  optimizer.update_interval = "epoch"  # the rate changes every "epoch", as in the official runs, or every "step"
+  optimizer.momentum = 0.9
+  optimizer.weight_decay = 1e-4  # not on batch norm, not on biases
+
+  config.checkpoint = checkpoint = ConfigDict()
+  checkpoint.every_steps = 2_500  # and at every evaluation and at the end
+  checkpoint.keep = 3  # the last so many, and the one with the best kNN
+
+  config.evaluate = evaluate = ConfigDict()
+  evaluate.every_epochs = 10  # kNN of held-out pictures against the bank; 0: never
+  evaluate.split = ""  # of the held-out pictures; "": none, and no kNN
+  evaluate.num_images = 0  # embedded: how many held-out pictures to draw
+  evaluate.k = 200  # neighbours, or as many as there are
+  evaluate.temperature = 0.07
+  evaluate.crop_fraction = 0.875  # share of the shorter side that the centre crop keeps
+  evaluate.batch_size = 1024  # pictures, over all devices
+  evaluate.learning = False  # ends the run with kNN on raw pixels, untrained and trained network
+
+  config.log = log = ConfigDict()
+  log.every_steps = 50
+  return config

@@ -1,0 +1,69 @@
+"""python launch.py --config=configs/pirl.py[:VARIANT] [--workdir=DIR] [--config.FIELD=VALUE ...]
+
+Reads the flags and the config, and hands both to the job that `config.job` names.
+"""
+
+import importlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from pirl_jax.errors import UserError
+
+JOBS = {"pretrain": "pirl_jax.pretrain"}
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, for example configs/pirl.py:imagenet.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; without it runs/NAME of the config.")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Returns the arguments that are no flags (the program's name, and nothing else).
+
+  Raises:
+    UserError: whatever is wrong with the flags, the config file or an override, in one line.
+  """
+  try:
+    rest = flags.FLAGS(argv)
+    # A file that failed to load says so only now, when its config is first looked at.
+    named = CONFIG.value is not None and "job" in CONFIG.value
+  # absl and ml_collections raise all of these for a misspelt field, a value of another type or an unknown file.
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+    raise _one_line(error) from error
+  if not named:
+    raise UserError("no config; for a first run: python launch.py --config=configs/pirl.py")
+  if rest[1:]:
+    raise UserError(f"unexpected argument {rest[1]!r}; overrides look like --config.batch_size=256")
+  return rest
+
+
+def _one_line(error):
+  """Returns the UserError that a config file raised, or one with the text of whatever went wrong with the flags."""
+  # The libraries wrap the first error in others and paste its traceback into their message.
+  chain = [error]
+  while chain[-1].__cause__ or chain[-1].__context__:
+    chain.append(chain[-1].__cause__ or chain[-1].__context__)
+  if isinstance(chain[-1], UserError):
+    return chain[-1]
+  fields = [str(part.args[0]) for part in chain if isinstance(part, KeyError)]
+  if fields:  # the longest has the name that was meant
+    return UserError("there is no config field " + " ".join(max(fields, key=len).split()))
+  return UserError(" ".join(str(error).split()))
+
+
+def main(argv: list[str]) -> None:
+  """Runs the job of the config."""
+  del argv
+  config = CONFIG.value
+  if config.job not in JOBS:
+    raise UserError(f"job={config.job!r} is unknown; choose from {', '.join(JOBS)}")
+  # Imported by name, so that a mistyped flag is answered before JAX has loaded.
+  importlib.import_module(JOBS[config.job]).run(config, WORKDIR.value or f"runs/{config.name}")
+
+
+if __name__ == "__main__":
+  try:
+    app.run(main, flags_parser=parse_flags)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,209 @@
+"""Batches of crops for pre-training, batches of whole pictures for evaluation.
+
+Letters: B global batch, b this process's part of it, N pictures, H W S sides in pixels.
+
+A training batch is a function of (seed, step) alone. Nothing has to be saved to go on from step s: the stream
+is built again and cut off before batch s. Neither the number of threads nor that of processes changes it.
+"""
+
+import atexit
+import contextlib
+import functools
+import weakref
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from pirl_jax.data.crops import BrokenPicture, centre_crop, decode, random_resized_crop
+from pirl_jax.data.records import Source
+from pirl_jax.errors import UserError
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+  """Returns the number of whole batches in an epoch; the pictures left over are others in each epoch."""
+  return num_images // batch_size
+
+
+def train_batches(
+  source: Source,
+  *,
+  batch_size: int,
+  image_size: int,
+  image_scale: tuple[float, float],
+  pretext_size: int,
+  pretext_scale: tuple[float, float],
+  seed: int,
+  start_step: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  num_threads: int,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Returns the endless stream of training batches from batch `start_step` on; call its `close()` when done.
+
+  Each picture is decoded once and cropped twice, independently. Within an epoch no picture comes twice, so
+  that no row of the bank is written twice by one step; each epoch has another order and other crops.
+
+  Args:
+    batch_size: B, over all processes.
+    image_size, image_scale: side of the image crop, and the range of the share of the picture's area it
+      covers.
+    pretext_size, pretext_scale: the same for the crop from which patches are cut.
+    seed: any integer. start_step: batches already seen.
+    process_index, process_count: this process gets records process_index, process_index + process_count, ...
+      of each batch.
+    num_threads: threads that decode; 0 works in the caller's thread.
+
+  Returns:
+    Iterator of {"image_crop": u8[b, H, H, 3], "pretext_crop": u8[b, S, S, 3], "index": i32[b], "valid":
+    bool[b]}. Where `valid` is False the picture could not be read and its crops are zero.
+
+  Raises:
+    UserError: fewer pictures than a batch, a batch that the processes cannot share, a scale outside of (0,
+      1].
+  """
+  num_images = len(source)
+  if not 0 < batch_size <= num_images:
+    raise UserError(
+      f"batch_size={batch_size}, but there are {num_images} pictures: a batch never holds a picture twice; "
+      f"choose a batch_size from 1 to {num_images}"
+    )
+  if batch_size % process_count:
+    raise UserError(
+      f"batch_size={batch_size} cannot be shared by {process_count} processes; choose a multiple of it"
+    )
+  for name, (low, high) in (("image", image_scale), ("pretext", pretext_scale)):
+    if not 0 < low <= high <= 1:
+      raise UserError(f"{name} crops cover {low} to {high} of the picture; choose 0 < low <= high <= 1")
+
+  crop_fn = functools.partial(
+    _crop_twice, source, image=(image_size, tuple(image_scale)), pretext=(pretext_size, tuple(pretext_scale))
+  )
+  order_seed, crop_seed = (int(word) for word in np.random.SeedSequence(seed % 2**64).generate_state(2))
+  local_size = batch_size // process_count
+  # The order of these lines is the contract. Crops before the slices: a record's draws follow from its place
+  # in the global stream, whichever process has it. Whole batches before repeat: no batch straddles two
+  # epochs, which could hold a picture twice, and all processes have equally many. The cut at start_step comes
+  # last and skips without reading.
+  records = grain.MapDataset.range(num_images).shuffle(seed=order_seed).random_map(crop_fn, seed=crop_seed)
+  records = records[: steps_per_epoch(num_images, batch_size) * batch_size][process_index::process_count]
+  records = records.repeat()[start_step * local_size :]
+  return _start(records, local_size, num_threads)
+
+
+def eval_batches(
+  source: Source, *, batch_size: int, image_size: int, crop_fraction: float, num_threads: int, start: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+  """Returns every picture from index `start` on once, in order, in batches of one size; nothing is random.
+
+  Args:
+    batch_size: B. image_size: H, side of the test crop. crop_fraction: see `crops.centre_crop`.
+    num_threads: threads that decode; 0 works in the caller's thread.
+
+  Returns:
+    Iterator of {"image": u8[B, H, H, 3], "index": i32[B], "label": i32[B], "valid": bool[B]}. A picture that
+    cannot be read has valid False; the last batch is filled up with valid False and index -1. Label is -1
+    where there is none.
+
+  Raises:
+    UserError: batch_size below 1.
+  """
+  if batch_size < 1:
+    raise UserError(f"batch_size={batch_size} in an evaluation; choose 1 or more")
+  num_batches = -(-max(0, len(source) - start) // batch_size)
+  read_fn = functools.partial(_test_picture, source, size=image_size, fraction=crop_fraction)
+  records = grain.MapDataset.range(start, start + num_batches * batch_size).map(read_fn)
+  return _start(records, batch_size, num_threads)
+
+
+def place(batch: dict[str, np.ndarray], mesh) -> dict:
+  """Returns the batch as global jax arrays, split over the axis "data" of the mesh; each process gives its
+  own rows.
+
+  Raises:
+    UserError: the rows of this process cannot be shared by its devices.
+  """
+  import jax  # here alone: the rest of the data room works without
+
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  rows, num_devices = len(batch["index"]), len(mesh.local_devices)
+  if rows % num_devices:
+    raise UserError(
+      f"{rows} pictures of a batch cannot be shared by {num_devices} devices; choose a multiple"
+    )
+  return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+_RUNNING = weakref.WeakSet()
+
+
+def _start(records: grain.MapDataset, batch_size: int, num_threads: int) -> Iterator[dict[str, np.ndarray]]:
+  """Returns the running stream: threads read records, two batches ahead, one more puts batches together."""
+  buffer = 2 * batch_size if num_threads else 0
+  records = records.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer))
+  batches = records.batch(batch_size)
+  if num_threads:
+    batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1)
+  stream = _stream(batches)
+  _RUNNING.add(stream)
+  return stream
+
+
+def _stream(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
+  running = iter(batches)
+  try:
+    yield from running
+  finally:
+    running.close()
+
+
+@atexit.register
+def _close_all() -> None:
+  """Ends the streams that nobody closed: grain's threads must not meet a half torn down interpreter."""
+  for stream in list(_RUNNING):
+    with contextlib.suppress(ValueError):  # a daemon thread is inside it; the process ends it
+      stream.close()
+
+
+def _read(source: Source, index: int) -> tuple[np.ndarray | None, int]:
+  """Returns (u8[H, W, 3] or None for a picture that cannot be read, label)."""
+  label = -1
+  try:
+    record = source[index]
+    label = record.label
+    return decode(record.image), label
+  # Any other error (a disk that fails, say) is no property of the picture and must not drop it from the
+  # training.
+  except (BrokenPicture, FileNotFoundError, PermissionError):
+    return None, label
+
+
+def _crop_twice(
+  source: Source, index: int, rng: np.random.Generator, *, image, pretext
+) -> dict[str, np.ndarray]:
+  picture, _ = _read(source, index)
+  crops = [
+    np.zeros((size, size, 3), np.uint8)
+    if picture is None
+    else random_resized_crop(rng, picture, size=size, scale=scale)
+    for size, scale in (image, pretext)
+  ]
+  return {
+    "image_crop": crops[0],
+    "pretext_crop": crops[1],
+    "index": np.int32(index),
+    "valid": np.bool_(picture is not None),
+  }
+
+
+def _test_picture(source: Source, index: int, *, size: int, fraction: float) -> dict[str, np.ndarray]:
+  beyond = index >= len(source)
+  picture, label = (None, -1) if beyond else _read(source, index)
+  return {
+    "image": np.zeros((size, size, 3), np.uint8)
+    if picture is None
+    else centre_crop(picture, size=size, fraction=fraction),
+    "index": np.int32(-1 if beyond else index),
+    "label": np.int32(label),
+    "valid": np.bool_(picture is not None),
+  }

@@ -1,0 +1,41 @@
+"""The embedded textures as a source: no file, no download."""
+
+import numpy as np
+
+from pirl_jax.data import textures
+from pirl_jax.data.records import Record, Source
+from pirl_jax.errors import UserError
+
+# Counted up whenever a change of `textures.py` changes a pixel: it is part of the fingerprint.
+_VERSION = 1
+
+
+class TextureSource(Source):
+  """`num_images` textures of a split, drawn once and held in memory (3 kB each at 32 x 32)."""
+
+  def __init__(self, num_images: int, *, size: int, seed: int, split: str):
+    if num_images < 1:
+      raise UserError(f"data.num_images is {num_images}; the embedded data set needs at least 1 picture")
+    if size < 8:
+      raise UserError(f"the embedded textures are {size} px wide; below 8 px nothing can be seen of them")
+    self._images, self._labels = textures.create_textures(num_images, size=size, seed=seed, split=split)
+    self.class_names = textures.FAMILIES
+    self.fingerprint = f"textures:{_VERSION}:{split}:seed={seed}:size={size}:{num_images}"
+    self.description = (
+      f"embedded textures, split {split}: {num_images} pictures of {size} x {size} px, "
+      f"{len(self.class_names)} classes, seed {seed}"
+    )
+
+  def __len__(self) -> int:
+    return len(self._images)
+
+  def __getitem__(self, index: int) -> Record:
+    return Record(self._images[index], int(self._labels[index]))
+
+  def picture_name(self, index: int) -> str:
+    """Returns e.g. "texture 12 (dots)"."""
+    return f"texture {index} ({self.class_names[self._labels[index]]})"
+
+  def labels(self) -> np.ndarray:
+    """Returns i32[N], the families."""
+    return self._labels

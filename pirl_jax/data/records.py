@@ -1,0 +1,55 @@
+"""What every source of pictures offers: records by index, for ever the same.
+
+The index of a record is its row in the memory bank, so whatever could change it belongs into the source's
+fingerprint.
+"""
+
+import abc
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Record(NamedTuple):
+  """One picture as it is stored: decoding is left to the loader's threads."""
+
+  image: bytes | np.ndarray  # an encoded file, or u8[H, W, 3]
+  label: int  # index into the source's class names; -1 = unlabelled
+
+
+class Source(abc.ABC):
+  """Random access to the records of one split. Safe to read from several threads, and picklable.
+
+  Attributes:
+    description: a few lines for the user: what was found, what was left out and why.
+    fingerprint: differs from another source's if record i could be another picture there.
+    class_names: one name a class, in the order of the labels; () when there are no labels.
+  """
+
+  description: str
+  fingerprint: str
+  class_names: tuple[str, ...]
+
+  @abc.abstractmethod
+  def __len__(self) -> int:
+    """Returns the number of records."""
+
+  @abc.abstractmethod
+  def __getitem__(self, index: int) -> Record:
+    """Returns record `index`, 0 <= index < len(self)."""
+
+  @abc.abstractmethod
+  def picture_name(self, index: int) -> str:
+    """Returns a printable name by which a person finds the picture again."""
+
+  @abc.abstractmethod
+  def labels(self) -> np.ndarray | None:
+    """Returns i32[N], -1 where a single record has none, or None when the set has no labels.
+
+    May read every record the first time.
+    """
+
+
+def printable(name: str) -> str:
+  """Returns `name` with every character that could upset a terminal or a log file written as an escape."""
+  return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)

@@ -1,0 +1,202 @@
+"""A TensorFlow Datasets set as a source, read from array_record files without TensorFlow.
+
+Record i is the i-th stored record of the split. TFDS shuffles once, when it prepares a set, so the stored
+order belongs to the files on disk and is fingerprinted by them.
+"""
+
+import concurrent.futures
+import contextlib
+import difflib
+import hashlib
+import os
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from pirl_jax.data.builders import OWN_BUILDERS
+from pirl_jax.data.crops import BrokenPicture, decode
+from pirl_jax.data.records import Record, Source, printable
+from pirl_jax.errors import UserError
+
+_LABEL_THREADS = 8
+_SAMPLED_RECORDS = 16  # whose pixels go into the fingerprint
+
+
+class TfdsSource(Source):
+  """One split of the TFDS data set `name` ("cifar10", "imagenet2012:5.1.0", "set/config").
+
+  The pictures are the set's image feature, the labels its class label; of several the one that the set names
+  in its supervised keys. Without one there are no labels.
+
+  Args:
+    name: as for `tfds.builder`. data_dir: TFDS's data directory, "" for its default.
+    split: as TFDS writes it, "train" or "train[:10%]".
+
+  Raises:
+    UserError: unknown name or split, no image feature, a set that cannot be prepared here or lies there in a
+      format without random access.
+  """
+
+  def __init__(self, name: str, *, data_dir: str, split: str):
+    builder = _builder(name, data_dir)
+    if not os.path.exists(builder.data_dir):
+      _prepare(builder, name)
+    _check_format(builder)
+    self._split = split
+    num_records = _num_records(builder, split)
+    image = _only(builder, tfds.features.Image)
+    if image is None:
+      raise UserError(
+        f"TFDS set {builder.info.full_name} has no image feature, or several: {list(builder.info.features)}"
+      )
+    self._image, self._label = image, _only(builder, tfds.features.ClassLabel)
+    self._cached_labels = None
+    self.class_names = tuple(builder.info.features[self._label].names) if self._label else ()
+    try:
+      self._records = builder.as_data_source(
+        split, decoders={image: tfds.decode.SkipDecoding()}, file_format="array_record"
+      )
+      digest = _digest(builder.info.splits[split], self)
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+      raise UserError(
+        f"the files of TFDS set {builder.info.full_name} in {printable(str(builder.data_dir))} are damaged "
+        f"({' '.join(str(error).split())[:200]}); move that folder away and start again"
+      ) from error
+    self.fingerprint = f"tfds:{builder.info.full_name}:{split}:{num_records}:{digest}"
+    classes = f"{len(self.class_names)} classes" if self._label else "no labels"
+    self.description = (
+      f"TFDS {builder.info.full_name}, split {split}: {num_records} pictures, {classes}, "
+      f"from {printable(str(builder.data_dir))}"
+    )
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> Record:
+    record = self._records[index]
+    return Record(record[self._image], int(record[self._label]) if self._label else -1)
+
+  def picture_name(self, index: int) -> str:
+    """Returns e.g. "train[12]": the place among the stored records."""
+    return f"{self._split}[{index}]"
+
+  def labels(self) -> np.ndarray | None:
+    """Returns i32[N] or None; the first call reads every record."""
+    if self._label is None:
+      return None
+    if self._cached_labels is None:
+      with concurrent.futures.ThreadPoolExecutor(_LABEL_THREADS) as threads:
+        labels = threads.map(lambda i: self[i].label, range(len(self)))
+        self._cached_labels = np.fromiter(labels, np.int32, len(self))
+    return self._cached_labels
+
+
+def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+  if not name:
+    raise UserError("data.name is empty; give the name of a TFDS data set, e.g. --config.data.name=cifar10")
+  directory = os.path.abspath(os.path.expanduser(data_dir)) if data_dir else None
+  base, _, version = name.partition(":")
+  try:
+    if base in OWN_BUILDERS:
+      return OWN_BUILDERS[base](data_dir=directory, version=version or None)
+    return tfds.builder(name, data_dir=directory)
+  except tfds.core.DatasetNotFoundError as error:
+    known = sorted({*tfds.list_builders(with_community_datasets=False), *OWN_BUILDERS})
+    near = difflib.get_close_matches(base.split("/")[0], known, n=5, cutoff=0.5)
+    hint = (
+      f"did you mean: {', '.join(near)}?"
+      if near
+      else "see https://www.tensorflow.org/datasets/catalog for the names"
+    )
+    raise UserError(f"TFDS has no data set {printable(name)!r}; {hint}") from error
+  except ImportError as error:
+    raise UserError(_needs_tensorflow(name, data_dir, error)) from error
+  except (ValueError, AssertionError) as error:  # an unknown config or version, a name that cannot be parsed
+    raise UserError(
+      f"TFDS cannot open data set {printable(name)!r}: {' '.join(str(error).split())[:400]}"
+    ) from error
+
+
+def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
+  try:
+    builder.download_and_prepare(file_format="array_record")
+  except UserError:
+    raise
+  except ImportError as error:
+    raise UserError(_needs_tensorflow(name, builder.data_dir_root, error)) from error
+  except Exception as error:  # no network, no space, files to be fetched by hand: the words say which
+    raise UserError(
+      f"TFDS set {builder.info.full_name} is not in {builder.data_dir_root} and cannot be prepared there "
+      f"({type(error).__name__}: {' '.join(str(error).split())[:600]}); "
+      f"prepare it where that is possible: {_build_command(name, builder.data_dir_root)}"
+    ) from error
+
+
+def _build_command(name: str, data_dir) -> str:
+  directory = f" --data_dir={data_dir}" if data_dir else ""
+  return (
+    f"pip install tensorflow importlib_resources && tfds build {name} --file_format=array_record{directory}"
+  )
+
+
+def _needs_tensorflow(name: str, data_dir, error: ImportError) -> str:
+  missing = error
+  while missing is not None and not getattr(missing, "name", None):  # TFDS raises again, without the name
+    missing = missing.__cause__ or missing.__context__
+  return (
+    f"TFDS needs {missing.name if missing else 'another package'} once to prepare {name} (not to read it); "
+    "prepare it with: "
+    f"{_build_command(name, data_dir)}"
+  )
+
+
+def _check_format(builder: tfds.core.DatasetBuilder) -> None:
+  formats = {file_format.value for file_format in builder.info.available_file_formats()}
+  if "array_record" not in formats:
+    raise UserError(
+      f"TFDS set {builder.info.full_name} lies in {builder.data_dir} as "
+      f"{', '.join(sorted(formats)) or 'nothing readable'}, which has no random access; "
+      "convert it with: pip install tensorflow importlib_resources && "
+      f"tfds convert_format --dataset_version_dir={builder.data_dir} --out_file_format=array_record"
+    )
+
+
+def _num_records(builder: tfds.core.DatasetBuilder, split: str) -> int:
+  try:
+    num_records = builder.info.splits[split].num_examples
+  except (KeyError, ValueError) as error:
+    raise UserError(
+      f"TFDS set {builder.info.full_name} has no split {printable(split)!r}; "
+      f"there are: {', '.join(builder.info.splits)}"
+    ) from error
+  if not num_records:
+    raise UserError(
+      f"split {printable(split)!r} of TFDS set {builder.info.full_name} is empty; choose another"
+    )
+  return num_records
+
+
+def _only(builder: tfds.core.DatasetBuilder, kind: type) -> str | None:
+  """Returns the key of the only feature of a kind, of several the one the set itself calls supervised, or
+  None."""
+  keys = [key for key, feature in builder.info.features.items() if isinstance(feature, kind)]
+  if len(keys) > 1:
+    keys = [key for key in keys if key in (builder.info.supervised_keys or ())]
+  return keys[0] if len(keys) == 1 else None
+
+
+def _digest(info, records: Source) -> str:
+  """Returns a hash of the lengths of the shards and of some pictures: another order on disk almost surely
+  differs.
+
+  Of the pixels, not of the stored bytes: the same set prepared twice has its fields in another order.
+  """
+  digest = hashlib.sha256(
+    repr([(shard.skip, shard.examples_in_shard) for shard in info.file_instructions]).encode()
+  )
+  for index in np.linspace(0, len(records) - 1, _SAMPLED_RECORDS).astype(int):
+    image, label = records[int(index)]
+    with contextlib.suppress(BrokenPicture):
+      image = decode(image).tobytes()
+    digest.update(image + b"%d" % label)
+  return digest.hexdigest()[:32]

@@ -1,0 +1,207 @@
+"""The memory bank: one unit vector for every image, split by rows over the devices.
+
+Letters: N images, S strata, R rows of a stratum, B batch (of all devices), K negatives, D embedding.
+
+The bank is one array [S * R, D]. Image i lives in stratum i % S at position i // S, that is at row
+(i % S) * R + i // S. A device holds S / devices whole strata, and everything random is drawn for each stratum from
+its own number, never from the device's: so a run is the same on any number of devices that divides S. Interleaving
+also keeps a stratum from being one class of a sorted data set. Where S does not divide N, the last rows of some
+strata are padding, which is never drawn, read or written.
+
+The functions that take `axis` run inside `jax.shard_map` over that mesh axis, on a device's own rows, with the
+embeddings of the whole batch; no row of the bank ever leaves its device, only sums do.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+
+from pirl_jax.errors import UserError
+
+MAX_STRATA = 256
+"""Divides 4,096, 32,000 and 65,536, the numbers of negatives in use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Where the images' rows lie. `num_images` is N, `num_strata` S."""
+
+  num_images: int
+  num_strata: int
+
+  @property
+  def rows_per_stratum(self) -> int:
+    """R, the smallest number with S * R >= N."""
+    return -(-self.num_images // self.num_strata)
+
+  @property
+  def num_rows(self) -> int:
+    """S * R: the images' rows and the padding."""
+    return self.num_strata * self.rows_per_stratum
+
+  def row_of(self, index):
+    """Returns the row of each image, integers shaped as `index` (numpy or JAX, values in [0, N))."""
+    return index % self.num_strata * self.rows_per_stratum + index // self.num_strata
+
+
+def create_layout(num_images: int, *, num_devices: int, num_negatives: int) -> Layout:
+  """Returns the layout for N images: 256 strata, or for a small set the largest power of two up to N / 4.
+
+  The number of strata follows from N alone, so that a run may move to another number of devices.
+
+  Raises:
+    UserError: more negatives than images, or the devices or the negatives do not divide into the strata.
+  """
+  if num_images < 2:
+    raise UserError(f"{num_images} image(s): there is nothing to tell apart; at least 2 are needed")
+  num_strata = min(MAX_STRATA, 1 << max(0, (num_images // 4).bit_length() - 1))
+  if num_negatives > num_images:
+    raise UserError(f"num_negatives={num_negatives}, but there are only {num_images} images; "
+                    f"try --config.num_negatives={_multiple_below(num_images, num_strata)}")
+  if num_negatives < 1 or num_negatives % num_strata:
+    below = max(num_strata, _multiple_below(num_negatives, num_strata))
+    raise UserError(f"num_negatives={num_negatives} is not a positive multiple of {num_strata}, the number of strata "
+                    f"of a bank of {num_images} images; try --config.num_negatives={below}")
+  if num_strata % num_devices:
+    raise UserError(f"{num_devices} devices do not divide the {num_strata} strata of a bank of {num_images} images; "
+                    f"use 1, 2, 4 ... or {num_strata} devices")
+  return Layout(num_images, num_strata)
+
+
+def _multiple_below(number, unit):
+  return number // unit * unit
+
+
+def normalise(x: jax.Array) -> jax.Array:
+  """Returns x f32[..., D] with unit L2 norm along the last axis (a zero vector stays zero, with a zero gradient)."""
+  # The larger of norm and 1e-12 as in PyTorch's normalize, but under the root: the root's slope at 0 is infinite.
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+def create(key: jax.Array, layout: Layout, *, dim: int, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
+  """Returns the bank dtype[S * R, D], unit rows, and `usable` bool[S * R], False on padding.
+
+  Each entry is uniform in +-1/sqrt(D/3), then each row is normalised (vissl/losses/nce_loss.py, `norm_init`). There
+  the processes' banks are averaged before the first step, which makes rows of norm 1/sqrt(processes) and ties Z to the
+  number of processes; here every row starts with unit norm.
+  """
+  bound = (dim / 3) ** -0.5
+  bank = normalise(jax.random.uniform(key, (layout.num_rows, dim), jnp.float32, -bound, bound))
+  stratum, position = jnp.divmod(jnp.arange(layout.num_rows), layout.rows_per_stratum)
+  return bank.astype(dtype), position < _images_in_stratum(layout, stratum)
+
+
+def _images_in_stratum(layout, stratum):
+  return layout.num_images // layout.num_strata + (stratum < layout.num_images % layout.num_strata)
+
+
+def draw(key: jax.Array, layout: Layout, *, num_negatives: int, axis: str) -> jax.Array:
+  """Returns this device's part of one draw of K negatives, local rows i32[K / devices], with replacement.
+
+  The draw is stratified: K / S uniform draws from the images of each stratum. It is shared by the whole batch: a draw
+  for every image gathers B x K x D numbers, at 16 to 31 times the cost.
+  """
+  num_local = layout.num_strata // jax.lax.axis_size(axis)
+  local = jnp.arange(num_local)
+  stratum = jax.lax.axis_index(axis) * num_local + local
+
+  def draw_positions(stratum):
+    stratum_key = jax.random.fold_in(key, stratum)
+    shape = (num_negatives // layout.num_strata,)
+    return jax.random.randint(stratum_key, shape, 0, _images_in_stratum(layout, stratum))
+
+  positions = jax.vmap(draw_positions)(stratum)  # [S / devices, K / S]
+  return jnp.reshape(local[:, None] * layout.rows_per_stratum + positions, (-1,))
+
+
+def _local_rows(bank, rows, axis):
+  """Returns the rows as this device numbers them, and which of them are its own."""
+  local = rows - jax.lax.axis_index(axis) * bank.shape[0]
+  return local, (local >= 0) & (local < bank.shape[0])
+
+
+def read(bank: jax.Array, rows: jax.Array, *negatives: jax.Array, axis: str) -> tuple[jax.Array, ...]:
+  """Returns the vectors at `rows`, f32[B, D], and those of each draw of negatives, f32[K / devices, D].
+
+  All that a step reads comes from one gather, on which the update depends. With several XLA cannot tell that every one
+  of them is over before a row moves, and copies the whole bank (an optimization barrier does not convince it).
+
+  Args:
+    bank: dtype[rows of this device, D].
+    rows: i32[B], global rows; the vectors come out the same on every device.
+    negatives: draws i32[K / devices] of local rows; the vectors are this device's.
+    axis: the mesh axis that splits the bank.
+  """
+  local, mine = _local_rows(bank, rows, axis)
+  wanted = [jnp.where(mine, local, 0), *negatives]
+  ends = list(itertools.accumulate(len(part) for part in wanted))
+  own, *others = jnp.split(bank[jnp.concatenate(wanted)].astype(jnp.float32), ends[:-1])
+  return jax.lax.psum(jnp.where(mine[:, None], own, 0), axis), *others
+
+
+def weights(usable: jax.Array, rows: jax.Array, negatives: jax.Array, *, axis: str) -> jax.Array:
+  """Returns f32[B, K / devices]: 0 where a negative is the image itself or an image found broken, else 1.
+
+  Args:
+    usable: bool[rows of this device].
+    rows: i32[B], the images' own rows.
+    negatives: i32[K / devices], local rows.
+    axis: the mesh axis that splits the bank.
+  """
+  local, _ = _local_rows(usable, rows, axis)
+  return ((negatives[None, :] != local[:, None]) & usable[negatives][None, :]).astype(jnp.float32)
+
+
+def scores(own: jax.Array, others: jax.Array, embeddings: jax.Array, *, temperature: float) -> tuple[
+    jax.Array, jax.Array]:
+  """Returns the scores of the batch with the bank's vectors: positive f32[B] and negative f32[B, K / devices].
+
+  Args:
+    own: f32[B, D], unit rows of the images themselves.
+    others: f32[K / devices, D], unit rows of the negatives.
+    embeddings: f32[B, D], unit vectors.
+    temperature: tau.
+  """
+  # Full float32 products: by default a GPU or TPU rounds the factors to fewer bits, and 1 / tau magnifies that.
+  negative = jnp.matmul(embeddings, others.T, precision=jax.lax.Precision.HIGHEST)
+  return jnp.sum(own * embeddings, axis=1) / temperature, negative / temperature
+
+
+def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Array, valid: jax.Array, *,
+           momentum: float, axis: str) -> jax.Array:
+  """Returns this device's part of the bank after row <- normalise(momentum * row + (1 - momentum) * embedding).
+
+  `momentum` weighs the old row (paper, section 2.2; vissl/losses/nce_loss.py, `update_memory`). No other row changes.
+
+  Args:
+    bank: dtype[rows of this device, D].
+    rows: i32[B], no row twice.
+    own: f32[B, D], these rows as they are.
+    embeddings: f32[B, D], unit vectors f(v_I) of the whole batch.
+    valid: bool[B]; the rows of broken pictures stay as they are.
+    momentum: in [0, 1].
+    axis: the mesh axis that splits the bank.
+  """
+  local, mine = _local_rows(bank, rows, axis)
+  new = normalise(momentum * own + (1 - momentum) * embeddings)
+  return bank.at[_own_or_dropped(bank, local, mine & valid)].set(new.astype(bank.dtype), mode="drop")
+
+
+def retire(usable: jax.Array, rows: jax.Array, valid: jax.Array, *, axis: str) -> jax.Array:
+  """Returns `usable` bool[rows of this device] with the rows of the batch's broken pictures switched off.
+
+  Args:
+    usable: bool[rows of this device].
+    rows: i32[B].
+    valid: bool[B].
+    axis: the mesh axis that splits the bank.
+  """
+  local, mine = _local_rows(usable, rows, axis)
+  return usable.at[_own_or_dropped(usable, local, mine & ~valid)].set(False, mode="drop")
+
+
+def _own_or_dropped(array, local, chosen):
+  # Past the end, where `mode="drop"` leaves it out; a negative number would wrap to another row.
+  return jnp.where(chosen, local, array.shape[0])

@@ -1,0 +1,1 @@
+"""The trunk, the heads, and the network that joins them."""

@@ -1,0 +1,116 @@
+"""Pictures of a run: a batch as the network sees it, and the curves of its metrics."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 192
+"""Pixels to which the side of a small picture is scaled up (by a whole factor); larger ones stay."""
+
+GAP = 4
+MARGIN = 16
+TEXT_HEIGHT = 20
+COLUMNS = 2
+
+
+def save_views_picture(path: str | os.PathLike, image: np.ndarray, pretext: np.ndarray, *,
+                       num_images: int = 8) -> None:
+  """Writes a PNG with the first examples of a batch: image view at the left, pretext patches at the right.
+
+  Letters: B batch, P patches, H W and h w sides. Patches stand in the order in which the network gets them,
+  row by row in a square grid with gaps (one alone for rotation).
+
+  Args:
+    path: the file; its folder is created.
+    image: u8[B, H, W, 3].
+    pretext: u8[B, P, h, w, 3].
+    num_images: examples shown, at most B.
+  """
+  batch, height, width = image.shape[:3]
+  num_patches, patch_height, patch_width = pretext.shape[1:4]
+  shown = min(num_images, batch)
+  examples = [_beside(_enlarge(image[i], SIDE), _grid(pretext[i])) for i in range(shown)]
+  example_height, example_width = examples[0].shape[:2]
+  rows = math.ceil(shown / COLUMNS)
+  columns = min(COLUMNS, shown)
+
+  font = ImageFont.load_default()
+  top = MARGIN + 2 * TEXT_HEIGHT
+  title = f"{shown} of {batch} examples as the network sees them"
+  canvas_width = MARGIN + columns * (example_width + 2 * MARGIN) - MARGIN
+  canvas = Image.new("RGB", (max(canvas_width, 2 * MARGIN + math.ceil(font.getlength(title))),
+                             top + rows * (example_height + MARGIN)), "white")
+  draw = ImageDraw.Draw(canvas)
+  draw.text((MARGIN, MARGIN), title, fill="black", font=font)
+  image_width = _enlarge(image[0], SIDE).shape[1]
+  patches = (f"{num_patches} patches {patch_width} x {patch_height}, shuffled" if num_patches > 1
+             else f"pretext view {patch_width} x {patch_height}")
+  for column in range(columns):
+    left = MARGIN + column * (example_width + 2 * MARGIN)
+    draw.text((left, MARGIN + TEXT_HEIGHT), f"image {width} x {height}", fill="black", font=font)
+    draw.text((left + image_width + MARGIN, MARGIN + TEXT_HEIGHT), patches, fill="black", font=font)
+  for i, example in enumerate(examples):
+    row, column = divmod(i, columns)
+    canvas.paste(Image.fromarray(example), (MARGIN + column * (example_width + 2 * MARGIN),
+                                            top + row * (example_height + MARGIN)))
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  canvas.save(path, format="PNG")
+
+
+def save_curves(path: str | os.PathLike, metrics_jsonl: str | os.PathLike) -> None:
+  """Writes a figure of loss, learning rate and (where it was measured) kNN accuracy over epochs.
+
+  Args:
+    path: the file, its ending says the format; its folder is created.
+    metrics_jsonl: the rows of a run, one JSON object a line.
+  """
+  rows = [json.loads(line) for line in Path(metrics_jsonl).read_text().splitlines()]
+  panels = [("loss", {"loss": "loss", "loss_image": "image", "loss_pretext": "pretext"}),
+            ("learning rate", {"learning_rate": "learning rate"}), ("kNN top-1", {"knn_top1": "kNN top-1"})]
+  panels = [(title, curves) for title, curves in panels
+            if title == "loss" or any(name in row for name in curves for row in rows)]
+  figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
+  FigureCanvasAgg(figure)  # draws without a display and without pyplot's list of open figures
+  for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for name, label in curves.items():
+      # None is a figure that was not finite: nothing is drawn there.
+      points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
+      if points:
+        axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
+    axes.set(title=title, xlabel="epoch")
+    axes.grid(alpha=0.3)
+    if len(axes.lines) > 1:
+      axes.legend()
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=120)
+
+
+def _enlarge(picture, side):
+  factor = max(1, side // max(picture.shape[:2]))
+  return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _grid(patches):
+  columns = math.ceil(math.sqrt(len(patches)))
+  rows = math.ceil(len(patches) / columns)
+  tiles = [_enlarge(patch, (SIDE - GAP * (columns - 1)) // columns) for patch in patches]
+  height, width = tiles[0].shape[:2]
+  grid = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
+  for i, tile in enumerate(tiles):
+    row, column = divmod(i, columns)
+    grid[row * (height + GAP):, column * (width + GAP):][:height, :width] = tile
+  return grid
+
+
+def _beside(left, right):
+  height = max(left.shape[0], right.shape[0])
+  both = np.full((height, left.shape[1] + MARGIN + right.shape[1], 3), 255, np.uint8)
+  both[:left.shape[0], :left.shape[1]] = left
+  both[:right.shape[0], left.shape[1] + MARGIN:] = right
+  return both

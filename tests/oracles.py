@@ -1,0 +1,60 @@
+"""Each formula once more, in float64 numpy with plain loops and no cleverness."""
+
+import math
+
+import numpy as np
+
+EPS = 2.0**-23
+
+
+def nce_normaliser(positive, negative, weight, valid, *, num_images):
+  terms = []
+  for i in range(len(positive)):
+    if valid[i]:
+      terms.append(math.exp(positive[i]))
+      terms += [math.exp(negative[i][k]) for k in range(len(negative[i])) if weight[i][k]]
+  return num_images * sum(terms) / len(terms)
+
+
+def nce(positive, negative, weight, *, normaliser, num_images, num_negatives):
+  losses = []
+  noise = num_negatives * (1 / num_images)
+  for i in range(len(positive)):
+    p = math.exp(positive[i]) / normaliser
+    loss = -math.log(p / (p + noise + EPS))
+    for k in range(len(negative[i])):
+      if weight[i][k]:
+        p = math.exp(negative[i][k]) / normaliser
+        loss -= math.log(noise / (p + noise + EPS))
+    losses.append(loss)
+  return np.array(losses)
+
+
+def infonce(positive, negative, weight):
+  losses = []
+  for i in range(len(positive)):
+    others = sum(math.exp(negative[i][k]) for k in range(len(negative[i])) if weight[i][k])
+    losses.append(-math.log(math.exp(positive[i]) / (math.exp(positive[i]) + others)))
+  return np.array(losses)
+
+
+def eq4(positive, negative, weight):
+  losses = []
+  for i in range(len(positive)):
+    kept = [k for k in range(len(negative[i])) if weight[i][k]]
+    denominator = math.exp(positive[i]) + sum(math.exp(negative[i][k]) for k in kept)
+    loss = -math.log(math.exp(positive[i]) / denominator)
+    for k in kept:
+      others = math.exp(positive[i]) + sum(math.exp(negative[i][j]) for j in kept if j != k)
+      loss -= math.log(others / denominator)  # 1 - h, where the difference would be 0 in float64 too
+    losses.append(loss)
+  return np.array(losses)
+
+
+def bank_update(bank, rows, embeddings, valid, *, momentum):
+  bank = np.array(bank, np.float64)
+  for row, embedding, ok in zip(rows, embeddings, valid, strict=True):
+    if ok:
+      mixed = momentum * bank[row] + (1 - momentum) * np.asarray(embedding, np.float64)
+      bank[row] = mixed / math.sqrt(sum(mixed * mixed))
+  return bank

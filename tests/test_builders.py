@@ -1,0 +1,294 @@
+"""TFDS sets without TensorFlow: own builders on fabricated official archives, and what can go wrong."""
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+import tarfile
+import textwrap
+
+import numpy as np
+import pytest
+import requests
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from pirl_jax.data import tfds_source
+from pirl_jax.data.crops import decode
+from pirl_jax.data.sources import open_source
+from pirl_jax.errors import UserError
+
+
+def opened(root, name, split="train"):
+  return open_source(
+    "tfds", name=name, root=str(root), split=split, labels="none", image_size=0, seed=0, num_images=0
+  )
+
+
+def write_archive(path, members):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tarfile.open(path, "w:gz") as archive:
+    for name, data in members.items():
+      entry = tarfile.TarInfo(name)
+      entry.size = len(data)
+      archive.addfile(entry, io.BytesIO(data))
+
+
+def cifar_archive(root, per_file=20, cut=0):
+  """Writes a small cifar-10-binary.tar.gz; returns {split: {label + pixels: count}} in the order of the
+  files."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (6, per_file, 32, 32, 3), dtype=np.uint8)
+  labels = rng.integers(0, 10, (6, per_file))
+  names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+  members = {}
+  # The official archive has its files in no order either.
+  for file in (3, 0, 5, 2, 4, 1):
+    # The format: label, then the red plane row by row, the green, the blue.
+    records = [
+      bytes([labels[file, i]]) + b"".join(images[file, i, :, :, c].tobytes() for c in range(3))
+      for i in range(per_file)
+    ]
+    members[f"cifar-10-batches-bin/{names[file]}"] = b"".join(records)[: None if not cut else -cut]
+  write_archive(root / "downloads" / "manual" / "cifar-10-binary.tar.gz", members)
+  return {
+    split: [(images[f, i], int(labels[f, i])) for f in files for i in range(per_file)]
+    for split, files in (("train", range(5)), ("test", [5]))
+  }
+
+
+def stl_archive(root, counts=(("train", 12), ("test", 7), ("unlabeled", 9))):
+  rng = np.random.default_rng(1)
+  members, pictures = {}, {}
+  for split, count in counts:
+    images = rng.integers(0, 256, (count, 96, 96, 3), dtype=np.uint8)
+    labels = rng.integers(1, 11, count)
+    # The format: three planes, each column by column.
+    members[f"stl10_binary/{split}_X.bin"] = b"".join(
+      image[:, x, c].tobytes() for image in images for c in range(3) for x in range(96)
+    )
+    if split != "unlabeled":
+      members[f"stl10_binary/{split}_y.bin"] = bytes(labels.tolist())
+    pictures[split] = list(
+      zip(images, (labels - 1).tolist() if split != "unlabeled" else [-1] * count, strict=True)
+    )
+  write_archive(root / "downloads" / "manual" / "stl10_binary.tar.gz", members)
+  return pictures
+
+
+def as_set(pictures):
+  return {(image.tobytes(), label) for image, label in pictures}
+
+
+def read_all(source):
+  return [(decode(source[i].image), source[i].label) for i in range(len(source))]
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+  root = tmp_path_factory.mktemp("cifar")
+  return root, cifar_archive(root), opened(root, "cifar10")
+
+
+def test_cifar10_from_the_archive(cifar):
+  root, pictures, train = cifar
+  for split, source in (("train", train), ("test", opened(root, "cifar10", "test"))):
+    assert len(source) == len(pictures[split])
+    assert isinstance(source[0].image, bytes)
+    assert as_set(read_all(source)) == as_set(pictures[split])
+    assert source.labels().tolist() == [source[i].label for i in range(len(source))]
+    assert source.labels().dtype == np.int32
+  assert train.class_names[:2] == ("airplane", "automobile") and len(train.class_names) == 10
+  assert train.picture_name(3) == "train[3]"
+  assert "cifar10/3.0.2" in train.description and "100 pictures" in train.description
+  again = pickle.loads(pickle.dumps(train))
+  assert again[5] == train[5]
+
+
+def test_stored_order_is_that_of_tfds_own_builder(cifar):
+  _, pictures, train = cifar
+  from tensorflow_datasets.core import hashing
+
+  # TFDS stores records in the order of the hash of (split, key); its own CIFAR-10 has the running number as
+  # key.
+  hasher = hashing.Hasher("train")
+  order = sorted(range(100), key=hasher.hash_key)
+  np.testing.assert_array_equal(decode(train[0].image), pictures["train"][order[0]][0])
+  assert train.labels().tolist() == [pictures["train"][i][1] for i in order]
+
+
+def test_stl10_from_the_archive(tmp_path):
+  pictures = stl_archive(tmp_path)
+  for split, name in (("train", "train"), ("test", "test"), ("unlabelled", "unlabeled")):
+    source = opened(tmp_path, "stl10", split)
+    assert as_set(read_all(source)) == as_set(pictures[name])
+  assert (source.labels() == -1).all() and source.class_names[-1] == "truck"
+
+
+def test_fingerprints(cifar, tmp_path):
+  root, _, train = cifar
+  assert opened(root, "cifar10").fingerprint == train.fingerprint
+  cifar_archive(tmp_path / "again")
+  assert opened(tmp_path / "again", "cifar10").fingerprint == train.fingerprint
+  cifar_archive(tmp_path / "smaller", per_file=19)
+  others = [
+    opened(root, "cifar10", "test"),
+    opened(root, "cifar10", "train[:50%]"),
+    opened(tmp_path / "smaller", "cifar10"),
+  ]
+  assert len({train.fingerprint, *(other.fingerprint for other in others)}) == 4
+  assert len(others[1]) == 50
+
+
+def one_line(call, *arguments):
+  with pytest.raises(UserError) as error:
+    call(*arguments)
+  assert "\n" not in str(error.value)
+  return str(error.value)
+
+
+def test_unknown_names_and_splits(cifar, tmp_path):
+  root = cifar[0]
+  assert "there are: train, test" in one_line(opened, root, "cifar10", "tain")
+  assert "is empty" in one_line(opened, root, "cifar10", "train[:0]")
+  assert "cifar10, cifar100" in one_line(opened, tmp_path, "cifr10")
+  assert "catalog" in one_line(opened, tmp_path, "qqqqqqqqqqqq")
+  assert "only: 3.0.2" in one_line(opened, tmp_path, "cifar10:1.0.0")
+  assert "data.name is empty" in one_line(opened, tmp_path, "")
+  one_line(opened, tmp_path, "a b/c:d")
+  assert not list(tmp_path.iterdir())
+
+
+def test_no_network_and_no_archive(tmp_path, monkeypatch):
+  def refuse(*_, **__):
+    raise requests.ConnectionError("no route")
+
+  monkeypatch.setattr(requests, "get", refuse)
+  message = one_line(opened, tmp_path, "stl10")
+  assert "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz" in message
+  assert str(tmp_path / "downloads" / "manual" / "stl10_binary.tar.gz") in message
+
+
+@pytest.mark.parametrize("damage", ["cut inside a record", "member missing", "archive cut", "no archive"])
+def test_damaged_archives_leave_no_half_prepared_set(tmp_path, damage):
+  path = tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz"
+  cifar_archive(tmp_path, cut=100 if damage == "cut inside a record" else 0)
+  if damage == "member missing":
+    write_archive(path, {"cifar-10-batches-bin/data_batch_1.bin": bytes(3073)})
+  elif damage == "archive cut":
+    path.write_bytes(path.read_bytes()[:-5000])
+  elif damage == "no archive":
+    path.write_bytes(b"<html>not found</html>")
+  message = one_line(opened, tmp_path, "cifar10")
+  assert str(path) in message and "fetch it again" in message
+  assert not list((tmp_path / "cifar10").iterdir())
+  cifar_archive(tmp_path)
+  assert len(opened(tmp_path, "cifar10")) == 100
+
+
+def test_another_file_format_names_the_command(tmp_path):
+  cifar_archive(tmp_path)
+  folder = tmp_path / "cifar10" / "3.0.2"
+  opened(tmp_path, "cifar10")
+  info = json.loads((folder / "dataset_info.json").read_text())
+  info["fileFormat"] = "tfrecord"
+  (folder / "dataset_info.json").write_text(json.dumps(info))
+  for path in folder.glob("*array_record*"):
+    path.rename(folder / path.name.replace("array_record", "tfrecord"))
+  message = one_line(opened, tmp_path, "cifar10")
+  assert f"tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record" in message
+
+
+def test_damaged_files_of_a_prepared_set(tmp_path):
+  cifar_archive(tmp_path)
+  opened(tmp_path, "cifar10")
+  for path in (tmp_path / "cifar10" / "3.0.2").glob("*train*array_record*"):
+    path.unlink()
+  assert "move that folder away" in one_line(opened, tmp_path, "cifar10")
+
+
+class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """A set of the usual kind; arrays as pictures need TensorFlow to become PNG."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  as_array = False
+  url_infos = None
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          "photo": tfds.features.Image(shape=(None, None, 3)),
+          "fine": tfds.features.ClassLabel(names=["a", "b"]),
+          "coarse": tfds.features.ClassLabel(names=["c"]),
+        }
+      ),
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for i in range(4):
+      image = np.full((5, 6, 3), i, np.uint8)
+      yield i, {"photo": image if self.as_array else Image.fromarray(image), "fine": i % 2, "coarse": 0}
+
+
+def test_the_image_is_found_by_its_type_and_two_labels_are_none(tmp_path, monkeypatch):
+  monkeypatch.setattr(tfds, "builder", lambda name, data_dir: Toy(data_dir=data_dir))
+  source = opened(tmp_path, "toy")
+  assert {int(decode(source[i].image)[0, 0, 0]) for i in range(4)} == {0, 1, 2, 3}
+  assert source.labels() is None and source.class_names == () and source[0].label == -1
+  assert "no labels" in source.description
+
+
+def test_a_set_that_needs_tensorflow_names_the_one_command(tmp_path, monkeypatch):
+  monkeypatch.setattr(Toy, "as_array", True)
+  monkeypatch.setattr(tfds, "builder", lambda name, data_dir: Toy(data_dir=data_dir))
+  message = one_line(opened, tmp_path, "toy")
+  assert "TFDS needs tensorflow once" in message
+  assert f"tfds build toy --file_format=array_record --data_dir={tmp_path}" in message
+
+
+def test_tensorflow_is_never_imported(cifar):
+  # TensorFlow appears installed (etils looks for it), but nobody may load it.
+  code = textwrap.dedent("""
+    import importlib.machinery, sys
+
+    class Trap:
+      tried = []
+      def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "tensorflow":
+          return importlib.machinery.ModuleSpec(name, self)
+      def create_module(self, spec):
+        self.tried.append(spec.name)
+        raise ImportError("TensorFlow was imported")
+
+    sys.meta_path.insert(0, Trap())
+    from pirl_jax.data.batches import eval_batches, train_batches
+    from pirl_jax.data.sources import open_source
+
+    source = open_source("tfds", name="cifar10", root=sys.argv[1], split="train", labels="none",
+                         image_size=0, seed=0, num_images=0)
+    stream = train_batches(source, batch_size=32, image_size=32, image_scale=(0.2, 1.0), pretext_size=36,
+                           pretext_scale=(0.6, 1.0), seed=0, start_step=0, num_threads=2)
+    assert all(next(stream)["valid"].all() for _ in range(4))
+    stream.close()
+    assert sum(batch["valid"].sum() for batch in eval_batches(
+      source, batch_size=32, image_size=32, crop_fraction=1.0, num_threads=2)) == 100
+    assert len(source.labels()) == 100
+    assert not Trap.tried and "tensorflow" not in sys.modules, Trap.tried
+    print("read without TensorFlow")
+  """)
+  done = subprocess.run(
+    [sys.executable, "-c", code, str(cifar[0])], capture_output=True, text=True, timeout=120
+  )
+  assert done.returncode == 0 and "read without TensorFlow" in done.stdout, done.stderr
+
+
+def test_own_builders_are_those_of_tfds_in_name_and_version():
+  for name, builder in tfds_source.OWN_BUILDERS.items():
+    theirs = tfds.builder_cls(name)
+    assert builder.name == theirs.name and builder.VERSION == theirs.VERSION

@@ -1,0 +1,267 @@
+"""Decoding against Pillow, the crop's box against an oracle of torchvision's rule, resizing."""
+
+import io
+import math
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from pirl_jax.data import crops
+from pirl_jax.data.crops import BrokenPicture, centre_crop, crop_box, decode, random_resized_crop
+
+
+def smooth(height=48, width=64, channels=3, seed=0):
+  """Returns u8[height, width, channels] that looks enough like a photograph for JPEG."""
+  noise = np.random.default_rng(seed).integers(0, 256, (8, 8, channels), dtype=np.uint8)
+  return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC).reshape(height, width, channels)
+
+
+def encoded(picture, file_format, **options):
+  file = io.BytesIO()
+  picture.save(file, file_format, **options)
+  return file.getvalue()
+
+
+RGB = Image.fromarray(smooth())
+RGBA = Image.fromarray(smooth(channels=4))
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+
+FILES = {
+  "jpeg": encoded(RGB, "JPEG"),
+  "jpeg 4:4:4": encoded(RGB, "JPEG", quality=95, subsampling=0),
+  "jpeg progressive": encoded(RGB, "JPEG", progressive=True),
+  "jpeg grey": encoded(RGB.convert("L"), "JPEG"),
+  "jpeg cmyk": encoded(RGB.convert("CMYK"), "JPEG"),
+  "jpeg turned by exif": encoded(RGB, "JPEG", exif=TURNED),
+  "png": encoded(RGB, "PNG"),
+  "png grey": encoded(RGB.convert("L"), "PNG"),
+  "png 1 bit": encoded(RGB.convert("1"), "PNG"),
+  "png grey alpha": encoded(RGBA.convert("LA"), "PNG"),
+  "png alpha": encoded(RGBA, "PNG"),
+  "png palette": encoded(RGB.convert("P"), "PNG"),
+  "png palette 4 bit": encoded(RGB.quantize(7), "PNG"),
+  "png palette transparent": encoded(RGB.convert("P"), "PNG", transparency=3),
+  "png turned by exif": encoded(RGB, "PNG", exif=TURNED),
+  "webp": encoded(RGB, "WEBP"),
+  "webp alpha": encoded(RGBA, "WEBP"),
+  "bmp": encoded(RGB, "BMP"),
+  "bmp palette": encoded(RGB.convert("P"), "BMP"),
+  "bmp grey": encoded(RGB.convert("L"), "BMP"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_decode_equals_pillow(kind):
+  with Image.open(io.BytesIO(FILES[kind])) as picture:
+    expected = np.asarray(picture.convert("RGB"))
+  decoded = decode(FILES[kind])
+  assert decoded.dtype == np.uint8 and decoded.shape == (48, 64, 3)
+  # Exact where both use one libjpeg-turbo; another build may round the colour conversion otherwise.
+  assert np.abs(decoded.astype(int) - expected).max() <= 2
+
+
+def test_ycck_jpeg_equals_pillow():
+  # Pillow writes CMYK without a transform: as YCCK the same file differs in one byte of Adobe's marker (2 =
+  # YCCK).
+  cmyk = bytearray(FILES["jpeg cmyk"])
+  cmyk[cmyk.index(b"Adobe") + 11] = 2
+  with Image.open(io.BytesIO(bytes(cmyk))) as picture:
+    expected = np.asarray(picture.convert("RGB"))
+  assert np.abs(expected.astype(int) - decode(FILES["jpeg cmyk"])).max() > 20  # the byte does matter
+  np.testing.assert_array_equal(decode(bytes(cmyk)), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sixteen_bits_keep_the_upper_eight(channels):
+  deep = np.random.default_rng(0).integers(0, 2**16, (20, 30, channels), dtype=np.uint16)
+  _, file = cv2.imencode(".png", deep)  # OpenCV takes BGR(A)
+  expected = np.broadcast_to(deep[..., :3][..., ::-1] >> 8, (20, 30, 3))
+  np.testing.assert_array_equal(decode(file.tobytes()), expected)
+
+
+def test_one_pixel_and_arrays():
+  for file_format in ("JPEG", "PNG", "WEBP", "BMP"):
+    assert decode(encoded(Image.new("RGB", (1, 1), (200, 200, 200)), file_format)).shape == (1, 1, 3)
+  array = smooth()
+  assert decode(array) is array
+
+
+@pytest.mark.parametrize(
+  "kind", ["jpeg", "jpeg progressive", "jpeg cmyk", "png", "png palette", "webp", "bmp"]
+)
+def test_a_file_cut_short_anywhere_is_broken(kind):
+  data = FILES[kind]
+  for length in {
+    *range(0, len(data) - 1, max(1, len(data) // 40)),
+    len(data) - 1,
+    len(data) - 2,
+    len(data) - 12,
+  }:
+    with pytest.raises(BrokenPicture):
+      decode(data[:length])
+
+
+def test_a_thumbnail_in_the_header_does_not_hide_the_cut():
+  inner = FILES["jpeg"]
+  comment = b"\xff\xfe" + (len(inner) + 2).to_bytes(2, "big") + inner
+  data = inner[:2] + comment + inner[2:]
+  np.testing.assert_array_equal(decode(data), decode(inner))
+  with pytest.raises(BrokenPicture, match="cut short"):
+    decode(data[:-200])
+
+
+@pytest.mark.parametrize(
+  "data", [b"", b"not a picture", b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF1234WEBP"]
+)
+def test_no_picture_is_broken(data):
+  with pytest.raises(BrokenPicture):
+    decode(data)
+
+
+def test_damaged_png_is_broken():
+  data = bytearray(FILES["png"])
+  data[len(data) // 2] ^= 0xFF
+  with pytest.raises(BrokenPicture):
+    decode(bytes(data))
+
+
+def test_a_decompression_bomb_is_refused_by_its_header():
+  for kind, offset in (("png", 16), ("jpeg", None)):
+    data = bytearray(FILES[kind])
+    if offset:
+      data[offset : offset + 8] = (60000).to_bytes(4, "big") * 2
+    else:
+      frame = data.index(b"\xff\xc0")
+      data[frame + 5 : frame + 9] = (60000).to_bytes(2, "big") * 2
+    with pytest.raises(BrokenPicture, match="60000 x 60000"):
+      decode(bytes(data))
+
+
+class Draws:
+  """Stands in for a numpy Generator: hands out prepared numbers and notes what was asked."""
+
+  def __init__(self, units):
+    self.units = iter(units)
+
+  def uniform(self, low, high):
+    return low + (high - low) * next(self.units)
+
+  def integers(self, high, endpoint):
+    assert endpoint
+    return min(int(next(self.units) * (high + 1)), high)
+
+
+def oracle_box(units, height, width, scale, ratio):
+  """torchvision's RandomResizedCrop.get_params, written out with the draws as numbers in [0, 1)."""
+  units = iter(units)
+  for _ in range(10):
+    target = height * width * (scale[0] + (scale[1] - scale[0]) * next(units))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = math.exp(low + (high - low) * next(units))
+    w = int(round(math.sqrt(target * aspect)))
+    h = int(round(math.sqrt(target / aspect)))
+    if 0 < w <= width and 0 < h <= height:
+      top = min(int(next(units) * (height - h + 1)), height - h)
+      left = min(int(next(units) * (width - w + 1)), width - w)
+      return top, left, h, w
+  if width / height < min(ratio):
+    w, h = width, int(round(width / min(ratio)))
+  elif width / height > max(ratio):
+    w, h = int(round(height * max(ratio))), height
+  else:
+    w, h = width, height
+  return (height - h) // 2, (width - w) // 2, h, w
+
+
+def test_box_equals_the_oracle():
+  rng = np.random.default_rng(0)
+  kinds = [(375, 500), (32, 32), (1, 1), (1, 900), (900, 1), (7, 3), (200, 2000)]
+  for height, width in kinds:
+    for scale in ((0.08, 1.0), (0.2, 1.0), (0.6, 1.0), (1.0, 1.0)):
+      for _ in range(100):
+        units = rng.random(22)
+        found = crop_box(Draws(units), height, width, scale, (3 / 4, 4 / 3))
+        assert found == oracle_box(units, height, width, scale, (3 / 4, 4 / 3))
+
+
+def test_fallback_is_central_and_of_an_allowed_ratio():
+  never = [0.999] * 40  # the whole area at ratio 4/3 never fits
+  assert crop_box(Draws(never), 100, 1000, (1, 1), (3 / 4, 4 / 3)) == (0, (1000 - 133) // 2, 100, 133)
+  assert crop_box(Draws(never), 1000, 100, (1, 1), (3 / 4, 4 / 3)) == ((1000 - 133) // 2, 0, 133, 100)
+  assert crop_box(Draws(never), 100, 100, (1, 1), (3 / 4, 4 / 3)) == (0, 0, 100, 100)
+
+
+def test_boxes_are_distributed_as_the_rule_says():
+  # So small that every box fits at once: area uniform, log ratio uniform, place uniform.
+  rng = np.random.default_rng(0)
+  boxes = np.array([crop_box(rng, 1000, 1000, (0.05, 0.25), (3 / 4, 4 / 3)) for _ in range(4000)])
+  top, left, height, width = boxes.T.astype(float)
+  for value, low, high in (
+    (height * width / 1e6, 0.05, 0.25),
+    (np.log(width / height), math.log(3 / 4), math.log(4 / 3)),
+    (top / (1000 - height), 0, 1),
+    (left / (1000 - width), 0, 1),
+  ):
+    quantiles = np.quantile((value - low) / (high - low), [0.1, 0.25, 0.5, 0.75, 0.9])
+    np.testing.assert_allclose(quantiles, [0.1, 0.25, 0.5, 0.75, 0.9], atol=0.03)  # 4 sigma of 4,000 draws
+
+
+def photograph_like(height, width):
+  rng = np.random.default_rng(1)
+  octaves = [
+    cv2.resize(rng.normal(0, 2**k, (max(2, height >> k), max(2, width >> k), 3)), (width, height))
+    for k in range(7)
+  ]
+  return np.clip(128 + 0.8 * sum(octaves), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+  "height, width, limit", [(260, 300, 1.5), (400, 380, 1.5), (700, 900, 1.5), (100, 120, 0.7)]
+)
+def test_resize_is_close_to_pillows_antialiased_bilinear(height, width, limit):
+  image = photograph_like(height, width)
+  expected = np.asarray(Image.fromarray(image).resize((224, 224), Image.BILINEAR)).astype(float)
+  error = np.abs(crops._resize(image, 224, 224) - expected).mean()
+  plain = np.abs(cv2.resize(image, (224, 224), interpolation=cv2.INTER_LINEAR) - expected).mean()
+  assert error < limit
+  if height > 300:
+    assert error < 0.7 * plain
+
+
+def test_random_resized_crop_is_the_box_resized():
+  image = photograph_like(300, 400)
+  crop = random_resized_crop(np.random.default_rng(5), image, size=64, scale=(0.2, 1.0))
+  top, left, height, width = crop_box(np.random.default_rng(5), 300, 400, (0.2, 1.0), (3 / 4, 4 / 3))
+  expected = Image.fromarray(image[top : top + height, left : left + width]).resize((64, 64), Image.BILINEAR)
+  assert crop.shape == (64, 64, 3) and crop.dtype == np.uint8
+  assert np.abs(crop - np.asarray(expected).astype(float)).mean() < 2
+  whole = random_resized_crop(
+    np.random.default_rng(5), image[:40, :40], size=40, scale=(1.0, 1.0), ratio=(1, 1)
+  )
+  np.testing.assert_array_equal(whole, image[:40, :40])
+
+
+@pytest.mark.parametrize("height, width", [(300, 400), (400, 300), (256, 256), (50, 1000), (1, 1)])
+def test_centre_crop(height, width):
+  image = photograph_like(height, width)
+  shorter = min(height, width)
+  resized = Image.fromarray(image).resize(
+    (max(256, 256 * width // shorter), max(256, 256 * height // shorter)), Image.BILINEAR
+  )
+  left, top = round((resized.width - 224) / 2), round((resized.height - 224) / 2)
+  expected = np.asarray(resized.crop((left, top, left + 224, top + 224))).astype(float)
+  crop = centre_crop(image, size=224, fraction=224 / 256)
+  assert crop.shape == (224, 224, 3) and crop.dtype == np.uint8
+  assert np.abs(crop - expected).mean() < 2
+
+
+def test_centre_crop_leaves_a_small_picture_as_it_is():
+  image = photograph_like(32, 32)
+  np.testing.assert_array_equal(centre_crop(image, size=32, fraction=1.0), image)
+
+
+def test_opencv_works_in_one_thread():
+  assert cv2.getNumThreads() == 1

@@ -1,0 +1,156 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pirl_jax import memory_bank
+from pirl_jax.errors import UserError
+from pirl_jax.mesh import AXIS, create_mesh, split
+
+D = 16
+
+
+def on_mesh(fn, mesh, in_specs, out_specs):
+  return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
+
+
+def create(num_images, num_devices, num_negatives=32, dtype=jnp.float32):
+  layout = memory_bank.create_layout(num_images, num_devices=num_devices, num_negatives=num_negatives)
+  mesh = create_mesh(num_devices)
+  make = jax.jit(partial(memory_bank.create, layout=layout, dim=D, dtype=dtype), out_shardings=split(mesh))
+  return layout, mesh, *make(jax.random.key(3))
+
+
+def read_and_update(bank, rows, emb, valid, *, momentum):
+  own, = memory_bank.read(bank, rows, axis=AXIS)
+  return memory_bank.update(bank, rows, own, emb, valid, momentum=momentum, axis=AXIS)
+
+
+def unit(x):
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("num_images", [32, 103, 1024, 5003])
+def test_every_image_has_a_row_of_its_own_and_padding_ends_each_stratum(num_images):
+  layout, _, bank, usable = create(num_images, 1, num_negatives=256 if num_images > 900 else 32)
+  rows = layout.row_of(np.arange(num_images))
+  assert len(set(rows)) == num_images
+  expected = np.zeros(layout.num_rows, bool)
+  expected[rows] = True
+  np.testing.assert_array_equal(usable, expected)
+  assert layout.num_rows - num_images < layout.num_strata
+  np.testing.assert_allclose(np.linalg.norm(bank, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_images, strata", [(2, 1), (16, 4), (103, 16), (1023, 128), (1024, 256), (1_281_167, 256)])
+def test_number_of_strata_follows_from_the_images_alone(num_images, strata):
+  for devices in {1, min(2, strata)}:
+    layout = memory_bank.create_layout(num_images, num_devices=devices, num_negatives=strata)
+    assert layout.num_strata == strata
+
+
+@pytest.mark.parametrize("num_images, devices, negatives, said", [
+  (100, 1, 128, "only 100 images; try --config.num_negatives=96"),
+  (1024, 1, 300, "try --config.num_negatives=256"),
+  (1024, 1, 0, "try --config.num_negatives=256"),
+  (1024, 3, 256, "3 devices do not divide the 256 strata"),
+  (1, 1, 1, "nothing to tell apart"),
+])
+def test_what_does_not_fit_is_refused_with_the_way_out(num_images, devices, negatives, said):
+  with pytest.raises(UserError, match=said):
+    memory_bank.create_layout(num_images, num_devices=devices, num_negatives=negatives)
+
+
+@pytest.mark.parametrize("num_devices", [2, 8])
+def test_bank_and_draw_do_not_depend_on_the_number_of_devices(num_devices):
+  def draw(num_devices):
+    layout, mesh, bank, usable = create(103, num_devices)
+    def drawn_vectors(bank):
+      return bank[memory_bank.draw(jax.random.key(5), layout, num_negatives=32, axis=AXIS)]
+    return np.asarray(bank), np.asarray(usable), np.asarray(on_mesh(drawn_vectors, mesh, P(AXIS), P(AXIS))(bank))
+  for one, many in zip(draw(1), draw(num_devices), strict=True):
+    np.testing.assert_array_equal(one, many)
+
+
+def test_draw_is_uniform_over_the_images_and_never_padding():
+  layout, mesh, _, usable = create(103, 1)
+  draw = on_mesh(lambda key: memory_bank.draw(key, layout, num_negatives=32, axis=AXIS), mesh, P(), P(AXIS))
+  rows = np.concatenate([draw(jax.random.key(i)) for i in range(600)])
+  counts = np.bincount(rows, minlength=layout.num_rows)
+  assert (counts[~np.asarray(usable)] == 0).all()
+  # 103 images in 16 strata: 7 strata of 7 and 9 of 6, of each of which two rows are drawn.
+  expected = np.where(np.arange(layout.num_rows) // layout.rows_per_stratum < 7, 1200 / 7, 1200 / 6)[np.asarray(usable)]
+  chi_square = np.sum((counts[np.asarray(usable)] - expected) ** 2 / expected)
+  assert 45 < chi_square < 140  # 87 degrees of freedom; 1e-4 either side
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_scores_and_weights_against_loops(num_devices):
+  layout, mesh, bank, usable = create(103, num_devices)
+  rng = np.random.default_rng(0)
+  index = rng.permutation(103)[:8]
+  rows = layout.row_of(index)
+  emb = unit(rng.normal(size=(8, D))).astype(np.float32)
+  usable = usable.at[layout.row_of(7)].set(False)  # a picture found broken
+
+  def score(bank, usable, rows, emb):
+    negatives = memory_bank.draw(jax.random.key(5), layout, num_negatives=64, axis=AXIS)
+    first = jax.lax.axis_index(AXIS) * bank.shape[0]
+    own, others = memory_bank.read(bank, rows, negatives, axis=AXIS)
+    weight = memory_bank.weights(usable, rows, negatives, axis=AXIS)
+    return *memory_bank.scores(own, others, emb, temperature=0.2), weight, first + negatives
+
+  scores = on_mesh(score, mesh, (P(AXIS), P(AXIS), P(), P()), (P(), P(None, AXIS), P(None, AXIS), P(AXIS)))
+  positive, negative, weight, drawn = scores(bank, usable, jnp.asarray(rows), emb)
+  bank64, emb64 = np.asarray(bank, np.float64), emb.astype(np.float64)
+  own = 0
+  for i in range(8):
+    np.testing.assert_allclose(positive[i], bank64[rows[i]] @ emb64[i] / 0.2, atol=1e-5)
+    for k, row in enumerate(np.asarray(drawn)):
+      np.testing.assert_allclose(negative[i, k], bank64[row] @ emb64[i] / 0.2, atol=1e-5)
+      assert weight[i, k] == (row != rows[i] and row != layout.row_of(7))
+      own += row == rows[i]
+  assert own > 0, "no image drew itself, so this test has shown nothing"
+  assert layout.row_of(7) in np.asarray(drawn)
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 5e-3)])
+def test_update_moves_the_rows_of_the_batch_and_no_others(num_devices, dtype, tolerance):
+  layout, mesh, bank, _ = create(103, num_devices, dtype=dtype)
+  rng = np.random.default_rng(0)
+  index = np.append(rng.permutation(102)[:15], 102)  # the last image is among them: its neighbour is padding
+  rows, valid = layout.row_of(index), np.arange(16) != 3
+  emb = unit(rng.normal(size=(16, D))).astype(np.float32)
+  update = on_mesh(partial(read_and_update, momentum=0.5), mesh, (P(AXIS), P(), P(), P()), P(AXIS))
+  new = update(bank, jnp.asarray(rows), emb, valid)
+  old, new = np.asarray(bank, np.float64), np.asarray(new, np.float64)
+  np.testing.assert_allclose(new, oracles.bank_update(old, rows, emb, valid, momentum=0.5), atol=tolerance)
+  untouched = np.setdiff1d(np.arange(layout.num_rows), rows[valid])
+  np.testing.assert_array_equal(new[untouched], old[untouched])
+  np.testing.assert_allclose(np.linalg.norm(new[rows], axis=1), 1, atol=tolerance)
+
+
+def test_worked_number_of_the_update():
+  # m = (0.6, 0.8), z = (1, 0), mu = 0.5, from the official rule; mu weighs the old row, so 0.9 stays nearer to it.
+  update = on_mesh(lambda *args: (read_and_update(*args, momentum=0.5), read_and_update(*args, momentum=0.9)),
+                   create_mesh(1), (P(AXIS), P(), P(), P()), P(AXIS))
+  half, most = update(jnp.array([[0.6, 0.8]]), jnp.array([0]), jnp.array([[1.0, 0.0]]), jnp.array([True]))
+  np.testing.assert_allclose(half, [[0.8944272, 0.4472136]], rtol=1e-6)
+  np.testing.assert_allclose(most, unit(np.array([[0.64, 0.72]])), rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_retire_switches_off_the_broken_pictures_for_good(num_devices):
+  layout, mesh, _, usable = create(103, num_devices)
+  retire = on_mesh(partial(memory_bank.retire, axis=AXIS), mesh, (P(AXIS), P(), P()), P(AXIS))
+  index, valid = np.array([0, 50, 102, 7]), np.array([True, False, False, True])
+  after = np.asarray(retire(usable, jnp.asarray(layout.row_of(index)), valid))
+  changed = np.flatnonzero(after != np.asarray(usable))
+  assert set(changed) == set(layout.row_of(np.array([50, 102])))
+  again = np.asarray(retire(after, jnp.asarray(layout.row_of(index)), np.ones(4, bool)))
+  np.testing.assert_array_equal(again, after)

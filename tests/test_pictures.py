@@ -1,0 +1,77 @@
+"""Pictures of a run: what was put in is found in the PNG."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pirl_jax import pictures
+
+
+def find(canvas, picture, factor):
+  """The top left corner at which the picture, scaled by a whole factor, stands in the canvas, or None."""
+  large = np.kron(picture, np.ones((factor, factor, 1), np.uint8))
+  height, width = large.shape[:2]
+  corners = canvas[:canvas.shape[0] - height + 1, :canvas.shape[1] - width + 1]
+  candidates = np.argwhere((corners == large[0, 0]).all(-1))
+  for y, x in candidates:
+    if np.array_equal(canvas[y:y + height, x:x + width], large):
+      return int(y), int(x)
+  return None
+
+
+@pytest.mark.parametrize(("side", "patch", "num_patches", "factor", "patch_factor"), [
+  (32, 10, 9, 6, 6),
+  (224, 64, 9, 1, 1),
+  (32, 32, 1, 6, 6),  # rotation: one view
+])
+def test_every_view_and_patch_is_in_the_picture(tmp_path, side, patch, num_patches, factor, patch_factor):
+  rng = np.random.default_rng(0)
+  image = rng.integers(0, 256, (5, side, side, 3), np.uint8)
+  pretext = rng.integers(0, 256, (5, num_patches, patch, patch, 3), np.uint8)
+  path = tmp_path / "pictures" / "views.png"
+  pictures.save_views_picture(path, image, pretext, num_images=3)
+  canvas = np.asarray(Image.open(path))
+  corners = [find(canvas, image[i], factor) for i in range(3)]
+  assert corners[0][0] == corners[1][0] < corners[2][0] and corners[0][1] == corners[2][1] < corners[1][1]
+  for i in range(3):
+    places = [find(canvas, patch_pixels, patch_factor) for patch_pixels in pretext[i]]
+    assert all(x > corners[i][1] + side * factor for _, x in places)
+    assert places == sorted(places)  # row by row in the order of the patches
+    if num_patches == 9:
+      step = patch * patch_factor + pictures.GAP
+      assert places == [(places[0][0] + step * (p // 3), places[0][1] + step * (p % 3)) for p in range(9)]
+  assert find(canvas, image[3], factor) is None
+  assert canvas.shape[0] < 1000 and canvas.shape[1] < 1200
+
+
+def test_fewer_examples_than_asked_for(tmp_path):
+  pictures.save_views_picture(tmp_path / "views.png", np.zeros((1, 8, 8, 3), np.uint8),
+                              np.zeros((1, 9, 2, 2, 3), np.uint8))
+  assert Image.open(tmp_path / "views.png").width > 2 * pictures.SIDE
+
+
+@pytest.mark.parametrize("knn", [None, 0.5])
+def test_curves(tmp_path, knn, monkeypatch):
+  rows = [{"step": i, "epoch": i / 10, "loss": None if i == 3 else 1 / i, "loss_image": 0.5,
+           "loss_pretext": 0.75, "learning_rate": 0.1} for i in range(1, 8)]
+  if knn is not None:
+    rows.append({"step": 8, "epoch": 0.8, "knn_top1": knn})
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  drawn = []
+  monkeypatch.setattr(pictures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+  pictures.save_curves(tmp_path / "curves.png", tmp_path / "metrics.jsonl")
+  axes = {ax.get_title(): ax for ax in drawn[0].axes}
+  assert list(axes) == ["loss", "learning rate"] + ["kNN top-1"] * (knn is not None)
+  loss = {line.get_label(): line.get_xydata() for line in axes["loss"].lines}
+  np.testing.assert_allclose(loss["loss"], [(i / 10, 1 / i) for i in (1, 2, 4, 5, 6, 7)])
+  assert set(loss) == {"loss", "image", "pretext"}
+  if knn is not None:
+    np.testing.assert_allclose(axes["kNN top-1"].lines[0].get_xydata(), [(0.8, 0.5)])
+
+
+def test_curves_of_a_run_without_rows_are_a_picture_too(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text("")
+  pictures.save_curves(tmp_path / "pictures" / "curves.png", tmp_path / "metrics.jsonl")
+  assert Image.open(tmp_path / "pictures" / "curves.png").width > 300

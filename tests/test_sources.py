@@ -1,0 +1,219 @@
+"""Sources: what an index means, what is left out, and every mistake a user can make with a folder."""
+
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pirl_jax.data.crops import decode
+from pirl_jax.data.sources import open_source
+from pirl_jax.errors import UserError
+
+
+def opened(source, **changes):
+  arguments = dict(name="", root="", split="", labels="none", image_size=32, seed=0, num_images=20)
+  return open_source(source, **{**arguments, **changes})
+
+
+def file_of(colour, file_format="PNG"):
+  file = io.BytesIO()
+  Image.new("RGB", (4, 4), (colour, colour, colour)).save(file, file_format)
+  return file.getvalue()
+
+
+def fill(root, files):
+  for path, data in files.items():
+    target = root / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
+  return str(root)
+
+
+def test_embedded():
+  source = opened("embedded", split="train")
+  assert len(source) == 20 and len(source.class_names) == 10
+  assert source[3].image.shape == (32, 32, 3) and source[3].label == source.labels()[3]
+  assert source.class_names[3] in source.picture_name(3) and "3" in source.picture_name(3)
+  fingerprints = {
+    opened("embedded", **changes).fingerprint
+    for changes in (
+      {"split": "train"},
+      {"split": "test"},
+      {"seed": 1},
+      {"image_size": 64},
+      {"num_images": 21},
+    )
+  }
+  assert len(fingerprints) == 5
+  again = pickle.loads(pickle.dumps(source))
+  np.testing.assert_array_equal(again[7].image, source[7].image)
+
+
+@pytest.mark.parametrize("changes, words", [({"num_images": 0}, "num_images"), ({"image_size": 4}, "4 px")])
+def test_impossible_embedded_sets(changes, words):
+  with pytest.raises(UserError, match=words):
+    opened("embedded", **changes)
+
+
+def test_unknown_choices_list_the_choices():
+  with pytest.raises(UserError, match="embedded, folder, tfds"):
+    opened("web")
+  with pytest.raises(UserError, match="none, folder"):
+    opened("folder", labels="yes")
+
+
+def test_folder_is_sorted_by_path_and_read_by_index(tmp_path):
+  files = {
+    "b/2.PNG": file_of(1),
+    "a.webp": file_of(2, "WEBP"),
+    "b/10.bmp": file_of(3, "BMP"),
+    "B/x.JPeG": file_of(4, "JPEG"),
+  }
+  source = opened("folder", root=fill(tmp_path, files))
+  names = [source.picture_name(i) for i in range(len(source))]
+  assert names == ["B/x.JPeG", "a.webp", "b/10.bmp", "b/2.PNG"]  # byte by byte, in any locale
+  assert [int(decode(source[i].image)[0, 0, 0]) for i in range(4)] == [4, 2, 3, 1]
+  assert all(isinstance(source[i].image, bytes) and source[i].label == -1 for i in range(4))
+  assert source.labels() is None and source.class_names == ()
+  again = pickle.loads(pickle.dumps(source))
+  assert again[2].image == source[2].image
+
+
+def test_folder_says_what_it_left_out(tmp_path):
+  root = fill(
+    tmp_path,
+    {
+      "ok.png": file_of(1),
+      "empty.png": b"",
+      ".hidden.png": file_of(1),
+      ".cache/x.png": file_of(1),
+      "notes.txt": b"x",
+      **{f"more/{i}.gif": b"x" for i in range(5)},
+    },
+  )
+  os.symlink("nowhere.png", tmp_path / "dangling.png")
+  os.symlink("..", tmp_path / "more" / "loop")
+  os.mkfifo(tmp_path / "pipe.png")
+  source = opened("folder", root=root)
+  assert [source.picture_name(i) for i in range(len(source))] == ["ok.png"]
+  for words in (
+    "1 pictures",
+    "empty file: 1 (empty.png)",
+    "hidden: 2 (.cache, .hidden.png)",
+    "by its ending: 6 (more/0.gif, more/1.gif, more/2.gif, ...)",
+    "broken link: 1 (dangling.png)",
+    "link to a folder above it: 1 (more/loop)",
+    "not a regular file: 1 (pipe.png)",
+  ):
+    assert words in source.description, (words, source.description)
+
+
+def test_links_to_folders_are_followed(tmp_path):
+  fill(tmp_path / "elsewhere", {"1.png": file_of(1)})
+  (tmp_path / "root").mkdir()
+  os.symlink("../elsewhere", tmp_path / "root" / "linked")
+  assert opened("folder", root=str(tmp_path / "root")).picture_name(0) == "linked/1.png"
+
+
+def test_odd_names(tmp_path):
+  names = [b"new\nline.png", b"latin1-\xe9.png", "utf8-é".encode() + b".png", b"-rf *.png", b"quo'te\".png"]
+  for number, name in enumerate(names):
+    with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+      file.write(file_of(number))
+  source = opened("folder", root=str(tmp_path))
+  assert len(source) == len(names)
+  found = {int(decode(source[i].image)[0, 0, 0]): source.picture_name(i) for i in range(len(source))}
+  assert found[0] == r"new\nline.png" and found[2] == "utf8-é.png"
+  "\n".join(found.values()).encode()  # printable: no lone surrogate
+  assert pickle.loads(pickle.dumps(source)).fingerprint == source.fingerprint
+
+
+def test_fingerprint_follows_names_and_sizes_only(tmp_path):
+  def fingerprint(files, name):
+    return opened("folder", root=fill(tmp_path / name, files)).fingerprint
+
+  files = {"a.png": file_of(1), "b/c.png": file_of(2)}
+  same = fingerprint(files, "one")
+  assert fingerprint(files, "two") == same
+  os.utime(tmp_path / "one" / "a.png", (0, 0))
+  assert opened("folder", root=str(tmp_path / "one")).fingerprint == same
+  others = [
+    {"a.png": file_of(1)},
+    {"a.png": file_of(1), "b/d.png": file_of(2)},
+    {"a.png": file_of(1) + b"x", "b/c.png": file_of(2)},
+  ]
+  assert len({same, *(fingerprint(other, f"other{i}") for i, other in enumerate(others))}) == 4
+
+
+def test_labels_from_folders_agree_between_splits(tmp_path):
+  root = fill(
+    tmp_path,
+    {
+      "train/cat/1.png": file_of(1),
+      "train/ant/deep/2.png": file_of(2),
+      "train/dog/3.png": file_of(3),
+      "train/loose.png": file_of(4),
+      "test/dog/5.png": file_of(5),
+      "other/eel/6.png": file_of(6),
+    },
+  )
+  train = opened("folder", root=root, split="train", labels="folder")
+  assert train.class_names == ("ant", "cat", "dog")
+  assert train.labels().tolist() == [0, 1, 2, -1] and train.labels().dtype == np.int32
+  assert train[1].label == 1 and train[3].label == -1
+  test = opened("folder", root=root, split="test", labels="folder", class_names=train.class_names)
+  assert test.labels().tolist() == [2]
+  with pytest.raises(UserError, match="'eel'.*ant, cat, dog"):
+    opened("folder", root=root, split="other", labels="folder", class_names=train.class_names)
+
+
+@pytest.mark.parametrize(
+  "files, changes, words",
+  [
+    ({}, {}, "no pictures"),
+    ({"a.txt": b"x"}, {}, "not a picture by its ending: 1 .a.txt."),
+    ({"a.png": b"x"}, {"labels": "folder"}, "data.labels=none"),
+    ({"train/a.png": b"x", ".git/x": b""}, {"split": "tset"}, "'tset'.*there are: train; "),
+    ({"a.png": b"x"}, {"split": "train"}, "none at all"),
+    ({"train/a.png": b"x", "test/a.txt": b"x"}, {"split": "test"}, "no pictures in .*test"),
+  ],
+)
+def test_mistakes_with_folders(tmp_path, files, changes, words):
+  with pytest.raises(UserError, match=words) as error:
+    opened("folder", root=fill(tmp_path, files), **changes)
+  assert "\n" not in str(error.value)
+
+
+def test_no_root_and_no_folder(tmp_path):
+  with pytest.raises(UserError, match="data.root is empty"):
+    opened("folder")
+  with pytest.raises(UserError, match="is not a folder"):
+    opened("folder", root=str(tmp_path / "nowhere"))
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+  root = fill(tmp_path, {"a.png": file_of(1), "secret/b.png": file_of(1)})
+  listdir = os.listdir
+
+  # The tests may run as root, whom no permission stops.
+  def refuse(folder):
+    if str(folder).endswith("secret"):
+      raise PermissionError(13, "Permission denied", folder)
+    return listdir(folder)
+
+  monkeypatch.setattr(os, "listdir", refuse)
+  with pytest.raises(UserError, match="secret cannot be listed .Permission denied."):
+    opened("folder", root=root)
+
+
+def test_a_folder_that_vanishes_is_no_million_of_broken_pictures(tmp_path):
+  source = opened("folder", root=fill(tmp_path / "root", {"a.png": file_of(1), "b.png": file_of(1)}))
+  os.remove(tmp_path / "root" / "a.png")
+  with pytest.raises(FileNotFoundError):
+    source[0]
+  os.rename(tmp_path / "root", tmp_path / "moved")
+  with pytest.raises(UserError, match="vanished"):
+    source[1]

@@ -1,0 +1,216 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+
+from pirl_jax import losses, memory_bank
+from pirl_jax import mesh as mesh_lib
+from pirl_jax.models.heads import ImageHead, PatchesHead
+from pirl_jax.models.network import Network
+from pirl_jax.models.resnet import create_resnet
+from pirl_jax.optimizer import create_optimizer
+from pirl_jax.state import create_state
+from pirl_jax.step import make_train_step, view_keys
+
+N, B, K, D, TAU = 103, 16, 32, 16, 0.2
+
+
+def views_fn(keys, image_crop, pretext_crop):
+  """Normalised images and four patches of the pretext crop, with noise from each image's own key."""
+  noise = jax.vmap(lambda key: jax.random.normal(key, image_crop.shape[1:]))(keys)
+  image = image_crop / 127.5 - 1 + 0.1 * noise
+  patches = [pretext_crop[:, y:y + 6, x:x + 6] for y in (0, 6) for x in (0, 6)]
+  return image, jnp.stack(patches, axis=1) / 127.5 - 1
+
+
+def make_batch(step, *, broken=()):
+  rng = np.random.default_rng(step)
+  index = rng.permutation(N)[:B].astype(np.int32)
+  return {"image_crop": rng.integers(0, 256, (B, 12, 12, 3), dtype=np.uint8),
+          "pretext_crop": rng.integers(0, 256, (B, 12, 12, 3), dtype=np.uint8),
+          "index": index, "valid": ~np.isin(index, broken)}
+
+
+def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, optimizer=None, pretext_weight=0.4):
+  mesh = mesh_lib.create_mesh(num_devices)
+  layout = memory_bank.create_layout(N, num_devices=num_devices, num_negatives=K)
+  network = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(D), PatchesHead(D))
+  optimizer = optimizer or create_optimizer(optax.constant_schedule(0.05), momentum=0.9, weight_decay=1e-4)
+  make_state = partial(create_state, 0, network, optimizer, layout, mesh=mesh, dim=D, bank_dtype=jnp.float32,
+                       image_shape=(12, 12, 3), pretext_shape=(4, 6, 6, 3))
+  loss_fn = losses.make_loss(loss, temperature=TAU, num_images=N, num_negatives=K)
+  step = make_train_step(
+    network.clone(trunk=network.trunk.clone(batch_norm_axis=batch_norm)), optimizer, views_fn, loss_fn, layout, mesh,
+    num_negatives=K, temperature=TAU, pretext_weight=pretext_weight, bank_momentum=0.5, seed=7)
+  return mesh, layout, network, make_state, step
+
+
+def run(num_devices, num_steps=3, broken=(), **options):
+  """Returns the states after each step, the start included, and the metrics of each step, on the host."""
+  mesh, _, _, make_state, step = build(num_devices, **options)
+  state, states, metrics = make_state(), [], []
+  states.append(jax.device_get(state))
+  for i in range(num_steps):
+    state, figures = step(state, jax.device_put(make_batch(i, broken=broken), mesh_lib.split(mesh)))
+    states.append(jax.device_get(state))
+    metrics.append(jax.device_get(figures))
+  assert state.bank.sharding.is_equivalent_to(mesh_lib.split(mesh), 2)
+  return states, metrics
+
+
+def test_step_compiles_once():
+  mesh, _, _, make_state, step = build(8)
+  batches = [jax.device_put(make_batch(i), mesh_lib.split(mesh)) for i in range(3)]
+  state, compiled = make_state(), []
+  def note(event, duration, **kwargs):
+    if event == "/jax/core/compile/backend_compile_duration":
+      compiled.append(event)
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    for batch in batches:
+      state, _ = step(state, batch)
+      assert len(compiled) == 1
+  finally:
+    jax.monitoring.clear_event_listeners()
+
+
+@pytest.mark.parametrize("loss", ["nce", "infonce", "eq4"])
+def test_step_is_the_same_on_one_device_and_on_eight(loss):
+  one, eight = run(1, loss=loss, broken=(3, 50)), run(8, loss=loss, broken=(3, 50))
+  # Only the order of the sums differs; a wrong mean or a missed row shows up far above this.
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), one, eight)
+
+
+def test_gradients_are_the_same_on_one_device_and_on_eight():
+  sgd = optax.sgd(1.0)  # so that the parameters move by the gradient itself
+  one, eight = (run(n, num_steps=1, optimizer=sgd)[0] for n in (1, 8))
+  grads = [jax.tree.map(lambda a, b: a - b, states[0].params, states[1].params) for states in (one, eight)]
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(grads[0]))
+  jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5 * largest), *grads)
+
+
+def test_statistics_of_each_device_are_an_option_that_leaves_one_device_as_it_is():
+  one, single = (run(1, batch_norm=axis, num_steps=2)[1] for axis in (mesh_lib.AXIS, None))
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), one, single)
+  eight = run(8, batch_norm=None, num_steps=2)[1]
+  assert abs(eight[1]["loss"] - one[1]["loss"]) > 1e-4
+  assert np.isfinite(eight[1]["loss"])
+
+
+@pytest.mark.parametrize("loss", ["nce", "infonce", "eq4"])
+def test_first_step_is_the_papers_objective_by_hand(loss):
+  """The objective, the normaliser and the bank of one step, with negatives read off the draw, in float64."""
+  broken = (make_batch(0)["index"][2],)
+  mesh, layout, network, make_state, step = build(1, loss=loss)
+  state, batch = make_state(), make_batch(0, broken=broken)
+  bank, variables = np.asarray(state.bank, np.float64), {"params": state.params, "batch_stats": state.batch_stats}
+  image, pretext = views_fn(view_keys(7, 0, jnp.asarray(batch["index"])), batch["image_crop"].astype(np.float32),
+                            batch["pretext_crop"].astype(np.float32))
+  embs, _ = network.apply(variables, image, pretext, train=True, mutable=["batch_stats"])
+  embs = [np.asarray(emb, np.float64) / np.linalg.norm(emb, axis=1, keepdims=True) for emb in embs]
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(7), 0), 3)
+  draw = jax.jit(jax.shard_map(lambda key: memory_bank.draw(key, layout, num_negatives=K, axis=mesh_lib.AXIS),
+                               mesh=mesh, in_specs=mesh_lib.WHOLE, out_specs=mesh_lib.SPLIT))
+  rows = layout.row_of(batch["index"])
+  terms, normaliser = {}, None
+  for name, emb, key in (("loss_pretext", embs[1], keys[1]), ("loss_image", embs[0], keys[2])):
+    negatives = np.asarray(draw(key))
+    positive = np.sum(bank[rows] * emb, axis=1) / TAU
+    negative = emb @ bank[negatives].T / TAU
+    weight = (negatives[None] != rows[:, None]) & (negatives[None] != layout.row_of(broken[0]))
+    if normaliser is None:  # from the first batch's patches, and for both terms
+      normaliser = oracles.nce_normaliser(positive, negative, weight, batch["valid"], num_images=N)
+    if loss == "nce":
+      each = oracles.nce(positive, negative, weight, normaliser=normaliser, num_images=N, num_negatives=K)
+    else:
+      each = getattr(oracles, loss)(positive, negative, weight)
+    terms[name] = np.mean(each[batch["valid"]])
+  terms["loss"] = 0.4 * terms["loss_pretext"] + 0.6 * terms["loss_image"]
+
+  state, metrics = step(state, jax.device_put(batch, mesh_lib.split(mesh)))
+  for name, expected in terms.items():
+    np.testing.assert_allclose(metrics[name], expected, rtol=1e-4)
+  np.testing.assert_allclose(state.normaliser, normaliser, rtol=1e-4)
+  np.testing.assert_allclose(
+    state.bank, oracles.bank_update(bank, rows, embs[0], batch["valid"], momentum=0.5), atol=2e-5)
+  _, later = step(state, jax.device_put(make_batch(1), mesh_lib.split(mesh)))
+  assert np.isfinite(later["loss"])
+
+
+def test_normaliser_is_set_once():
+  states, _ = run(1, num_steps=3)
+  assert states[0].normaliser == 0
+  assert states[1].normaliser == states[2].normaliser == states[3].normaliser > 0
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_broken_picture_leaves_the_bank_from_the_step_that_meets_it(num_devices):
+  index = make_batch(0)["index"][5]
+  (start, first, second), _ = run(num_devices, num_steps=2, broken=(index,))
+  row = memory_bank.create_layout(N, num_devices=1, num_negatives=K).row_of(index)
+  assert start.usable[row]
+  for state in (first, second):
+    np.testing.assert_array_equal(state.bank[row], start.bank[row])
+    assert not state.usable[row] and state.usable.sum() == N - 1
+
+
+def test_batch_of_broken_pictures_alone_changes_nothing_but_the_step():
+  """Not even Z: it waits for the first picture that can be read. Weight decay is off."""
+  states, metrics = run(1, num_steps=1, broken=range(N), optimizer=optax.sgd(0.1))
+  jax.tree.map(np.testing.assert_array_equal, states[0].params, states[1].params)
+  np.testing.assert_array_equal(states[0].bank, states[1].bank)
+  assert states[1].normaliser == 0
+  assert metrics[0]["loss"] == 0
+
+
+def test_health_figures_by_hand():
+  states, metrics = run(1, num_steps=1)
+  figures = metrics[0]
+  assert set(figures) == {"loss", "loss_image", "loss_pretext", "similarity_own", "similarity_own_pretext",
+                          "similarity_negatives", "negatives_beaten", "embedding_spread"}
+  batch = make_batch(0)
+  mesh, layout, network, make_state, _ = build(1)
+  start = make_state()
+  image, pretext = views_fn(view_keys(7, 0, jnp.asarray(batch["index"])), batch["image_crop"], batch["pretext_crop"])
+  embs, _ = network.apply({"params": start.params, "batch_stats": start.batch_stats}, image, pretext, train=True,
+                          mutable=["batch_stats"])
+  image_emb, pretext_emb = (np.asarray(emb) / np.linalg.norm(emb, axis=1, keepdims=True) for emb in embs)
+  own = np.asarray(start.bank)[layout.row_of(batch["index"])]
+  np.testing.assert_allclose(figures["similarity_own"], np.mean(np.sum(own * image_emb, 1)), atol=1e-5)
+  np.testing.assert_allclose(figures["similarity_own_pretext"], np.mean(np.sum(own * pretext_emb, 1)), atol=1e-5)
+  np.testing.assert_allclose(figures["embedding_spread"], np.mean(np.std(image_emb, axis=0)) * D**0.5, rtol=1e-4)
+  assert 0.2 < figures["negatives_beaten"] < 0.8
+  assert abs(figures["similarity_negatives"]) < 0.2
+
+
+def test_step_holds_one_bank_and_never_gathers_it():
+  """With a bank that dwarfs all else: donated, not copied; and what travels between devices does not grow with it."""
+  num_images = 65_536
+  def compiled(num_devices):
+    mesh = mesh_lib.create_mesh(num_devices)
+    layout = memory_bank.create_layout(num_images, num_devices=num_devices, num_negatives=256)
+    network = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(128), PatchesHead(128))
+    optimizer = optax.sgd(0.1)
+    state = jax.eval_shape(lambda: create_state(
+      0, network, optimizer, layout, mesh=mesh, dim=128, bank_dtype=jnp.float32, image_shape=(12, 12, 3),
+      pretext_shape=(4, 6, 6, 3)))
+    loss_fn = losses.make_loss("nce", temperature=TAU, num_images=num_images, num_negatives=256)
+    step = make_train_step(
+      network.clone(trunk=network.trunk.clone(batch_norm_axis=mesh_lib.AXIS)), optimizer, views_fn, loss_fn, layout,
+      mesh, num_negatives=256, temperature=TAU, pretext_weight=0.5, bank_momentum=0.5, seed=7)
+    return step.lower(state, make_batch(0)).compile()
+
+  bank_bytes = 4 * 128 * num_images
+  one = compiled(1).memory_analysis()
+  assert one.alias_size_in_bytes >= bank_bytes  # the bank given in is the bank given back
+  assert one.temp_size_in_bytes < bank_bytes / 4
+  assert one.output_size_in_bytes - one.alias_size_in_bytes < bank_bytes / 100
+  eight = compiled(8)
+  assert eight.memory_analysis().argument_size_in_bytes < bank_bytes / 8 + 2**21
+  for line in eight.as_text().splitlines():
+    if "all-gather" in line or "all-reduce" in line or "collective-permute" in line or "all-to-all" in line:
+      assert f"[{num_images}" not in line and f"[{num_images // 8}" not in line, line
