@@ -6,7 +6,7 @@ Reads the flags and the config, and hands both to the job that `config.job` name
 import importlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from pirl_jax.errors import UserError
@@ -54,6 +54,7 @@ def _one_line(error):
 def main(argv: list[str]) -> None:
   """Runs the job of the config."""
   del argv
+  logging.set_verbosity(logging.ERROR)  # the libraries' own notes; a run speaks for itself
   config = CONFIG.value
   if config.job not in JOBS:
     raise UserError(f"job={config.job!r} is unknown; choose from {', '.join(JOBS)}")
@@ -61,9 +62,14 @@ def main(argv: list[str]) -> None:
   importlib.import_module(JOBS[config.job]).run(config, WORKDIR.value or f"runs/{config.name}")
 
 
-if __name__ == "__main__":
+def start() -> None:
+  """Parses the flags, runs the job, and ends with exit code 2 and one line where the user can mend what is wrong."""
   try:
     app.run(main, flags_parser=parse_flags)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+if __name__ == "__main__":
+  start()

@@ -36,7 +36,7 @@ def main() -> None:
   arguments = parser.parse_args()
 
   source = open_source(
-    "folder", name="", root=arguments.folder, split="", labels="none", image_size=224, seed=0, num_images=0
+    "folder", name="", root=arguments.folder, split="", labels="none", image_size=224, num_images=0
   )
   print(source.description)
   paths = [os.path.join(arguments.folder, source.picture_name(i)) for i in range(len(source))]

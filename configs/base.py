@@ -30,19 +30,22 @@ def get_base() -> ConfigDict:
   data.pretext_scale = (0.6, 1.0)  # share of the picture's area that it covers
   data.num_threads = 16  # that decode and crop
 
-  config.views = views = ConfigDict()
-  views.recipe = "base"  # "base", or "gblur": Gaussian blur and stronger colours (vissl photo_gblur.yaml)
-  views.brightness = 0.4  # factor uniform in [1 - b, 1 + b]
-  views.contrast = 0.4
-  views.saturation = 0.4
-  views.hue = 0.2  # shift uniform in [-h, h] of the colour circle
-  views.jitter_prob = 1.0  # of the four above, in random order
-  views.photometric_prob = 0.66  # of posterize, sharpness, solarize, autocontrast, all together; "base" only
-  views.grayscale_prob = 0.2
-  views.flip_prob = 0.5
-  views.blur_prob = 0.5  # "gblur" only
-  views.grid = 3  # cells of the jigsaw, a side
-  views.patch_size = 64  # pixels, side of a patch, at most pretext_size // grid
+  config.jigsaw = jigsaw = ConfigDict()
+  jigsaw.grid = 3  # cells of the jigsaw, a side
+  jigsaw.patch_size = 64  # pixels, side of a patch, at most data.pretext_size // grid
+
+  # The official list (vissl pirl_jigsaw_4node_resnet50.yaml), drawn anew for the image and for each patch. 0: left out.
+  config.photometric = photometric = ConfigDict()
+  photometric.brightness = 0.4  # factor uniform in [1 - b, 1 + b]; contrast and saturation likewise
+  photometric.contrast = 0.4
+  photometric.saturation = 0.4
+  photometric.hue = 0.2  # shift uniform in [-h, h], in turns of the colour circle, at most 0.5
+  photometric.jitter_probability = 1.0  # of the four above together, in random order
+  photometric.group_probability = 0.66  # of posterize, sharpness, solarize and autocontrast together
+  photometric.grayscale_probability = 0.2
+  photometric.blur_probability = 0.0  # Gaussian
+  photometric.blur_radius = (0.1, 2.0)  # pixels, standard deviation
+  photometric.flip_probability = 0.5  # horizontal
 
   config.model = model = ConfigDict()
   model.arch = "resnet50"

@@ -75,14 +75,10 @@ class Checkpoints:
       Exception: Orbax's own errors, of many types, when files are missing or damaged.
     """
     shardings = state_shardings(mesh)
-    items = {}
-    for item, fields in ITEMS.items():
-      template = {
-        field: jax.tree.map(
-          lambda x, sharding=getattr(shardings, field): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-          getattr(like, field))
-        for field in fields}
-      items[item] = args.StandardRestore(template)
+    items = {
+      item: args.StandardRestore({field: _template(getattr(like, field), getattr(shardings, field))
+                                  for field in fields})
+      for item, fields in ITEMS.items()}
     restored = self._open().restore(step, args=args.Composite(**items))
     return like.replace(**{field: restored[item][field] for item, fields in ITEMS.items() for field in fields})
 
@@ -154,3 +150,7 @@ class Checkpoints:
         preservation_policy=policy, best_fn=best_fn,  # without best_fn Orbax does not write the metrics at all
         cleanup_tmp_directories=True))
     return self._manager
+
+
+def _template(tree, sharding):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

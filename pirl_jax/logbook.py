@@ -88,7 +88,7 @@ class Logbook:
     if enabled:
       lines = [_line(row) for row in self._rows]
       _replace(path, b"".join(lines))
-      self._file = open(path, "r+b")
+      self._file = open(path, "r+b")  # noqa: SIM115, open as long as the run
       # The row being written begins here; it is written anew when figures are added to it.
       self._row_offset = sum(map(len, lines[:-1]))
       self._file_size = sum(map(len, lines))

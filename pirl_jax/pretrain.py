@@ -31,6 +31,8 @@ from pirl_jax.models.resnet import create_resnet
 from pirl_jax.optimizer import cosine_schedule, create_optimizer
 from pirl_jax.state import TrainState, create_state
 from pirl_jax.step import make_train_step, view_keys
+from pirl_jax.views.jigsaw import check_jigsaw
+from pirl_jax.views.photometric import Recipe
 from pirl_jax.views.two_views import denormalise, make_views
 
 FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "data.num_threads")
@@ -75,11 +77,11 @@ class Run:
   def initial_state(self) -> TrainState:
     """Returns the state before the first step; the same at every call."""
     config = self.config
-    num_patches = config.views.grid**2
+    num_patches, patch_size = config.jigsaw.grid**2, config.jigsaw.patch_size
     return create_state(
       config.seed, self.network, self.optimizer, self.layout, mesh=self.mesh, dim=config.model.dim,
       bank_dtype=DTYPES[config.bank.dtype], image_shape=(config.data.image_size, config.data.image_size, 3),
-      pretext_shape=(num_patches, config.views.patch_size, config.views.patch_size, 3))
+      pretext_shape=(num_patches, patch_size, patch_size, 3))
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -112,8 +114,8 @@ def check_config(config: ConfigDict) -> None:
     if not holds:
       raise UserError(f"{field}={_get(config, field)!r} is not possible: {rule}")
 
-  for field in ("num_epochs", "batch_size", "data.image_size", "data.pretext_size", "data.num_threads", "views.grid",
-                "views.patch_size", "model.dim", "checkpoint.every_steps", "checkpoint.keep", "evaluate.k",
+  for field in ("num_epochs", "batch_size", "data.image_size", "data.pretext_size", "data.num_threads", "jigsaw.grid",
+                "jigsaw.patch_size", "model.dim", "checkpoint.every_steps", "checkpoint.keep", "evaluate.k",
                 "evaluate.batch_size", "log.every_steps"):
     require(_get(config, field) >= 1, field, "a whole number from 1 is needed")
   require(config.evaluate.every_epochs >= 0, "evaluate.every_epochs", "0 (never) or more is needed")
@@ -175,12 +177,8 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     if _get(config, field) % num_devices:
       raise UserError(f"{field}={_get(config, field)} does not divide among {num_devices} devices; "
                       f"try --config.{field}={max(1, _get(config, field) // num_devices) * num_devices}")
-  views = config.views
-  views_fn = make_views(
-    config.pretext, recipe=views.recipe, brightness=views.brightness, contrast=views.contrast,
-    saturation=views.saturation, hue=views.hue, jitter_prob=views.jitter_prob,
-    photometric_prob=views.photometric_prob, grayscale_prob=views.grayscale_prob, flip_prob=views.flip_prob,
-    blur_prob=views.blur_prob, pretext_size=config.data.pretext_size, grid=views.grid, patch_size=views.patch_size)
+  check_jigsaw(config.data.pretext_size, **config.jigsaw)
+  views_fn = make_views(recipe=Recipe(**config.photometric), pretext=config.pretext, **config.jigsaw)
   model = config.model
   network = Network(
     create_resnet(model.arch, width=model.width, stem=model.stem, dtype=DTYPES[model.dtype]),
@@ -254,7 +252,7 @@ def train(parts: Run, state: TrainState, checkpoints: Checkpoints, book: Logbook
     parts.parallel_network, parts.optimizer, parts.views_fn, loss_fn, parts.layout, parts.mesh,
     num_negatives=config.num_negatives, temperature=config.temperature, pretext_weight=config.pretext_weight,
     bank_momentum=config.bank.momentum, seed=config.seed)
-  evaluate = make_evaluation(parts)
+  evaluate = make_evaluation(parts, book)
   data = config.data
   stream = batches.train_batches(
     parts.train, batch_size=config.batch_size, image_size=data.image_size, image_scale=data.image_scale,
@@ -330,17 +328,21 @@ def eval_batches(parts: Run, source: sources.Source) -> Callable:
     crop_fraction=config.evaluate.crop_fraction, num_threads=config.data.num_threads)
 
 
-def make_evaluation(parts: Run) -> Callable | None:
+def make_evaluation(parts: Run, book: Logbook) -> Callable | None:
   """Returns evaluate(state) -> kNN figures of the held-out pictures against the bank; None where it cannot be done."""
   config = parts.config
   if parts.test is None or not config.evaluate.every_epochs:
     return None
+  for name, source in (("training", parts.train), ("held-out", parts.test)):
+    labels = source.labels()
+    if labels is None or not (labels >= 0).any():
+      book.say(f"no kNN during the run: the {name} pictures have no labels (for folders: --config.data.labels=folder)")
+      return None
   labels = parts.train.labels()
-  if labels is None or not parts.test.class_names:
-    return None
   row_labels = np.full(parts.layout.num_rows, -1, np.int32)
   row_labels[parts.layout.row_of(np.arange(len(labels)))] = labels
   open_test = eval_batches(parts, parts.test)
+  on_every_device = jax.jit(lambda x: x, out_shardings=mesh_lib.whole(parts.mesh))
 
   def embed(variables, image):
     return memory_bank.normalise(parts.network.apply(variables, image, method="embed_image"))
@@ -348,7 +350,7 @@ def make_evaluation(parts: Run) -> Callable | None:
   def evaluate(state):
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     test = features.extract_features(embed, variables, open_test(), parts.mesh)
-    usable = np.asarray(jax.jit(lambda x: x, out_shardings=mesh_lib.whole(parts.mesh))(state.usable))
+    usable = np.asarray(on_every_device(state.usable))
     return knn.accuracy(state.bank, np.where(usable, row_labels, -1), test.features, test.labels, mesh=parts.mesh,
                         k=config.evaluate.k, temperature=config.evaluate.temperature)
 
@@ -358,7 +360,8 @@ def make_evaluation(parts: Run) -> Callable | None:
 def finish(parts: Run, state: TrainState, book: Logbook) -> None:
   """Ends the run: the table of what was learnt, the curves, and a list of everything written."""
   config = parts.config
-  pictures.save_curves(parts.workdir / "curves.png", parts.workdir / "metrics.jsonl")
+  if jax.process_index() == 0:
+    pictures.save_curves(parts.workdir / "curves.png", parts.workdir / "metrics.jsonl")
   book.say(book.summary())
   if config.evaluate.learning:
     book.say(learning.format_table(measure_learning(parts, state)))

@@ -161,17 +161,6 @@ def test_accuracy_counts_labelled_queries_only():
   assert (figures["top1"], figures["top5"]) == (2 / 3, 1.0)
 
 
-def test_bank_labels_follow_the_rows_of_the_bank():
-  labels = np.arange(100, 111)  # 11 records, 4 strata of 3 rows: one padding row
-  rows = knn.bank_labels(labels, num_strata=4, num_rows=12)
-  expected = [-1] * 12
-  for i in range(11):
-    expected[(i % 4) * 3 + i // 4] = 100 + i
-  assert rows.tolist() == expected and rows.dtype == np.int32
-  with pytest.raises(ValueError, match="11 labels do not fit"):
-    knn.bank_labels(labels, num_strata=4, num_rows=8)
-
-
 @pytest.mark.parametrize(("labels", "k", "temperature", "message"), [
   ([-1, -1], 1, 0.1, "none of the 2 references"),
   ([0, 1], 0, 0.1, "k=0"),

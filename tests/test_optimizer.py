@@ -37,7 +37,7 @@ def test_sgd_is_pytorchs_rule_and_spares_biases_and_batch_norm():
   optimizer = create_optimizer(lambda step: jnp.asarray(rates)[step], momentum=0.9, weight_decay=0.01)
   state = optimizer.init(params)
   got = params
-  expected = {"conv": {k: v.copy() for k, v in params["conv"].items()}, "bn": {k: v.copy() for k, v in params["bn"].items()}}
+  expected = {a: {b: x.copy() for b, x in part.items()} for a, part in params.items()}
   velocity = {(a, b): 0.0 for a in params for b in params[a]}
   for rate in rates:
     grads = {a: {b: rng.normal(size=np.shape(x)) for b, x in part.items()} for a, part in params.items()}

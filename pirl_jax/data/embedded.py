@@ -13,17 +13,17 @@ _VERSION = 1
 class TextureSource(Source):
   """`num_images` textures of a split, drawn once and held in memory (3 kB each at 32 x 32)."""
 
-  def __init__(self, num_images: int, *, size: int, seed: int, split: str):
+  def __init__(self, num_images: int, *, size: int, split: str):
     if num_images < 1:
       raise UserError(f"data.num_images is {num_images}; the embedded data set needs at least 1 picture")
     if size < 8:
       raise UserError(f"the embedded textures are {size} px wide; below 8 px nothing can be seen of them")
-    self._images, self._labels = textures.create_textures(num_images, size=size, seed=seed, split=split)
+    self._images, self._labels = textures.create_textures(num_images, size=size, split=split)
     self.class_names = textures.FAMILIES
-    self.fingerprint = f"textures:{_VERSION}:{split}:seed={seed}:size={size}:{num_images}"
+    self.fingerprint = f"textures:{_VERSION}:{split}:size={size}:{num_images}"
     self.description = (
       f"embedded textures, split {split}: {num_images} pictures of {size} x {size} px, "
-      f"{len(self.class_names)} classes, seed {seed}"
+      f"{len(self.class_names)} classes"
     )
 
   def __len__(self) -> int:

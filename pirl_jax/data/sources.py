@@ -19,7 +19,6 @@ def open_source(
   split: str,
   labels: str,
   image_size: int,
-  seed: int,
   num_images: int,
   class_names: tuple[str, ...] | None = None,
 ) -> Source:
@@ -32,7 +31,7 @@ def open_source(
     split: embedded: any name; folder: a sub-folder, "" for all; tfds: a split ("train", "train[:10%]").
     labels: folder: "folder" (the first sub-folder is the class) or "none". The other two bring their own
       labels.
-    image_size, seed, num_images: embedded only: side in pixels, seed, number of pictures.
+    image_size, num_images: embedded only: side in pixels, number of pictures.
     class_names: folder: the classes of the training pictures, when a held-out split is opened.
 
   Raises:
@@ -43,7 +42,7 @@ def open_source(
   if labels not in LABELS:
     raise UserError(f"data.labels={labels!r} is unknown; choose one of: {', '.join(LABELS)}")
   if source == "embedded":
-    return TextureSource(num_images, size=image_size, seed=seed, split=split)
+    return TextureSource(num_images, size=image_size, split=split)
   if source == "folder":
     return FolderSource(root, split=split, labels=labels, class_names=class_names)
   from pirl_jax.data.tfds_source import TfdsSource  # half a second that the other two need not wait

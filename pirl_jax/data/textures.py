@@ -1,4 +1,4 @@
-"""The embedded data set: ten families of procedural textures, near-grey, drawn from a seed.
+"""The embedded data set: ten families of procedural textures, near-grey.
 
 A first run has to show learning in minutes without a download. A texture is told by its local structure (does
 a line end in a T, an X or a Y?), which neither raw pixels nor random features see, while scale, orientation,
@@ -7,7 +7,7 @@ alike.
 
 Letters: N images, n of them drawn together, S side in pixels.
 
-Record i is a function of (seed, split, i) alone: its numbers come from a hash of the three (no generator that
+Record i is a function of (split, i) alone: its numbers come from a hash of the two (no generator that
 would have to be advanced), and pixels are computed with the operations that IEEE 754 rounds exactly (no
 library sine or exponential), so that the picture is the same on every machine and in every set that is long
 enough to hold it.
@@ -28,14 +28,13 @@ _CHUNK_PIXELS = 1 << 16  # pictures drawn together: small enough for the tempora
 
 
 def create_textures(
-  num_images: int, *, size: int = 32, seed: int, split: str
+  num_images: int, *, size: int = 32, split: str
 ) -> tuple[np.ndarray, np.ndarray]:
   """Draws the first `num_images` textures of a split.
 
   Args:
     num_images: N.
     size: S, side of the square pictures in pixels.
-    seed: any integer; another seed is another data set.
     split: any name ("train", "test"); splits have nothing in common but the families.
 
   Returns:
@@ -43,7 +42,7 @@ def create_textures(
   """
   labels = (np.arange(num_images) % len(FAMILIES)).astype(np.int32)
   images = np.empty((num_images, size, size, 3), np.uint8)
-  hashes = _record_hashes(num_images, seed, split)
+  hashes = _record_hashes(num_images, split)
   chunk = max(1, _CHUNK_PIXELS // size**2)
   for family, pattern_fn in enumerate(_PATTERNS):
     rows = np.flatnonzero(labels == family)
@@ -73,11 +72,11 @@ def _draw(pattern_fn, hashes: np.ndarray, size: int) -> np.ndarray:
 
   # Tones: figure and ground swap at random, light falls from one side, film has grain.
   polarity = np.where(draws.uniform(0, 1) < 0.5, -1, 1).astype(np.float32)
-  contrast = draws.log_uniform(35, 70)
-  grey = draws.uniform(95, 160) + contrast * polarity * figure
+  contrast = draws.log_uniform(28, 50)
+  grey = draws.uniform(75, 180) + contrast * polarity * figure
   light, angle = draws.uniform(0, 30) / (_EXTENT / 2), draws.uniform(0, 1)
   grey += light * (_sine(angle) * centres[None, None, :] + _sine(angle + 0.25) * centres[None, :, None])
-  grey += draws.uniform(4, 7) * _grain(hashes, size)
+  grey += draws.uniform(7, 9) * _grain(hashes, size)
   tint = np.stack([draws.uniform(0.985, 1.015) for _ in range(3)], axis=-1)  # [n, 1, 1, 3]
   return np.clip(np.rint(grey[..., None] * tint), 0, 255).astype(np.uint8)
 
@@ -198,9 +197,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
   return x ^ (x >> np.uint64(31))
 
 
-def _record_hashes(num_images: int, seed: int, split: str) -> np.ndarray:
-  """Returns u64[N], one for each record of (seed, split)."""
-  stream = _mix(np.array([seed % 2**64], np.uint64)) + np.uint64(zlib.crc32(split.encode()))
+def _record_hashes(num_images: int, split: str) -> np.ndarray:
+  """Returns u64[N], one for each record of the split."""
+  stream = np.array([zlib.crc32(split.encode())], np.uint64)
   return _mix(_mix(stream) + np.arange(1, num_images + 1, dtype=np.uint64) * _GOLDEN)
 
 

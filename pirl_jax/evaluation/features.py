@@ -16,10 +16,7 @@ from jax.sharding import Mesh
 
 from pirl_jax.errors import UserError
 from pirl_jax.mesh import AXIS, SPLIT, WHOLE, split, whole
-
-MEAN = np.float32([[[[0.485, 0.456, 0.406]]]])
-STD = np.float32([[[[0.229, 0.224, 0.225]]]])
-"""Of ImageNet's pictures in [0, 1], as the official runs normalise (torchvision); f32[1, 1, 1, 3]."""
+from pirl_jax.views.two_views import normalise
 
 IN_FLIGHT = 2
 """Batches on the devices at once: the next one is decoded while these are computed."""
@@ -39,11 +36,6 @@ class Features(NamedTuple):
   labels: np.ndarray
   index: np.ndarray
   num_broken: int
-
-
-def normalise(image: jax.Array) -> jax.Array:
-  """Returns f32[B, H, W, 3] as the network takes it, from u8[B, H, W, 3]."""
-  return (image.astype(jnp.float32) / 255 - MEAN) / STD
 
 
 def unit_norm(features: np.ndarray) -> np.ndarray:

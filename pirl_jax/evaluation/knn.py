@@ -111,25 +111,6 @@ def accuracy(references: jax.Array | np.ndarray, reference_labels: np.ndarray, q
           "num_references": prediction.num_references, "num_queries": int(labelled.sum())}
 
 
-def bank_labels(labels: np.ndarray, *, num_strata: int, num_rows: int) -> np.ndarray:
-  """Returns the labels in the order of the memory bank's rows, i32[num_rows]; -1 on its padding rows.
-
-  Record i lies at row (i % S) * R + i // S, with R = num_rows / S rows in a stratum.
-
-  Args:
-    labels: i32[N] by record; -1: unlabelled.
-    num_strata: S.
-    num_rows: rows of the bank, a multiple of S, at least N.
-  """
-  rows_per_stratum, rest = divmod(num_rows, num_strata)
-  if rest or len(labels) > num_rows:
-    raise ValueError(f"{len(labels)} labels do not fit a bank of {num_rows} rows in {num_strata} strata")
-  index = np.arange(len(labels))
-  rows = np.full(num_rows, -1, np.int32)
-  rows[index % num_strata * rows_per_stratum + index // num_strata] = labels
-  return rows
-
-
 @functools.cache
 def _make_search(mesh, k, chunk):
   """Returns search(references, labels, queries) -> (similarity f32[Q, k], label i32[Q, k]), nearest first.

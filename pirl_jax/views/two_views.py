@@ -3,7 +3,7 @@
 Letters: B batch, H W the image's sides, S side of the pretext crop, P pretext views of an image, h w their sides.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,42 +13,32 @@ from pirl_jax.errors import UserError
 from pirl_jax.views.jigsaw import jigsaw_patches
 from pirl_jax.views.photometric import BASE, Recipe, apply_photometric, draw_photometric
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+MEAN = np.float32([0.485, 0.456, 0.406])
+STD = np.float32([0.229, 0.224, 0.225])
+"""Of the channels of ImageNet's pictures in [0, 1], as the official runs normalise (torchvision)."""
 
 # Each is called as f(key, crop [S, S, 3], grid=, patch_size=) -> [P, h, w, 3], same levels as the crop.
 PRETEXTS: dict[str, Callable[..., jax.Array]] = {"jigsaw": jigsaw_patches}
 
 
 def make_views(
-  *,
-  recipe: Recipe = BASE,
-  pretext: str = "jigsaw",
-  grid: int = 3,
-  patch_size: int = 64,
-  mean: Sequence[float] = IMAGENET_MEAN,
-  std: Sequence[float] = IMAGENET_STD,
+  *, recipe: Recipe = BASE, pretext: str = "jigsaw", grid: int = 3, patch_size: int = 64
 ) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
   """Returns views_fn(keys, image_crop, pretext_crop) -> (image f32[B, H, W, 3], pretext f32[B, P, h, w, 3]).
 
   `keys` are B typed keys, `image_crop` is u8[B, H, W, 3], `pretext_crop` u8[B, S, S, 3]. The photometric list is drawn
   anew for the image and for each pretext view, flip and grayscale included, as the official code does. What comes out
-  is (level / 255 - mean) / std, and depends on the image's own key and pixels alone, not on its place in the batch.
+  is normalised, and depends on the image's own key and pixels alone, not on its place in the batch.
 
-  Raises `UserError` for an unknown `pretext` or a `mean` or `std` that cannot be, and in its first call when a patch
-  is larger than its cell.
+  Raises `UserError` for an unknown `pretext`, and in its first call when a patch is larger than its cell.
   """
   if pretext not in PRETEXTS:
     raise UserError(f"pretext={pretext!r} is unknown; choose from: {', '.join(sorted(PRETEXTS))}")
-  if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
-    raise UserError(f"mean={mean} and std={std} must be 3 numbers each, in [0, 1] levels, std above 0")
-  scale = np.asarray([1 / (255 * s) for s in std], np.float32)[:, None, None]
-  shift = np.asarray([-m / s for m, s in zip(mean, std, strict=True)], np.float32)[:, None, None]
 
   def view(key, crop):
     image = jnp.moveaxis(crop, -1, 0).astype(jnp.float32)  # [3, H, W]
     image = apply_photometric(image, draw_photometric(key, recipe=recipe))
-    return jnp.moveaxis(image * scale + shift, 0, -1)
+    return normalise(jnp.moveaxis(image, 0, -1))
 
   def both_views(key, image_crop, pretext_crop):
     image_key, cut_key, pretext_key = jax.random.split(key, 3)
@@ -59,9 +49,13 @@ def make_views(
   return jax.vmap(both_views)
 
 
-def denormalise(
-  view: jax.Array | np.ndarray, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> np.ndarray:
+def normalise(image: jax.Array) -> jax.Array:
+  """Returns the picture as the network takes it, f32[..., 3], from its levels in [0, 255]."""
+  channels = (1,) * (image.ndim - 1) + (3,)
+  scale, shift = 1 / (255 * STD), -MEAN / STD
+  return image.astype(jnp.float32) * scale.reshape(channels) + shift.reshape(channels)
+
+
+def denormalise(view: jax.Array | np.ndarray) -> np.ndarray:
   """Returns the levels u8[..., 3] behind a normalised `view` (f32[..., 3]), on the host, for pictures."""
-  levels = 255 * (np.asarray(view, np.float32) * np.asarray(std, np.float32) + np.asarray(mean, np.float32))
-  return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+  return np.clip(np.rint(255 * (np.asarray(view, np.float32) * STD + MEAN)), 0, 255).astype(np.uint8)

@@ -1,0 +1,144 @@
+"""Times the colour jitter's random order against its alternatives, and the whole views. `python benchmarks/views.py`
+
+Prints milliseconds for a batch (median of interleaved rounds, compile excluded) on the default device.
+"""
+
+import functools
+import itertools
+import pathlib
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from pirl_jax.views import photometric  # noqa: E402
+from pirl_jax.views.two_views import make_views  # noqa: E402
+
+ROUNDS = 5
+STEPS = (
+  photometric.adjust_brightness,
+  photometric.adjust_contrast,
+  photometric.adjust_saturation,
+  photometric.adjust_hue,
+)
+
+
+def factors(drawn):
+  """Returns the parameters of the four STEPS."""
+  return drawn.brightness, drawn.contrast, drawn.saturation, drawn.hue
+
+
+def fixed_order(image, drawn):
+  """Brightness, contrast, saturation, hue: what the random order costs is over and above this."""
+  for step, value in zip(STEPS, factors(drawn), strict=True):
+    image = step(image, value)
+  return image
+
+
+def slots(image, drawn):
+  """The project's way: three blend slots, hue, three blend slots."""
+  brightness, contrast, saturation, hue = factors(drawn)
+  return photometric.color_jitter(
+    image, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, places=drawn.places
+  )
+
+
+def select_of_four(image, drawn):
+  """Four turns, in each all four steps and a choice, in a loop as `slots` has one."""
+
+  def turn(number, image):
+    results = [step(image, value) for step, value in zip(STEPS, factors(drawn), strict=True)]
+    return jax.lax.select_n(jnp.argmax(drawn.places == number), *results)
+
+  return jax.lax.fori_loop(0, 4, turn, image)
+
+
+def switch_of_orders(image, drawn):
+  """`lax.switch` over the 24 orders: under vmap every branch is computed."""
+
+  def branch(order):
+    def run(image):
+      for i in order:
+        image = STEPS[i](image, factors(drawn)[i])
+      return image
+
+    return run
+
+  orders = list(itertools.permutations(range(4)))
+  known = jnp.asarray(np.argsort(orders, axis=1))
+  number = jnp.argmax(jnp.all(known == drawn.places[None], axis=1))
+  return jax.lax.switch(number, [branch(order) for order in orders], image)
+
+
+def time_all(cases):
+  """cases: {name: function without arguments}. Returns {name: milliseconds}; compiles and warms up first."""
+  for run in cases.values():
+    jax.block_until_ready(run())
+  times = {name: [] for name in cases}
+  for _ in range(ROUNDS):
+    for name, run in cases.items():
+      start = time.perf_counter()
+      jax.block_until_ready(run())
+      times[name].append(1e3 * (time.perf_counter() - start))
+  return {name: statistics.median(values) for name, values in times.items()}
+
+
+def crops(rng, num, size):
+  """Returns u8[num, size, size, 3] noise on the device."""
+  return jnp.asarray(rng.integers(0, 256, (num, size, size, 3), np.uint8))
+
+
+def jitter_cases(rng, sizes):
+  """sizes: (number of pictures, side). One function a way, over all sizes."""
+  ways = (fixed_order, slots, select_of_four, switch_of_orders)
+  recipe = photometric.Recipe(group_probability=0, grayscale_probability=0, flip_probability=0)
+  batches = []
+  for num, size in sizes:
+    keys = jax.random.split(jax.random.key(0), num)
+    drawn = jax.jit(jax.vmap(lambda key: photometric.draw_photometric(key, recipe=recipe)))(keys)
+    batches.append((crops(rng, num, size), drawn))
+
+  def of(way):
+    def one(image, drawn):
+      return jnp.moveaxis(way(jnp.moveaxis(image, -1, 0).astype(jnp.float32), drawn), 0, -1)
+
+    step = jax.jit(lambda batches: [jax.vmap(one)(*batch) for batch in batches])
+    return lambda: step(batches)
+
+  return {way.__name__: of(way) for way in ways}
+
+
+def views_cases(rng):
+  """Whole views, cut and normalised: the embedded run's sizes and those of ImageNet."""
+  cases = {}
+  for name, num, size, pretext_size, patch_size in (("embedded", 128, 32, 36, 10), ("imagenet", 64, 224, 255, 64)):
+    keys = jax.random.split(jax.random.key(0), num)
+    image, pretext = crops(rng, num, size), crops(rng, num, pretext_size)
+    for list_name, recipe in (("base", photometric.BASE), ("gblur", photometric.GBLUR)):
+      views = jax.jit(make_views(recipe=recipe, patch_size=patch_size))
+      label = f"views {list_name}, {name}: {num} x ({size} px + 9 of {patch_size} px)"
+      cases[label] = functools.partial(views, keys, image, pretext)
+  return cases
+
+
+def main():
+  """Prints the table."""
+  rng = np.random.default_rng(0)
+  print(f"{jax.devices()[0].device_kind}, {ROUNDS} rounds, ms a batch")
+  for title, sizes in (("128 x (32 px + 9 of 10 px)", [(128, 32), (1152, 10)]),
+                       ("64 x (224 px + 9 of 64 px)", [(64, 224), (576, 64)])):
+    print(f"\ncolour jitter, {title}")
+    for name, milliseconds in time_all(jitter_cases(rng, sizes)).items():
+      print(f"  {name:<52}{milliseconds:10.1f}", flush=True)
+  print("\nwhole views")
+  for name, milliseconds in time_all(views_cases(rng)).items():
+    print(f"  {name:<52}{milliseconds:10.1f}", flush=True)
+
+
+if __name__ == "__main__":
+  main()

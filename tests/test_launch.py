@@ -1,0 +1,100 @@
+"""The command, as a user types it: every mistake is one line and exit code 2, before anything compiles."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(*arguments, timeout=120):
+  return subprocess.run([sys.executable, "launch.py", *arguments], cwd=ROOT, capture_output=True, text=True,
+                        timeout=timeout)
+
+
+@pytest.mark.parametrize("arguments, said", [
+  ([], "--config=configs/pirl.py"),
+  (["--config=configs/pirl.py:imagnet"], "choose none or one of cifar10"),
+  (["--config=configs/none.py"], "configs/none.py"),
+  (["--config=configs/pirl.py", "--config.batchsize=2"], "batch_size"),
+  (["--config=configs/pirl.py", "--config.batch_size=many"], "many"),
+  (["--config=configs/pirl.py", "--confg.batch_size=2"], "confg"),
+  (["--config=configs/pirl.py", "again"], "again"),
+  (["--config=configs/pirl.py", "--config.job=dance"], "dance"),
+])
+def test_mistyped_commands(arguments, said):
+  result = launch(*arguments)
+  assert result.returncode == 2, result.stderr
+  assert said in result.stderr and "Traceback" not in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("override, said", [
+  ("num_negatives=8192", "only 4096 images; try --config.num_negatives=4096"),
+  ("num_negatives=1000", "try --config.num_negatives=768"),
+  ("jigsaw.patch_size=13", "12"),
+  ("batch_size=5000", "only 4096 pictures"),
+  ("temperature=0.01", "0.03"),
+  ("loss=nec", "nce, infonce, eq4"),
+  ("pretext=puzzle", "jigsaw"),
+  ("model.arch=resnet49", "resnet50"),
+  ("model.dtype=float16", "bfloat16"),
+  ("photometric.hue=0.7", "0.5"),
+  ("data.image_scale=(0.5,0.1)", "image_scale"),
+  ("num_epochs=0", "num_epochs=0"),
+  ("data.source=tdfs", "tfds"),
+  ("optimizer.warmup_epochs=40", "warm-up"),
+  ("evaluate.temperature=0.0", "evaluate.temperature"),
+])
+def test_impossible_values(tmp_path, override, said):
+  result = launch("--config=configs/pirl.py", f"--config.{override}", f"--workdir={tmp_path / 'run'}")
+  assert result.returncode == 2, result.stderr
+  assert said in result.stderr and "Traceback" not in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+  assert not (tmp_path / "run").exists()
+
+
+def test_devices_that_do_not_divide(tmp_path):
+  script = ("import sys, jax; jax.config.update('jax_num_cpu_devices', 3); import launch; "
+            "sys.argv[0] = 'launch.py'; launch.start()")
+  result = subprocess.run([sys.executable, "-c", script, "--config=configs/pirl.py", f"--workdir={tmp_path / 'run'}"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=120)
+  assert result.returncode == 2
+  assert "batch_size=128 does not divide among 3 devices; try --config.batch_size=126" in result.stderr
+
+
+def test_folder_of_pictures_with_a_broken_one_trains_names_it_and_goes_on(tmp_path):
+  rng = np.random.default_rng(0)
+  for split, count in (("train", 20), ("test", 8)):
+    for label in ("cats", "dogs"):
+      (tmp_path / split / label).mkdir(parents=True)
+      for i in range(count):
+        picture = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / split / label / f"{i}.{'png' if i % 2 else 'jpg'}"), picture)
+  (tmp_path / "train" / "dogs" / "broken.jpg").write_bytes(b"no picture at all")
+  arguments = [
+    "--config=configs/pirl.py:folder", f"--config.data.root={tmp_path}", "--config.data.split=train",
+    "--config.data.labels=folder", "--config.evaluate.split=test", "--config.evaluate.every_epochs=1",
+    "--config.evaluate.batch_size=8", "--config.batch_size=8", "--config.num_negatives=16",
+    "--config.data.image_size=16", "--config.data.pretext_size=18", "--config.jigsaw.patch_size=5",
+    "--config.model.arch=resnet8", "--config.model.stem=3x3s2", "--config.data.num_threads=2",
+    "--config.log.every_steps=1", f"--workdir={tmp_path / 'run'}"]
+  first = launch(*arguments, "--config.num_epochs=1")
+  assert first.returncode == 0, first.stderr
+  assert "dogs/broken.jpg" in first.stdout
+  assert (tmp_path / "run" / "views.png").exists()
+  second = launch(*arguments, "--config.num_epochs=2")
+  assert second.returncode == 0, second.stderr
+  assert "goes on from step 5 of 10" in second.stdout
+  refused = launch(*arguments, "--config.num_epochs=3", "--config.seed=5")
+  assert refused.returncode == 2
+  assert "seed=0" in refused.stderr and "5" in refused.stderr and "--workdir" in refused.stderr
+  (tmp_path / "train" / "cats" / "new.png").write_bytes((tmp_path / "train" / "cats" / "1.png").read_bytes())
+  files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+  changed = launch(*arguments, "--config.num_epochs=3")
+  assert changed.returncode == 2 and "data" in changed.stderr
+  assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == files

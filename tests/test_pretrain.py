@@ -1,0 +1,165 @@
+"""Whole runs on a few drawn textures."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import pirl
+from pirl_jax import pretrain
+from pirl_jax.checkpoints import Checkpoints
+from pirl_jax.errors import UserError
+
+CLOCKS = {"images_per_second", "data_wait"}
+
+
+def tiny(**changes):
+  config = pirl.get_config()
+  config.update_from_flattened_dict({
+    "num_epochs": 3, "batch_size": 16, "num_negatives": 16, "loss": "nce", "data.num_images": 72,
+    "data.image_size": 16, "data.pretext_size": 18, "jigsaw.patch_size": 5, "data.num_threads": 2,
+    "optimizer.warmup_epochs": 0, "evaluate.num_images": 40, "evaluate.every_epochs": 1, "evaluate.batch_size": 16,
+    "checkpoint.every_steps": 3, "checkpoint.keep": 20, "log.every_steps": 1, "evaluate.learning": False, **changes})
+  return config
+
+
+def final_state(workdir):
+  """Returns every array of the newest checkpoint by name, and its meta."""
+  parts = pretrain.build(tiny(), workdir)
+  with Checkpoints(workdir / "checkpoints", keep=20) as checkpoints:
+    step = checkpoints.steps()[-1]
+    state = checkpoints.restore(step, jax.eval_shape(parts.initial_state), parts.mesh)
+    return jax.device_get(state), checkpoints.read_meta(step)
+
+
+def rows(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [{name: value for name, value in json.loads(line).items() if name not in CLOCKS} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+  """A run of 12 steps that never stopped."""
+  workdir = tmp_path_factory.mktemp("whole") / "run"
+  pretrain.run(tiny(), str(workdir))
+  return workdir
+
+
+class Killed(BaseException):
+  pass
+
+
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole_run, tmp_path, monkeypatch):
+  """Killed between two checkpoints and in the middle of an epoch, twice."""
+  for step_of_death in (5, 11):
+    class Deadly(pretrain.Broken):
+      def note(self, step, batch, step_of_death=step_of_death):
+        if step == step_of_death:
+          raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+      patch.setattr(pretrain, "Broken", Deadly)
+      pretrain.run(tiny(), str(tmp_path / "run"))
+  pretrain.run(tiny(), str(tmp_path / "run"))
+  (state, meta), (expected, expected_meta) = final_state(tmp_path / "run"), final_state(whole_run)
+  assert state.step == 12 and len(jax.tree.leaves(state.opt_state)) > 10
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+  assert meta == expected_meta
+  assert rows(tmp_path / "run") == rows(whole_run)
+
+
+def test_run_writes_what_the_design_names(whole_run):
+  names = {path.name for path in whole_run.iterdir()}
+  assert {"config.json", "metrics.jsonl", "checkpoints", "views.png", "curves.png"} <= names
+  assert any(name.startswith("events.out.tfevents.") for name in names)
+  found = rows(whole_run)
+  assert [row["step"] for row in found] == list(range(1, 13))
+  for name in ("loss", "loss_image", "loss_pretext", "learning_rate", "embedding_spread", "negatives_beaten"):
+    assert all(np.isfinite(row[name]) for row in found)
+  assert [row["step"] for row in found if "knn_top1" in row] == [4, 8, 12]
+  np.testing.assert_allclose(found[0]["learning_rate"], 0.8 * 16 / 1024, rtol=0.5)
+  assert json.loads((whole_run / "config.json").read_text())["batch_size"] == 16
+
+
+def test_first_loss_is_that_of_a_random_network(whole_run):
+  # nce with Z from this very batch: ln(mean e / Z * N) + ln(K + N eps) + ..., see the table in test_losses.py; here the
+  # scores of an untrained network are far from independent, so the bounds are wide.
+  assert 1.0 < rows(whole_run)[0]["loss_pretext"] < 12
+
+
+@pytest.mark.parametrize("field, value", [
+  ("seed", 3), ("batch_size", 8), ("num_negatives", 32), ("data.num_images", 80), ("model.dim", 64),
+  ("optimizer.learning_rate", 0.2)])
+def test_another_config_in_the_same_folder_is_refused_and_nothing_changes(whole_run, field, value):
+  before = {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")}
+  with pytest.raises(UserError, match=field) as error:
+    pretrain.run(tiny(**{field: value}), str(whole_run))
+  assert str(value) in str(error.value) and "--workdir" in str(error.value)
+  assert {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")} == before
+
+
+@pytest.mark.parametrize("field, value, said", [
+  ("data.num_images", 80, "data"), ("model.width", 2, "model"), ("data.split", "test", "data")])
+def test_checkpoint_of_other_data_or_network_is_refused_without_its_config_too(whole_run, tmp_path, field, value, said):
+  shutil.copytree(whole_run, tmp_path / "run")
+  (tmp_path / "run" / "config.json").unlink()
+  before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+  with pytest.raises(UserError, match=f"checkpoint .* has {said}"):
+    pretrain.run(tiny(**{field: value}), str(tmp_path / "run"))
+  assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_more_epochs_go_on_and_fewer_than_done_are_refused(whole_run, tmp_path):
+  shutil.copytree(whole_run, tmp_path / "run")
+  with pytest.raises(UserError, match="already done 12 steps, and num_epochs=2"):
+    pretrain.run(tiny(num_epochs=2), str(tmp_path / "run"))
+  pretrain.run(tiny(num_epochs=4), str(tmp_path / "run"))
+  assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 17))
+
+
+def test_learning_table_of_a_run(whole_run, tmp_path, capsys):
+  shutil.copytree(whole_run, tmp_path / "run")
+  pretrain.run(tiny(**{"evaluate.learning": True, "evaluate.k": 500}), str(tmp_path / "run"))
+  table = json.loads((tmp_path / "run" / "results" / "learning.json").read_text())
+  assert table["num_test"] == 40 and table["num_train"] == table["k_used"] == 72 and table["step"] == 12
+  assert all(0 <= table[name] <= 1 for name in ("raw_pixels", "untrained", "trained"))
+  assert "trained network" in capsys.readouterr().out
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+  with pytest.raises(UserError, match="loss is (nan|inf) at step"):
+    pretrain.run(tiny(**{"optimizer.learning_rate": 1e30}), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("variant", ["", *pirl.VARIANTS])
+def test_every_variant_has_a_network_that_can_be_built(variant):
+  """By shapes alone: views, trunk, heads and bank of its real size."""
+  config = pirl.get_config(variant)
+  pretrain.check_config(config)
+  config.data.source, config.data.num_images = "embedded", 8_192
+  config.num_negatives = min(config.num_negatives, 4_096)
+  config.evaluate.split = ""
+  config.data.split = "train"
+  size, config.data.image_size = config.data.image_size, 8  # of the drawn stand-ins
+  parts = pretrain.build(config, None)
+  config.data.image_size = size
+  state = jax.eval_shape(parts.initial_state)
+  assert state.bank.shape == (8_192, 128)
+  side, patch = size, config.jigsaw.patch_size
+  crops = (jax.ShapeDtypeStruct((2, s, s, 3), np.uint8) for s in (side, config.data.pretext_size))
+  image, pretext = jax.eval_shape(parts.views_fn, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2)),
+                                  *crops)
+  assert image.shape == (2, side, side, 3) and pretext.shape == (2, 9, patch, patch, 3)
+  embs = jax.eval_shape(
+    lambda state, *views: parts.network.apply(
+      {"params": state.params, "batch_stats": state.batch_stats}, *views, train=False), state, image, pretext)
+  assert [emb.shape for emb in embs] == [(2, 128), (2, 128)]
+
+
+def test_every_field_of_the_config_is_read():
+  source = "".join(path.read_text() for path in pretrain.Path(pretrain.__file__).parent.parent.glob("pirl_jax/*.py"))
+  source += (pretrain.Path(pretrain.__file__).parent.parent / "launch.py").read_text()
+  for field in pretrain._flatten(pirl.get_config().to_dict()):
+    group, _, name = field.rpartition(".")
+    assert group in ("jigsaw", "photometric") or f".{name}" in source, f"nothing reads {field}"
