@@ -14,23 +14,18 @@ from pirl_jax.views.photometric import GBLUR
 
 def embedded(config: ConfigDict) -> None:
   """4,096 drawn textures, a small ResNet. Two CPU cores: 3 minutes. kNN goes from about 10 to 60 %."""
-  small_pictures(config, image_size=32, cell=12, patch_size=10)
-  config.num_epochs = 40
-  config.batch_size = 128
-  config.num_negatives = 2_048
-  config.loss = "infonce"
-  config.temperature = 0.1
+  small_network(config)
+  config.num_epochs = 25
   config.data.source = "embedded"
   config.data.num_images = 4_096
-  config.model.arch = "resnet8"
-  config.model.stem = "3x3s2"
-  config.optimizer.learning_rate = 0.8
-  config.optimizer.warmup_epochs = 2
+  config.data.num_threads = 1
+  # Twice this collapses. So does leaving the photometric group out: near-grey textures can then be told apart by their
+  # brightness, and no structure is learnt (kNN 22 % instead of 54 %).
+  config.optimizer.learning_rate = 0.4
+  config.optimizer.warmup_epochs = 1
   config.evaluate.split = "test"
   config.evaluate.num_images = 1_024
   config.evaluate.every_epochs = 5
-  config.evaluate.batch_size = 256
-  config.evaluate.learning = True
   config.checkpoint.every_steps = 500
   config.log.every_steps = 16
 
@@ -81,6 +76,15 @@ def folder(config: ConfigDict) -> None:
   config.optimizer.update_interval = "step"
 
 
+def folder_small(config: ConfigDict) -> None:
+  """A folder of small pictures on a CPU: views of 32 pixels, the network of the embedded run. See the README."""
+  folder(config)
+  small_network(config)
+  config.num_epochs = 15
+  config.optimizer.learning_rate = 0.4
+  config.evaluate.every_epochs = 5
+
+
 def imagenet(config: ConfigDict) -> None:
   """The paper's main run: ResNet-50, 800 epochs, 32,000 negatives. 32 V100 there; linear top-1 63.6 (64.3 in vissl)."""
   config.data.name = "imagenet2012"
@@ -115,6 +119,21 @@ def small_pictures(config: ConfigDict, *, image_size: int, cell: int, patch_size
   config.optimizer.update_interval = "step"
 
 
+def small_network(config: ConfigDict) -> None:
+  """Sets what two CPU cores can train: a ResNet-8, views of 32 pixels, 2,048 negatives, softmax loss."""
+  small_pictures(config, image_size=32, cell=12, patch_size=10)
+  config.batch_size = 128
+  config.num_negatives = 2_048
+  config.loss = "infonce"
+  config.temperature = 0.1
+  config.data.image_scale = (0.2, 1.0)
+  config.data.num_threads = 2
+  config.model.arch = "resnet8"
+  config.model.stem = "3x3s2"
+  config.evaluate.batch_size = 256
+  config.evaluate.learning = True
+
+
 def resnet18_small_rate(config: ConfigDict) -> None:
   """Sets what lemniscate (CIFAR-10) and pirl_pytorch (STL-10) share: ResNet-18, batch 128, rate 0.03, decay 5e-4."""
   config.batch_size = 128
@@ -125,7 +144,7 @@ def resnet18_small_rate(config: ConfigDict) -> None:
 
 
 VARIANTS = {variant.__name__: variant for variant in (
-  cifar10, stl10, folder, imagenet, imagenet_200ep, imagenet_gblur)}
+  cifar10, stl10, folder, folder_small, imagenet, imagenet_200ep, imagenet_gblur)}
 
 
 def get_config(variant: str = "") -> ConfigDict:

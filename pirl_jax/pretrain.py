@@ -4,6 +4,7 @@ The config stops here: the rooms below are handed plain values.
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections import deque
@@ -328,21 +329,35 @@ def eval_batches(parts: Run, source: sources.Source) -> Callable:
     crop_fraction=config.evaluate.crop_fraction, num_threads=config.data.num_threads)
 
 
+def unlabelled(parts: Run) -> str:
+  """Returns which pictures have no labels, so that kNN cannot be measured; "" if it can."""
+  for name, source in (("training", parts.train), ("held-out", parts.test)):
+    if source is None:
+      return f"there are no {name} pictures (--config.evaluate.split)"
+    if not source.class_names:
+      return f"the {name} pictures have no labels (for folders of classes: --config.data.labels=folder)"
+  return ""
+
+
 def make_evaluation(parts: Run, book: Logbook) -> Callable | None:
   """Returns evaluate(state) -> kNN figures of the held-out pictures against the bank; None where it cannot be done."""
   config = parts.config
-  if parts.test is None or not config.evaluate.every_epochs:
+  if not config.evaluate.every_epochs:
     return None
-  for name, source in (("training", parts.train), ("held-out", parts.test)):
-    labels = source.labels()
-    if labels is None or not (labels >= 0).any():
-      book.say(f"no kNN during the run: the {name} pictures have no labels (for folders: --config.data.labels=folder)")
-      return None
-  labels = parts.train.labels()
-  row_labels = np.full(parts.layout.num_rows, -1, np.int32)
-  row_labels[parts.layout.row_of(np.arange(len(labels)))] = labels
+  if missing := unlabelled(parts):
+    book.say(f"no kNN during the run: {missing}")
+    return None
   open_test = eval_batches(parts, parts.test)
   on_every_device = jax.jit(lambda x: x, out_shardings=mesh_lib.whole(parts.mesh))
+
+  @functools.cache  # at the first evaluation: a TFDS set has to be read once from end to end for its labels
+  def row_labels():
+    if config.data.source == "tfds":
+      book.say(f"reading the labels of {len(parts.train):,} pictures, once")
+    labels = parts.train.labels()
+    by_row = np.full(parts.layout.num_rows, -1, np.int32)
+    by_row[parts.layout.row_of(np.arange(len(labels)))] = labels
+    return by_row
 
   def embed(variables, image):
     return memory_bank.normalise(parts.network.apply(variables, image, method="embed_image"))
@@ -350,9 +365,9 @@ def make_evaluation(parts: Run, book: Logbook) -> Callable | None:
   def evaluate(state):
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     test = features.extract_features(embed, variables, open_test(), parts.mesh)
-    usable = np.asarray(on_every_device(state.usable))
-    return knn.accuracy(state.bank, np.where(usable, row_labels, -1), test.features, test.labels, mesh=parts.mesh,
-                        k=config.evaluate.k, temperature=config.evaluate.temperature)
+    voting = np.where(np.asarray(on_every_device(state.usable)), row_labels(), -1)
+    return knn.accuracy(state.bank, voting, test.features, test.labels, mesh=parts.mesh, k=config.evaluate.k,
+                        temperature=config.evaluate.temperature)
 
   return evaluate
 
@@ -363,7 +378,7 @@ def finish(parts: Run, state: TrainState, book: Logbook) -> None:
   if jax.process_index() == 0:
     pictures.save_curves(parts.workdir / "curves.png", parts.workdir / "metrics.jsonl")
   book.say(book.summary())
-  if config.evaluate.learning:
+  if config.evaluate.learning and not unlabelled(parts):
     book.say(learning.format_table(measure_learning(parts, state)))
   book.say("written:")
   for path in sorted(parts.workdir.iterdir()):

@@ -47,7 +47,7 @@ def test_mistyped_commands(arguments, said):
   ("data.image_scale=(0.5,0.1)", "image_scale"),
   ("num_epochs=0", "num_epochs=0"),
   ("data.source=tdfs", "tfds"),
-  ("optimizer.warmup_epochs=40", "warm-up"),
+  ("optimizer.warmup_epochs=25", "warm-up"),
   ("evaluate.temperature=0.0", "evaluate.temperature"),
 ])
 def test_impossible_values(tmp_path, override, said):

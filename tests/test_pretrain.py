@@ -78,7 +78,7 @@ def test_run_writes_what_the_design_names(whole_run):
   for name in ("loss", "loss_image", "loss_pretext", "learning_rate", "embedding_spread", "negatives_beaten"):
     assert all(np.isfinite(row[name]) for row in found)
   assert [row["step"] for row in found if "knn_top1" in row] == [4, 8, 12]
-  np.testing.assert_allclose(found[0]["learning_rate"], 0.8 * 16 / 1024, rtol=0.5)
+  np.testing.assert_allclose(found[0]["learning_rate"], 0.4 * 16 / 1024, rtol=0.5)
   assert json.loads((whole_run / "config.json").read_text())["batch_size"] == 16
 
 

@@ -62,6 +62,8 @@ class TfdsSource(Source):
         f"the files of TFDS set {builder.info.full_name} in {printable(str(builder.data_dir))} are damaged "
         f"({' '.join(str(error).split())[:200]}); move that folder away and start again"
       ) from error
+    if self._label and all(self._records[i][self._label] < 0 for i in _sample(num_records)):
+      self._label, self.class_names = None, ()  # a split without labels in a set that has some, as STL-10's
     self.fingerprint = f"tfds:{builder.info.full_name}:{split}:{num_records}:{digest}"
     classes = f"{len(self.class_names)} classes" if self._label else "no labels"
     self.description = (
@@ -194,9 +196,13 @@ def _digest(info, records: Source) -> str:
   digest = hashlib.sha256(
     repr([(shard.skip, shard.examples_in_shard) for shard in info.file_instructions]).encode()
   )
-  for index in np.linspace(0, len(records) - 1, _SAMPLED_RECORDS).astype(int):
-    image, label = records[int(index)]
+  for index in _sample(len(records)):
+    image, label = records[index]
     with contextlib.suppress(BrokenPicture):
       image = decode(image).tobytes()
     digest.update(image + b"%d" % label)
   return digest.hexdigest()[:32]
+
+
+def _sample(num_records: int) -> list[int]:
+  return np.linspace(0, num_records - 1, _SAMPLED_RECORDS).astype(int).tolist()
