@@ -189,17 +189,22 @@ def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Arr
   return bank.at[_own_or_dropped(bank, local, mine & valid)].set(new.astype(bank.dtype), mode="drop")
 
 
-def retire(usable: jax.Array, rows: jax.Array, valid: jax.Array, *, axis: str) -> jax.Array:
-  """Returns `usable` bool[rows of this device] with the rows of the batch's broken pictures switched off.
+def retire(usable: jax.Array, rows: jax.Array, valid: jax.Array, *, axis: str) -> tuple[jax.Array, jax.Array]:
+  """Returns `usable` with the rows of the batch's broken pictures switched off, and which of the batch now count.
+
+  The second, bool[B] and the same on every device, is False for a picture that was found broken now or ever before:
+  one that can be read every other time would make a run depend on when it was interrupted.
 
   Args:
     usable: bool[rows of this device].
     rows: i32[B].
-    valid: bool[B].
+    valid: bool[B], what could be read in this batch.
     axis: the mesh axis that splits the bank.
   """
   local, mine = _local_rows(usable, rows, axis)
-  return usable.at[_own_or_dropped(usable, local, mine & ~valid)].set(False, mode="drop")
+  usable = usable.at[_own_or_dropped(usable, local, mine & ~valid)].set(False, mode="drop")
+  counts = jax.lax.psum((mine & usable[jnp.where(mine, local, 0)]).astype(jnp.int32), axis)
+  return usable, counts > 0
 
 
 def _own_or_dropped(array, local, chosen):

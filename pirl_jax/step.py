@@ -52,8 +52,8 @@ def make_train_step(network: Network, optimizer: optax.GradientTransformation, v
 
     # 3. What both terms compare with is the bank as this step found it: a constant, no gradient. A picture found
     #    broken has no weight from here on.
-    rows, valid = gather(layout.row_of(batch["index"])), gather(batch["valid"])
-    usable = memory_bank.retire(state.usable, rows, valid, axis=AXIS)
+    rows = gather(layout.row_of(batch["index"]))
+    usable, valid = memory_bank.retire(state.usable, rows, gather(batch["valid"]), axis=AXIS)
     own, pretext_others, image_others = memory_bank.read(
       state.bank, rows, pretext_negatives, image_negatives, axis=AXIS)
     weights = partial(memory_bank.weights, usable, rows, axis=AXIS)
