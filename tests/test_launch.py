@@ -1,5 +1,6 @@
 """The command, as a user types it: every mistake is one line and exit code 2, before anything compiles."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def launch(*arguments, timeout=120):
+def launch(*arguments, timeout=120, **environment):
   return subprocess.run([sys.executable, "launch.py", *arguments], cwd=ROOT, capture_output=True, text=True,
-                        timeout=timeout)
+                        timeout=timeout, env={**os.environ, **environment})
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -83,8 +84,13 @@ def test_folder_of_pictures_with_a_broken_one_trains_names_it_and_goes_on(tmp_pa
     "--config.data.image_size=16", "--config.data.pretext_size=18", "--config.jigsaw.patch_size=5",
     "--config.model.arch=resnet8", "--config.model.stem=3x3s2", "--config.data.num_threads=2",
     "--config.log.every_steps=1", f"--workdir={tmp_path / 'run'}"]
-  first = launch(*arguments, "--config.num_epochs=1")
+  # A TensorFlow that is installed, and tells when it is imported by whatever library.
+  (tmp_path / "trap" / "tensorflow").mkdir(parents=True)
+  (tmp_path / "trap" / "tensorflow" / "__init__.py").write_text(
+    f"open({str(tmp_path / 'imported')!r}, 'w')\nraise ImportError('trap')")
+  first = launch(*arguments, "--config.num_epochs=1", PYTHONPATH=str(tmp_path / "trap"))
   assert first.returncode == 0, first.stderr
+  assert not (tmp_path / "imported").exists()
   assert "dogs/broken.jpg" in first.stdout
   assert (tmp_path / "run" / "views.png").exists()
   second = launch(*arguments, "--config.num_epochs=2")
