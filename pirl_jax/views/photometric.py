@@ -196,8 +196,8 @@ def color_jitter(
   factors = {i: f for i, f in enumerate((brightness, contrast, saturation)) if f is not None}
   # Three of the four are blends that differ in their target only, so one slot can be any of them: a pass of three
   # slots goes before hue and one after, and a blend has factor 1, the identity, in the pass that is not its own. Hue
-  # is computed once. 64 x (224 px + 9 of 64 px) on 2 busy cores: 227 ms; one fixed order 189, a choice of four in each
-  # of four turns 551, `lax.switch` over the 24 orders 4192 (`benchmarks/views.py`).
+  # is computed once. 64 x (224 px + 9 of 64 px) on 2 cores: 158 ms; the plain operations in one fixed order 226, a
+  # choice of four in each of four turns 406, `lax.switch` over the 24 orders 2219 (`benchmarks/views.py`).
   slots = []
   for turn in range(len(factors)):
     # Chosen is the blend that has `turn` other blends before it.
