@@ -280,12 +280,11 @@ def train(parts: Run, state: TrainState, checkpoints: Checkpoints, book: Logbook
       figures = {**jax.device_get(metrics), "learning_rate": float(parts.schedule(step - 1))}
       book.log(step, figures, data_wait_seconds=waited)
       waited = 0.0
-      if not np.isfinite(figures["loss"]):
-        raise UserError(f"the loss is {figures['loss']} at step {step}; the last good checkpoint is in "
-                        f"{parts.workdir / 'checkpoints'}; a lower optimizer.learning_rate may help")
+      check_finite(parts, step, figures["loss"])
     measured = evaluate is not None and (last or step % (config.evaluate.every_epochs * parts.steps_per_epoch) == 0)
     if measured or last or step % config.checkpoint.every_steps == 0:
       with book.paused():
+        check_finite(parts, step, jax.device_get(metrics["loss"]))  # never over a good checkpoint
         knn_top1 = evaluate(state)["top1"] if measured else None
         if measured:
           book.record(step, {"knn_top1": knn_top1})
@@ -293,6 +292,13 @@ def train(parts: Run, state: TrainState, checkpoints: Checkpoints, book: Logbook
                          knn_top1=knn_top1)
   stream.close()
   return state
+
+
+def check_finite(parts: Run, step: int, loss: np.ndarray) -> None:
+  """Raises UserError when the loss f32[] is not a finite number."""
+  if not np.isfinite(loss):
+    raise UserError(f"the loss is {loss} at step {step}; checkpoints from before are in "
+                    f"{parts.workdir / 'checkpoints'}; a lower optimizer.learning_rate may help, in another --workdir")
 
 
 class Broken:

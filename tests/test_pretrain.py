@@ -128,8 +128,11 @@ def test_learning_table_of_a_run(whole_run, tmp_path, capsys):
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
-  with pytest.raises(UserError, match="loss is (nan|inf) at step"):
-    pretrain.run(tiny(**{"optimizer.learning_rate": 1e30}), str(tmp_path / "run"))
+  changes = {"optimizer.learning_rate": 1e30, "log.every_steps": 100, "checkpoint.every_steps": 1}
+  with pytest.raises(UserError, match="loss is (nan|inf) at step [23];"):
+    pretrain.run(tiny(**changes), str(tmp_path / "run"))
+  with Checkpoints(tmp_path / "run" / "checkpoints", keep=20) as checkpoints:
+    assert checkpoints.steps()[0] == 1 and len(checkpoints.steps()) < 3
 
 
 @pytest.mark.parametrize("variant", ["", *pirl.VARIANTS])
