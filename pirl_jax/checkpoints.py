@@ -39,7 +39,7 @@ class Checkpoints:
     """
     self._folder = Path(folder).absolute()
     self._keep = keep
-    self._manager = None
+    self._manager, self._writing = None, False
 
   def __enter__(self) -> Self:
     return self
@@ -128,7 +128,7 @@ class Checkpoints:
     """
     items = {item: args.StandardSave({field: getattr(state, field) for field in fields})
              for item, fields in ITEMS.items()}
-    saved = self._open().save(
+    saved = self._open(writing=True).save(
       step, args=args.Composite(**items, meta=args.JsonSave({**meta, "format": FORMAT})),
       metrics=None if knn_top1 is None else {BEST_METRIC: knn_top1})
     if not saved:
@@ -140,7 +140,11 @@ class Checkpoints:
       self._manager.close()
       self._manager = None
 
-  def _open(self):
+  def _open(self, *, writing=False):
+    """Returns Orbax's manager. What a killed run left half-written goes only once this run saves: one that is refused
+    must leave the folder as it was."""
+    if writing and not self._writing:
+      self.close()
     if self._manager is None:
       def best_fn(metrics):
         return metrics[BEST_METRIC]
@@ -148,7 +152,8 @@ class Checkpoints:
         LatestN(self._keep), BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False)])
       self._manager = CheckpointManager(self._folder, options=CheckpointManagerOptions(
         preservation_policy=policy, best_fn=best_fn,  # without best_fn Orbax does not write the metrics at all
-        cleanup_tmp_directories=True))
+        cleanup_tmp_directories=writing))
+      self._writing = writing
     return self._manager
 
 

@@ -102,3 +102,16 @@ def test_opening_makes_no_folder(tmp_path):
   with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
     assert checkpoints.steps() == []
   assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_a_killed_run_left_goes_with_the_next_save_and_not_before(tmp_path, state):
+  folder = tmp_path / "checkpoints"
+  with Checkpoints(folder, keep=3) as checkpoints:
+    checkpoints.save(1, state, {}, knn_top1=None)
+  half = folder / "2.orbax-checkpoint-tmp"
+  shutil.copytree(folder / "1", half)
+  with Checkpoints(folder, keep=3) as checkpoints:
+    assert checkpoints.steps() == [1] and checkpoints.read_meta(1)["format"] == 1
+    assert half.is_dir()
+    checkpoints.save(2, state, {}, knn_top1=None)
+  assert not half.exists() and (folder / "2").is_dir()
