@@ -100,8 +100,9 @@ def _images_in_stratum(layout, stratum):
 def draw(key: jax.Array, layout: Layout, *, num_negatives: int, axis: str) -> jax.Array:
   """Returns this device's part of one draw of K negatives, local rows i32[K / devices], with replacement.
 
-  The draw is stratified: K / S uniform draws from the images of each stratum. It is shared by the whole batch: a draw
-  for every image gathers B x K x D numbers, at 16 to 31 times the cost.
+  The draw is stratified: K / S uniform draws from the images of each stratum (so where S does not divide N, those of a
+  stratum that has one image fewer come a little more often: 0.02 % for ImageNet). It is shared by the whole batch: a
+  draw for every image gathers B x K x D numbers, at 16 to 31 times the cost.
   """
   num_local = layout.num_strata // jax.lax.axis_size(axis)
   local = jnp.arange(num_local)
