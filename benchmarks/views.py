@@ -1,23 +1,19 @@
-"""Times the colour jitter's random order against its alternatives, and the whole views. `python benchmarks/views.py`
+"""Times the colour jitter's random order against its alternatives, and the whole views. `python -m benchmarks.views`
 
 Prints milliseconds for a batch (median of interleaved rounds, compile excluded) on the default device.
 """
 
 import functools
 import itertools
-import pathlib
 import statistics
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
-from pirl_jax.views import photometric  # noqa: E402
-from pirl_jax.views.two_views import make_views  # noqa: E402
+from pirl_jax.views import photometric
+from pirl_jax.views.two_views import make_views
 
 ROUNDS = 5
 STEPS = (

@@ -28,7 +28,7 @@ from pirl_jax.evaluation import features, knn, learning
 from pirl_jax.logbook import Logbook, write_json
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
-from pirl_jax.models.resnet import create_resnet
+from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM, create_resnet
 from pirl_jax.optimizer import cosine_schedule, create_optimizer
 from pirl_jax.state import TrainState, create_state
 from pirl_jax.step import make_train_step, view_keys
@@ -186,13 +186,10 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     ImageHead(model.dim, mlp=model.head == "mlp"), PatchesHead(model.dim, mlp=model.head == "mlp"))
 
   train, test = open_data(config)
-  if config.batch_size > len(train):
-    raise UserError(f"batch_size={config.batch_size}, but there are only {len(train)} pictures; "
-                    f"try --config.batch_size={len(train) // num_devices * num_devices}")
+  steps_per_epoch = batches.steps_per_epoch(len(train), config.batch_size)
   layout = memory_bank.create_layout(len(train), num_devices=num_devices, num_negatives=config.num_negatives)
   losses.make_loss(config.loss, temperature=config.temperature, num_images=len(train),
                    num_negatives=config.num_negatives)
-  steps_per_epoch = batches.steps_per_epoch(len(train), config.batch_size)
   schedule = cosine_schedule(
     base_rate=config.optimizer.learning_rate * config.batch_size / 1024, end_factor=config.optimizer.end_factor,
     num_steps=config.num_epochs * steps_per_epoch,
@@ -409,7 +406,7 @@ def measure_learning(parts: Run, state: TrainState) -> dict[str, Any]:
   variables = [{"params": s.params, "batch_stats": s.batch_stats} for s in (initial, state)]
   return learning.measure_learning(
     eval_batches(parts, parts.train), eval_batches(parts, parts.test), forward_fn=pooled, stats_fn=batch_stats,
-    untrained=variables[0], trained=variables[1], momentum=0.9, mesh=parts.mesh, k=config.evaluate.k,
+    untrained=variables[0], trained=variables[1], momentum=BATCH_NORM_MOMENTUM, mesh=parts.mesh, k=config.evaluate.k,
     temperature=config.evaluate.temperature, path=parts.workdir / "results" / "learning.json",
     settings={"seed": config.seed, "step": int(state.step), "image_size": config.data.image_size,
               "crop_fraction": config.evaluate.crop_fraction, "train": parts.train.description,

@@ -21,7 +21,16 @@ from pirl_jax.errors import UserError
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
-  """Returns the number of whole batches in an epoch; the pictures left over are others in each epoch."""
+  """Returns the number of whole batches in an epoch; the pictures left over are others in each epoch.
+
+  Raises:
+    UserError: fewer pictures than a batch.
+  """
+  if not 0 < batch_size <= num_images:
+    raise UserError(
+      f"batch_size={batch_size}, but there are only {num_images} pictures: a batch never holds a picture twice; "
+      f"choose a batch_size from 1 to {num_images}"
+    )
   return num_images // batch_size
 
 
@@ -63,11 +72,7 @@ def train_batches(
       1].
   """
   num_images = len(source)
-  if not 0 < batch_size <= num_images:
-    raise UserError(
-      f"batch_size={batch_size}, but there are {num_images} pictures: a batch never holds a picture twice; "
-      f"choose a batch_size from 1 to {num_images}"
-    )
+  whole_batches = steps_per_epoch(num_images, batch_size)
   if batch_size % process_count:
     raise UserError(
       f"batch_size={batch_size} cannot be shared by {process_count} processes; choose a multiple of it"
@@ -86,7 +91,7 @@ def train_batches(
   # epochs, which could hold a picture twice, and all processes have equally many. The cut at start_step comes
   # last and skips without reading.
   records = grain.MapDataset.range(num_images).shuffle(seed=order_seed).random_map(crop_fn, seed=crop_seed)
-  records = records[: steps_per_epoch(num_images, batch_size) * batch_size][process_index::process_count]
+  records = records[: whole_batches * batch_size][process_index::process_count]
   records = records.repeat()[start_step * local_size :]
   return _start(records, local_size, num_threads)
 
@@ -125,13 +130,14 @@ def place(batch: dict[str, np.ndarray], mesh) -> dict:
   """
   import jax  # here alone: the rest of the data room works without
 
-  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  from pirl_jax.mesh import split
+
   rows, num_devices = len(batch["index"]), len(mesh.local_devices)
   if rows % num_devices:
     raise UserError(
       f"{rows} pictures of a batch cannot be shared by {num_devices} devices; choose a multiple"
     )
-  return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+  return {name: jax.make_array_from_process_local_data(split(mesh), value) for name, value in batch.items()}
 
 
 _RUNNING = weakref.WeakSet()
