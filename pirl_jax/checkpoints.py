@@ -4,16 +4,20 @@ A checkpoint is a folder STEP with one item for each use, so that an evaluation 
 `model` (params, batch_stats), `train` (opt_state, step, normaliser), `bank` (bank, usable) and `meta` (JSON).
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-from orbax.checkpoint import CheckpointManager, CheckpointManagerOptions, args
+import numpy as np
+from orbax.checkpoint import CheckpointManager, CheckpointManagerOptions, StandardCheckpointer, args
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from pirl_jax.errors import UserError
+from pirl_jax.memory_bank import Layout
+from pirl_jax.mesh import whole
 from pirl_jax.state import TrainState, state_shardings
 
 FORMAT = 1
@@ -81,6 +85,72 @@ class Checkpoints:
       for item, fields in ITEMS.items()}
     restored = self._open().restore(step, args=args.Composite(**items))
     return like.replace(**{field: restored[item][field] for item, fields in ITEMS.items() for field in fields})
+
+  def restore_model(self, step: int, like: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Returns {"params", "batch_stats"} of a checkpoint, whole on every device of `mesh`; nothing else is read.
+
+    Args:
+      step: of the checkpoint.
+      like: the same tree of the network that is to take them; its arrays are not read.
+      mesh: where they are to lie.
+
+    Raises:
+      UserError: a parameter or statistic is missing, is one too many or has another shape (all are compared by name
+        before anything is read), or the files cannot be read.
+    """
+    where = self._folder / str(step)
+    wanted = _shapes(dict(like))
+    try:
+      stored = _shapes(self._stored(step, "model"))
+    except Exception as error:  # of many types, see restore
+      raise self._unreadable(step, error) from error
+    wrong = ([f"{name} is missing" for name in sorted(wanted.keys() - stored.keys())]
+             + [f"{name} is one too many" for name in sorted(stored.keys() - wanted.keys())]
+             + [f"{name} has shape {stored[name]}, not {wanted[name]}" for name in sorted(wanted.keys() & stored.keys())
+                if stored[name] != wanted[name]])
+    if wrong:
+      raise UserError(f"the parameters in {where} do not fit the network of their config: "
+                      f"{'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}")
+    template = {name: _template(tree, whole(mesh)) for name, tree in like.items()}
+    return self._read_item(step, "model", template)
+
+  def restore_bank(self, step: int, layout: Layout) -> np.ndarray:
+    """Returns the memory bank in the order of the images, f32[N, D], on the host.
+
+    Args:
+      step: of the checkpoint.
+      layout: of the run that wrote it.
+
+    Raises:
+      UserError: the bank is not of that layout, or the files cannot be read.
+    """
+    try:
+      shapes = self._stored(step, "bank")
+    except Exception as error:  # of many types, see restore
+      raise self._unreadable(step, error) from error
+    if shapes["bank"].shape[0] != layout.num_rows:
+      raise UserError(f"the bank in {self._folder / str(step)} has {shapes['bank'].shape[0]} rows, and the config asks "
+                      f"for {layout.num_rows}")
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    template = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in shapes.items()}
+    bank = np.asarray(self._read_item(step, "bank", template)["bank"], np.float32)
+    return bank[layout.row_of(np.arange(layout.num_images))]
+
+  def _stored(self, step, item):
+    """Returns the tree of an item with shapes and types in the place of arrays, as Orbax wrote it down."""
+    with StandardCheckpointer() as reader:
+      return reader.metadata(self._folder / str(step) / item).item_metadata.tree
+
+  def _read_item(self, step, item, template):
+    try:
+      return self._open().restore(step, args=args.Composite(**{item: args.StandardRestore(template)}))[item]
+    except Exception as error:  # of many types, see restore
+      raise self._unreadable(step, error) from error
+
+  def _unreadable(self, step, error):
+    others = ", ".join(str(other) for other in self.steps() if other != step)
+    return UserError(f"checkpoint {self._folder / str(step)} cannot be read ({' '.join(str(error).split())[:200]})"
+                     + (f"; choose another with --config.step, there are {others}" if others else ""))
 
   def restore_newest(self, check_meta: Callable[[dict[str, Any]], None], like: TrainState, mesh: jax.sharding.Mesh, *,
                      say: Callable[[str], None]) -> TrainState:
@@ -154,6 +224,59 @@ class Checkpoints:
         preservation_policy=policy, best_fn=best_fn,  # without best_fn Orbax does not write the metrics at all
         cleanup_tmp_directories=writing))
       self._writing = writing
+    return self._manager
+
+
+def _shapes(tree):
+  """Returns {"params/trunk/conv1/kernel": shape, ...}."""
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape)
+          for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+class Snapshots:
+  """Where a long evaluation stands, so that the same command goes on; a context manager.
+
+  Only the newest one is kept. What lies in the folder belongs to one evaluation: the caller names the folder by it.
+  """
+
+  def __init__(self, folder: str | os.PathLike):
+    """Opens `folder`; it is made by the first save."""
+    self._folder = Path(folder).absolute()
+    self._manager = None
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    if self._manager is not None:
+      self._manager.close()
+      self._manager = None
+
+  def restore(self, like: Any, mesh: jax.sharding.Mesh) -> tuple[int, Any]:
+    """Returns (step, tree) as last saved, or (0, `like`) where nothing that can be read was.
+
+    Args:
+      like: the tree at the start, of arrays whole on every device.
+      mesh: where the arrays are to lie.
+    """
+    if self._folder.is_dir():
+      template = _template(like, whole(mesh))
+      for step in sorted(self._open().all_steps(), reverse=True):
+        # Orbax raises Exception itself for a damaged file. What is lost is time: the evaluation starts anew.
+        with contextlib.suppress(Exception):
+          return step, self._open().restore(step, args=args.StandardRestore(template))
+        self._open().delete(step)  # else Orbax would skip every save up to this step without a word
+    return 0, like
+
+  def save(self, step: int, tree: Any) -> None:
+    """Starts to write a tree of arrays under a step >= 1, higher than the last, and returns before it is on disk."""
+    if not self._open().save(step, args=args.StandardSave(tree)):
+      raise RuntimeError(f"Orbax skipped the snapshot of step {step} in {self._folder}")
+
+  def _open(self):
+    if self._manager is None:
+      self._manager = CheckpointManager(self._folder, options=CheckpointManagerOptions(
+        max_to_keep=1, cleanup_tmp_directories=True))
     return self._manager
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from pirl_jax.data.crops import BrokenPicture, centre_crop, decode, random_resized_crop
+from pirl_jax.data.crops import BrokenPicture, centre_crop, decode, random_resized_crop, squash_resize
 from pirl_jax.data.records import Source
 from pirl_jax.errors import UserError
 
@@ -96,13 +96,62 @@ def train_batches(
   return _start(records, local_size, num_threads)
 
 
+def labelled_batches(
+  source: Source,
+  *,
+  indices: np.ndarray,
+  batch_size: int,
+  image_size: int,
+  image_scale: tuple[float, float],
+  seed: int,
+  start_step: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  num_threads: int,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Returns the endless stream of augmented batches with labels, for classifiers: random resized crop and flip.
+
+  Like `train_batches` a function of (seed, step), each epoch in another order; a picture comes at most once in an
+  epoch, and the pictures left over are others in each.
+
+  Args:
+    source: the pictures.
+    indices: i[N], those of its records that take part.
+    batch_size: B, over all processes, at most N.
+    image_size: H, side of the crop.
+    image_scale: range of the share of the picture's area that it covers.
+    seed: any integer.
+    start_step: batches already seen.
+    process_index, process_count: see `train_batches`.
+    num_threads: threads that decode; 0 works in the caller's thread.
+
+  Returns:
+    Iterator of {"image": u8[b, H, H, 3], "index": i32[b], "label": i32[b], "valid": bool[b]}; `valid` is False, and the
+    image zero, where the picture could not be read.
+
+  Raises:
+    UserError: fewer pictures than a batch.
+  """
+  whole_batches = steps_per_epoch(len(indices), batch_size)
+  order_seed, crop_seed = (int(word) for word in np.random.SeedSequence(seed % 2**64).generate_state(2))
+  local_size = batch_size // process_count
+  crop_fn = functools.partial(_labelled_crop, source, np.asarray(indices), size=image_size, scale=tuple(image_scale))
+  # The order of these lines is that of `train_batches`, for the same reasons.
+  records = grain.MapDataset.range(len(indices)).shuffle(seed=order_seed).random_map(crop_fn, seed=crop_seed)
+  records = records[: whole_batches * batch_size][process_index::process_count]
+  records = records.repeat()[start_step * local_size :]
+  return _start(records, local_size, num_threads)
+
+
 def eval_batches(
-  source: Source, *, batch_size: int, image_size: int, crop_fraction: float, num_threads: int, start: int = 0
+  source: Source, *, batch_size: int, image_size: int, crop_fraction: float, num_threads: int, start: int = 0,
+  squash: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Returns every picture from index `start` on once, in order, in batches of one size; nothing is random.
 
   Args:
     batch_size: B. image_size: H, side of the test crop. crop_fraction: see `crops.centre_crop`.
+    squash: the whole picture instead of its centre, see `crops.squash_resize`.
     num_threads: threads that decode; 0 works in the caller's thread.
 
   Returns:
@@ -116,7 +165,8 @@ def eval_batches(
   if batch_size < 1:
     raise UserError(f"batch_size={batch_size} in an evaluation; choose 1 or more")
   num_batches = -(-max(0, len(source) - start) // batch_size)
-  read_fn = functools.partial(_test_picture, source, size=image_size, fraction=crop_fraction)
+  crop_fn = squash_resize if squash else functools.partial(centre_crop, fraction=crop_fraction)
+  read_fn = functools.partial(_test_picture, source, size=image_size, crop_fn=crop_fn)
   records = grain.MapDataset.range(start, start + num_batches * batch_size).map(read_fn)
   return _start(records, batch_size, num_threads)
 
@@ -202,13 +252,32 @@ def _crop_twice(
   }
 
 
-def _test_picture(source: Source, index: int, *, size: int, fraction: float) -> dict[str, np.ndarray]:
+def _labelled_crop(
+  source: Source, indices: np.ndarray, position: int, rng: np.random.Generator, *, size: int, scale
+) -> dict[str, np.ndarray]:
+  index = int(indices[position])
+  picture, label = _read(source, index)
+  if picture is None:
+    crop = np.zeros((size, size, 3), np.uint8)
+  else:
+    crop = random_resized_crop(rng, picture, size=size, scale=scale)
+    if rng.random() < 0.5:
+      crop = np.ascontiguousarray(crop[:, ::-1])
+  return {
+    "image": crop,
+    "index": np.int32(index),
+    "label": np.int32(label),
+    "valid": np.bool_(picture is not None),
+  }
+
+
+def _test_picture(source: Source, index: int, *, size: int, crop_fn) -> dict[str, np.ndarray]:
   beyond = index >= len(source)
   picture, label = (None, -1) if beyond else _read(source, index)
   return {
     "image": np.zeros((size, size, 3), np.uint8)
     if picture is None
-    else centre_crop(picture, size=size, fraction=fraction),
+    else crop_fn(picture, size=size),
     "index": np.int32(-1 if beyond else index),
     "label": np.int32(label),
     "valid": np.bool_(picture is not None),

@@ -156,6 +156,17 @@ def centre_crop(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray:
   return np.ascontiguousarray(_resize(image, height, width)[top : top + size, left : left + size])
 
 
+def squash_resize(image: np.ndarray, *, size: int) -> np.ndarray:
+  """Returns u8[S, S, 3], the whole picture with its aspect changed.
+
+  As vissl prepares pictures for its SVMs, in two steps: the shorter side to S * 256 / 224, then both sides to S.
+  """
+  height, width = image.shape[:2]
+  shorter = round(size * 256 / 224)
+  height, width = (shorter * side // min(height, width) for side in (height, width))
+  return _resize(_resize(image, height, width), size, size)
+
+
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
   """Returns u8[height, width, 3], bilinear and free of aliasing.
 

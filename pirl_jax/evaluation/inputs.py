@@ -1,0 +1,55 @@
+"""What every protocol is given: a restored network, and pictures under the test transform.
+
+Letters: B batch, H side in pixels.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from pirl_jax.data import batches
+from pirl_jax.data.records import Source
+from pirl_jax.models.network import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A network and its restored values.
+
+  Attributes:
+    network: as the run built it; batch norm with running statistics unless a protocol trains it.
+    variables: {"params": ..., "batch_stats": ...}, whole on every device of the mesh.
+  """
+
+  network: Network
+  variables: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+  """The pictures of one split and how an evaluation reads them.
+
+  Attributes:
+    source: the pictures.
+    image_size: H.
+    crop_fraction: share of the shorter side that the centre crop keeps.
+    batch_size: pictures of a test batch, over all devices.
+    num_threads: that decode.
+  """
+
+  source: Source
+  image_size: int
+  crop_fraction: float
+  batch_size: int
+  num_threads: int
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def test_batches(self, *, squash: bool = False) -> Iterator[dict[str, np.ndarray]]:
+    """Returns every picture once, see `batches.eval_batches`; `squash` takes the whole picture, its aspect changed."""
+    return batches.eval_batches(
+      self.source, batch_size=self.batch_size, image_size=self.image_size, crop_fraction=self.crop_fraction,
+      squash=squash, num_threads=self.num_threads)
