@@ -45,7 +45,8 @@ def unit_norm(features: np.ndarray) -> np.ndarray:
 
 
 def extract_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any,
-                     batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh) -> Features:
+                     batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh,
+                     on_batch: Callable[[int], None] | None = None) -> Features:
   """Returns the features of all pictures that can be read, on the host.
 
   Neither batch size nor device count changes a feature (but for the rounding of its sums): `forward_fn` must
@@ -59,6 +60,7 @@ def extract_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any
       number of devices. Padding has valid False and index -1, a broken picture valid False and its index.
       Several processes all give all batches.
     mesh: the devices; each computes its part of a batch.
+    on_batch: called with the number of pictures of each batch, padding not counted, once it is computed.
 
   Raises:
     UserError: B is not a multiple of the number of devices, or there is no picture that can be read.
@@ -71,6 +73,8 @@ def extract_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any
   def fetch():
     features, label, index, valid = pending.popleft()
     parts.append((jax.tree.map(lambda x: np.asarray(x)[valid], features), label[valid], index[valid]))
+    if on_batch is not None:
+      on_batch(int(np.count_nonzero(index >= 0)))
 
   for batch in batches:
     valid = np.asarray(batch["valid"])
