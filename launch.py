@@ -11,10 +11,10 @@ from ml_collections import config_flags
 
 from pirl_jax.errors import UserError
 
-JOBS = {"pretrain": "pirl_jax.pretrain"}
+JOBS = {"pretrain": "pirl_jax.pretrain", "evaluate": "pirl_jax.evaluate"}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, for example configs/pirl.py:imagenet.")
-WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; without it runs/NAME of the config.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; each job has a default of its own.")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
   if config.job not in JOBS:
     raise UserError(f"job={config.job!r} is unknown; choose from {', '.join(JOBS)}")
   # Imported by name, so that a mistyped flag is answered before JAX has loaded.
-  importlib.import_module(JOBS[config.job]).run(config, WORKDIR.value or f"runs/{config.name}")
+  importlib.import_module(JOBS[config.job]).run(config, WORKDIR.value)
 
 
 def start() -> None:

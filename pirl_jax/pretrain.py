@@ -26,9 +26,8 @@ from pirl_jax.data import batches, sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import features, knn, learning
 from pirl_jax.logbook import Logbook, write_json
-from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.network import Network
-from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM, create_resnet
+from pirl_jax.models.network import Network, create_network
+from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
 from pirl_jax.optimizer import cosine_schedule, create_optimizer
 from pirl_jax.state import TrainState, create_state
 from pirl_jax.step import make_train_step, view_keys
@@ -88,11 +87,13 @@ class Run:
 def run(config: ConfigDict, workdir: str) -> None:
   """Pre-trains as `config` says and writes everything into `workdir`; goes on where an earlier run there stopped.
 
+  Without a `workdir` ("") the folder is runs/NAME.
+
   Raises:
     UserError: the config, the data or what lies in `workdir` does not allow it. Nothing has been compiled or written.
   """
   check_config(config)
-  workdir = Path(workdir)
+  workdir = Path(workdir or f"runs/{config.name}")
   check_same_config(config, workdir)
   parts = build(config, workdir)
   with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
@@ -180,10 +181,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
                       f"try --config.{field}={max(1, _get(config, field) // num_devices) * num_devices}")
   check_jigsaw(config.data.pretext_size, **config.jigsaw)
   views_fn = make_views(recipe=Recipe(**config.photometric), pretext=config.pretext, **config.jigsaw)
-  model = config.model
-  network = Network(
-    create_resnet(model.arch, width=model.width, stem=model.stem, dtype=DTYPES[model.dtype]),
-    ImageHead(model.dim, mlp=model.head == "mlp"), PatchesHead(model.dim, mlp=model.head == "mlp"))
+  network = create_network(**{name: value for name, value in config.model.items() if name != "batch_norm"})
 
   train, test = open_data(config)
   steps_per_epoch = batches.steps_per_epoch(len(train), config.batch_size)

@@ -9,7 +9,7 @@ import pytest
 
 from pirl_jax import memory_bank
 from pirl_jax import mesh as mesh_lib
-from pirl_jax.checkpoints import Checkpoints
+from pirl_jax.checkpoints import Checkpoints, Snapshots
 from pirl_jax.errors import UserError
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
@@ -115,3 +115,78 @@ def test_what_a_killed_run_left_goes_with_the_next_save_and_not_before(tmp_path,
     assert half.is_dir()
     checkpoints.save(2, state, {}, knn_top1=None)
   assert not half.exists() and (folder / "2").is_dir()
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_the_model_alone_comes_back_whole_on_every_device(tmp_path, state, num_devices):
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(7, state, {}, knn_top1=None)
+  for item in ("train", "bank"):
+    shutil.rmtree(tmp_path / "7" / item)
+  mesh = mesh_lib.create_mesh(num_devices)
+  like = {"params": state.params, "batch_stats": state.batch_stats}
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    restored = checkpoints.restore_model(7, jax.eval_shape(lambda: like), mesh)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(like))
+  assert all(x.sharding.is_equivalent_to(mesh_lib.whole(mesh), x.ndim) for x in jax.tree.leaves(restored))
+
+
+def test_a_missing_a_spare_and_a_misshapen_parameter_are_named(tmp_path, state):
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(7, state, {}, knn_top1=None)
+  like = jax.tree.map(lambda x: x, {"params": state.params, "batch_stats": state.batch_stats})
+  del like["params"]["trunk"]["bn1"]["scale"]
+  like["params"]["trunk"]["gate"] = jnp.zeros(3)
+  like["batch_stats"]["trunk"]["bn1"]["mean"] = jnp.zeros(3)
+  with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(UserError) as error:
+    checkpoints.restore_model(7, like, mesh_lib.create_mesh(1))
+  for said in ("params/trunk/gate is missing", "params/trunk/bn1/scale is one too many",
+               "batch_stats/trunk/bn1/mean has shape (16,), not (3,)"):
+    assert said in str(error.value)
+
+
+def test_the_bank_comes_back_in_the_order_of_the_images(tmp_path, state):
+  layout = memory_bank.create_layout(103, num_devices=4, num_negatives=32)
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(7, state, {}, knn_top1=None)
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    bank = checkpoints.restore_bank(7, layout)
+    with pytest.raises(UserError, match="rows"):
+      checkpoints.restore_bank(7, memory_bank.Layout(200, layout.num_strata))
+  assert bank.shape == (103, 8)
+  for i in (0, 1, 25, 102):
+    np.testing.assert_array_equal(bank[i], state.bank[int(layout.row_of(i))])
+
+
+def snapshot_tree(mesh, value):
+  return {"weights": jax.device_put(np.full(3, value, np.float32), mesh_lib.whole(mesh))}
+
+
+def test_a_snapshot_comes_back_and_only_the_newest_is_kept(tmp_path):
+  mesh = mesh_lib.create_mesh(2)
+  with Snapshots(tmp_path / "snapshots") as snapshots:
+    assert snapshots.restore(snapshot_tree(mesh, 0), mesh)[0] == 0
+    assert not (tmp_path / "snapshots").exists()
+    for step in (1, 5):
+      snapshots.save(step, snapshot_tree(mesh, step))
+  eight = mesh_lib.create_mesh(8)
+  with Snapshots(tmp_path / "snapshots") as snapshots:
+    step, tree = snapshots.restore(snapshot_tree(eight, 0), eight)
+  assert step == 5 and (np.asarray(tree["weights"]) == 5).all()
+  assert tree["weights"].sharding.is_equivalent_to(mesh_lib.whole(eight), 1)
+  assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["5"]
+
+
+def test_after_a_damaged_snapshot_the_evaluation_starts_anew_and_can_save(tmp_path):
+  mesh = mesh_lib.create_mesh(1)
+  with Snapshots(tmp_path) as snapshots:
+    snapshots.save(5, snapshot_tree(mesh, 5))
+  for path in tmp_path.rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+  with Snapshots(tmp_path) as snapshots:
+    step, tree = snapshots.restore(snapshot_tree(mesh, 0), mesh)
+    assert step == 0 and (np.asarray(tree["weights"]) == 0).all()
+    snapshots.save(1, snapshot_tree(mesh, 1))
+  with Snapshots(tmp_path) as snapshots:
+    assert snapshots.restore(snapshot_tree(mesh, 0), mesh)[0] == 1

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -44,6 +44,15 @@ class Outcome:
   figures: dict[str, Any]
   table: dict[str, float]
   curve: Curve | None = None
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns all of it as JSON values."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, stored: Mapping[str, Any]) -> Self:
+    """Returns what `to_json` gave."""
+    return cls(**{**stored, "curve": stored["curve"] and Curve(**stored["curve"])})
 
 
 def format_table(title: str, outcomes: Mapping[str, Outcome], *, share: bool = True) -> str:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.resnet import ResNet
+from pirl_jax.models.resnet import ResNet, create_resnet
 
 
 class Network(nn.Module):
@@ -39,3 +39,13 @@ class Network(nn.Module):
   def features(self, image: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
     """Returns the trunk's features by stage, see `ResNet.__call__`, of normalised images f32[B, H, W, 3]."""
     return self.trunk(image, train=train)
+
+
+def create_network(*, arch: str, width: int, stem: str, head: str, dim: int, dtype: str) -> Network:
+  """Returns the network of a config's `model` group (its `batch_norm` belongs to the step, not to the network).
+
+  Raises:
+    UserError: see `create_resnet`.
+  """
+  return Network(create_resnet(arch, width=width, stem=stem, dtype=jnp.dtype(dtype)),
+                 ImageHead(dim, mlp=head == "mlp"), PatchesHead(dim, mlp=head == "mlp"))

@@ -1,0 +1,204 @@
+"""Evaluation: python launch.py --config=configs/evaluate.py:PROTOCOL --config.checkpoint=RUN[,RUN...]
+
+A protocol with another source's settings is a variant of it (`linear_moco`). docs/evaluation.md says which protocol
+answers which question.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from pirl_jax.errors import UserError
+
+
+def get_base() -> ConfigDict:
+  """Returns the fields that every protocol has, once, with their meaning and unit."""
+  config = ConfigDict()
+  config.job = "evaluate"  # what launch.py does with this config
+  config.protocol = ""
+  config.name = ""  # of the result files, results/NAME.json; another name keeps what is there
+  config.checkpoint = ""  # the run's folder; several, with commas between them, give one table and one plot
+  config.step = 0  # of the checkpoint; 0: the newest
+  config.seed = 0  # of everything random in the evaluation
+
+  # Without a value: as in the run. With a source given, nothing is taken from the run's data but sizes and threads.
+  config.data = data = ConfigDict()
+  data.source = placeholder(str)  # "embedded", "folder" or "tfds"
+  data.name = placeholder(str)  # tfds: name of the data set
+  data.root = placeholder(str)  # folder: the folder of pictures; tfds: where prepared sets lie
+  data.split = placeholder(str)  # of the training pictures
+  data.test_split = placeholder(str)  # of the held-out pictures
+  data.labels = placeholder(str)  # folder: "folder" takes the sub-folders as classes
+  data.num_images = placeholder(int)  # embedded: how many training pictures to draw
+  data.test_num_images = placeholder(int)  # embedded: how many held-out pictures
+  data.image_size = placeholder(int)  # pixels, side of the pictures as the network sees them
+  data.crop_fraction = placeholder(float)  # share of the shorter side that the centre crop keeps
+  data.batch_size = placeholder(int)  # test pictures at a time, over all devices
+  data.num_threads = placeholder(int)  # that decode
+  return config
+
+
+def knn(config: ConfigDict) -> None:
+  """Weighted nearest neighbours, no training: NPID section 3.4."""
+  config.knn = knn = ConfigDict()
+  knn.layer = "pooled"  # a layer of the trunk, or "embedding"
+  knn.k = 200
+  knn.temperature = 0.07
+
+
+def linear(config: ConfigDict) -> None:
+  """A linear classifier on each layer of the frozen trunk: the paper's appendix C."""
+  config.linear = linear = ConfigDict()
+  linear.layers = ""  # with commas between them; "": all
+  linear.num_epochs = 28
+  linear.batch_size = 256
+  linear.learning_rate = 0.01  # for a batch of 256; scaled in proportion to the batch
+  linear.schedule = "steps"  # "steps" or "cosine" (to zero)
+  linear.milestones = (28 / 3, 56 / 3)  # epochs, where the rate falls: two, equally spaced
+  linear.decay_factor = 0.1
+  linear.momentum = 0.9
+  linear.nesterov = False
+  linear.weight_decay = 5e-4
+  linear.head = "bn"  # before the linear layer: "bn" (no scale or shift), "bn_affine", "plain" (none)
+  linear.image_scale = (0.08, 1.0)  # share of the picture's area that the random crop covers
+  linear.cached = False  # features taken once, without augmentation; for small data
+
+
+def linear_vissl(config: ConfigDict) -> None:
+  """vissl's eval_resnet_8gpu_transfer_in1k_linear.yaml: three steps, Nesterov, scale and shift in the batch norm."""
+  linear(config)
+  config.linear.milestones = (8.0, 16.0, 24.0)
+  config.linear.nesterov = True
+  config.linear.head = "bn_affine"
+
+
+def linear_moco(config: ConfigDict) -> None:
+  """As MoCo: the pooled features alone, plain linear layer, rate 30, 100 epochs (pirl-like runs in vissl too)."""
+  linear(config)
+  config.linear.update(layers="pooled", num_epochs=100, learning_rate=30.0, milestones=(60.0, 80.0), weight_decay=0.0,
+                       head="plain")
+
+
+def linear_simclr(config: ConfigDict) -> None:
+  """As SimCLR: the pooled features alone, plain linear layer, rate 0.3 with a cosine, 100 epochs."""
+  linear(config)
+  config.linear.update(layers="pooled", num_epochs=100, learning_rate=0.3, schedule="cosine", weight_decay=1e-6,
+                       head="plain", nesterov=True)
+
+
+def svm(config: ConfigDict) -> None:
+  """Linear SVMs, one against the rest, cost by cross-validation: the protocol of VOC07, on any labels."""
+  config.svm = svm = ConfigDict()
+  svm.layers = ""  # "": the pooled features for pictures of up to 96 pixels, every map of the trunk for larger ones
+  svm.costs = "paper"  # the grid: "paper" (fssb's, 26 values) or "vissl" (11)
+  svm.num_folds = 3
+
+
+def svm_voc07(config: ConfigDict) -> None:
+  """The paper's VOC07 figures: trained on trainval, judged on test."""
+  svm(config)
+  voc07(config)
+
+
+def low_shot(config: ConfigDict) -> None:
+  """The same SVMs on a few examples a class, as vissl's low-shot benchmark."""
+  config.low_shot = low_shot = ConfigDict()
+  low_shot.layers = ""  # as svm.layers; vissl takes res4 and res5
+  low_shot.costs = "vissl"
+  low_shot.shots = (1, 2, 4, 8, 16, 32, 64, 96)  # positive examples a class
+  low_shot.num_draws = 5
+
+
+def low_shot_voc07(config: ConfigDict) -> None:
+  """vissl's low-shot VOC07."""
+  low_shot(config)
+  config.low_shot.layers = "res4,res5"
+  voc07(config)
+
+
+def semi_supervised(config: ConfigDict) -> None:
+  """The whole network, fine-tuned on a share of the labels: the paper's section 3.3, by NPID's procedure."""
+  config.semi_supervised = semi = ConfigDict()
+  semi.fractions = (0.01, 0.1)  # of the labelled pictures, in (0, 1]
+  semi.balanced = False  # the same share of every class instead of a plain draw
+  semi.num_epochs = 70
+  semi.batch_size = 256
+  semi.learning_rate = 0.01  # for a batch of 256; scaled in proportion to the batch
+  semi.milestones = (30.0, 60.0)  # epochs
+  semi.decay_factor = 0.1
+  semi.momentum = 0.9
+  semi.nesterov = False
+  semi.weight_decay = 0.0
+  semi.image_scale = (0.08, 1.0)  # share of the picture's area that the random crop covers
+
+
+def semi_supervised_vissl(config: ConfigDict) -> None:
+  """vissl with PIRL's lists: one step down at epoch 30, Nesterov."""
+  semi_supervised(config)
+  config.semi_supervised.update(milestones=(30.0,), nesterov=True)
+
+
+def semi_supervised_full(config: ConfigDict) -> None:
+  """vissl's fine-tuning on all labels: 105 epochs, rate 0.1, down at 30, 60, 90 and 100."""
+  semi_supervised(config)
+  config.semi_supervised.update(fractions=(1.0,), num_epochs=105, learning_rate=0.1,
+                                milestones=(30.0, 60.0, 90.0, 100.0), nesterov=True)
+
+
+def invariance(config: ConfigDict) -> None:
+  """Distances between f of an image and g of its transformed version: the paper's figure 4."""
+  config.invariance = invariance = ConfigDict()
+  invariance.split = placeholder(str)  # "train" or "test" pictures; without a value test, where there are any
+  invariance.num_pictures = 2_000
+  invariance.num_transforms = 10  # draws of t for each picture
+  invariance.num_bins = 50  # of the histogram over [0, 2]
+
+
+def retrieval(config: ConfigDict) -> None:
+  """Nearest neighbours of some pictures, as a picture; mean average precision."""
+  config.retrieval = retrieval = ConfigDict()
+  retrieval.layer = "pooled"  # a layer of the trunk, or "embedding"
+  retrieval.gallery = "features"  # of the training pictures, or "bank": the run's memory bank
+  retrieval.queries = placeholder(str)  # "train" or "test" pictures; without a value test, where there are any
+  retrieval.num_queries = 1_000
+  retrieval.num_shown = 8
+  retrieval.num_neighbours = 8
+
+
+def features(config: ConfigDict) -> None:
+  """Writes features, labels and file names for use elsewhere."""
+  config.features = features = ConfigDict()
+  features.layer = "pooled"  # a layer of the trunk, or "embedding"
+  features.splits = ()  # any splits of the data; (): data.split, and data.test_split where there is one
+  features.format = "npz"  # "npz" or "parquet"
+
+
+def voc07(config: ConfigDict) -> None:
+  """Sets the data of the paper's SVMs; the archives are fetched by TFDS's name for them."""
+  config.data.source = "tfds"
+  config.data.name = "voc/2007"
+  config.data.split = "train+validation"
+  config.data.test_split = "test"
+
+
+VARIANTS = {variant.__name__: variant for variant in (
+  knn, linear, linear_vissl, linear_moco, linear_simclr, svm, svm_voc07, low_shot, low_shot_voc07, semi_supervised,
+  semi_supervised_vissl, semi_supervised_full, invariance, retrieval, features)}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+  """Returns the config of a protocol.
+
+  Raises:
+    UserError: none or an unknown one.
+  """
+  if variant not in VARIANTS:
+    raise UserError(f"configs/evaluate.py needs a protocol, and {variant!r} is none; for example "
+                    f"--config=configs/evaluate.py:knn; there are {', '.join(VARIANTS)}")
+  config = get_base()
+  VARIANTS[variant](config)
+  config.name = variant
+  config.protocol = next(name for name in config if name in PROTOCOLS)
+  return config
+
+
+PROTOCOLS = ("knn", "linear", "svm", "low_shot", "semi_supervised", "invariance", "retrieval", "features")

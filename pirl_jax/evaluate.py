@@ -1,0 +1,531 @@
+"""An evaluation from its config: restore the networks, open the pictures, run the protocol, write what it found.
+
+The config stops here: the protocols in `pirl_jax/evaluation/` are handed plain values.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from pirl_jax import mesh as mesh_lib
+from pirl_jax.checkpoints import Checkpoints
+from pirl_jax.data import sources
+from pirl_jax.errors import UserError
+from pirl_jax.evaluation import export, invariance, knn, linear, low_shot, retrieval, semi_supervised, svm
+from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.layers import check_layers, layer_names
+from pirl_jax.evaluation.outcome import Outcome, format_table, save_plot
+from pirl_jax.logbook import write_json
+from pirl_jax.memory_bank import Layout
+from pirl_jax.models.network import create_network
+from pirl_jax.views.two_views import make_views
+
+SMALL_PICTURES = 96
+"""Pixels up to which SVMs are fitted on the pooled features alone."""
+
+DATA_FIELDS = ("source", "name", "root", "split", "test_split", "labels", "num_images", "test_num_images")
+"""Of `config.data`: which pictures. They come from the run together, or not at all."""
+
+DATA_DEFAULTS = {"name": "", "root": "", "split": "train", "test_split": "test", "labels": "folder",
+                 "num_images": 4_096, "test_num_images": 1_024}
+"""Of the fields that are not given beside a source."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A pre-training run and the checkpoint of it that is judged.
+
+  Attributes:
+    label: short name in tables and plots.
+    folder: the run's folder.
+    step: of the checkpoint.
+    newest: whether it is the newest of the run.
+    meta: of the checkpoint; its "config" is the run's whole config.
+    model: the restored network.
+  """
+
+  label: str
+  folder: Path
+  step: int
+  newest: bool
+  meta: dict[str, Any]
+  model: Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """One run under one protocol: all that an adapter in `PROTOCOLS` reads.
+
+  Attributes:
+    config: of the evaluation.
+    run: what is judged.
+    data: the fields `DATA_FIELDS`, resolved.
+    train, test: the pictures; `test` is None where there are none.
+    open_split: opens any other split of the same data.
+    mesh: the devices.
+    snapshots: folder of what an interrupted protocol has done, gone when the evaluation has ended.
+    output: stem of the files beside the result file.
+  """
+
+  config: ConfigDict
+  run: Run
+  data: dict[str, Any]
+  train: Pictures
+  test: Pictures | None
+  open_split: Callable[[str], Pictures]
+  mesh: jax.sharding.Mesh
+  snapshots: Path
+  output: Path
+
+  @property
+  def settings(self) -> ConfigDict:
+    """Returns the protocol's own group of the config."""
+    return self.config[self.config.protocol]
+
+  def labelled_test(self) -> Pictures:
+    """Returns the held-out pictures.
+
+    Raises:
+      UserError: there are none.
+    """
+    if self.test is None:
+      raise UserError(f"{self.config.protocol} needs held-out pictures, and {self.run.label} was trained without a "
+                      "held-out split; name one with --config.data.test_split=...")
+    return self.test
+
+  def either(self, choice: str | None, field: str) -> Pictures:
+    """Returns the training or the held-out pictures as `choice` says; None: the held-out ones where there are any."""
+    if choice is None:
+      return self.test or self.train
+    if choice not in ("train", "test"):
+      raise UserError(f"{field}={choice!r} is not possible: choose train or test")
+    return self.train if choice == "train" else self.labelled_test()
+
+  def layers(self, given: str, field: str) -> tuple[str, ...]:
+    """Returns the layers named in a config field, with commas between them; all of the trunk where it is empty.
+
+    Raises:
+      UserError: the network has no such layer.
+    """
+    network = self.run.model.network
+    layers = tuple(part.strip() for part in given.split(",")) if given else layer_names(network)
+    check_layers(network, layers, field=field)
+    return layers
+
+  def svm_layers(self, given: str, field: str) -> tuple[str, ...]:
+    """Returns the layers for SVMs: without a name the pooled one for small pictures, else every map of the trunk."""
+    if given:
+      return self.layers(given, field)
+    return ("pooled",) if self.train.image_size <= SMALL_PICTURES else layer_names(self.run.model.network)[:-1]
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Judges the checkpoints of `config` and writes result, table and plot.
+
+  One run's results go into its folder (or `workdir`), those of several into `workdir`, by default runs/compare.
+
+  Raises:
+    UserError: the config, a checkpoint or the data does not allow it. Nothing has been compiled or written.
+  """
+  started = time.perf_counter()
+  mesh = mesh_lib.create_mesh()
+  runs = open_runs(config, mesh)
+  evaluations = [prepare(config, run, mesh, data_of(config, run), workdir, len(runs)) for run in runs]
+  first = evaluations[0]
+  for other in evaluations[1:]:
+    if other.data != first.data:
+      field = next(name for name in DATA_FIELDS if other.data[name] != first.data[name])
+      raise UserError(f"the runs have different pictures (data.{field}: {first.data[field]!r} in {first.run.label}, "
+                      f"{other.data[field]!r} in {other.run.label}); name those to judge both on, "
+                      "--config.data.source=... and so on")
+  settings = {evaluation.run.label: settings_of(evaluation) for evaluation in evaluations}
+  result_path = first.output.with_name(first.output.name + ".json")
+  check_same_settings(result_path, settings)
+
+  outcomes = {}
+  for evaluation in evaluations:
+    label = evaluation.run.label
+    print(f"{config.protocol} of {evaluation.run.folder}, step {evaluation.run.step}")
+    outcomes[label] = measure(evaluation, settings[label])
+  finish(config, evaluations, settings, outcomes, result_path, time.perf_counter() - started)
+
+
+def open_runs(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[Run]:
+  """Returns the runs named in `config.checkpoint`, restored onto `mesh`.
+
+  Raises:
+    UserError: none is named, one is named twice, or one of them is not a run of ours whose parameters fit.
+  """
+  folders = [run_folder(name.strip()) for name in config.checkpoint.split(",") if name.strip()]
+  if not folders:
+    raise UserError("config.checkpoint is empty; give the folder of a run, --config.checkpoint=runs/pirl")
+  if len(set(folders)) < len(folders):
+    raise UserError(f"config.checkpoint={config.checkpoint} names a run twice")
+  return [open_run(folder, label, config.step, mesh) for folder, label in zip(folders, labels(folders), strict=True)]
+
+
+def run_folder(name: str) -> Path:
+  """Returns the absolute folder of the run that a user means: the run's own, or its folder of checkpoints.
+
+  Raises:
+    UserError: there is nothing of the kind.
+  """
+  given = Path(name).expanduser().absolute()
+  folder = given.parent if given.name == "checkpoints" else given
+  if not folder.is_dir():
+    raise UserError(f"--config.checkpoint={name}: there is no such folder; give the folder of a run")
+  if not (folder / "checkpoints").is_dir():
+    if given.name.isdigit() and given.parent.name == "checkpoints":
+      raise UserError(f"--config.checkpoint={name} is a single checkpoint; give the run and the step: "
+                      f"--config.checkpoint={given.parent.parent} --config.step={given.name}")
+    found = ", ".join(sorted(child.name for child in folder.iterdir())[:5]) or "nothing"
+    raise UserError(f"--config.checkpoint={name} is not the folder of a run: it has no folder checkpoints (found: "
+                    f"{found})")
+  return folder
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+  """Returns a short name for each folder: as many of its last parts as tell it from the others."""
+  for count in range(1, max(len(folder.parts) for folder in folders) + 1):
+    names = ["/".join(folder.parts[-count:]) for folder in folders]
+    if len(set(names)) == len(names):
+      return names
+  return [str(folder) for folder in folders]
+
+
+def open_run(folder: Path, label: str, step: int, mesh: jax.sharding.Mesh) -> Run:
+  """Returns the run with the model of its checkpoint `step` (0: the newest), whole on every device of `mesh`.
+
+  Raises:
+    UserError: no such checkpoint, not one of ours, or parameters that do not fit the network of their config.
+  """
+  with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
+    steps = checkpoints.steps()
+    if not steps:
+      raise UserError(f"{folder / 'checkpoints'} holds no finished checkpoint")
+    if step and step not in steps:
+      raise UserError(f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    step = step or steps[-1]
+    try:
+      meta = checkpoints.read_meta(step)
+      stored = meta["config"]
+      network = create_network(**{name: value for name, value in stored["model"].items() if name != "batch_norm"})
+      size, grid, patch = stored["data"]["image_size"], stored["jigsaw"]["grid"], stored["jigsaw"]["patch_size"]
+    except UserError:
+      raise
+    except Exception as error:  # Orbax's are of many types; a meta of another program may lack anything
+      raise UserError(f"{folder / 'checkpoints' / str(step)} is not a checkpoint of this program, or damaged "
+                      f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+    like = jax.eval_shape(lambda: network.init(
+      jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1, grid**2, patch, patch, 3)), train=False))
+    variables = checkpoints.restore_model(step, like, mesh)
+  for path, value in jax.tree_util.tree_leaves_with_path(variables):
+    if not np.isfinite(value).all():
+      raise UserError(f"checkpoint {folder / 'checkpoints' / str(step)} holds values that are not finite, in "
+                      f"{jax.tree_util.keystr(path, simple=True, separator='/')}; choose another with --config.step")
+  return Run(label, folder, step, step == steps[-1], meta, Model(network, variables))
+
+
+def data_of(config: ConfigDict, run: Run) -> dict[str, Any]:
+  """Returns the fields `DATA_FIELDS` of the pictures to judge `run` on: given ones, and else the run's own."""
+  given = {name: config.data[name] for name in DATA_FIELDS if config.data[name] is not None}
+  return _full_root((own_data(run) if config.data.source is None else DATA_DEFAULTS) | given)
+
+
+def own_data(run: Run) -> dict[str, Any]:
+  """Returns the fields `DATA_FIELDS` of the pictures of the run itself."""
+  data, held_out = run.meta["config"]["data"], run.meta["config"]["evaluate"]
+  return _full_root({name: data[name] for name in DATA_FIELDS if name in data} | {
+    "test_split": held_out["split"], "test_num_images": held_out["num_images"]})
+
+
+def _full_root(data):
+  return {**data, "root": os.path.abspath(os.path.expanduser(data["root"])) if data["root"] else ""}
+
+
+def prepare(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, data: dict[str, Any], workdir: str,
+            num_runs: int) -> Evaluation:
+  """Returns the evaluation of one run: its pictures are opened and all is checked, but nothing computed or written.
+
+  Raises:
+    UserError: something does not fit.
+  """
+  own, held_out = run.meta["config"]["data"], run.meta["config"]["evaluate"]
+  sizes = {"image_size": own["image_size"], "crop_fraction": held_out["crop_fraction"],
+           "batch_size": held_out["batch_size"], "num_threads": own["num_threads"]}
+  sizes |= {name: config.data[name] for name in sizes if config.data[name] is not None}
+  if config.data.batch_size is None:  # the run's, which may have been on another number of devices
+    sizes["batch_size"] = -(-sizes["batch_size"] // mesh.size) * mesh.size
+  if sizes["batch_size"] % mesh.size or sizes["batch_size"] < 1:
+    raise UserError(f"data.batch_size={sizes['batch_size']} does not divide among {mesh.size} devices; "
+                    f"try --config.data.batch_size={max(1, sizes['batch_size'] // mesh.size) * mesh.size}")
+  for name in ("image_size", "num_threads"):
+    if sizes[name] < 1:
+      raise UserError(f"data.{name}={sizes[name]} is not possible: a whole number from 1 is needed")
+  if not 0 < sizes["crop_fraction"] <= 1:
+    raise UserError(f"data.crop_fraction={sizes['crop_fraction']} is not possible: it lies in (0, 1]")
+
+  def open_split(split, class_names=None):
+    source = sources.open_source(
+      data["source"], name=data["name"], root=data["root"], split=split, labels=data["labels"],
+      image_size=sizes["image_size"], class_names=class_names,
+      num_images=data["test_num_images"] if split == data["test_split"] else data["num_images"])
+    print(f"pictures: {source.description}")
+    return Pictures(source, **sizes)
+
+  train = open_split(data["split"])
+  test = open_split(data["test_split"], train.source.class_names or None) if data["test_split"] else None
+  folder = Path(workdir) if workdir else run.folder if num_runs == 1 else Path("runs/compare")
+  output = folder / "results" / result_name(config, run, data)
+  evaluation = Evaluation(config, run, data, train, test, open_split, mesh, Path(), output)
+  digest = hashlib.sha256(json.dumps(settings_of(evaluation), sort_keys=True).encode()).hexdigest()[:12]
+  return dataclasses.replace(
+    evaluation, snapshots=output.parent / "unfinished" / f"{output.name}-{digest}",
+    output=output if num_runs == 1 else output.with_name(config.name))
+
+
+def result_name(config: ConfigDict, run: Run, data: dict[str, Any]) -> str:
+  """Returns the name of the result file, without ending: NAME, or NAME-DATA-STEP for other data or an older step."""
+  # Labels for pictures that the run had without do not make other pictures of them.
+  other_data = any(data[name] != own for name, own in own_data(run).items() if name != "labels")
+  if not other_data and run.newest:
+    return config.name
+  name = data["name"] or Path(data["root"]).name or data["source"]
+  return f"{config.name}-{re.sub(r'[^A-Za-z0-9_.]+', '_', name)}-{run.step}"
+
+
+def settings_of(evaluation: Evaluation) -> dict[str, Any]:
+  """Returns everything that the figures depend on, JSON values: equal settings mean equal figures."""
+  test = evaluation.test
+  settings = {
+    "protocol": evaluation.config.protocol,
+    evaluation.config.protocol: evaluation.settings.to_dict(),
+    "seed": evaluation.config.seed,
+    # Where the pictures lie does not matter, their fingerprints do.
+    "data": {name: value for name, value in evaluation.data.items() if name != "root"},
+    "train_fingerprint": evaluation.train.source.fingerprint,
+    "test_fingerprint": test.source.fingerprint if test else None,
+    "image_size": evaluation.train.image_size,
+    "crop_fraction": evaluation.train.crop_fraction,
+    "step": evaluation.run.step,
+    "run_config": evaluation.run.meta["config"],
+  }
+  return json.loads(json.dumps(settings))  # tuples are lists from now on, as in the stored file
+
+
+def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> None:
+  """Raises UserError if there is a result of the same name with other settings: it would be lost."""
+  if not path.exists():
+    return
+  way_out = f"--config.name=NAME keeps both, or move {path} away"
+  try:
+    stored = json.loads(path.read_text())
+    found = {label: result["settings"] for label, result in stored.get("runs", {next(iter(settings)): stored}).items()}
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f"{path} is not a result of this program; {way_out}") from error
+  if found.keys() != settings.keys():
+    raise UserError(f"{path} holds the results of {', '.join(found)}, and now it is {', '.join(settings)}; {way_out}")
+  for label, now in settings.items():
+    old, new = flatten(found[label]), flatten(now)
+    for field in sorted(old.keys() | new.keys()):
+      if old.get(field) != new.get(field):
+        raise UserError(f"{path} holds a result with {field}={old.get(field)!r}, and now it is {new.get(field)!r}; "
+                        f"{way_out}")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns {"group.field": value} of nested dicts."""
+  flat = {}
+  for name, value in tree.items():
+    flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return flat
+
+
+def measure(evaluation: Evaluation, settings: dict[str, Any]) -> Outcome:
+  """Returns what the protocol finds; read again where an interrupted comparison of several runs has done it before."""
+  done = evaluation.snapshots / "outcome.json"
+  if done.exists():
+    print("done before the interruption")
+    return Outcome.from_json(json.loads(done.read_text()))
+  started = time.perf_counter()
+  outcome = PROTOCOLS[evaluation.config.protocol].measure(evaluation)
+  outcome = dataclasses.replace(
+    outcome, figures={**outcome.figures, "seconds": round(time.perf_counter() - started, 1)})
+  if jax.process_index() == 0:
+    write_json(done, outcome.to_json())
+  return outcome
+
+
+def finish(config: ConfigDict, evaluations: Sequence[Evaluation], settings: dict[str, dict[str, Any]],
+           outcomes: dict[str, Outcome], path: Path, seconds: float) -> None:
+  """Writes result file and plot, prints the table and the names of all that was written."""
+  if jax.process_index():
+    return
+  first = evaluations[0]
+  device = jax.devices()[0]
+  results = {
+    evaluation.run.label: {
+      "checkpoint": str(evaluation.run.folder), "step": evaluation.run.step,
+      "figures": outcomes[evaluation.run.label].figures, "settings": settings[evaluation.run.label]}
+    for evaluation in evaluations}
+  write_json(path, {
+    "protocol": config.protocol, "seed": config.seed, "devices": f"{jax.device_count()} x {device.device_kind}",
+    "jax": jax.__version__, **(results[first.run.label] if len(results) == 1 else {"runs": results})})
+  written = [path]
+  if all(outcome.curve for outcome in outcomes.values()):
+    plot = path.with_suffix(".png")
+    save_plot(plot, f"{config.protocol}: {first.data['name'] or Path(first.data['root']).name or first.data['source']}",
+              outcomes)
+    written.append(plot)
+  for evaluation in evaluations:
+    shutil.rmtree(evaluation.snapshots, ignore_errors=True)
+  unfinished = first.snapshots.parent
+  if unfinished.is_dir() and not os.listdir(unfinished):
+    unfinished.rmdir()
+  print(format_table(f"{config.name}, {seconds:.0f} s", outcomes, share=PROTOCOLS[config.protocol].share))
+  written += [Path(name) for outcome in outcomes.values() for name in outcome.figures.get("written", ())]
+  print("written: " + ", ".join(str(name) for name in written))
+
+
+def measure_knn(evaluation: Evaluation) -> Outcome:
+  """Returns kNN figures on one layer."""
+  knn_ = evaluation.settings
+  (layer,) = evaluation.layers(knn_.layer, "knn.layer")
+  return knn.measure_knn(evaluation.run.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
+                         layer=layer, k=knn_.k, temperature=knn_.temperature)
+
+
+def measure_linear(evaluation: Evaluation) -> Outcome:
+  """Returns linear classifiers on the layers."""
+  given = evaluation.settings.to_dict()
+  layers = evaluation.layers(given.pop("layers"), "linear.layers")
+  return linear.measure_linear(
+    evaluation.run.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh, layers=layers, **given,
+    seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots)
+
+
+def measure_svm(evaluation: Evaluation) -> Outcome:
+  """Returns linear SVMs on the layers."""
+  given = evaluation.settings
+  return svm.measure_svm(
+    evaluation.run.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
+    layers=evaluation.svm_layers(given.layers, "svm.layers"), costs=costs(given.costs, "svm.costs"),
+    num_folds=given.num_folds, seed=evaluation.config.seed)
+
+
+def measure_low_shot(evaluation: Evaluation) -> Outcome:
+  """Returns linear SVMs on a few examples a class."""
+  given = evaluation.settings
+  return low_shot.measure_low_shot(
+    evaluation.run.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
+    layers=evaluation.svm_layers(given.layers, "low_shot.layers"), costs=costs(given.costs, "low_shot.costs"),
+    shots=tuple(given.shots), num_draws=given.num_draws, seed=evaluation.config.seed)
+
+
+def costs(name: str, field: str) -> tuple[float, ...]:
+  """Returns the grid of costs of that name.
+
+  Raises:
+    UserError: an unknown name.
+  """
+  grids = {"paper": svm.PAPER_COSTS, "vissl": svm.VISSL_COSTS}
+  if name not in grids:
+    raise UserError(f"{field}={name!r} is unknown; choose from {', '.join(grids)}")
+  return grids[name]
+
+
+def measure_semi_supervised(evaluation: Evaluation) -> Outcome:
+  """Returns fine-tuning on shares of the labels."""
+  return semi_supervised.measure_semi_supervised(
+    evaluation.run.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
+    **evaluation.settings.to_dict(), seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots)
+
+
+def measure_invariance(evaluation: Evaluation) -> Outcome:
+  """Returns distances between f of an image and g of its transformed version."""
+  given, stored = evaluation.settings, evaluation.run.meta["config"]
+  return invariance.measure_invariance(
+    evaluation.run.model, evaluation.either(given.split, "invariance.split"), mesh=evaluation.mesh,
+    views_fn=make_views(recipe=invariance.NO_AUGMENTATION, pretext=stored["pretext"], **stored["jigsaw"]),
+    pretext_size=stored["data"]["pretext_size"], num_pictures=given.num_pictures,
+    num_transforms=given.num_transforms, num_bins=given.num_bins, seed=evaluation.config.seed)
+
+
+def measure_retrieval(evaluation: Evaluation) -> Outcome:
+  """Returns nearest neighbours of some pictures."""
+  given, meta = evaluation.settings, evaluation.run.meta
+  (layer,) = evaluation.layers(given.layer, "retrieval.layer")
+  queries = evaluation.either(given.queries, "retrieval.queries")
+  bank = None
+  if given.gallery not in ("features", "bank"):
+    raise UserError(f"retrieval.gallery={given.gallery!r} is not possible: choose features or bank")
+  if given.gallery == "bank":
+    if evaluation.train.source.fingerprint != meta["data"]:
+      raise UserError(f"the bank of {evaluation.run.label} is of other pictures than those given "
+                      f"({meta['data']!r}, and now {evaluation.train.source.fingerprint!r}); "
+                      "use --config.retrieval.gallery=features")
+    with Checkpoints(evaluation.run.folder / "checkpoints", keep=1) as checkpoints:
+      bank = checkpoints.restore_bank(evaluation.run.step, Layout(meta["num_images"], meta["num_strata"]))
+  return retrieval.measure_retrieval(
+    evaluation.run.model, evaluation.train, queries, mesh=evaluation.mesh, layer=layer, bank=bank,
+    num_queries=given.num_queries, num_shown=given.num_shown, num_neighbours=given.num_neighbours,
+    seed=evaluation.config.seed, picture_path=beside(evaluation, "neighbours", "png"))
+
+
+def export_features(evaluation: Evaluation) -> Outcome:
+  """Writes the features of some splits, and returns what was written."""
+  given = evaluation.settings
+  (layer,) = evaluation.layers(given.layer, "features.layer")
+  data = evaluation.data
+  known = {data["split"]: evaluation.train, data["test_split"]: evaluation.test}
+  splits = tuple(given.splits) or tuple(split for split, pictures in known.items() if pictures is not None)
+  pictures = {split: known.get(split) or evaluation.open_split(split) for split in splits}
+  found = {
+    split: export.export_features(
+      evaluation.run.model, part, mesh=evaluation.mesh, layer=layer, format=given.format,
+      path=beside(evaluation, re.sub(r"[^A-Za-z0-9_.]+", "_", split) or "all", given.format))
+    for split, part in pictures.items()}
+  return Outcome(
+    figures={"splits": {split: outcome.figures for split, outcome in found.items()},
+             "written": [outcome.figures["path"] for outcome in found.values()]},
+    table={f"{split or 'all'}, {row}": value
+           for split, outcome in found.items() for row, value in outcome.table.items()})
+
+
+def beside(evaluation: Evaluation, what: str, ending: str) -> Path:
+  """Returns the path of a further file of one run's evaluation, beside its result file."""
+  several = evaluation.config.checkpoint.strip(", ").count(",") > 0
+  run = re.sub(r"[^A-Za-z0-9_.]+", "_", evaluation.run.label) + "-" if several else ""
+  return evaluation.output.with_name(f"{evaluation.output.name}-{run}{what}.{ending}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+  """How a protocol is run: `measure` takes an `Evaluation`; `share`: its table is in per cent."""
+
+  measure: Callable[[Evaluation], Outcome]
+  share: bool = True
+
+
+PROTOCOLS = {
+  "knn": Protocol(measure_knn),
+  "linear": Protocol(measure_linear),
+  "svm": Protocol(measure_svm),
+  "low_shot": Protocol(measure_low_shot),
+  "semi_supervised": Protocol(measure_semi_supervised),
+  "invariance": Protocol(measure_invariance, share=False),
+  "retrieval": Protocol(measure_retrieval),
+  "features": Protocol(export_features, share=False),
+}

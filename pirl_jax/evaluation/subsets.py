@@ -1,0 +1,55 @@
+"""Fixed subsets of the labelled pictures: the same on every machine and for ever.
+
+The records are put in the order of the SHA-256 digest of the text SEED:INDEX, and the first ones are taken. That asks
+nothing of a random generator, whose stream a later version may change, and makes a smaller subset part of a larger one.
+
+Letters: N records of a source, n records of a subset.
+"""
+
+import hashlib
+
+import numpy as np
+
+from pirl_jax.errors import UserError
+
+
+def draw_subset(labels: np.ndarray, fraction: float, *, seed: int, balanced: bool) -> np.ndarray:
+  """Returns the records of a subset, i64[n], rising.
+
+  Of m labelled records `round(fraction * m)` are taken (half to even), without regard to their classes; a small subset
+  may lack some. With `balanced` that many of each class are, with m its records, and at least one.
+
+  Args:
+    labels: i32[N], -1 where a record has none: it is in no subset.
+    fraction: in (0, 1].
+    seed: any integer; another one gives another subset.
+    balanced: the same share of every class.
+
+  Raises:
+    UserError: the fraction is out of range, or so small that no record is left.
+  """
+  if not 0 < fraction <= 1:
+    raise UserError(f"a subset of {fraction} of the labels is not possible: the fraction lies in (0, 1]")
+  labels = np.asarray(labels)
+  labelled = np.flatnonzero(labels >= 0)
+  order = np.array(sorted(labelled.tolist(), key=lambda index: _digest(f"{seed}:{index}")), np.int64)
+  if balanced:
+    by_class = [order[labels[order] == label] for label in np.unique(labels[labelled])]
+    taken = [members[:max(1, round(fraction * len(members)))] for members in by_class]
+    taken = np.concatenate([order[:0], *taken])
+  else:
+    taken = order[:round(fraction * len(order))]
+  if not len(taken):
+    least = min(1.0, 1 / max(len(order), 1))
+    raise UserError(f"a fraction of {fraction} of {len(order)} labelled pictures is none; "
+                    f"take {least:.2g} or more")
+  return np.sort(taken)
+
+
+def subset_digest(indices: np.ndarray) -> str:
+  """Returns 16 hexadecimal digits that tell a subset i64[n] from others: equal digests, equal records."""
+  return _digest(",".join(map(str, np.asarray(indices).tolist()))).hex()[:16]
+
+
+def _digest(text):
+  return hashlib.sha256(text.encode()).digest()

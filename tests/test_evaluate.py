@@ -1,0 +1,263 @@
+"""The evaluation job: runs, pictures, result files, and every mistake a user can make. The protocols have own files."""
+
+import json
+import shutil
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import CheckpointManager, args
+
+import configs.evaluate
+from configs import pirl
+from pirl_jax import evaluate, pretrain
+from pirl_jax import mesh as mesh_lib
+from pirl_jax.checkpoints import Checkpoints
+from pirl_jax.errors import UserError
+
+
+def small_run(folder, *, seed=0, num_epochs=2, **data):
+  config = pirl.get_config()
+  config.update(seed=seed, num_epochs=num_epochs, batch_size=32, num_negatives=32)
+  config.data.update(num_images=128, image_size=16, pretext_size=18, **data)
+  config.jigsaw.patch_size = 5
+  config.model.dim = 16
+  config.optimizer.learning_rate = 0.1
+  config.checkpoint.every_steps = 4
+  config.evaluate.update(num_images=48, every_epochs=0, batch_size=32, learning=False)
+  pretrain.run(config, str(folder))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """Two runs and the files of the first as they were."""
+  root = tmp_path_factory.mktemp("runs")
+  return [small_run(root / "a"), small_run(root / "b", seed=1)]
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+  return shutil.copytree(runs[0], tmp_path / "run")
+
+
+def config_of(variant, *checkpoints, **fields):
+  config = configs.evaluate.get_config(variant)
+  config.checkpoint = ",".join(map(str, checkpoints))
+  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+  return config
+
+
+def result_of(folder, name):
+  return json.loads((folder / "results" / f"{name}.json").read_text())
+
+
+QUICK = {
+  "knn": {"knn__k": 20},
+  "linear": {"linear__num_epochs": 2, "linear__milestones": (1.0,), "linear__batch_size": 32},
+  "svm": {"svm__costs": "vissl"},
+  "low_shot": {"low_shot__shots": (1, 2), "low_shot__num_draws": 2},
+  "semi_supervised": {"semi_supervised__fractions": (0.25,), "semi_supervised__num_epochs": 2},
+  "invariance": {"invariance__num_pictures": 24, "invariance__num_transforms": 2},
+  "retrieval": {"retrieval__num_queries": 16},
+  "features": {},
+}
+TOLERANCE = {"semi_supervised": 0.05}
+"""Where training from float32 sums in another order may tell a picture or two otherwise."""
+
+
+@pytest.mark.parametrize("protocol", QUICK)
+def test_every_protocol_writes_its_result_and_gives_the_same_on_one_device(run, monkeypatch, capsys, protocol):
+  evaluate.run(config_of(protocol, run, **QUICK[protocol]), "")
+  result = result_of(run, protocol)
+  assert result["protocol"] == protocol and result["step"] == 8 and result["seed"] == 0
+  assert result["settings"]["run_config"]["num_epochs"] == 2
+  assert not (run / "results" / "unfinished").exists()
+  assert f"written: {run / 'results' / protocol}.json" in capsys.readouterr().out
+
+  before = (run / "config.json").read_bytes()
+  monkeypatch.setattr(mesh_lib, "create_mesh", lambda num_devices=1, create=mesh_lib.create_mesh: create(num_devices))
+  evaluate.run(config_of(protocol, run, **QUICK[protocol]), "")
+  one, eight = (evaluate.flatten(found["figures"]) for found in (result_of(run, protocol), result))
+  assert (run / "config.json").read_bytes() == before
+  assert one.keys() == eight.keys()
+  for name, value in eight.items():
+    if isinstance(value, float) and "second" not in name:
+      assert one[name] == pytest.approx(value, rel=1e-3, abs=TOLERANCE.get(protocol, 1e-3)), name
+
+
+def test_several_runs_give_one_table_and_one_plot_and_leave_their_folders_alone(runs, tmp_path, capsys):
+  before = [sorted(folder.rglob("*")) for folder in runs]
+  evaluate.run(config_of("knn", *runs, knn__k=20), str(tmp_path / "both"))
+  result = result_of(tmp_path / "both", "knn")
+  assert set(result["runs"]) == {"a", "b"}
+  assert (tmp_path / "both" / "results" / "knn.png").exists()
+  assert [sorted(folder.rglob("*")) for folder in runs] == before
+  table = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("top-1")]
+  assert f"{result['runs']['a']['figures']['top1']:.1%}" in table[0]
+  assert f"{result['runs']['b']['figures']['top1']:.1%}" in table[0]
+
+
+def test_an_interrupted_comparison_does_not_judge_the_first_run_again(runs, tmp_path, monkeypatch):
+  judged, real = [], evaluate.PROTOCOLS["knn"].measure
+
+  def measure(evaluation):
+    judged.append(evaluation.run.label)
+    if len(judged) == 2:
+      raise KeyboardInterrupt
+    return real(evaluation)
+
+  monkeypatch.setitem(evaluate.PROTOCOLS, "knn", evaluate.Protocol(measure))
+  config = config_of("knn", *runs, knn__k=20)
+  with pytest.raises(KeyboardInterrupt):
+    evaluate.run(config, str(tmp_path))
+  evaluate.run(config, str(tmp_path))
+  assert judged == ["a", "b", "b"]
+  assert not (tmp_path / "results" / "unfinished").exists()
+  evaluate.run(config_of("knn", runs[0], knn__k=20), str(tmp_path / "alone"))
+  alone, both = result_of(tmp_path / "alone", "knn"), result_of(tmp_path, "knn")["runs"]["a"]
+  assert alone["figures"]["top1"] == both["figures"]["top1"]
+
+
+def test_an_older_step_and_other_data_have_files_of_their_own(run):
+  evaluate.run(config_of("knn", run, knn__k=20), "")
+  evaluate.run(config_of("knn", run, step=4, knn__k=20), "")
+  evaluate.run(config_of("knn", run / "checkpoints", knn__k=20, data__test_split="other"), "")
+  evaluate.run(config_of("knn", run, knn__k=5, name="nearest"), "")
+  assert sorted(path.name for path in (run / "results").glob("*.json")) == [
+    "knn-embedded-4.json", "knn-embedded-8.json", "knn.json", "nearest.json"]
+  assert result_of(run, "knn-embedded-4")["step"] == 4
+
+
+def test_a_result_with_other_settings_is_not_lost(run):
+  evaluate.run(config_of("knn", run, knn__k=20), "")
+  with pytest.raises(UserError, match=r"knn\.k=20, and now it is 5; --config\.name=NAME keeps both"):
+    evaluate.run(config_of("knn", run, knn__k=5), "")
+  assert result_of(run, "knn")["settings"]["knn"]["k"] == 20
+
+
+@pytest.mark.parametrize("checkpoint, said", [
+  ("", "config.checkpoint is empty"),
+  ("{run}/nothing", "no such folder"),
+  ("{run}/results", "not the folder of a run"),
+  ("{run}/checkpoints/4", "--config.step=4"),
+  ("{run},{run}", "twice"),
+])
+def test_what_is_no_run(run, checkpoint, said):
+  (run / "results").mkdir()
+  with pytest.raises(UserError, match=said):
+    evaluate.run(config_of("knn", checkpoint.format(run=run)), "")
+
+
+@pytest.mark.parametrize("fields, said", [
+  ({"step": 5}, "no checkpoint of step 5; there are 4, 8"),
+  ({"knn__layer": "res9"}, "knn.layer names the layer 'res9'"),
+  ({"knn__k": 0}, "k"),
+  ({"knn__temperature": 0.0}, "temperature"),
+  ({"data__batch_size": 12}, "--config.data.batch_size=8"),
+  ({"data__image_size": 0}, "image_size"),
+  ({"data__crop_fraction": 1.5}, "crop_fraction"),
+  ({"data__source": "folder"}, "data.root is empty"),
+  ({"data__test_split": ""}, "--config.data.test_split"),
+])
+def test_impossible_values(run, fields, said):
+  before = sorted(run.rglob("*"))
+  with pytest.raises(UserError, match=said):
+    evaluate.run(config_of("knn", run, **fields), "")
+  assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("variant", configs.evaluate.VARIANTS)
+def test_every_variant_loads_and_has_an_adapter(variant):
+  config = configs.evaluate.get_config(variant)
+  assert config.protocol in evaluate.PROTOCOLS and variant.startswith(config.protocol)
+  assert config.protocol in config and config.name == variant
+
+
+def test_no_protocol():
+  with pytest.raises(UserError, match="needs a protocol.*knn, linear"):
+    configs.evaluate.get_config("")
+
+
+def test_runs_on_different_pictures_are_not_compared(runs, tmp_path):
+  other = small_run(tmp_path / "c", num_epochs=1, split="other")
+  with pytest.raises(UserError, match="data.split: 'train' in a, 'other' in c"):
+    evaluate.run(config_of("knn", runs[0], other), str(tmp_path / "both"))
+  evaluate.run(config_of("knn", runs[0], other, knn__k=20, data__source="embedded", data__num_images=64,
+                         data__test_num_images=32), str(tmp_path / "both"))
+  assert set(result_of(tmp_path / "both", "knn")["runs"]) == {"a", "c"}
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear", "svm", "low_shot", "semi_supervised"])
+def test_pictures_without_labels_are_refused(run, tmp_path, protocol):
+  for split in ("train", "test"):
+    (tmp_path / "pictures" / split / "kind").mkdir(parents=True)
+    for i in range(16):
+      picture = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+      cv2.imwrite(str(tmp_path / "pictures" / split / "kind" / f"{i}.png"), picture)
+  with pytest.raises(UserError, match="labels"):
+    evaluate.run(config_of(protocol, run, data__source="folder", data__root=str(tmp_path / "pictures"),
+                           data__labels="none", data__batch_size=8), "")
+
+
+def stored_variables(folder, step=8):
+  (run,) = evaluate.open_runs(config_of("knn", folder, step=step), mesh_lib.create_mesh(1))
+  return run.model.variables
+
+
+def test_the_restored_network_is_the_trained_one_on_any_number_of_devices(run):
+  one, (eight,) = stored_variables(run), evaluate.open_runs(config_of("knn", run), mesh_lib.create_mesh(8))
+  jax.tree.map(np.testing.assert_array_equal, one, eight.model.variables)
+  older = stored_variables(run, step=4)
+  changed = [not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(older), strict=True)]
+  assert all(changed)
+
+
+@pytest.mark.parametrize("field, value, said", [
+  ("width", 2, "has shape"), ("arch", "resnet18", "is missing"), ("head", "mlp", "is missing"), ("dim", 8, "has shape"),
+])
+def test_parameters_that_do_not_fit_are_named(run, monkeypatch, field, value, said):
+  real = Checkpoints.read_meta
+
+  def read_meta(self, step):
+    meta = real(self, step)
+    meta["config"]["model"][field] = value
+    return meta
+
+  monkeypatch.setattr(Checkpoints, "read_meta", read_meta)
+  with pytest.raises(UserError, match=f"do not fit the network of their config: .*(params|batch_stats)/.*{said}"):
+    stored_variables(run)
+
+
+def test_a_damaged_checkpoint_is_named_with_the_others(run):
+  for path in (run / "checkpoints" / "8" / "model").rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+  with pytest.raises(UserError, match=r"checkpoints/8 cannot be read.*--config\.step, there are 4"):
+    stored_variables(run, step=0)
+
+
+@pytest.mark.parametrize("meta", ["gone", "foreign"])
+def test_a_checkpoint_of_another_program(run, meta):
+  shutil.rmtree(run / "checkpoints" / "8" / "meta")
+  if meta == "foreign":
+    manager = CheckpointManager(run / "foreign" / "checkpoints")
+    manager.save(8, args=args.Composite(meta=args.JsonSave({"format": 1, "made_by": "something else"})))
+    manager.close()
+    run = run / "foreign"
+  with pytest.raises(UserError, match="checkpoints/8 is not a checkpoint of this program"):
+    stored_variables(run)
+
+
+def test_values_that_are_not_finite_are_refused(run, monkeypatch):
+  real = Checkpoints.restore_model
+
+  def restore_model(*args):
+    variables = real(*args)
+    variables["params"]["trunk"]["conv1"]["kernel"] = variables["params"]["trunk"]["conv1"]["kernel"].at[0].set(np.nan)
+    return variables
+
+  monkeypatch.setattr(Checkpoints, "restore_model", restore_model)
+  with pytest.raises(UserError, match="not finite, in params/trunk/conv1/kernel"):
+    stored_variables(run)
