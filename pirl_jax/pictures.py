@@ -1,8 +1,9 @@
-"""Pictures of a run: a batch as the network sees it, and the curves of its metrics."""
+"""Pictures of a run: a batch as the network sees it, the curves of its metrics, pictures and their neighbours."""
 
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,11 @@ GAP = 4
 MARGIN = 16
 TEXT_HEIGHT = 20
 COLUMNS = 2
+NEIGHBOUR_SIDE = 128
+"""As `SIDE`, where many pictures stand in a row."""
+
+FRAME = 3
+RIGHT, WRONG = (0, 140, 60), (205, 40, 40)
 
 
 def save_views_picture(path: str | os.PathLike, image: np.ndarray, pretext: np.ndarray, *,
@@ -89,6 +95,61 @@ def save_curves(path: str | os.PathLike, metrics_jsonl: str | os.PathLike) -> No
       axes.legend()
   Path(path).parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=120)
+
+
+def save_neighbours(path: str | os.PathLike, queries: np.ndarray, neighbours: np.ndarray, *, title: str,
+                    similarity: Sequence[Sequence[float]], query_classes: Sequence[str | None],
+                    classes: Sequence[Sequence[str | None]]) -> None:
+  """Writes a PNG with a row for each query: the query, a gap, and its neighbours with similarity and class beneath.
+
+  A neighbour has a green frame if it has the class of the query, a red one if it has another.
+
+  Letters: R rows, n neighbours, H W sides.
+
+  Args:
+    path: the file; its folder is created.
+    queries: u8[R, H, W, 3].
+    neighbours: u8[R, n, H, W, 3], nearest first.
+    title: above the rows.
+    similarity: R rows of n.
+    query_classes: R names, None where there is none.
+    classes: R rows of n.
+  """
+  height, width = _enlarge(queries[0], NEIGHBOUR_SIDE).shape[:2]
+  font = ImageFont.load_default()
+  top = MARGIN + 2 * TEXT_HEIGHT
+  step_x, step_y = width + MARGIN, height + 2 * TEXT_HEIGHT + MARGIN
+  lefts = [MARGIN, *(3 * MARGIN + step_x * (1 + i) for i in range(neighbours.shape[1]))]
+  canvas = Image.new("RGB", (max(lefts[-1] + step_x, 2 * MARGIN + math.ceil(font.getlength(title))),
+                             top + step_y * len(queries)), "white")
+  draw = ImageDraw.Draw(canvas)
+  draw.text((MARGIN, MARGIN), title, fill="black", font=font)
+  draw.text((MARGIN, MARGIN + TEXT_HEIGHT), "query", fill="black", font=font)
+  draw.text((lefts[1], MARGIN + TEXT_HEIGHT), "nearest first", fill="black", font=font)
+  for row, name in enumerate(query_classes):
+    y = top + row * step_y
+    tiles = [(queries[row], name, ""), *(
+      (picture, other, f"{value:.3f}") for picture, other, value in
+      zip(neighbours[row], classes[row], similarity[row], strict=True))]
+    for i, (x, (picture, other, value)) in enumerate(zip(lefts, tiles, strict=True)):
+      if i and name and other:
+        draw.rectangle((x - FRAME, y - FRAME, x + width + FRAME - 1, y + height + FRAME - 1),
+                       fill=RIGHT if name == other else WRONG)
+      canvas.paste(Image.fromarray(_enlarge(picture, NEIGHBOUR_SIDE)), (x, y))
+      lines = [line for line in (value, other) if line]
+      for line, text in enumerate(lines):
+        draw.text((x, y + height + FRAME + line * (TEXT_HEIGHT - GAP)), _fitting(text, font, width), fill="black",
+                  font=font)
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  canvas.save(path, format="PNG")
+
+
+def _fitting(text, font, width):
+  if font.getlength(text) <= width:
+    return text
+  while text and font.getlength(text + "...") > width:
+    text = text[:-1]
+  return text + "..."
 
 
 def _enlarge(picture, side):

@@ -75,3 +75,39 @@ def test_curves_of_a_run_without_rows_are_a_picture_too(tmp_path):
   (tmp_path / "metrics.jsonl").write_text("")
   pictures.save_curves(tmp_path / "pictures" / "curves.png", tmp_path / "metrics.jsonl")
   assert Image.open(tmp_path / "pictures" / "curves.png").width > 300
+
+
+@pytest.mark.parametrize(("side", "factor"), [(16, 8), (32, 4), (150, 1)])
+def test_neighbours_stand_beside_their_query(tmp_path, side, factor):
+  rng = np.random.default_rng(1)
+  queries = rng.integers(0, 256, (2, side, side, 3), np.uint8)
+  neighbours = rng.integers(0, 256, (2, 3, side, side, 3), np.uint8)
+  path = tmp_path / "pictures" / "neighbours.png"
+  pictures.save_neighbours(path, queries, neighbours, title="2 queries", similarity=[[0.9, 0.8, 0.7]] * 2,
+                           query_classes=["dots", None],
+                           classes=[["dots", "a class with a very long name indeed", None], ["dots", "rings", None]])
+  canvas = np.asarray(Image.open(path))
+  shown = side * factor
+  corners = []
+  for row in range(2):
+    corners.append([find(canvas, picture, factor) for picture in (queries[row], *neighbours[row])])
+    (y, *_), lefts = zip(*corners[-1], strict=True)
+    assert {corner[0] for corner in corners[-1]} == {y}
+    gaps = np.diff(lefts) - shown
+    assert gaps[0] > gaps[1] == gaps[2] > 0
+  assert corners[1][0][0] > corners[0][0][0] + shown
+
+  def frame(row, column):
+    """The colour around a picture, None where it is not one."""
+    y, x = corners[row][column]
+    around = {tuple(canvas[y + dy, x + dx].tolist()) for dy, dx in
+              [(-1, 0), (-1, shown - 1), (0, -1), (shown - 1, -1), (shown, 0), (0, shown), (shown, shown), (-1, -1)]}
+    return around.pop() if len(around) == 1 else None
+
+  white = (255, 255, 255)
+  assert [frame(0, i) for i in range(4)] == [white, pictures.RIGHT, pictures.WRONG, white]
+  assert [frame(1, i) for i in range(4)] == [white] * 4  # nothing to compare with
+  # The long name is cut short: it leaves the margin before the next picture white.
+  y, x = corners[0][2]
+  assert (canvas[y + shown + pictures.FRAME:corners[1][0][0] - pictures.FRAME, x + shown + 1:corners[0][3][1] - 1]
+          == 255).all()

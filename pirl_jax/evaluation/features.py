@@ -23,7 +23,7 @@ IN_FLIGHT = 2
 
 
 class Features(NamedTuple):
-  """What `extract_features` returns, in the order of `index`.
+  """What `extract_features` returns, in the order of `index`; from `stream_features` those of one batch.
 
   Attributes:
     features: f32[N, D], or a dict of such where the forward function returns one.
@@ -49,6 +49,31 @@ def extract_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any
                      on_batch: Callable[[int], None] | None = None) -> Features:
   """Returns the features of all pictures that can be read, on the host.
 
+  Arguments as `stream_features`, and:
+
+  Args:
+    on_batch: called with the number of pictures of each batch, padding not counted, once it is computed.
+
+  Raises:
+    UserError: B is not a multiple of the number of devices, or there is no picture that can be read.
+  """
+  parts = []
+  for part in stream_features(forward_fn, variables, batches, mesh):
+    parts.append(part)
+    if on_batch is not None:
+      on_batch(len(part.index) + part.num_broken)
+  num_broken = sum(part.num_broken for part in parts)
+  if not sum(len(part.index) for part in parts):
+    raise UserError(f"no picture to take features of: {num_broken} broken, none that can be read")
+  features, labels, index = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(part[:3] for part in parts))
+  order = np.argsort(index, kind="stable")
+  return Features(jax.tree.map(lambda x: x[order], features), labels[order], index[order], num_broken)
+
+
+def stream_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any,
+                    batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh) -> Iterator[Features]:
+  """Yields the features of one batch after the other, on the host, in the order in which they come.
+
   Neither batch size nor device count changes a feature (but for the rounding of its sums): `forward_fn` must
   treat every picture alone, as batch norm with running statistics does.
 
@@ -60,36 +85,26 @@ def extract_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any
       number of devices. Padding has valid False and index -1, a broken picture valid False and its index.
       Several processes all give all batches.
     mesh: the devices; each computes its part of a batch.
-    on_batch: called with the number of pictures of each batch, padding not counted, once it is computed.
 
   Raises:
-    UserError: B is not a multiple of the number of devices, or there is no picture that can be read.
+    UserError: B is not a multiple of the number of devices.
   """
   forward = _make_forward(forward_fn, mesh)
   variables = jax.device_put(variables, whole(mesh))
-  pending, parts = deque(), []
-  num_broken = 0
+  pending = deque()
 
   def fetch():
     features, label, index, valid = pending.popleft()
-    parts.append((jax.tree.map(lambda x: np.asarray(x)[valid], features), label[valid], index[valid]))
-    if on_batch is not None:
-      on_batch(int(np.count_nonzero(index >= 0)))
+    num_broken = int(np.count_nonzero((index >= 0) & ~valid))
+    return Features(jax.tree.map(lambda x: np.asarray(x)[valid], features), label[valid], index[valid], num_broken)
 
   for batch in batches:
-    valid = np.asarray(batch["valid"])
-    num_broken += int(np.count_nonzero((np.asarray(batch["index"]) >= 0) & ~valid))
-    image = _place(batch["image"], mesh)
-    pending.append((forward(variables, image), np.asarray(batch["label"]), np.asarray(batch["index"]), valid))
+    label, index, valid = (np.asarray(batch[name]) for name in ("label", "index", "valid"))
+    pending.append((forward(variables, _place(batch["image"], mesh)), label, index, valid))
     if len(pending) > IN_FLIGHT:
-      fetch()
+      yield fetch()
   while pending:
-    fetch()
-  if not sum(len(index) for _, _, index in parts):
-    raise UserError(f"no picture to take features of: {num_broken} broken, none that can be read")
-  features, labels, index = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-  order = np.argsort(index, kind="stable")
-  return Features(jax.tree.map(lambda x: x[order], features), labels[order], index[order], num_broken)
+    yield fetch()
 
 
 def calibrate_batch_stats(stats_fn: Callable[[Any, jax.Array], Any], variables: Mapping[str, Any],
@@ -107,7 +122,7 @@ def calibrate_batch_stats(stats_fn: Callable[[Any, jax.Array], Any], variables: 
       in training mode. With batch norm over the mesh axis "data", the device count changes nothing; else
       statistics are of each device's part, and their mean is taken.
     variables: {"params": ..., "batch_stats": ...}; parameters are not changed.
-    batches: as in `extract_features`.
+    batches: as in `stream_features`.
     mesh: the devices.
     momentum: the share of the old statistics that batch norm keeps, in [0, 1) (flax's meaning of the word).
 

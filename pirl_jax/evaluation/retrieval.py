@@ -1,0 +1,323 @@
+"""Nearest neighbours of some pictures, for people to look at, and mean average precision where there are labels.
+
+A gallery picture is relevant to a query if it has the query's label. Letters: Q queries, N gallery pictures, D numbers
+of a vector, n neighbours.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from pirl_jax import pictures
+from pirl_jax.data.records import Record, Source
+from pirl_jax.errors import UserError
+from pirl_jax.evaluation.features import stream_features, unit_norm
+from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.knn import Nearest, Neighbours, gather_blocks, ladder
+from pirl_jax.evaluation.layers import EMBEDDING, check_layers, layer_features
+from pirl_jax.evaluation.outcome import Curve, Outcome
+from pirl_jax.mesh import AXIS, SPLIT, WHOLE, split, whole
+from pirl_jax.progress import Progress
+
+DEPTH = 50
+"""Neighbours up to which precision is told."""
+
+QUERIES = 256
+SCORES = 2**28
+"""Queries ranked at a time, fewer where so many similarities to the gallery would stand in memory (1 GiB)."""
+
+
+class Vectors(NamedTuple):
+  """Queries or a part of the gallery.
+
+  Attributes:
+    rows: f32[m, D], unit norm.
+    index: i32[m], the records' numbers.
+    labels: i32[m]; -1: unlabelled.
+    num_broken: pictures that could not be read, up to the last one.
+  """
+
+  rows: np.ndarray
+  index: np.ndarray
+  labels: np.ndarray
+  num_broken: int
+
+
+def measure_retrieval(model: Model, gallery: Pictures, queries: Pictures, *, mesh: Mesh, layer: str,
+                      bank: np.ndarray | None, num_queries: int, num_shown: int, num_neighbours: int, seed: int,
+                      same_split: bool, picture_path: str | os.PathLike) -> Outcome:
+  """Returns how well a picture finds its like by cosine similarity; writes some queries and what they found as a PNG.
+
+  The figures: `queries`, those shown, each with `name`, `index`, `class` and `neighbours` (the same and `similarity`,
+  nearest first); `mean_similarity_of_nearest` over all queries, in [-1, 1]; `num_queries`, `num_gallery`,
+  `num_broken_queries`, `num_broken_gallery`, `gallery` ("features" or "bank"), `layer`, `dim`, `similarity`, `seed`,
+  `written` (the PNG).
+
+  With labels, in [0, 1] and over the `num_judged` queries that have a relevant picture in the gallery:
+  `mean_average_precision` (average precision as in information retrieval, over the whole ranking: the mean, over the
+  relevant pictures, of the precision at their rank; equals by lower index) and `precision_at` 1, 5, 10, ... neighbours.
+  `labels` is "classes", or says why these figures are left out; then the table holds the mean similarity instead, and
+  there is no curve.
+
+  With labels the gallery's vectors stand in the host's memory, 10 GB for those of a ResNet-50 on ImageNet; similarities
+  of all queries to all pictures never do.
+
+  Args:
+    model: the frozen network.
+    gallery: the pictures that are found.
+    queries: the pictures for which others are sought.
+    mesh: the devices.
+    layer: one of `layers.layer_names`, or "embedding". With a bank it is "embedding" in any case.
+    bank: f32[N, D], the memory bank's rows in the order of the gallery's pictures, instead of their features; a row of
+      zeros (a picture that could not be read) is never found. None: features.
+    num_queries: so many readable pictures, chosen by `seed`, the same on every machine; all where there are fewer.
+    num_shown: of them on the PNG.
+    num_neighbours: of each on the PNG.
+    seed: any integer.
+    same_split: queries and gallery are the same pictures; then none finds itself.
+    picture_path: the PNG, written by the first process; its folder is created.
+
+  Raises:
+    UserError: unknown layer, a number below 1, a bank of other pictures, or no readable pictures.
+  """
+  layer = layer if bank is None else EMBEDDING
+  check_layers(model.network, (layer,), field="retrieval.layer")
+  for name, number in (("num_queries", num_queries), ("num_shown", num_shown), ("num_neighbours", num_neighbours)):
+    if number < 1:
+      raise UserError(f"retrieval.{name}={number}; choose 1 or more")
+  if bank is not None and len(bank) != len(gallery):
+    raise UserError(f"a memory bank of {len(bank)} pictures, but the gallery has {len(gallery)}; "
+                    "take the pictures that the run was trained on")
+  asked = _read_queries(model, queries, mesh=mesh, layer=layer, num_queries=num_queries, seed=seed)
+  no_labels = _why_no_labels(gallery.source, queries.source)
+
+  # One more than needed, to leave out the query itself.
+  depth = min(max(DEPTH, num_neighbours), len(gallery) - same_split)
+  nearest = Nearest(asked.rows, k=depth + same_split, mesh=mesh)
+  dim = asked.rows.shape[1]
+  labels = np.full(len(gallery), -1, np.int32)
+  num_gallery = num_broken = 0
+  blocks = []
+  with Progress("retrieval: gallery", len(gallery)) as progress:
+    def rows():
+      nonlocal num_gallery, num_broken
+      for part in _read_gallery(model, gallery, bank, mesh=mesh, layer=layer, labelled=not no_labels):
+        labels[part.index] = part.labels
+        num_gallery += len(part.index)
+        num_broken += part.num_broken
+        yield part.rows, part.index
+        progress.update(len(part.index) + part.num_broken)
+
+    for block in gather_blocks(rows(), num_references=len(gallery), dim=dim, mesh=mesh):
+      nearest.visit(*block)
+      if not no_labels:
+        blocks.append(block)
+  if num_gallery <= same_split:
+    raise UserError(f"the gallery has {num_gallery} pictures that can be read of {len(gallery)}, none to be found")
+  depth = min(depth, num_gallery - same_split)
+  neighbours = nearest.result()
+  if same_split:
+    neighbours = _without(neighbours, asked.index)
+  similarity, found = (x[:, :depth] for x in neighbours)
+
+  shown = slice(0, num_shown)
+  figures = {
+    "layer": layer,
+    "gallery": "features" if bank is None else "bank",
+    "similarity": "cosine",
+    "labels": no_labels or "classes",
+    "num_queries": len(asked.index),
+    "num_gallery": num_gallery,
+    "num_broken_queries": asked.num_broken,
+    "num_broken_gallery": num_broken,
+    "dim": dim,
+    "seed": seed,
+    "mean_similarity_of_nearest": float(similarity[:, 0].mean()),
+  }
+  table, curve = {"similarity of the nearest": figures["mean_similarity_of_nearest"]}, None
+  if not no_labels:
+    own = asked.index if same_split else np.full(len(asked.index), -1)
+    precision = _average_precision(asked, own, blocks, labels, mesh=mesh)
+    judged = np.isfinite(precision)
+    if judged.any():
+      hits = (labels[found] == asked.labels[:, None])[judged, :DEPTH]
+      at = np.cumsum(hits, axis=1).mean(axis=0) / np.arange(1, hits.shape[1] + 1)
+      figures |= {
+        "num_judged": int(judged.sum()),
+        "mean_average_precision": float(precision[judged].mean()),
+        "precision_at": {str(size): float(at[size - 1]) for size in ladder(len(at))},
+      }
+      table = {"mean average precision": figures["mean_average_precision"],
+               **{f"precision at {size}": float(at[size - 1]) for size in (1, 10) if size <= len(at)}}
+      curve = Curve("neighbours n", "precision at n", list(range(1, len(at) + 1)), at.tolist(), log_x=True)
+    else:
+      figures["labels"] = "none: no query has a picture of its class in the gallery"
+  figures["queries"] = _describe(gallery.source, queries.source, asked.index[shown], asked.labels[shown],
+                                 similarity[shown, :num_neighbours], found[shown, :num_neighbours], labels)
+  if jax.process_index() == 0:
+    _save_picture(picture_path, gallery, queries, figures)
+  figures["written"] = [str(picture_path)]
+  return Outcome(figures, table, curve)
+
+
+def _why_no_labels(gallery: Source, queries: Source) -> str:
+  for name, source in (("gallery", gallery), ("query", queries)):
+    if not source.class_names:
+      return f"none: the {name} pictures have no labels"
+  return "" if gallery.class_names == queries.class_names else "none: the classes of gallery and queries differ"
+
+
+class _Chosen(Source):
+  """The records of a source named by `index`, in its order."""
+
+  def __init__(self, source: Source, index: np.ndarray):
+    self._source, self._index = source, np.asarray(index)
+    self.class_names, self.description = source.class_names, source.description
+    self.fingerprint = f"{source.fingerprint}[{hashlib.sha256(self._index.tobytes()).hexdigest()[:16]}]"
+
+  def __len__(self) -> int:
+    return len(self._index)
+
+  def __getitem__(self, index: int) -> Record:
+    return self._source[int(self._index[index])]
+
+  def picture_name(self, index: int) -> str:
+    return self._source.picture_name(int(self._index[index]))
+
+  def labels(self) -> np.ndarray | None:
+    labels = self._source.labels()
+    return None if labels is None else labels[self._index]
+
+
+def _read_queries(model, queries, *, mesh, layer, num_queries, seed) -> Vectors:
+  """Returns the first readable pictures by the hash of their number: no generator whose draws could change."""
+  order = sorted(range(len(queries)), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
+  chosen = dataclasses.replace(queries, source=_Chosen(queries.source, order))
+  parts, num_read = [], 0
+  with (Progress("retrieval: queries", min(num_queries, len(queries))) as progress,
+        contextlib.closing(chosen.test_batches()) as batches):  # mostly left long before its end
+    for part in stream_features(layer_features(model.network, (layer,)), model.variables, batches, mesh):
+      count = min(len(part.index), num_queries - num_read)
+      parts.append((unit_norm(part.features[layer][:count]), part.index[:count], part.labels[:count]))
+      num_read += count
+      progress.update(count)
+      if num_read == num_queries:
+        break
+  if not num_read:
+    raise UserError(f"none of the {len(queries)} query pictures can be read")
+  rows, place, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+  num_met = place[-1] + 1 if num_read == num_queries else len(order)  # not those behind, which a large batch reads too
+  return Vectors(rows, np.asarray(order)[place], labels, int(num_met) - num_read)
+
+
+def _read_gallery(model, gallery, bank, *, mesh, layer, labelled) -> Iterator[Vectors]:
+  """Yields the gallery part by part, by rising index."""
+  if bank is None:
+    for part in stream_features(layer_features(model.network, (layer,)), model.variables, gallery.test_batches(), mesh):
+      yield Vectors(unit_norm(part.features[layer]), part.index, part.labels, part.num_broken)
+    return
+  labels = gallery.source.labels() if labelled else np.full(len(gallery), -1, np.int32)
+  for start in range(0, len(bank), gallery.batch_size):
+    rows = np.asarray(bank[start:start + gallery.batch_size], np.float32)
+    usable = rows.any(axis=1)
+    index = start + np.flatnonzero(usable)
+    yield Vectors(unit_norm(rows[usable]), index, labels[index], int(np.count_nonzero(~usable)))
+
+
+def _without(neighbours: Neighbours, own: np.ndarray) -> Neighbours:
+  """Leaves out each query itself, or where it was not found the last neighbour."""
+  keep = neighbours.ids != own[:, None]
+  keep[keep.all(axis=1), -1] = False
+  return Neighbours(*(x[keep].reshape(len(x), -1) for x in neighbours))
+
+
+def _average_precision(asked: Vectors, own, blocks, labels, *, mesh) -> np.ndarray:
+  """Returns f64[Q], NaN for a query without a label or without a relevant picture in the gallery.
+
+  Args:
+    asked: the queries.
+    own: i32[Q], the gallery picture that each query is; -1: none.
+    blocks: (f32[M, D], i32[M]) pairs, the gallery by rising index; index -1 is padding.
+    labels: i32[N], by index.
+    mesh: the devices.
+  """
+  index = np.concatenate([block_index for _, block_index in blocks])
+  score = _make_score(mesh)
+  size = max(1, min(QUERIES, SCORES // len(index), len(asked.index)))
+  found = np.full(len(asked.index), np.nan)
+  with Progress("retrieval: ranking", len(found), unit="queries") as progress:
+    for start in range(0, len(found), size):
+      rows = asked.rows[start:start + size]
+      batch = jax.device_put(np.pad(rows, ((0, size - len(rows)), (0, 0))), whole(mesh))
+      similarity = np.concatenate([np.asarray(score(batch, jax.device_put(block, split(mesh)))) for block, _ in blocks],
+                                  axis=1)
+      for query in range(start, start + len(rows)):
+        others = (index >= 0) & (index != own[query])
+        relevant = labels[index[others]] == asked.labels[query]
+        if asked.labels[query] >= 0 and relevant.any():
+          found[query] = average_precision(similarity[query - start, others], relevant)
+      progress.update(len(rows))
+  return found
+
+
+def average_precision(similarity: np.ndarray, relevant: np.ndarray) -> float:
+  """Returns the mean, over the relevant items, of the share of relevant ones among those ranked no lower.
+
+  Args:
+    similarity: f32[N]; the ranking falls with it, equals stay in their order.
+    relevant: bool[N], at least one True.
+  """
+  ranking = np.argsort(-similarity, kind="stable")
+  ranks = np.flatnonzero(relevant[ranking]) + 1
+  return float(np.mean(np.arange(1, len(ranks) + 1) / ranks))
+
+
+@functools.cache
+def _make_score(mesh):
+  """Returns score(queries f32[Q, D], references f32[M, D]) -> f32[Q, M], as `Nearest` scores."""
+  def device_score(queries, references):
+    return jnp.matmul(queries, references.T, precision=lax.Precision.HIGHEST)
+
+  return jax.jit(jax.shard_map(device_score, mesh=mesh, in_specs=(WHOLE, SPLIT), out_specs=PartitionSpec(None, AXIS)),
+                 out_shardings=whole(mesh))
+
+
+def _describe(gallery, queries, asked, asked_labels, similarity, found, labels):
+  def describe(source, index, label):
+    return {"name": source.picture_name(int(index)), "index": int(index),
+            "class": source.class_names[label] if label >= 0 else None}
+
+  return [{**describe(queries, index, label),
+           "neighbours": [{**describe(gallery, other, labels[other]), "similarity": float(value)}
+                          for other, value in zip(others, values, strict=True)]}
+          for index, label, others, values in zip(asked, asked_labels, found, similarity, strict=True)]
+
+
+def _save_picture(path, gallery, queries, figures):
+  asked = figures["queries"]
+  found = [query["neighbours"] for query in asked]
+  image = _read_pictures(queries, [query["index"] for query in asked])
+  others = _read_pictures(gallery, [other["index"] for row in found for other in row])
+  vectors = "the memory bank" if figures["gallery"] == "bank" else f"features ({figures['layer']})"
+  pictures.save_neighbours(
+    path, image, np.reshape(others, (len(asked), -1, *image.shape[1:])),
+    title=f"Queries and their nearest of {figures['num_gallery']:,} pictures, cosine similarity by {vectors}",
+    similarity=[[other["similarity"] for other in row] for row in found],
+    query_classes=[query["class"] for query in asked],
+    classes=[[other["class"] for other in row] for row in found])
+
+
+def _read_pictures(of: Pictures, index) -> np.ndarray:
+  """Returns u8[len(index), H, H, 3] under the test transform, black where a picture cannot be read."""
+  batches = dataclasses.replace(of, source=_Chosen(of.source, index), batch_size=len(index)).test_batches()
+  return np.concatenate([batch["image"] for batch in batches])
