@@ -115,7 +115,7 @@ class Checkpoints:
     return self._read_item(step, "model", template)
 
   def restore_bank(self, step: int, layout: Layout) -> np.ndarray:
-    """Returns the memory bank in the order of the images, f32[N, D], on the host.
+    """Returns the memory bank in the order of the images, f32[N, D], on the host; rows of broken pictures are zero.
 
     Args:
       step: of the checkpoint.
@@ -133,7 +133,8 @@ class Checkpoints:
                       f"for {layout.num_rows}")
     here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     template = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in shapes.items()}
-    bank = np.asarray(self._read_item(step, "bank", template)["bank"], np.float32)
+    found = self._read_item(step, "bank", template)
+    bank = np.where(np.asarray(found["usable"])[:, None], np.asarray(found["bank"], np.float32), 0)
     return bank[layout.row_of(np.arange(layout.num_images))]
 
   def _stored(self, step, item):

@@ -4,6 +4,7 @@ The config stops here: the protocols in `pirl_jax/evaluation/` are handed plain 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -15,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from pirl_jax import mesh as mesh_lib
@@ -24,12 +23,12 @@ from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.data import sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import export, invariance, knn, linear, low_shot, retrieval, semi_supervised, svm
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers, layer_names
 from pirl_jax.evaluation.outcome import Outcome, format_table, save_plot
 from pirl_jax.logbook import write_json
 from pirl_jax.memory_bank import Layout
-from pirl_jax.models.network import create_network
+from pirl_jax.runs import Run, open_runs
 from pirl_jax.views.two_views import make_views
 
 SMALL_PICTURES = 96
@@ -41,27 +40,6 @@ DATA_FIELDS = ("source", "name", "root", "split", "test_split", "labels", "num_i
 DATA_DEFAULTS = {"name": "", "root": "", "split": "train", "test_split": "test", "labels": "folder",
                  "num_images": 4_096, "test_num_images": 1_024}
 """Of the fields that are not given beside a source."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """A pre-training run and the checkpoint of it that is judged.
-
-  Attributes:
-    label: short name in tables and plots.
-    folder: the run's folder.
-    step: of the checkpoint.
-    newest: whether it is the newest of the run.
-    meta: of the checkpoint; its "config" is the run's whole config.
-    model: the restored network.
-  """
-
-  label: str
-  folder: Path
-  step: int
-  newest: bool
-  meta: dict[str, Any]
-  model: Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +119,9 @@ def run(config: ConfigDict, workdir: str) -> None:
   """
   started = time.perf_counter()
   mesh = mesh_lib.create_mesh()
-  runs = open_runs(config, mesh)
-  evaluations = [prepare(config, run, mesh, data_of(config, run), workdir, len(runs)) for run in runs]
+  runs = open_runs(config.checkpoint, config.step, mesh)
+  open_once = functools.cache(open_pictures)  # several runs are judged on the same pictures
+  evaluations = [prepare(config, run, mesh, open_once, workdir, len(runs)) for run in runs]
   first = evaluations[0]
   for other in evaluations[1:]:
     if other.data != first.data:
@@ -162,82 +141,6 @@ def run(config: ConfigDict, workdir: str) -> None:
   finish(config, evaluations, settings, outcomes, result_path, time.perf_counter() - started)
 
 
-def open_runs(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[Run]:
-  """Returns the runs named in `config.checkpoint`, restored onto `mesh`.
-
-  Raises:
-    UserError: none is named, one is named twice, or one of them is not a run of ours whose parameters fit.
-  """
-  folders = [run_folder(name.strip()) for name in config.checkpoint.split(",") if name.strip()]
-  if not folders:
-    raise UserError("config.checkpoint is empty; give the folder of a run, --config.checkpoint=runs/pirl")
-  if len(set(folders)) < len(folders):
-    raise UserError(f"config.checkpoint={config.checkpoint} names a run twice")
-  return [open_run(folder, label, config.step, mesh) for folder, label in zip(folders, labels(folders), strict=True)]
-
-
-def run_folder(name: str) -> Path:
-  """Returns the absolute folder of the run that a user means: the run's own, or its folder of checkpoints.
-
-  Raises:
-    UserError: there is nothing of the kind.
-  """
-  given = Path(name).expanduser().absolute()
-  folder = given.parent if given.name == "checkpoints" else given
-  if not folder.is_dir():
-    raise UserError(f"--config.checkpoint={name}: there is no such folder; give the folder of a run")
-  if not (folder / "checkpoints").is_dir():
-    if given.name.isdigit() and given.parent.name == "checkpoints":
-      raise UserError(f"--config.checkpoint={name} is a single checkpoint; give the run and the step: "
-                      f"--config.checkpoint={given.parent.parent} --config.step={given.name}")
-    found = ", ".join(sorted(child.name for child in folder.iterdir())[:5]) or "nothing"
-    raise UserError(f"--config.checkpoint={name} is not the folder of a run: it has no folder checkpoints (found: "
-                    f"{found})")
-  return folder
-
-
-def labels(folders: Sequence[Path]) -> list[str]:
-  """Returns a short name for each folder: as many of its last parts as tell it from the others."""
-  for count in range(1, max(len(folder.parts) for folder in folders) + 1):
-    names = ["/".join(folder.parts[-count:]) for folder in folders]
-    if len(set(names)) == len(names):
-      return names
-  return [str(folder) for folder in folders]
-
-
-def open_run(folder: Path, label: str, step: int, mesh: jax.sharding.Mesh) -> Run:
-  """Returns the run with the model of its checkpoint `step` (0: the newest), whole on every device of `mesh`.
-
-  Raises:
-    UserError: no such checkpoint, not one of ours, or parameters that do not fit the network of their config.
-  """
-  with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
-    steps = checkpoints.steps()
-    if not steps:
-      raise UserError(f"{folder / 'checkpoints'} holds no finished checkpoint")
-    if step and step not in steps:
-      raise UserError(f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
-    step = step or steps[-1]
-    try:
-      meta = checkpoints.read_meta(step)
-      stored = meta["config"]
-      network = create_network(**{name: value for name, value in stored["model"].items() if name != "batch_norm"})
-      size, grid, patch = stored["data"]["image_size"], stored["jigsaw"]["grid"], stored["jigsaw"]["patch_size"]
-    except UserError:
-      raise
-    except Exception as error:  # Orbax's are of many types; a meta of another program may lack anything
-      raise UserError(f"{folder / 'checkpoints' / str(step)} is not a checkpoint of this program, or damaged "
-                      f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
-    like = jax.eval_shape(lambda: network.init(
-      jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1, grid**2, patch, patch, 3)), train=False))
-    variables = checkpoints.restore_model(step, like, mesh)
-  for path, value in jax.tree_util.tree_leaves_with_path(variables):
-    if not np.isfinite(value).all():
-      raise UserError(f"checkpoint {folder / 'checkpoints' / str(step)} holds values that are not finite, in "
-                      f"{jax.tree_util.keystr(path, simple=True, separator='/')}; choose another with --config.step")
-  return Run(label, folder, step, step == steps[-1], meta, Model(network, variables))
-
-
 def data_of(config: ConfigDict, run: Run) -> dict[str, Any]:
   """Returns the fields `DATA_FIELDS` of the pictures to judge `run` on: given ones, and else the run's own."""
   given = {name: config.data[name] for name in DATA_FIELDS if config.data[name] is not None}
@@ -255,13 +158,16 @@ def _full_root(data):
   return {**data, "root": os.path.abspath(os.path.expanduser(data["root"])) if data["root"] else ""}
 
 
-def prepare(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, data: dict[str, Any], workdir: str,
+def prepare(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, open_fn: Callable, workdir: str,
             num_runs: int) -> Evaluation:
   """Returns the evaluation of one run: its pictures are opened and all is checked, but nothing computed or written.
+
+  `open_fn` is `open_pictures`, or that with a memory.
 
   Raises:
     UserError: something does not fit.
   """
+  data = data_of(config, run)
   own, held_out = run.meta["config"]["data"], run.meta["config"]["evaluate"]
   sizes = {"image_size": own["image_size"], "crop_fraction": held_out["crop_fraction"],
            "batch_size": held_out["batch_size"], "num_threads": own["num_threads"]}
@@ -278,11 +184,9 @@ def prepare(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, data: dict[st
     raise UserError(f"data.crop_fraction={sizes['crop_fraction']} is not possible: it lies in (0, 1]")
 
   def open_split(split, class_names=None):
-    source = sources.open_source(
-      data["source"], name=data["name"], root=data["root"], split=split, labels=data["labels"],
-      image_size=sizes["image_size"], class_names=class_names,
-      num_images=data["test_num_images"] if split == data["test_split"] else data["num_images"])
-    print(f"pictures: {source.description}")
+    num_images = data["test_num_images"] if split == data["test_split"] else data["num_images"]
+    source = open_fn(data["source"], data["name"], data["root"], split, data["labels"], sizes["image_size"],
+                     num_images, class_names)
     return Pictures(source, **sizes)
 
   train = open_split(data["split"])
@@ -294,6 +198,15 @@ def prepare(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, data: dict[st
   return dataclasses.replace(
     evaluation, snapshots=output.parent / "unfinished" / f"{output.name}-{digest}",
     output=output if num_runs == 1 else output.with_name(config.name))
+
+
+def open_pictures(source: str, name: str, root: str, split: str, labels: str, image_size: int, num_images: int,
+                  class_names: tuple[str, ...] | None) -> sources.Source:
+  """Returns the pictures, see `sources.open_source`, and prints what was found."""
+  pictures = sources.open_source(source, name=name, root=root, split=split, labels=labels, image_size=image_size,
+                                 num_images=num_images, class_names=class_names)
+  print(f"pictures: {pictures.description}")
+  return pictures
 
 
 def result_name(config: ConfigDict, run: Run, data: dict[str, Any]) -> str:
@@ -481,7 +394,8 @@ def measure_retrieval(evaluation: Evaluation) -> Outcome:
   return retrieval.measure_retrieval(
     evaluation.run.model, evaluation.train, queries, mesh=evaluation.mesh, layer=layer, bank=bank,
     num_queries=given.num_queries, num_shown=given.num_shown, num_neighbours=given.num_neighbours,
-    seed=evaluation.config.seed, picture_path=beside(evaluation, "neighbours", "png"))
+    seed=evaluation.config.seed, same_split=queries is evaluation.train,
+    picture_path=beside(evaluation, "neighbours", "png"))
 
 
 def export_features(evaluation: Evaluation) -> Outcome:

@@ -145,15 +145,16 @@ def test_a_missing_a_spare_and_a_misshapen_parameter_are_named(tmp_path, state):
     assert said in str(error.value)
 
 
-def test_the_bank_comes_back_in_the_order_of_the_images(tmp_path, state):
+def test_the_bank_comes_back_in_the_order_of_the_images_and_broken_ones_as_zeros(tmp_path, state):
   layout = memory_bank.create_layout(103, num_devices=4, num_negatives=32)
+  broken = state.replace(usable=state.usable.at[int(layout.row_of(30))].set(False))
   with Checkpoints(tmp_path, keep=1) as checkpoints:
-    checkpoints.save(7, state, {}, knn_top1=None)
+    checkpoints.save(7, broken, {}, knn_top1=None)
   with Checkpoints(tmp_path, keep=1) as checkpoints:
     bank = checkpoints.restore_bank(7, layout)
     with pytest.raises(UserError, match="rows"):
       checkpoints.restore_bank(7, memory_bank.Layout(200, layout.num_strata))
-  assert bank.shape == (103, 8)
+  assert bank.shape == (103, 8) and not bank[30].any()
   for i in (0, 1, 25, 102):
     np.testing.assert_array_equal(bank[i], state.bank[int(layout.row_of(i))])
 

@@ -15,6 +15,7 @@ from pirl_jax import evaluate, pretrain
 from pirl_jax import mesh as mesh_lib
 from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.errors import UserError
+from pirl_jax.runs import open_runs
 
 
 def small_run(folder, *, seed=0, num_epochs=2, **data):
@@ -202,12 +203,12 @@ def test_pictures_without_labels_are_refused(run, tmp_path, protocol):
 
 
 def stored_variables(folder, step=8):
-  (run,) = evaluate.open_runs(config_of("knn", folder, step=step), mesh_lib.create_mesh(1))
+  (run,) = open_runs(str(folder), step, mesh_lib.create_mesh(1))
   return run.model.variables
 
 
 def test_the_restored_network_is_the_trained_one_on_any_number_of_devices(run):
-  one, (eight,) = stored_variables(run), evaluate.open_runs(config_of("knn", run), mesh_lib.create_mesh(8))
+  one, (eight,) = stored_variables(run), open_runs(str(run), 0, mesh_lib.create_mesh(8))
   jax.tree.map(np.testing.assert_array_equal, one, eight.model.variables)
   older = stored_variables(run, step=4)
   changed = [not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(older), strict=True)]
