@@ -39,6 +39,9 @@ KERNELS = {
   (14, 2048): (8, 6, 0),
 }
 
+CELLS = {(7, 4096): (2, 1)}
+"""(H, C) of the map: rows and columns of cells, where vissl has no kernel but says how many (res5 of w2)."""
+
 
 def layer_names(network: Network) -> tuple[str, ...]:
   """Returns the trunk's layers from the input to the output: "conv1", "res2", ..., "pooled"."""
@@ -65,9 +68,8 @@ def pool(features: jax.Array) -> jax.Array:
     kernel, stride, padding = KERNELS[height, channels]
     return nn.avg_pool(features, (kernel, kernel), (stride, stride), [(padding, padding)] * 2)
   side = max(1, math.isqrt(SIZE // channels))
-  for axis in (1, 2):
-    features = _adaptive_mean(features, axis, side)
-  return features
+  rows, columns = CELLS.get((height, channels), (side, side)) if height == width else (side, side)
+  return _adaptive_mean(_adaptive_mean(features, 1, rows), 2, columns)
 
 
 def _adaptive_mean(x, axis, size):
