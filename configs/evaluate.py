@@ -53,7 +53,7 @@ def linear(config: ConfigDict) -> None:
   linear.batch_size = 256
   linear.learning_rate = 0.01  # for a batch of 256; scaled in proportion to the batch
   linear.schedule = "steps"  # "steps" or "cosine" (to zero)
-  linear.milestones = (28 / 3, 56 / 3)  # epochs, where the rate falls: two, equally spaced
+  linear.milestones = (1 / 3, 2 / 3)  # shares of the epochs, where the rate falls: two, equally spaced
   linear.decay_factor = 0.1
   linear.momentum = 0.9
   linear.nesterov = False
@@ -66,15 +66,21 @@ def linear(config: ConfigDict) -> None:
 def linear_vissl(config: ConfigDict) -> None:
   """vissl's eval_resnet_8gpu_transfer_in1k_linear.yaml: three steps, Nesterov, scale and shift in the batch norm."""
   linear(config)
-  config.linear.milestones = (8.0, 16.0, 24.0)
+  config.linear.milestones = (2 / 7, 4 / 7, 6 / 7)  # 8, 16 and 24 of 28; for Places205 4, 8 and 12 of 14
   config.linear.nesterov = True
   config.linear.head = "bn_affine"
+
+
+def linear_small(config: ConfigDict) -> None:
+  """vissl's settings for CIFAR, STL-10 and the like: the whole picture and its mirror image, no random crop."""
+  linear_vissl(config)
+  config.linear.image_scale = (1.0, 1.0)
 
 
 def linear_moco(config: ConfigDict) -> None:
   """As MoCo: the pooled features alone, plain linear layer, rate 30, 100 epochs (pirl-like runs in vissl too)."""
   linear(config)
-  config.linear.update(layers="pooled", num_epochs=100, learning_rate=30.0, milestones=(60.0, 80.0), weight_decay=0.0,
+  config.linear.update(layers="pooled", num_epochs=100, learning_rate=30.0, milestones=(0.6, 0.8), weight_decay=0.0,
                        head="plain")
 
 
@@ -123,7 +129,7 @@ def semi_supervised(config: ConfigDict) -> None:
   semi.num_epochs = 70
   semi.batch_size = 256
   semi.learning_rate = 0.01  # for a batch of 256; scaled in proportion to the batch
-  semi.milestones = (30.0, 60.0)  # epochs
+  semi.milestones = (30 / 70, 60 / 70)  # shares of the epochs, where the rate falls
   semi.decay_factor = 0.1
   semi.momentum = 0.9
   semi.nesterov = False
@@ -134,7 +140,7 @@ def semi_supervised(config: ConfigDict) -> None:
 def semi_supervised_vissl(config: ConfigDict) -> None:
   """vissl with PIRL's lists: one step down at epoch 30, Nesterov."""
   semi_supervised(config)
-  config.semi_supervised.update(milestones=(30.0,), nesterov=True)
+  config.semi_supervised.update(milestones=(30 / 70,), nesterov=True)
 
 
 def semi_supervised_small(config: ConfigDict) -> None:
@@ -150,7 +156,7 @@ def semi_supervised_full(config: ConfigDict) -> None:
   """vissl's fine-tuning on all labels: 105 epochs, rate 0.1, down at 30, 60, 90 and 100."""
   semi_supervised(config)
   config.semi_supervised.update(fractions=(1.0,), num_epochs=105, learning_rate=0.1,
-                                milestones=(30.0, 60.0, 90.0, 100.0), nesterov=True)
+                                milestones=(30 / 105, 60 / 105, 90 / 105, 100 / 105), nesterov=True)
 
 
 def invariance(config: ConfigDict) -> None:
@@ -190,8 +196,9 @@ def voc07(config: ConfigDict) -> None:
 
 
 VARIANTS = {variant.__name__: variant for variant in (
-  knn, linear, linear_vissl, linear_moco, linear_simclr, svm, svm_voc07, low_shot, low_shot_voc07, semi_supervised,
-  semi_supervised_vissl, semi_supervised_small, semi_supervised_full, invariance, retrieval, features)}
+  knn, linear, linear_vissl, linear_small, linear_moco, linear_simclr, svm, svm_voc07, low_shot, low_shot_voc07,
+  semi_supervised, semi_supervised_vissl, semi_supervised_small, semi_supervised_full, invariance, retrieval,
+  features)}
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -322,11 +322,16 @@ def measure_knn(evaluation: Evaluation) -> Outcome:
 
 def measure_linear(evaluation: Evaluation) -> Outcome:
   """Returns linear classifiers on the layers."""
-  given = evaluation.settings.to_dict()
+  given = with_epochs(evaluation.settings)
   layers = evaluation.layers(given.pop("layers"), "linear.layers")
   return linear.measure_linear(
     evaluation.run.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh, layers=layers, **given,
     seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots)
+
+
+def with_epochs(settings: ConfigDict) -> dict[str, Any]:
+  """Returns the settings with the milestones as epochs; in the config they are shares of the run, of any length."""
+  return settings.to_dict() | {"milestones": tuple(share * settings.num_epochs for share in settings.milestones)}
 
 
 def measure_svm(evaluation: Evaluation) -> Outcome:
@@ -363,7 +368,7 @@ def measure_semi_supervised(evaluation: Evaluation) -> Outcome:
   """Returns fine-tuning on shares of the labels."""
   return semi_supervised.measure_semi_supervised(
     evaluation.run.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
-    **evaluation.settings.to_dict(), seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots)
+    **with_epochs(evaluation.settings), seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots)
 
 
 def measure_invariance(evaluation: Evaluation) -> Outcome:

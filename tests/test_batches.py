@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pirl_jax.data.batches import eval_batches, place, steps_per_epoch, train_batches
+from pirl_jax.data.batches import eval_batches, labelled_batches, place, steps_per_epoch, train_batches
+from pirl_jax.data.crops import centre_crop
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.errors import UserError
@@ -198,6 +199,87 @@ def test_eval_batches_go_through_all_in_order(num_threads, start):
       assert batch["label"][row] == SOURCE.labels()[batch["index"][row]]
 
 
+@pytest.mark.parametrize("crop_fraction", [1.0, 0.875])
+def test_eval_batches_squash_whole_pictures(crop_fraction):
+  class Wide(TextureSource):
+    """White at the left and the right edge, which a centre crop does not see."""
+
+    def __getitem__(self, index):
+      picture = np.full((20, 40, 3), index, np.uint8)
+      picture[:, :6] = picture[:, 34:] = 255
+      return Record(picture, 0)
+
+  source = Wide(5, size=32, split="train")
+  arguments = dict(batch_size=4, image_size=16, crop_fraction=crop_fraction, num_threads=0)
+  for squash in (True, False):
+    for batch in eval_batches(source, squash=squash, **arguments):
+      for image, index in zip(batch["image"][batch["valid"]], batch["index"][batch["valid"]], strict=True):
+        assert (image[:, 6:10] == index).all()
+        assert (image[:, [0, -1]] == (255 if squash else index)).all()
+
+
+@pytest.mark.parametrize("num_threads", [0, 1, 3, 16])
+@pytest.mark.parametrize(
+  ("batch_size", "size", "start"), [(1, 32, 0), (6, 24, 7), (24, 32, 0), (37, 32, 44), (64, 20, 1)])
+def test_eval_batches_are_the_same_in_whatever_parts_they_are_read(num_threads, batch_size, size, start):
+  source = Damaged(NUM_IMAGES, size=32, split="train")
+  stream = eval_batches(
+    source, batch_size=batch_size, image_size=size, crop_fraction=1.0, num_threads=num_threads, start=start
+  )
+  found, expected = list(stream), []
+  for first in range(start, NUM_IMAGES, batch_size):
+    rows = []
+    for index in range(first, first + batch_size):
+      there = index < NUM_IMAGES
+      readable = there and index not in (3, 5, 11, 12)
+      image = centre_crop(SOURCE[index].image, size=size, fraction=1.0) if readable else np.zeros((size, size, 3))
+      # Of 11 and 12 there is not even a label to be had.
+      label = index % 10 if there and index not in (11, 12) else -1
+      rows.append({"image": image, "index": index if there else -1, "label": label, "valid": readable})
+    expected.append({name: np.stack([row[name] for row in rows]) for name in ("image", "index", "label", "valid")})
+  assert_same(found, expected)
+  assert {name: value.dtype.name for name, value in found[0].items()} == {
+    "image": "uint8", "index": "int32", "label": "int32", "valid": "bool"}
+
+
+@pytest.mark.parametrize(("batch_size", "size"), [(4, 32), (64, 32), (1024, 224), (96, 224)])
+def test_every_thread_has_a_part_of_a_test_batch_and_photographs_come_a_few_at_a_time(batch_size, size):
+  parts = []
+
+  class Slow(TextureSource):
+    def __getitem__(self, index):
+      parts.append(threading.get_ident())
+      time.sleep(0.002)
+      return super().__getitem__(index)
+
+  stream = eval_batches(Slow(batch_size, size=32, split="train"), batch_size=batch_size, image_size=size,
+                        crop_fraction=1.0, num_threads=4)
+  next(stream)
+  stream.close()
+  share = np.unique(parts, return_counts=True)[1]
+  assert len(share) == 4 and share.min() >= batch_size // 8
+
+
+def test_test_batches_are_read_no_further_ahead_than_four():
+  asked = []
+
+  class Counting(TextureSource):
+    def __getitem__(self, index):
+      asked.append(index)
+      return super().__getitem__(index)
+
+  stream = eval_batches(Counting(400, size=32, split="train"), batch_size=20, image_size=32, crop_fraction=1.0,
+                        num_threads=2)
+  next(stream)
+  deadline = time.monotonic() + 5
+  while len(asked) < 100 and time.monotonic() < deadline:
+    time.sleep(0.02)
+  time.sleep(0.3)
+  # The one in hand, one ready, one that waits for its place, two in parts.
+  assert sorted(asked) == list(range(100))
+  stream.close()
+
+
 def test_place_splits_rows_over_the_devices():
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
   (batch,) = take(1)
@@ -241,3 +323,131 @@ def test_the_benchmark_prints_its_table(tmp_path):
   assert done.returncode == 0, done.stderr
   ratio = float(done.stdout.splitlines()[-1].split()[-2])
   assert "60 pictures" in done.stdout and ratio > 1.5  # 4 on photographs
+
+
+def take_labelled(count, source=SOURCE, **changes):
+  arguments = dict(indices=np.arange(NUM_IMAGES), batch_size=BATCH, image_size=24, image_scale=(0.2, 1.0), seed=7,
+                   start_step=0, num_threads=0)
+  stream = labelled_batches(source, **{**arguments, **changes})
+  try:
+    return list(itertools.islice(stream, count))
+  finally:
+    stream.close()
+
+
+SOME = np.array([3, 4, 5, 11, 12, 17, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 44, 48, 49])
+
+
+class Numbered(TextureSource):
+  """The left half of every picture is its index, the right half 100 more: whatever the crop, it can be read off."""
+
+  def __getitem__(self, index):
+    picture = np.full((40, 40, 3), index, np.uint8)
+    picture[:, 20:] += 100
+    return Record(picture, int(self._labels[index]))
+
+
+def test_labelled_shapes_and_types():
+  (batch,) = take_labelled(1)
+  assert {name: (value.shape, value.dtype.name) for name, value in batch.items()} == {
+    "image": ((8, 24, 24, 3), "uint8"),
+    "index": ((8,), "int32"),
+    "label": ((8,), "int32"),
+    "valid": ((8,), "bool"),
+  }
+  assert batch["valid"].all()
+
+
+@pytest.mark.parametrize("indices", [np.arange(NUM_IMAGES), SOME])
+def test_labelled_image_index_and_label_belong_together(indices):
+  source = Numbered(NUM_IMAGES, size=32, split="train")
+  seen = set()
+  for batch in take_labelled(15, source, indices=indices, num_threads=3):
+    np.testing.assert_array_equal(batch["label"], source.labels()[batch["index"]])
+    for image, index in zip(batch["image"], batch["index"], strict=True):
+      assert image.min() in (index, index + 100) and image.max() in (index, index + 100)
+    seen |= set(batch["index"].tolist())
+  assert seen == set(indices.tolist())
+
+
+@pytest.mark.parametrize("indices", [np.arange(NUM_IMAGES), SOME])
+def test_labelled_epochs_hold_a_picture_at_most_once_in_another_order(indices):
+  per_epoch = len(indices) // BATCH
+  stream = take_labelled(3 * per_epoch, indices=indices)
+  epochs = [np.concatenate([b["index"] for b in stream[e * per_epoch:(e + 1) * per_epoch]]) for e in range(3)]
+  for epoch in epochs:
+    assert len(set(epoch.tolist())) == len(epoch) == per_epoch * BATCH
+  assert len({frozenset(epoch.tolist()) for epoch in epochs}) == 3  # those left over are others
+  assert all(np.mean(a == b) < 0.3 for a, b in itertools.combinations(epochs, 2))
+
+
+def test_labelled_crops_differ_from_epoch_to_epoch():
+  crops = {}
+  for batch in take_labelled(30):
+    for row, index in enumerate(batch["index"]):
+      crops.setdefault(int(index), []).append(batch["image"][row].tobytes())
+  assert max(map(len, crops.values())) >= 4
+  assert all(len(set(of_one)) == len(of_one) for of_one in crops.values())
+
+
+def test_labelled_crops_cover_the_share_asked_for_and_half_are_flipped():
+  class Ramp(TextureSource):
+    """Brightness rises from 0 at the left by 4 a column."""
+
+    def __getitem__(self, index):
+      return Record(np.broadcast_to(np.arange(0, 240, 4, dtype=np.uint8)[None, :, None], (60, 60, 3)).copy(), 0)
+
+  source = Ramp(NUM_IMAGES, size=32, split="train")
+
+  def slopes(**changes):
+    rows = np.concatenate([batch["image"][:, 12, :, 0] for batch in take_labelled(60, source, **changes)]).astype(int)
+    return (rows[:, 20] - rows[:, 3]) / 17
+
+  wide = slopes(image_scale=(1.0, 1.0))
+  assert 0.42 < np.mean(wide < 0) < 0.58  # of 480 coins: within 3.5 standard deviations
+  np.testing.assert_allclose(np.abs(wide), 4 * 60 / 24, rtol=0.05)  # the whole picture on 24 columns
+  # A sixteenth of the area is about a quarter of the width, between ratios of 3/4 and 4/3.
+  assert np.all(np.abs(slopes(image_scale=(1 / 16, 1 / 16))) < 4 * 60 / 24 / 3)
+
+
+def test_labelled_seeds_differ():
+  streams = [np.concatenate([b["index"] for b in take_labelled(3, seed=seed)]).tolist() for seed in (0, 1, -1, 2**40)]
+  assert len({tuple(stream) for stream in streams}) == 4
+  assert_same(take_labelled(3, seed=2**40), take_labelled(3, seed=2**40))
+
+
+@pytest.mark.parametrize(("start_step", "num_threads"), [(0, 4), (1, 0), (2, 1), (5, 2), (13, 2)])
+def test_labelled_resume_from_any_step(start_step, num_threads):
+  arguments = dict(indices=SOME)  # two batches an epoch
+  assert_same(take_labelled(15 - start_step, start_step=start_step, num_threads=num_threads, **arguments),
+              take_labelled(15, **arguments)[start_step:])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_labelled_processes_together_see_the_single_stream(count):
+  parts = [take_labelled(14, process_index=index, process_count=count) for index in range(count)]
+  together = []
+  for step in range(14):
+    stacked = {name: np.stack([part[step][name] for part in parts], axis=1) for name in parts[0][step]}
+    together.append({name: value.reshape(BATCH, *value.shape[2:]) for name, value in stacked.items()})
+  assert_same(together, take_labelled(14))
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_labelled_broken_pictures_are_marked_and_change_no_other(num_threads):
+  damaged = Damaged(NUM_IMAGES, size=32, split="train")
+  seen = set()
+  for found, whole in zip(take_labelled(12, damaged, num_threads=num_threads), take_labelled(12), strict=True):
+    np.testing.assert_array_equal(found["index"], whole["index"])
+    broken = np.isin(found["index"], [3, 5, 11, 12])
+    np.testing.assert_array_equal(found["valid"], ~broken)
+    seen |= set(found["index"][broken].tolist())
+    assert not found["image"][broken].any()
+    for name in ("image", "label"):
+      np.testing.assert_array_equal(found[name][~broken], whole[name][~broken])
+  assert seen == {3, 5, 11, 12}
+
+
+def test_labelled_batch_larger_than_the_subset():
+  with pytest.raises(UserError, match="batch_size=20.*19 pictures"):
+    take_labelled(1, indices=SOME, batch_size=20)

@@ -26,9 +26,9 @@ def opened(root, name, split="train"):
   )
 
 
-def write_archive(path, members):
+def write_archive(path, members, mode="w:gz"):
   path.parent.mkdir(parents=True, exist_ok=True)
-  with tarfile.open(path, "w:gz") as archive:
+  with tarfile.open(path, mode) as archive:
     for name, data in members.items():
       entry = tarfile.TarInfo(name)
       entry.size = len(data)
@@ -77,6 +77,42 @@ def stl_archive(root, counts=(("train", 12), ("test", 7), ("unlabeled", 9))):
   return pictures
 
 
+VOC = {  # split: {picture: [(class, difficult), ...]}
+  "train": {"000012": [("car", 0)], "000017": [("person", 0), ("Horse", 0), ("person", 1)], "000023": []},
+  "val": {"000005": [("chair", 0), ("chair", 1)], "000007": [("car", 1), ("tvmonitor", 0)], "000009": [("bus", 1)]},
+  "test": {f"{i:06d}": [("aeroplane", 0), ("dog", i % 2)] for i in range(1, 8)},
+}
+
+
+def annotation(objects):
+  text = "".join(f"""<object><name>{name}</name><pose>Left</pose><truncated>1</truncated>
+    <difficult>{difficult}</difficult><bndbox><xmin>5</xmin><ymin>4</ymin><xmax>15</xmax><ymax>8</ymax></bndbox>
+    <part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part></object>"""
+    for name, difficult in objects)
+  return f"<annotation><size><width>20</width><height>16</height><depth>3</depth></size>{text}</annotation>".encode()
+
+
+def voc_archives(root):
+  """Writes both small archives; returns {split: {picture: JPEG file}}."""
+  rng = np.random.default_rng(2)
+  files = {}
+  for archive, splits in (("VOCtrainval_06-Nov-2007.tar", ("train", "val")), ("VOCtest_06-Nov-2007.tar", ("test",))):
+    members = {}
+    for split in splits:
+      files[split] = {}
+      for name, objects in VOC[split].items():
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (16, 20, 3), dtype=np.uint8)).save(file, "JPEG")
+        files[split][name] = file.getvalue()
+        members[f"VOCdevkit/VOC2007/JPEGImages/{name}.jpg"] = file.getvalue()
+        members[f"VOCdevkit/VOC2007/Annotations/{name}.xml"] = annotation(objects)
+      members[f"VOCdevkit/VOC2007/ImageSets/Main/{split}.txt"] = "".join(f"{name}\n" for name in VOC[split]).encode()
+      # Per class lists lie there too.
+      members[f"VOCdevkit/VOC2007/ImageSets/Main/car_{split}.txt"] = b"000012  1\n"
+    write_archive(root / "downloads" / "manual" / archive, members, "w")
+  return files
+
+
 def as_set(pictures):
   return {(image.tobytes(), label) for image, label in pictures}
 
@@ -100,6 +136,8 @@ def test_cifar10_from_the_archive(cifar):
     assert source.labels().tolist() == [source[i].label for i in range(len(source))]
     assert source.labels().dtype == np.int32
   assert train.class_names[:2] == ("airplane", "automobile") and len(train.class_names) == 10
+  assert not train.multi_label
+  np.testing.assert_array_equal(train.targets(), np.eye(10, dtype=np.int8)[train.labels()])
   assert train.picture_name(3) == "train[3]"
   assert "cifar10/3.0.2" in train.description and "100 pictures" in train.description
   again = pickle.loads(pickle.dumps(train))
@@ -127,6 +165,74 @@ def test_stl10_from_the_archive(tmp_path):
       assert source.labels() is None and source.class_names == ()
     else:
       assert source.class_names[-1] == "truck"
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+  root = tmp_path_factory.mktemp("voc")
+  return root, voc_archives(root)
+
+
+@pytest.mark.parametrize("split, lists", [
+  ("train", ["train"]), ("validation", ["val"]), ("train+validation", ["train", "val"]), ("test", ["test"])])
+def test_voc2007_from_the_archives(voc, split, lists):
+  root, files = voc
+  source = opened(root, "voc/2007", split)
+  files, objects = ({name: value for part in lists for name, value in of[part].items()} for of in (files, VOC))
+  assert len(source) == len(files)
+  # The files are kept as they are, not encoded again; the picture says which annotation belongs to it.
+  name_of = {file: name for name, file in files.items()}
+  names = [name_of[source[i].image] for i in range(len(source))]
+  assert sorted(names) == sorted(files)
+  assert source.multi_label and source.labels() is None and source[0].label == -1
+  assert len(source.class_names) == 20 and source.class_names[:2] == ("aeroplane", "bicycle")
+  targets = source.targets()
+  assert targets.dtype == np.int8 and targets.shape == (len(files), 20)
+  for name, row in zip(names, targets, strict=True):
+    # As the devkit's lists of a class: 1 where one object at least is not difficult, 0 (here -1) where all are.
+    expected = {}
+    for label, difficult in objects[name]:
+      expected[label.lower()] = max(expected.get(label.lower(), -1), -1 if difficult else 1)
+    assert {source.class_names[i]: int(row[i]) for i in np.flatnonzero(row)} == expected
+  assert source.targets() is targets  # read once
+  assert "20 classes, any number of them in a picture" in source.description
+  again = pickle.loads(pickle.dumps(source))
+  np.testing.assert_array_equal(again.targets(), targets)
+
+
+def test_voc2007_is_stored_as_tfds_stores_it(voc):
+  root, _ = voc
+  ours = opened(root, "voc/2007", "train+validation")
+  # TFDS's own builder reads what ours has prepared, the objects too: a set prepared by either serves the other.
+  theirs = tfds.builder("voc/2007", data_dir=root)
+  assert theirs.data_dir == tfds_source.OWN_BUILDERS["voc/2007"](data_dir=root).data_dir
+  records = theirs.as_data_source("train+validation", decoders={"image": tfds.decode.SkipDecoding()})
+  assert len(records) == len(ours) == 6
+  for i, record in enumerate(records):
+    assert record["image"] == ours[i].image
+    name = record["image/filename"].decode().removesuffix(".jpg")
+    objects = (VOC["train"] | VOC["val"])[name]
+    found = record["objects"]
+    names = [ours.class_names[label] for label in found["label"]]
+    assert names == [label.lower() for label, _ in objects]
+    assert found["is_difficult"] == [bool(difficult) for _, difficult in objects]
+    assert all(found["is_truncated"]) and all(pose == 2 for pose in found["pose"])
+    np.testing.assert_allclose(found["bbox"], [[4 / 16, 5 / 20, 8 / 16, 15 / 20]] * len(objects))
+
+
+@pytest.mark.parametrize("damage", ["cut", "picture missing", "no archive"])
+def test_damaged_voc_archives(tmp_path, damage):
+  voc_archives(tmp_path)
+  path = tmp_path / "downloads" / "manual" / "VOCtest_06-Nov-2007.tar"
+  if damage == "cut":
+    path.write_bytes(path.read_bytes()[:7000])
+  elif damage == "picture missing":
+    write_archive(path, {"VOCdevkit/VOC2007/ImageSets/Main/test.txt": b"000001\n"}, "w")
+  else:
+    path.write_bytes(b"<html>not found</html>")
+  message = one_line(opened, tmp_path, "voc/2007", "test")
+  assert str(path) in message and "fetch it again" in message
+  assert not list((tmp_path / "voc" / "2007").iterdir())
 
 
 def test_fingerprints(cifar, tmp_path):
@@ -247,6 +353,24 @@ def test_the_image_is_found_by_its_type_and_two_labels_are_none(tmp_path, monkey
   assert "no labels" in source.description
 
 
+def test_a_single_sequence_of_labels_is_multi_label(tmp_path, monkeypatch):
+  class Tags(Toy, skip_registration=True):
+    def _info(self):
+      label = tfds.features.ClassLabel(names=["a", "b", "c"])
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
+        {"photo": tfds.features.Image(shape=(None, None, 3)), "tags": tfds.features.Sequence(label)}))
+
+    def _generate_examples(self):
+      for i in range(4):
+        yield i, {"photo": Image.new("RGB", (4, 4), (i, i, i)), "tags": list(range(i))}
+
+  monkeypatch.setattr(tfds, "builder", lambda name, data_dir: Tags(data_dir=data_dir))
+  source = opened(tmp_path, "tags")
+  assert source.multi_label and source.labels() is None and source.class_names == ("a", "b", "c")
+  pictures = [int(decode(source[i].image)[0, 0, 0]) for i in range(4)]
+  np.testing.assert_array_equal(source.targets(), np.tri(5, 3, -1, dtype=np.int8)[pictures])
+
+
 def test_a_set_that_needs_tensorflow_names_the_one_command(tmp_path, monkeypatch):
   monkeypatch.setattr(Toy, "as_array", True)
   monkeypatch.setattr(tfds, "builder", lambda name, data_dir: Toy(data_dir=data_dir))
@@ -291,7 +415,8 @@ def test_tensorflow_is_never_imported(cifar):
   assert done.returncode == 0 and "read without TensorFlow" in done.stdout, done.stderr
 
 
-def test_own_builders_are_those_of_tfds_in_name_and_version():
+def test_own_builders_are_those_of_tfds_in_name_version_and_features(tmp_path):
   for name, builder in tfds_source.OWN_BUILDERS.items():
-    theirs = tfds.builder_cls(name)
-    assert builder.name == theirs.name and builder.VERSION == theirs.VERSION
+    ours, theirs = builder(data_dir=tmp_path), tfds.builder(name, data_dir=tmp_path)
+    assert ours.info.full_name == theirs.info.full_name
+    assert ours.info.features.get_serialized_info() == theirs.info.features.get_serialized_info()

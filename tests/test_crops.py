@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pirl_jax.data import crops
-from pirl_jax.data.crops import BrokenPicture, centre_crop, crop_box, decode, random_resized_crop
+from pirl_jax.data.crops import BrokenPicture, centre_crop, crop_box, decode, random_resized_crop, squash_resize
 
 
 def smooth(height=48, width=64, channels=3, seed=0):
@@ -265,3 +265,25 @@ def test_centre_crop_leaves_a_small_picture_as_it_is():
 
 def test_opencv_works_in_one_thread():
   assert cv2.getNumThreads() == 1
+
+
+@pytest.mark.parametrize("height, width", [(300, 400), (400, 300), (256, 256), (50, 1000), (1, 1)])
+def test_squash_resize_takes_the_whole_picture_in_two_steps(height, width):
+  image = photograph_like(height, width)
+  shorter = min(height, width)
+  resized = Image.fromarray(image).resize((256 * width // shorter, 256 * height // shorter), Image.BILINEAR)
+  expected = np.asarray(resized.resize((224, 224), Image.BILINEAR)).astype(float)
+  squashed = squash_resize(image, size=224, fraction=224 / 256)
+  assert squashed.shape == (224, 224, 3) and squashed.dtype == np.uint8
+  assert np.abs(squashed - expected).mean() < 2
+
+
+@pytest.mark.parametrize("height, width", [(300, 400), (90, 60)])
+def test_squash_resize_goes_straight_to_the_square_where_nothing_is_cut(height, width):
+  image = photograph_like(height, width)
+  expected = np.asarray(Image.fromarray(image).resize((64, 64), Image.BILINEAR)).astype(float)
+  straight, stepwise = (squash_resize(image, size=64, fraction=fraction).astype(float) for fraction in (1.0, 0.5))
+  assert np.abs(straight - expected).mean() < 2
+  assert np.abs(straight - stepwise).mean() > 0.1
+  small = photograph_like(32, 32)
+  np.testing.assert_array_equal(squash_resize(small, size=32, fraction=1.0), small)

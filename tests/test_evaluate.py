@@ -56,7 +56,7 @@ def result_of(folder, name):
 
 QUICK = {
   "knn": {"knn__k": 20},
-  "linear": {"linear__num_epochs": 2, "linear__milestones": (1.0,), "linear__batch_size": 32},
+  "linear": {"linear__num_epochs": 2, "linear__batch_size": 32},
   "svm": {"svm__costs": "vissl"},
   "low_shot": {"low_shot__shots": (1, 2), "low_shot__num_draws": 2},
   "semi_supervised": {"semi_supervised__fractions": (0.25,), "semi_supervised__num_epochs": 2},

@@ -434,8 +434,8 @@ def test_memory_does_not_grow_with_the_training_pictures(monkeypatch):
   ({"layer": "res9"}, "knn.layer names the layer 'res9'; this network has conv1, pooled, embedding"),
   ({"k": 0}, "k=0"),
   ({"temperature": -1.0}, "temperature=-1.0"),
-  ({"train": Arrays(9, seed=0, num_classes=1, unlabelled=range(9))}, "none of the 9 training pictures"),
-  ({"test": Arrays(9, seed=0, num_classes=1, unlabelled=range(9))}, "none of the 9 held-out pictures"),
+  ({"train": Arrays(9, seed=0, unlabelled=range(9))}, "none of the 9 training pictures"),
+  ({"test": Arrays(9, seed=0, unlabelled=range(9))}, "none of the 9 held-out pictures"),
   ({"test": Arrays(3, seed=0, damaged=(0, 1, 2))}, "no picture to take features of: 3 broken"),
 ])
 def test_what_cannot_be_measured_is_refused(changes, message):

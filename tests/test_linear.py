@@ -409,11 +409,6 @@ def test_broken_and_unlabelled_test_pictures_are_not_judged(tmp_path, monkeypatc
   assert found.figures["top5"] == pytest.approx(np.mean((best[:, :5] == labels[:, None]).any(axis=1)))
 
 
-def test_ranks_of_equal_scores_go_to_the_lower_class():
-  logits = np.float32([[3, 1, 2, 0], [3, 1, 2, 0], [1, 1, 1, 1], [1, 1, 1, 1], [0, 5, 5, 9]])
-  assert linear._ranks(logits, np.array([0, 3, 0, 2, 2])).tolist() == [0, 3, 0, 2, 2]
-
-
 def test_of_equal_layers_the_deeper_one_is_the_best_and_few_classes_are_all_among_the_top_five(tmp_path, monkeypatch):
   ranks = {"conv1": [0, 1, 3], "res2": [0, 0, 3], "res3": [0, 0, 2], "res4": [0, 1, 1]}
   monkeypatch.setattr(linear, "_judge", lambda *_: ({layer: np.array(rank) for layer, rank in ranks.items()}, 0))
@@ -525,9 +520,9 @@ def test_a_cache_that_is_too_large_is_refused_before_a_picture_is_read(tmp_path,
 
 @pytest.mark.parametrize(("changes", "message"), [
   ({"train": Changed(TRAIN, class_names=())}, "the training pictures have none.*data.labels=folder"),
-  ({"test": Changed(TEST, class_names=())}, "the test pictures have none.*data.labels=folder"),
-  ({"test": Changed(TEST, unlabelled=range(60))}, "the test pictures have none"),
-  ({"test": Changed(TEST, class_names=("a", *TEST.class_names[1:]))}, r"different: \['a', "),
+  ({"test": Changed(TEST, class_names=())}, "the held-out pictures have none.*data.labels=folder"),
+  ({"test": Changed(TEST, unlabelled=range(60))}, "none of the .* held-out pictures has one"),
+  ({"test": Changed(TEST, class_names=("a", *TEST.class_names[1:]))}, "different: a, "),
   ({"test": Changed(TEST, class_names=TEST.class_names[::-1])}, "different: the order"),
   ({"layers": ("res2", "res9")}, "linear.layers names the layer 'res9'; this network has conv1, res2"),
   ({"layers": ()}, "linear.layers is empty"),
@@ -540,7 +535,7 @@ def test_a_cache_that_is_too_large_is_refused_before_a_picture_is_read(tmp_path,
   ({"learning_rate": float("nan")}, "linear.learning_rate=nan"),
   ({"schedule": "linear"}, "linear.schedule='linear' is not possible: choose from steps, cosine"),
   ({"milestones": (0.0,)}, r"linear.milestones=\(0.0,\)"),
-  ({"milestones": (1.0, 3.0)}, r"epochs within the 3 of linear.num_epochs.*milestones='\(1, 2\)'"),
+  ({"milestones": (1.0, 3.0)}, "within the 3 epochs"),
   ({"decay_factor": 0.0}, "linear.decay_factor=0.0"),
   ({"momentum": 1.0}, "linear.momentum=1.0"),
   ({"weight_decay": -1.0}, "linear.weight_decay=-1.0"),

@@ -350,11 +350,6 @@ def test_test_pictures_are_judged_by_the_running_statistics():
   assert judged(train=True, mutable=["batch_stats"]) != judged(train=False)  # else the above says nothing
 
 
-def test_ranks():
-  logits = np.float32([[3, 1, 2, 0], [3, 1, 2, 0], [1, 1, 1, 1], [1, 1, 1, 1], [0, 5, 5, 9]])
-  assert semi_supervised._ranks(logits, np.array([0, 3, 0, 2, 2])).tolist() == [0, 3, 0, 2, 2]
-
-
 @pytest.mark.parametrize(("asked", "num_pictures", "num_devices", "expected"), [
   (256, 300, 8, 256), (256, 256, 8, 256), (256, 255, 8, 128), (256, 41, 8, 32), (256, 41, 1, 32), (48, 50, 8, 48),
   (48, 40, 8, 32), (256, 1, 1, 1)])
@@ -374,10 +369,10 @@ class Without(TextureSource):
 
 @pytest.mark.parametrize(("changes", "message"), [
   ({"train": Without(TRAIN, class_names=())}, "the training pictures have none.*data.labels=folder"),
-  ({"test": Without(TEST, class_names=())}, "the test pictures have none.*data.labels=folder"),
-  ({"test": Without(TEST, multi_label=True)}, "each of the test pictures may show several classes"),
-  ({"test": Without(TEST, labels=-1)}, "the test pictures have none"),
-  ({"test": Without(TEST, class_names=("a", *TEST.class_names[1:]))}, r"different: \['a', "),
+  ({"test": Without(TEST, class_names=())}, "the held-out pictures have none.*data.labels=folder"),
+  ({"test": Without(TEST, multi_label=True)}, "each of the held-out pictures may show several classes"),
+  ({"test": Without(TEST, labels=-1)}, "none of the .* held-out pictures has one"),
+  ({"test": Without(TEST, class_names=("a", *TEST.class_names[1:]))}, "different: a, "),
   ({"test": Without(TEST, class_names=TEST.class_names[::-1])}, "different: the order"),
   ({"fractions": (0.5, 1.5)}, r"1.5 of the labels is not possible: the fraction lies in \(0, 1\]"),
   ({"fractions": (0.001,)}, "0.001 of 80 labelled pictures is none; take 0.013 or more"),

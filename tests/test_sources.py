@@ -36,6 +36,7 @@ def test_embedded():
   source = opened("embedded", split="train")
   assert len(source) == 20 and len(source.class_names) == 10
   assert source[3].image.shape == (32, 32, 3) and source[3].label == source.labels()[3]
+  np.testing.assert_array_equal(source.targets(), np.eye(10)[source.labels()])
   assert source.class_names[3] in source.picture_name(3) and "3" in source.picture_name(3)
   fingerprints = {
     opened("embedded", **changes).fingerprint
@@ -76,7 +77,7 @@ def test_folder_is_sorted_by_path_and_read_by_index(tmp_path):
   assert names == ["B/x.JPeG", "a.webp", "b/10.bmp", "b/2.PNG"]  # byte by byte, in any locale
   assert [int(decode(source[i].image)[0, 0, 0]) for i in range(4)] == [4, 2, 3, 1]
   assert all(isinstance(source[i].image, bytes) and source[i].label == -1 for i in range(4))
-  assert source.labels() is None and source.class_names == ()
+  assert source.labels() is None and source.targets() is None and source.class_names == ()
   again = pickle.loads(pickle.dumps(source))
   assert again[2].image == source[2].image
 
@@ -163,6 +164,8 @@ def test_labels_from_folders_agree_between_splits(tmp_path):
   assert train.class_names == ("ant", "cat", "dog")
   assert train.labels().tolist() == [0, 1, 2, -1] and train.labels().dtype == np.int32
   assert train[1].label == 1 and train[3].label == -1
+  assert train.targets().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0]]  # the last one: labels() < 0
+  assert train.targets().dtype == np.int8 and not train.multi_label
   test = opened("folder", root=root, split="test", labels="folder", class_names=train.class_names)
   assert test.labels().tolist() == [2]
   with pytest.raises(UserError, match="'eel'.*ant, cat, dog"):

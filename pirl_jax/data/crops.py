@@ -156,15 +156,18 @@ def centre_crop(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray:
   return np.ascontiguousarray(_resize(image, height, width)[top : top + size, left : left + size])
 
 
-def squash_resize(image: np.ndarray, *, size: int) -> np.ndarray:
+def squash_resize(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray:
   """Returns u8[S, S, 3], the whole picture with its aspect changed.
 
-  As vissl prepares pictures for its SVMs, in two steps: the shorter side to S * 256 / 224, then both sides to S.
+  In two steps: the shorter side to round(size / fraction), as for `centre_crop`, then both sides to `size`. With
+  224/256 that is what vissl does for its SVMs. With 1.0 it is one step, straight to the square, as for its low-shot
+  SVMs, and a small square picture stays as it is.
   """
   height, width = image.shape[:2]
-  shorter = round(size * 256 / 224)
-  height, width = (shorter * side // min(height, width) for side in (height, width))
-  return _resize(_resize(image, height, width), size, size)
+  if fraction < 1:
+    shorter = round(size / fraction)
+    image = _resize(image, shorter * height // min(height, width), shorter * width // min(height, width))
+  return _resize(image, size, size)
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

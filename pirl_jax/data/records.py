@@ -24,11 +24,13 @@ class Source(abc.ABC):
     description: a few lines for the user: what was found, what was left out and why.
     fingerprint: differs from another source's if record i could be another picture there.
     class_names: one name a class, in the order of the labels; () when there are no labels.
+    multi_label: a picture may show any number of the classes; then there are `targets`, but no `labels`.
   """
 
   description: str
   fingerprint: str
   class_names: tuple[str, ...]
+  multi_label: bool = False
 
   @abc.abstractmethod
   def __len__(self) -> int:
@@ -48,6 +50,20 @@ class Source(abc.ABC):
 
     May read every record the first time.
     """
+
+  def targets(self) -> np.ndarray | None:
+    """Returns i8[N, C], by picture and class, or None when the set has no labels.
+
+    1: the class is there. 0: it is not. -1: only as an object that is marked as difficult (VOC), which is neither. Of a
+    set with one label a picture these are rows with a single 1; a picture without its label has a row of 0, and
+    `labels() < 0` tells it from one that shows no class.
+
+    May read every record the first time.
+    """
+    labels = self.labels()
+    if labels is None:
+      return None
+    return (np.asarray(labels)[:, None] == np.arange(len(self.class_names))[None, :]).astype(np.int8)
 
 
 def printable(name: str) -> str:

@@ -50,8 +50,11 @@ class TfdsSource(Source):
         f"TFDS set {builder.info.full_name} has no image feature, or several: {list(builder.info.features)}"
       )
     self._image, self._label = image, _only(builder, tfds.features.ClassLabel)
-    self._cached_labels = None
-    self.class_names = tuple(builder.info.features[self._label].names) if self._label else ()
+    self._present, self._present_easily = _label_sets(builder)
+    self._cached_labels = self._cached_targets = None
+    self.multi_label = self._present is not None
+    names = self._label or self._present
+    self.class_names = tuple(builder.info.features[names].names) if names else ()
     try:
       self._records = builder.as_data_source(
         split, decoders={image: tfds.decode.SkipDecoding()}, file_format="array_record"
@@ -65,7 +68,8 @@ class TfdsSource(Source):
     if self._label and all(self._records[i][self._label] < 0 for i in _sample(num_records)):
       self._label, self.class_names = None, ()  # a split without labels in a set that has some, as STL-10's
     self.fingerprint = f"tfds:{builder.info.full_name}:{split}:{num_records}:{digest}"
-    classes = f"{len(self.class_names)} classes" if self._label else "no labels"
+    classes = f"{len(self.class_names)} classes" if self.class_names else "no labels"
+    classes += ", any number of them in a picture" if self.multi_label else ""
     self.description = (
       f"TFDS {builder.info.full_name}, split {split}: {num_records} pictures, {classes}, "
       f"from {printable(str(builder.data_dir))}"
@@ -91,6 +95,21 @@ class TfdsSource(Source):
         labels = threads.map(lambda i: self[i].label, range(len(self)))
         self._cached_labels = np.fromiter(labels, np.int32, len(self))
     return self._cached_labels
+
+  def targets(self) -> np.ndarray | None:
+    """Returns i8[N, C] or None, see `Source.targets`; the first call reads every record."""
+    if not self.multi_label:
+      return super().targets()
+    if self._cached_targets is None:
+      with concurrent.futures.ThreadPoolExecutor(_LABEL_THREADS) as threads:
+        self._cached_targets = np.stack(list(threads.map(self._read_targets, range(len(self)))))
+    return self._cached_targets
+
+  def _read_targets(self, index: int) -> np.ndarray:
+    record, targets = self._records[index], np.zeros(len(self.class_names), np.int8)
+    targets[record[self._present]] = -1
+    targets[record[self._present_easily]] = 1
+    return targets
 
 
 def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
@@ -185,6 +204,19 @@ def _only(builder: tfds.core.DatasetBuilder, kind: type) -> str | None:
   if len(keys) > 1:
     keys = [key for key in keys if key in (builder.info.supervised_keys or ())]
   return keys[0] if len(keys) == 1 else None
+
+
+def _label_sets(builder: tfds.core.DatasetBuilder) -> tuple[str, str] | tuple[None, None]:
+  """Returns the keys of the classes in a picture and of those that it shows not only with difficulty, of a set with
+  sequences of class labels and no class label; the same key twice where the set makes no such difference."""
+  features = builder.info.features
+  keys = [key for key, feature in features.items()
+          if isinstance(feature, tfds.features.Sequence) and isinstance(feature.feature, tfds.features.ClassLabel)]
+  if any(isinstance(feature, tfds.features.ClassLabel) for feature in features.values()):
+    return None, None
+  if sorted(keys) == ["labels", "labels_no_difficult"]:
+    return "labels", "labels_no_difficult"
+  return (keys[0], keys[0]) if len(keys) == 1 else (None, None)
 
 
 def _digest(info, records: Source) -> str:

@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation.classification import check_classes
 from pirl_jax.evaluation.features import extract_features, stream_features, unit_norm
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import check_layers, layer_features
@@ -173,10 +174,7 @@ def measure_knn(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh, la
   """
   check_layers(model.network, (layer,), field="knn.layer")
   _check(k, temperature)
-  for name, pictures in (("training", train), ("held-out", test)):
-    if not pictures.source.class_names:
-      raise UserError(f"kNN needs labels, and the {name} pictures have none "
-                      "(for folders of classes: --config.data.labels=folder)")
+  check_classes(train, test, protocol="kNN")
   forward_fn = layer_features(model.network, (layer,))
   with Progress("kNN: features of held-out pictures", len(test)) as progress:
     held_out = extract_features(forward_fn, model.variables, test.test_batches(), mesh, on_batch=progress.update)

@@ -36,6 +36,7 @@ from jax.sharding import Mesh
 from pirl_jax.checkpoints import Snapshots
 from pirl_jax.data import batches
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation import classification
 from pirl_jax.evaluation.features import stream_features
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import EMBEDDING, check_layers, layer_features, layer_names
@@ -148,7 +149,7 @@ def measure_linear(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh,
   if not layers:
     raise UserError(f"linear.layers is empty; choose from {', '.join(layer_names(model.network))}")
   _check_recipe(recipe)
-  labels = _labels(train, test)
+  labels = classification.read_labels(train, test, protocol="linear")
   indices = np.flatnonzero(labels >= 0)
   _check_batch(batch_size, len(indices), mesh)
 
@@ -211,10 +212,8 @@ def create_schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
   """Returns step -> learning rate, f32[], for steps from 0 on."""
   if recipe.schedule == "cosine":
     return optax.cosine_decay_schedule(recipe.first_rate, recipe.num_epochs * steps_per_epoch)
-  falls = [round(milestone * steps_per_epoch) for milestone in sorted(recipe.milestones)]
-  rates = [recipe.first_rate * recipe.decay_factor**count for count in range(len(falls) + 1)]
-  # A table rather than powers on the device, which round differently from one kind to another.
-  return lambda step: jnp.asarray(rates, jnp.float32)[jnp.sum(step >= jnp.asarray(falls, jnp.int32))]
+  return classification.falling_rate(recipe.first_rate, milestones=recipe.milestones, decay_factor=recipe.decay_factor,
+                                     steps_per_epoch=steps_per_epoch)
 
 
 def create_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -480,34 +479,12 @@ def _judge(forward_fn, variables, test, mesh):
       labelled = part.labels >= 0
       num_broken += part.num_broken
       for layer, logits in part.features.items():
-        ranks[layer].append(_ranks(logits[labelled], part.labels[labelled]))
+        ranks[layer].append(classification.ranks(logits[labelled], part.labels[labelled]))
       progress.update(len(part.index) + part.num_broken)
   ranks = {layer: np.concatenate(parts) for layer, parts in ranks.items()}
   if not all(map(len, ranks.values())):
     raise UserError(f"none of the {len(test)} test pictures has a label and can be read: {num_broken} are broken")
   return ranks, num_broken
-
-
-def _ranks(logits, labels):
-  """Returns how many classes come before the true one, i[N], of logits f32[N, L]; of equal ones the lower class."""
-  own = np.take_along_axis(logits, labels[:, None], axis=1)  # [N, 1]
-  before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1])[None] < labels[:, None]))
-  return before.sum(axis=1)
-
-
-def _labels(train, test):
-  """Returns the labels of the training pictures, i32[N]."""
-  for name, pictures in (("training", train), ("test", test)):
-    labels = pictures.source.labels() if pictures.source.class_names else None
-    if labels is None or not np.any(labels >= 0):
-      raise UserError(f"linear classifiers need labels, and the {name} pictures have none "
-                      "(for folders of classes: --config.data.labels=folder)")
-  names, test_names = (pictures.source.class_names for pictures in (train, test))
-  if names != test_names:
-    different = sorted(set(names) ^ set(test_names))[:5] or "the order"
-    raise UserError(f"the {len(names)} classes of the training pictures are not the {len(test_names)} of the test "
-                    f"pictures (different: {different}); choose splits of one data set")
-  return np.asarray(train.source.labels())
 
 
 def _check_recipe(recipe):
@@ -520,10 +497,9 @@ def _check_recipe(recipe):
   require(0 < recipe.learning_rate < math.inf, "learning_rate", "a finite number above 0 is needed")
   require(recipe.schedule in SCHEDULES, "schedule", f"choose from {', '.join(SCHEDULES)}")
   if recipe.schedule == "steps":
-    # Past the end the rate would never fall, without a word: milestones belong to a number of epochs.
+    # Past the end the rate would never fall, without a word.
     require(all(0 < milestone < recipe.num_epochs for milestone in recipe.milestones), "milestones",
-            f"epochs within the {recipe.num_epochs} of linear.num_epochs are needed; two equally spaced ones are "
-            f"--config.linear.milestones='({recipe.num_epochs / 3:.4g}, {recipe.num_epochs * 2 / 3:.4g})'")
+            f"they lie within the {recipe.num_epochs} epochs (in the config as shares, between 0 and 1)")
   require(0 < recipe.decay_factor <= 1, "decay_factor", "it lies in (0, 1]")
   require(0 <= recipe.momentum < 1, "momentum", "it lies in [0, 1)")
   require(0 <= recipe.weight_decay < math.inf, "weight_decay", "a finite number from 0 is needed")

@@ -78,7 +78,9 @@ def format_table(title: str, outcomes: Mapping[str, Outcome], *, share: bool = T
 def _cell(value, share):
   if value is None:
     return "-"
-  return f"{value:.1%}" if share else f"{value:.4g}"
+  if share:
+    return f"{value:.1%}"
+  return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def save_plot(path: str | os.PathLike, title: str, outcomes: Mapping[str, Outcome]) -> None:

@@ -7,7 +7,6 @@ of a vector, n neighbours.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -19,13 +18,14 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from pirl_jax import pictures
-from pirl_jax.data.records import Record, Source
+from pirl_jax.data.records import Source
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import stream_features, unit_norm
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.knn import Nearest, Neighbours, gather_blocks, ladder
 from pirl_jax.evaluation.layers import EMBEDDING, check_layers, layer_features
 from pirl_jax.evaluation.outcome import Curve, Outcome
+from pirl_jax.evaluation.subsets import Subset, shuffled
 from pirl_jax.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.progress import Progress
 
@@ -177,32 +177,10 @@ def _why_no_labels(gallery: Source, queries: Source) -> str:
   return "" if gallery.class_names == queries.class_names else "none: the classes of gallery and queries differ"
 
 
-class _Chosen(Source):
-  """The records of a source named by `index`, in its order."""
-
-  def __init__(self, source: Source, index: np.ndarray):
-    self._source, self._index = source, np.asarray(index)
-    self.class_names, self.description = source.class_names, source.description
-    self.fingerprint = f"{source.fingerprint}[{hashlib.sha256(self._index.tobytes()).hexdigest()[:16]}]"
-
-  def __len__(self) -> int:
-    return len(self._index)
-
-  def __getitem__(self, index: int) -> Record:
-    return self._source[int(self._index[index])]
-
-  def picture_name(self, index: int) -> str:
-    return self._source.picture_name(int(self._index[index]))
-
-  def labels(self) -> np.ndarray | None:
-    labels = self._source.labels()
-    return None if labels is None else labels[self._index]
-
-
 def _read_queries(model, queries, *, mesh, layer, num_queries, seed) -> Vectors:
   """Returns the first readable pictures by the hash of their number: no generator whose draws could change."""
-  order = sorted(range(len(queries)), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
-  chosen = dataclasses.replace(queries, source=_Chosen(queries.source, order))
+  order = shuffled(range(len(queries)), seed=seed)
+  chosen = dataclasses.replace(queries, source=Subset(queries.source, order))
   parts, num_read = [], 0
   with (Progress("retrieval: queries", min(num_queries, len(queries))) as progress,
         contextlib.closing(chosen.test_batches()) as batches):  # mostly left long before its end
@@ -319,5 +297,5 @@ def _save_picture(path, gallery, queries, figures):
 
 def _read_pictures(of: Pictures, index) -> np.ndarray:
   """Returns u8[len(index), H, H, 3] under the test transform, black where a picture cannot be read."""
-  batches = dataclasses.replace(of, source=_Chosen(of.source, index), batch_size=len(index)).test_batches()
+  batches = dataclasses.replace(of, source=Subset(of.source, index), batch_size=len(index)).test_batches()
   return np.concatenate([batch["image"] for batch in batches])

@@ -33,6 +33,7 @@ from jax.sharding import Mesh
 from pirl_jax.checkpoints import Snapshots
 from pirl_jax.data import batches
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation import classification
 from pirl_jax.evaluation.features import extract_features
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.outcome import Curve, Outcome
@@ -114,7 +115,7 @@ def measure_semi_supervised(model: Model, train: Pictures, test: Pictures, *, me
   recipe = Recipe(num_epochs, batch_size, learning_rate, tuple(milestones), decay_factor, momentum, nesterov,
                   weight_decay, tuple(image_scale), seed)
   _check_recipe(recipe)
-  labels = _labels(train, test)
+  labels = classification.read_labels(train, test, protocol="semi_supervised")
   if not fractions:
     raise UserError("semi_supervised.fractions is empty; name shares of the labels, (0.01, 0.1) for example")
   fractions = sorted(set(map(float, fractions)))
@@ -158,11 +159,9 @@ def measure_semi_supervised(model: Model, train: Pictures, test: Pictures, *, me
 
 def create_schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
   """Returns step -> learning rate, f32[]: scaled with the batch, and falling at the milestones."""
-  falls = [round(milestone * steps_per_epoch) for milestone in sorted(recipe.milestones)]
-  top = recipe.learning_rate * recipe.batch_size / BASE_BATCH
-  rates = [top * recipe.decay_factor**count for count in range(len(falls) + 1)]
-  # A table rather than powers on the device, which round differently from one kind to another.
-  return lambda step: jnp.asarray(rates, jnp.float32)[jnp.sum(step >= jnp.asarray(falls, jnp.int32))]
+  return classification.falling_rate(
+    recipe.learning_rate * recipe.batch_size / BASE_BATCH, milestones=recipe.milestones,
+    decay_factor=recipe.decay_factor, steps_per_epoch=steps_per_epoch)
 
 
 def create_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -273,7 +272,7 @@ def _judge(trunk: ResNet, variables: dict[str, Any], test: Pictures, num_classes
   labelled = found.labels >= 0
   if not labelled.any():
     raise UserError(f"none of the {len(test)} test pictures has a label and can be read: {found.num_broken} are broken")
-  ranks = _ranks(found.features[labelled], found.labels[labelled])
+  ranks = classification.ranks(found.features[labelled], found.labels[labelled])
   return {"top1": float(np.mean(ranks < 1)), "top5": float(np.mean(ranks < 5)), "num_test": int(labelled.sum()),
           "num_broken_test": found.num_broken}
 
@@ -285,33 +284,8 @@ def _forward_fn(trunk, num_classes):
   return lambda variables, image: classifier.apply(variables, image, train=False)
 
 
-def _ranks(logits, labels):
-  """Returns how many classes come before the true one, i[N], of logits f32[N, L]; of equal ones the lower class."""
-  own = np.take_along_axis(logits, labels[:, None], axis=1)  # [N, 1]
-  before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1])[None] < labels[:, None]))
-  return before.sum(axis=1)
-
-
 def _share(fraction):
   return f"{100 * fraction:.4g} % of the labels"
-
-
-def _labels(train, test):
-  """Returns the labels of the training pictures, i32[N]."""
-  for name, pictures in (("training", train), ("test", test)):
-    if pictures.source.multi_label:
-      raise UserError(f"semi_supervised needs one label a picture, and each of the {name} pictures may show several "
-                      "classes; choose other data, or the protocol svm")
-    labels = pictures.source.labels() if pictures.source.class_names else None
-    if labels is None or not np.any(labels >= 0):
-      raise UserError(f"semi_supervised needs labels, and the {name} pictures have none; "
-                      "for folders of classes: --config.data.labels=folder")
-  names, test_names = (pictures.source.class_names for pictures in (train, test))
-  if names != test_names:
-    different = sorted(set(names) ^ set(test_names))[:5] or "the order"
-    raise UserError(f"the {len(names)} classes of the training pictures are not the {len(test_names)} of the test "
-                    f"pictures (different: {different}); choose splits of one data set")
-  return np.asarray(train.source.labels())
 
 
 def _check_recipe(recipe):

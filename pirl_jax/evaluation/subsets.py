@@ -1,4 +1,4 @@
-"""Fixed subsets of the labelled pictures: the same on every machine and for ever.
+"""Fixed subsets of the pictures: the same on every machine and for ever.
 
 The records are put in the order of the SHA-256 digest of the text SEED:INDEX, and the first ones are taken. That asks
 nothing of a random generator, whose stream a later version may change, and makes a smaller subset part of a larger one.
@@ -7,10 +7,42 @@ Letters: N records of a source, n records of a subset.
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
+from pirl_jax.data.records import Record, Source
 from pirl_jax.errors import UserError
+
+
+class Subset(Source):
+  """The records of a source named by `index`, in its order."""
+
+  def __init__(self, source: Source, index: Sequence[int]):
+    self._source, self._index = source, np.asarray(index)
+    self.class_names, self.multi_label = source.class_names, source.multi_label
+    self.fingerprint = f"{source.fingerprint}[{subset_digest(self._index)}]"
+    self.description = f"{len(self._index)} of: {source.description}"
+
+  def __len__(self) -> int:
+    return len(self._index)
+
+  def __getitem__(self, index: int) -> Record:
+    return self._source[int(self._index[index])]
+
+  def picture_name(self, index: int) -> str:
+    """Returns the name that the picture has in the source."""
+    return self._source.picture_name(int(self._index[index]))
+
+  def labels(self) -> np.ndarray | None:
+    """Returns i32[n] or None."""
+    labels = self._source.labels()
+    return None if labels is None else labels[self._index]
+
+
+def shuffled(records: Sequence[int], *, seed: int) -> list[int]:
+  """Returns the records in the order of their digests, see above."""
+  return sorted(map(int, records), key=lambda index: _digest(f"{seed}:{index}"))
 
 
 def draw_subset(labels: np.ndarray, fraction: float, *, seed: int, balanced: bool) -> np.ndarray:
@@ -32,7 +64,7 @@ def draw_subset(labels: np.ndarray, fraction: float, *, seed: int, balanced: boo
     raise UserError(f"a subset of {fraction} of the labels is not possible: the fraction lies in (0, 1]")
   labels = np.asarray(labels)
   labelled = np.flatnonzero(labels >= 0)
-  order = np.array(sorted(labelled.tolist(), key=lambda index: _digest(f"{seed}:{index}")), np.int64)
+  order = np.array(shuffled(labelled, seed=seed), np.int64)
   if balanced:
     by_class = [order[labels[order] == label] for label in np.unique(labels[labelled])]
     taken = [members[:max(1, round(fraction * len(members)))] for members in by_class]

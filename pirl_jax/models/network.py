@@ -26,15 +26,18 @@ class Network(nn.Module):
       pretext: f32[B, P, h, w, 3], normalised.
       train: see `ResNet`.
     """
-    batch, patches = pretext.shape[:2]
-    features = self.trunk(jnp.reshape(pretext, (batch * patches, *pretext.shape[2:])), train=train)["pooled"]
-    pretext_emb = self.pretext_head(jnp.reshape(features, (batch, patches, -1)))
-    image_emb = self.image_head(self.trunk(image, train=train)["pooled"])
-    return image_emb, pretext_emb
+    pretext_emb = self.embed_pretext(pretext, train=train)
+    return self.embed_image(image, train=train), pretext_emb
 
   def embed_image(self, image: jax.Array, *, train: bool = False) -> jax.Array:
     """Returns f(v_I), f32[B, D], not yet normalised, of normalised images f32[B, H, W, 3]."""
     return self.image_head(self.trunk(image, train=train)["pooled"])
+
+  def embed_pretext(self, pretext: jax.Array, *, train: bool = False) -> jax.Array:
+    """Returns g(v_It), f32[B, D], not yet normalised, of normalised pretext views f32[B, P, h, w, 3]."""
+    batch, patches = pretext.shape[:2]
+    features = self.trunk(jnp.reshape(pretext, (batch * patches, *pretext.shape[2:])), train=train)["pooled"]
+    return self.pretext_head(jnp.reshape(features, (batch, patches, -1)))
 
   def features(self, image: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
     """Returns the trunk's features by stage, see `ResNet.__call__`, of normalised images f32[B, H, W, 3]."""

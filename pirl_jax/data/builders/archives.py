@@ -37,12 +37,13 @@ def fetch(dl_manager, url: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def opened(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
-  """Opens a .tar.gz; damage found while it is open becomes a UserError."""
+  """Opens a .tar or .tar.gz; damage found while it is open becomes a UserError."""
   try:
-    with tarfile.open(path, "r:gz") as archive:
+    with tarfile.open(path) as archive:
       yield archive
   except (tarfile.TarError, EOFError, KeyError, zlib.error, OSError) as error:
-    raise UserError(f"{path} is not the whole archive ({error}); delete it and fetch it again") from error
+    words = " ".join(str(error).split())
+    raise UserError(f"{path} is not the whole archive ({words}); delete it and fetch it again") from error
 
 
 def records(archive: tarfile.TarFile, member: str, num_bytes: int) -> Iterator[np.ndarray]:

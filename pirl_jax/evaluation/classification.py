@@ -1,0 +1,64 @@
+"""What the protocols share that tell classes: labels, the rank of the true class, and a learning rate that falls.
+
+Letters: N pictures, L classes.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pirl_jax.errors import UserError
+from pirl_jax.evaluation.inputs import Pictures
+
+
+def check_classes(train: Pictures, test: Pictures, *, protocol: str) -> None:
+  """Raises UserError unless both have labels, one a picture, of the same classes."""
+  for name, pictures in (("training", train), ("held-out", test)):
+    if pictures.source.multi_label:
+      raise UserError(f"{protocol} needs one label a picture, and each of the {name} pictures may show several "
+                      "classes; choose other data, or the protocol svm")
+    if not pictures.source.class_names:
+      raise UserError(f"{protocol} needs labels, and the {name} pictures have none "
+                      "(for folders of classes: --config.data.labels=folder)")
+  names, test_names = (pictures.source.class_names for pictures in (train, test))
+  if names != test_names:
+    different = ", ".join(sorted(set(names) ^ set(test_names))[:5]) or "the order"
+    raise UserError(f"the {len(names)} classes of the training pictures are not the {len(test_names)} of the held-out "
+                    f"pictures (different: {different}); choose splits of one data set")
+
+
+def read_labels(train: Pictures, test: Pictures, *, protocol: str) -> np.ndarray:
+  """Returns the labels of the training pictures, i32[N], -1 where one has none.
+
+  Raises:
+    UserError: see `check_classes`; or there are classes, and not a single picture of one split has a label.
+  """
+  check_classes(train, test, protocol=protocol)
+  labels = {name: pictures.source.labels() for name, pictures in (("training", train), ("held-out", test))}
+  for name, found in labels.items():
+    if not np.any(found >= 0):
+      raise UserError(f"{protocol} needs labels, and none of the {len(found)} {name} pictures has one")
+  return labels["training"]
+
+
+def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """Returns how many classes come before the true one, i[N]; of equal logits the lower class comes first.
+
+  Args:
+    logits: f32[N, L].
+    labels: i32[N], in [0, L).
+  """
+  own = np.take_along_axis(logits, labels[:, None], axis=1)  # [N, 1]
+  before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1])[None] < labels[:, None]))
+  return before.sum(axis=1)
+
+
+def falling_rate(first_rate: float, *, milestones: Sequence[float], decay_factor: float,
+                 steps_per_epoch: int) -> optax.Schedule:
+  """Returns step -> learning rate f32[], multiplied by `decay_factor` at each of the milestones, in epochs."""
+  falls = [round(milestone * steps_per_epoch) for milestone in sorted(milestones)]
+  rates = [first_rate * decay_factor**count for count in range(len(falls) + 1)]
+  # A table rather than powers on the device, which round differently from one kind to another.
+  return lambda step: jnp.asarray(rates, jnp.float32)[jnp.sum(step >= jnp.asarray(falls, jnp.int32))]

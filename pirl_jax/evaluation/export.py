@@ -1,0 +1,212 @@
+"""Features of one split in a file, for use elsewhere: `.npz` or Parquet.
+
+Letters: N pictures that can be read, D numbers of a feature, n pictures of a batch, H side of a picture in pixels.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import perf_counter
+from typing import BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from pirl_jax.data.records import Source
+from pirl_jax.errors import UserError
+from pirl_jax.evaluation.features import IN_FLIGHT, stream_features
+from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.layers import check_layers, layer_features
+from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.progress import Progress
+
+NAMES_SHOWN = 10
+"""Broken pictures that are named in the figures."""
+
+BLOCK_NUMBERS = 2**22
+"""Numbers of a Parquet row group, 16 MiB; a batch of more makes one by itself."""
+
+# write(features f32[n, D], index i32[n], label i32[n])
+_Write = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+
+
+def export_features(model: Model, pictures: Pictures, *, mesh: Mesh, layer: str, path: str | os.PathLike,
+                    format: str) -> Outcome:
+  """Writes the features of all pictures that can be read, in the order of their index, and returns what was written.
+
+  - "npz" holds `features` f32[N, D], `index` i32[N], `label` i32[N], `name` str[N], `class_names` str[classes] and
+    `layer` str, not compressed. np.load needs no pickle for it.
+  - "parquet" has the columns index i32, label i32, name, class (null where there is none) and features, lists of D
+    floats; its metadata holds `layer`, and as JSON `class_names`.
+
+  `label` is the class's place in `class_names`, -1 where there is none; `name` is the source's name of the picture.
+  Where a picture may show several classes there is `targets` besides, i8[N, classes] or a column of lists: 1 the class
+  is there, 0 it is not, -1 with difficulty.
+
+  The file is there whole or not at all; the first process writes it. Features never stand in memory but for a few
+  batches or one block. An `.npz` takes twice its room on the disk until it is done: an array's header says how many
+  rows follow, and that is known when the last picture has been read.
+
+  The figures: `path`, `format`, `layer`, `dtype`, `dim` (D), `num_pictures` (N), `num_broken`, `broken` (the names of
+  the first of them) and `features_per_second`: pictures a second, reading and writing counted, the first batches left
+  out where there are others, because they wait for the compiler.
+
+  Args:
+    model: the frozen network.
+    pictures: of the split.
+    mesh: the devices.
+    layer: one of `layers.layer_names`, or "embedding".
+    path: the file; its folder is created.
+    format: "npz" or "parquet".
+
+  Raises:
+    UserError: unknown layer or format, too little room on the disk, or no picture that can be read.
+  """
+  check_layers(model.network, (layer,), field="features.layer")
+  if format not in _WRITERS:
+    raise UserError(f"features.format={format!r} is unknown; choose one of: {', '.join(_WRITERS)}")
+  forward_fn = layer_features(model.network, (layer,))
+  like = jax.ShapeDtypeStruct((1, pictures.image_size, pictures.image_size, 3), jnp.float32)
+  dim = jax.eval_shape(forward_fn, model.variables, like)[layer].shape[1]
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _check_room(path, len(pictures), dim, format)
+
+  source = pictures.source
+  seen = np.zeros(len(pictures), bool)
+  num_counted, began = 0, perf_counter()
+  writing = _WRITERS[format](path, dim, layer, source)
+  with (writing if jax.process_index() == 0 else contextlib.nullcontext(_write_nothing) as write,
+        Progress(f"features of {layer}", len(pictures)) as progress,
+        contextlib.closing(pictures.test_batches()) as batches):
+    for number, part in enumerate(stream_features(forward_fn, model.variables, batches, mesh)):
+      if number == 0:
+        first_done = perf_counter()
+      if number > IN_FLIGHT:  # those before were under way when the first was done
+        num_counted += len(part.index)
+      seen[part.index] = True
+      write(part.features[layer], part.index, part.labels)
+      progress.update(len(part.index) + part.num_broken)
+    if not seen.any():
+      raise UserError(f"no features to write: none of the {len(pictures)} pictures can be read")
+  ended = perf_counter()
+  num_pictures, broken = int(np.count_nonzero(seen)), np.flatnonzero(~seen)
+  return Outcome(
+    figures={
+      "path": str(path),
+      "format": format,
+      "layer": layer,
+      "dtype": "float32",
+      "dim": dim,
+      "num_pictures": num_pictures,
+      "num_broken": len(broken),
+      "broken": _names(source, broken[:NAMES_SHOWN]),
+      "features_per_second": num_counted / (ended - first_done) if num_counted else num_pictures / (ended - began),
+    },
+    table={"pictures": num_pictures, "numbers a picture": dim})
+
+
+def _check_room(path, num_pictures, dim, format):
+  needed = 4 * num_pictures * dim * (2 if format == "npz" else 1)
+  free = shutil.disk_usage(path.parent).free
+  if needed > free:
+    half = ", and --config.features.format=parquet needs half of that" if format == "npz" else ""
+    raise UserError(f"{num_pictures} pictures x {dim} numbers need {needed / 1e9:.2f} GB for {format}, but "
+                    f"{path.parent} has {free / 1e9:.2f} GB free; --workdir=DIR writes elsewhere{half}")
+
+
+def _write_nothing(*_) -> None:
+  pass
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+  """Yields a file that takes the name `path` if all goes well, and is gone otherwise."""
+  temporary = path.with_name(f".{path.name}.unfinished")  # always the same: a killed one is written over
+  try:
+    with open(temporary, "wb") as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())  # else a power cut may leave the new name with half of it
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _names(source: Source, index: np.ndarray) -> list[str]:
+  return [source.picture_name(i) for i in index.tolist()]
+
+
+@contextlib.contextmanager
+def _npz(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Write]:
+  indices, labels = [], []
+  with _replacing(path) as file, tempfile.TemporaryFile(dir=path.parent) as rows:
+    def write(features, index, label):
+      rows.write(features)
+      indices.append(index)
+      labels.append(label)
+
+    yield write
+    rows.seek(0)
+    index = np.concatenate(indices)
+    arrays = {"index": index, "label": np.concatenate(labels), "name": _names(source, index),
+              "class_names": source.class_names, "layer": layer}
+    if source.multi_label:
+      arrays["targets"] = source.targets()[index]
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+      with archive.open("features.npy", "w", force_zip64=True) as entry:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (len(index), dim)}
+        np.lib.format.write_array_header_1_0(entry, header)
+        shutil.copyfileobj(rows, entry, 2**22)
+      for name, value in arrays.items():
+        with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+          array = value if isinstance(value, np.ndarray) else np.array(value, np.str_)
+          np.lib.format.write_array(entry, array, allow_pickle=False)
+
+
+@contextlib.contextmanager
+def _parquet(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Write]:
+  # A tenth of a second that other protocols need not wait.
+  import pyarrow as pa
+  from pyarrow import parquet
+
+  fields = [("index", pa.int32()), ("label", pa.int32()), ("name", pa.string()), ("class", pa.string()),
+            ("features", pa.list_(pa.float32(), dim))]
+  if source.multi_label:
+    fields.append(("targets", pa.list_(pa.int8(), len(source.class_names))))
+  schema = pa.schema(fields, metadata={
+    "layer": layer, "class_names": json.dumps(source.class_names, ensure_ascii=False)})
+  block = []
+
+  with (_replacing(path) as file,
+        parquet.ParquetWriter(file, schema, compression="none", use_dictionary=["label", "class"],
+                              write_statistics=["index", "label"]) as writer):
+    def flush():
+      features, index, label = (np.concatenate(arrays) for arrays in zip(*block, strict=True))
+      classes = [source.class_names[i] if i >= 0 else None for i in label.tolist()]
+      columns = [pa.array(index), pa.array(label), pa.array(_names(source, index), pa.string()),
+                 pa.array(classes, pa.string()), pa.FixedSizeListArray.from_arrays(features.reshape(-1), dim)]
+      if source.multi_label:
+        targets = source.targets()[index]
+        columns.append(pa.FixedSizeListArray.from_arrays(targets.reshape(-1), targets.shape[1]))
+      writer.write_table(pa.table(columns, schema=schema))
+      block.clear()
+
+    def write(features, index, label):
+      block.append((features, index, label))
+      if sum(features.size for features, _, _ in block) >= BLOCK_NUMBERS:
+        flush()
+
+    yield write
+    if block:
+      flush()
+
+
+_WRITERS = {"npz": _npz, "parquet": _parquet}

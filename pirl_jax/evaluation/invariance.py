@@ -1,0 +1,138 @@
+"""How far apart an image and its transformed version are represented (PIRL, figure 4).
+
+Letters: B batch, N pictures, T transforms of each, D embedding, H S sides in pixels.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from contextlib import closing
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from sklearn.metrics import roc_auc_score
+
+from pirl_jax.errors import UserError
+from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.outcome import Curve, Outcome
+from pirl_jax.evaluation.subsets import Subset, shuffled
+from pirl_jax.memory_bank import normalise
+from pirl_jax.mesh import AXIS, SPLIT, WHOLE, split, whole
+from pirl_jax.models.network import Network
+from pirl_jax.progress import Progress
+from pirl_jax.step import view_keys
+from pirl_jax.views.photometric import Recipe
+
+NO_AUGMENTATION = Recipe(brightness=0, contrast=0, saturation=0, hue=0, jitter_probability=0, group_probability=0,
+                         grayscale_probability=0, blur_probability=0, flip_probability=0)
+"""Views that differ by the pretext transform alone."""
+
+LARGEST = 2.0
+"""The distance of two opposite unit vectors."""
+
+
+def measure_invariance(model: Model, pictures: Pictures, *, mesh: Mesh, views_fn: Callable, pretext_size: int,
+                       num_pictures: int, num_transforms: int, num_bins: int, seed: int) -> Outcome:
+  """Returns the distribution of the l2 distance, in [0, 2], between the unit vectors f(v_I) and g(v_It).
+
+  v_I is the centre crop; v_It is made by `views_fn` of the same part of the picture, T times with other draws. A
+  network that gives everything one vector has small distances too, so the same is told of f of one picture and g of
+  another (the next one), and how the two distributions lie to each other.
+
+  The figures: `matched` and `mismatched`, each with `mean`, `std`, `min`, `max`, `median`, `counts` and `edges` of the
+  histogram over [0, 2]; `separation`, the probability that a mismatched distance is larger than a matched one (area
+  under the ROC curve; 0.5 is chance); `num_pictures`, `num_transforms`, `num_broken`.
+
+  Args:
+    model: the frozen network, heads included.
+    pictures: of which some are taken.
+    mesh: the devices.
+    views_fn: see `make_views`; with `NO_AUGMENTATION` the two views differ by the transform alone.
+    pretext_size: S, side of the crop that it transforms.
+    num_pictures: so many, chosen by `seed`, the same on every machine; all where there are fewer.
+    num_transforms: T.
+    num_bins: of the histogram.
+    seed: of the choice and of the transforms, which depend on it, on their number and on the picture alone.
+
+  Raises:
+    UserError: a number below 1, or fewer than two pictures that can be read.
+  """
+  for name, number in (("num_pictures", num_pictures), ("num_transforms", num_transforms), ("num_bins", num_bins)):
+    if number < 1:
+      raise UserError(f"invariance.{name}={number}; choose 1 or more")
+  index = shuffled(range(len(pictures)), seed=seed)[:num_pictures]
+  image_emb, pretext_emb, num_broken = _embed(model, pictures, index, mesh=mesh, views_fn=views_fn,
+                                              pretext_size=pretext_size, num_transforms=num_transforms, seed=seed)
+  if len(image_emb) < 2:
+    raise UserError(f"{len(image_emb)} of {len(index)} pictures can be read; distances to another one need two")
+  matched = _distances(image_emb, pretext_emb)
+  mismatched = _distances(image_emb, np.roll(pretext_emb, -1, axis=0))
+  is_other = np.repeat([0, 1], [matched.size, mismatched.size])
+  separation = float(roc_auc_score(is_other, np.concatenate([matched, mismatched], axis=None)))
+
+  edges = np.linspace(0, LARGEST, num_bins + 1)
+  figures = {"matched": _describe(matched, edges), "mismatched": _describe(mismatched, edges),
+             "separation": separation, "num_pictures": len(image_emb), "num_transforms": num_transforms,
+             "num_broken": num_broken}
+  density = np.array(figures["matched"]["counts"]) / matched.size / (edges[1] - edges[0])
+  return Outcome(
+    figures,
+    table={"mean distance": figures["matched"]["mean"], "standard deviation": figures["matched"]["std"],
+           "mean distance to another picture": figures["mismatched"]["mean"], "separation (chance: 0.5)": separation},
+    curve=Curve("distance between f(image) and g(transformed image)", "density",
+                ((edges[1:] + edges[:-1]) / 2).tolist(), density.tolist()))
+
+
+def _embed(model, pictures, index, *, mesh, views_fn, pretext_size, num_transforms, seed):
+  """Returns f f32[N, D] and g f32[N, T, D], unit vectors of the pictures that can be read, and how many cannot."""
+  embed = _make_embed(model.network, views_fn, mesh, num_transforms, seed)
+  variables = jax.device_put(model.variables, whole(mesh))
+  chosen = dataclasses.replace(pictures, source=Subset(pictures.source, index))
+  parts, num_broken = [], 0
+  with (closing(chosen.test_batches()) as images,
+        closing(dataclasses.replace(chosen, image_size=pretext_size).test_batches()) as crops,
+        Progress("invariance", len(index)) as progress):
+    for image, crop in zip(images, crops, strict=True):
+      there, valid = image["index"] >= 0, image["valid"]
+      # Transforms follow the picture's number in the whole set, whichever others are taken.
+      number = np.where(there, np.asarray(index)[image["index"]], 0).astype(np.int32)
+      batch = jax.device_put((image["image"], crop["image"], number), split(mesh))
+      image_emb, pretext_emb = (np.asarray(x) for x in embed(variables, *batch))
+      parts.append((image_emb[valid], np.swapaxes(pretext_emb, 0, 1)[valid]))
+      num_broken += int(np.count_nonzero(there & ~valid))
+      progress.update(int(there.sum()))
+  return *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)), num_broken
+
+
+# Kept, so that runs of the same network go through one program.
+@functools.cache
+def _make_embed(network: Network, views_fn: Callable, mesh: Mesh, num_transforms: int, seed: int) -> Callable:
+  """Returns embed(variables, image u8[B, H, H, 3], crop u8[B, S, S, 3], number i32[B]) -> f32[B, D], f32[T, B, D]."""
+  def device_embed(variables, image, crop, number):
+    def transformed(draw):
+      image_view, pretext_view = views_fn(view_keys(seed, draw, number), image, crop)
+      return image_view, normalise(network.apply(variables, pretext_view, method="embed_pretext"))
+
+    image_view, _ = transformed(0)
+    image_emb = normalise(network.apply(variables, image_view, method="embed_image"))
+    # One transform at a time: T times as many patches would not fit where a training batch does.
+    pretext_emb = jax.lax.map(lambda draw: transformed(draw)[1], jax.numpy.arange(num_transforms))
+    return image_emb, pretext_emb
+
+  mapped = jax.shard_map(device_embed, mesh=mesh, in_specs=(WHOLE, SPLIT, SPLIT, SPLIT),
+                         out_specs=(SPLIT, PartitionSpec(None, AXIS)))
+  return jax.jit(mapped, out_shardings=whole(mesh))
+
+
+def _distances(image_emb, pretext_emb):
+  """Returns f64[N, T]."""
+  return np.linalg.norm(image_emb[:, None].astype(np.float64) - pretext_emb, axis=-1)
+
+
+def _describe(distances, edges):
+  # Rounding may leave two opposite vectors a little beyond 2.
+  counts, _ = np.histogram(np.minimum(distances, LARGEST), edges)
+  return {"mean": float(distances.mean()), "std": float(distances.std()), "min": float(distances.min()),
+          "max": float(distances.max()), "median": float(np.median(distances)), "counts": counts.tolist(),
+          "edges": edges.tolist()}

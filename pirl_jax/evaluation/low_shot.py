@@ -1,0 +1,165 @@
+"""Linear SVMs on a handful of examples a class, drawn several times: vissl's low-shot VOC07, on any labels.
+
+After vissl: extra_scripts/create_low_shot_samples.py and vissl/utils/svm_utils/svm_low_shot_trainer.py.
+Letters: N training pictures, M held-out pictures, D numbers of a feature, C classes, G costs, k examples of a class.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from pirl_jax.errors import UserError
+from pirl_jax.evaluation.average_precision import average_precision
+from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.layers import check_layers
+from pirl_jax.evaluation.outcome import Curve, Outcome
+from pirl_jax.evaluation.svm import check_costs, check_labels, choose_classes, fit, read_examples, run_fits, unit_rows
+from pirl_jax.progress import Progress
+
+
+def measure_low_shot(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh, layers: Sequence[str],
+                     costs: Sequence[float], shots: Sequence[int], num_draws: int, seed: int) -> Outcome:
+  """Returns the mean average precision of linear SVMs fitted on k pictures of a class and (C - 1) k others.
+
+  Whole pictures, straight to a square. For each k, draw and class, pictures with it and without are drawn, those that
+  show it only as a difficult object never; other draws for each k, so that the examples for k = 1 need not be among
+  those for k = 2. There is no cross-validation: of each k the one cost is taken whose mean over classes and draws is
+  the highest on the held-out pictures, the first in the grid of equals. That is how vissl does it, and makes the
+  figures a little too good.
+
+  The figures: for each of `layers` `dim`, `num_not_converged` and `shots`, by k `mean`, `min`, `max` and `std` (over
+  the draws, with divisor their number) of the mean average precision, `draws` (each), `cost`; `best_layer`, that of
+  the highest mean over all k, and its `shots` again; `shots_left_out` and `classes_left_out` with the reason;
+  `cost_choice`, `grid`, `num_draws`, `seed`, `num_train`, `num_test`, `num_broken_train`, `num_broken_test`. Draws
+  follow from (seed, draw, class, k) and the number of training pictures alone.
+
+  Args:
+    model: the frozen network.
+    train: the pictures that examples are drawn from.
+    test: the pictures that the SVMs are judged on.
+    mesh: the devices.
+    layers: of `layers.layer_names`, or "embedding".
+    costs: the grid, for example `svm.VISSL_COSTS`; above 0.
+    shots: all k, >= 1 (vissl: 1, 2, 4, 8, 16, 32, 64, 96).
+    num_draws: of the examples, for each k, >= 1 (vissl: 5).
+    seed: any integer.
+
+  Raises:
+    UserError: unknown layer, impossible values, no labels, fewer than two classes, or too few pictures for every k.
+  """
+  check_layers(model.network, layers, field="low_shot.layers")
+  check_costs(costs, field="low_shot.costs")
+  if not shots or min(shots) < 1:
+    raise UserError(f"low_shot.shots={tuple(shots)}: numbers of examples from 1 are needed")
+  if num_draws < 1:
+    raise UserError(f"low_shot.num_draws={num_draws}; choose 1 or more (vissl: 5)")
+  shots = sorted(set(shots))
+  names = check_labels(train, test)
+  _plan(names, train.source.targets(), test.source.targets(), shots)  # before all that takes long
+  # A crop fraction of 1 leaves out the step between the picture and the square.
+  fit_on, judge_on = (
+    read_examples(model, dataclasses.replace(pictures, crop_fraction=1.0), mesh=mesh, layers=layers,
+                  title=f"low-shot: features of {name} pictures")
+    for name, pictures in (("training", train), ("held-out", test)))
+  classes, possible, shots_left_out = _plan(names, fit_on.targets, judge_on.targets, shots)
+
+  tasks = [(k, draw, label) for k in possible for draw in range(num_draws) for label in classes.judged]
+  found = {}
+  with Progress("low-shot", len(tasks) * len(costs) * len(layers), unit="fits") as progress:
+    for layer in layers:
+      features, judged_features = (unit_rows(part.features[layer]) for part in (fit_on, judge_on))
+
+      def judge(k, draw, label, features=features, judged_features=judged_features):
+        rows = draw_examples(fit_on.targets[:, label], fit_on.index, len(train), (seed, draw, label, k),
+                             num_present=k, num_absent=(len(classes.judged) - 1) * k)
+        machines = fit(features[rows], fit_on.targets[rows, label] == 1, costs, seed=seed)
+        return [average_precision(judge_on.targets[:, label], score) for score in machines.decide(judged_features)
+                ], machines.num_unfinished
+
+      precision, num_unfinished = [], 0
+      for of_task, unfinished in run_fits(judge, tasks, num_numbers=len(names) * possible[-1] * features.shape[1]):
+        precision.append(of_task)
+        num_unfinished += unfinished
+        progress.update(len(costs))
+      precision = np.reshape(precision, (len(possible), num_draws, len(classes.judged), len(costs))).mean(axis=2)
+      found[layer] = {"dim": features.shape[1], "num_not_converged": num_unfinished,
+                      "shots": {str(k): _summary(of_k, costs) for k, of_k in zip(possible, precision, strict=True)}}
+
+  best = max(layers, key=lambda layer: np.mean([of_k["mean"] for of_k in found[layer]["shots"].values()]))
+  shown = found[best]["shots"].values()
+  figures = {
+    "best_layer": best,
+    "shots": found[best]["shots"],
+    "layers": found,
+    "shots_left_out": shots_left_out,
+    "classes_left_out": classes.left_out,
+    "cost_choice": "one for each k, chosen on the held-out pictures, as vissl does",
+    "grid": [float(cost) for cost in costs],
+    "num_draws": num_draws,
+    "seed": seed,
+    "num_train": len(fit_on.index),
+    "num_test": len(judge_on.index),
+    "num_broken_train": fit_on.num_broken,
+    "num_broken_test": judge_on.num_broken,
+  }
+  table = {f"k={k}" if len(layers) == 1 else f"{layer}, k={k}": of_k["mean"]
+           for layer in layers for k, of_k in found[layer]["shots"].items()}
+  curve = Curve("examples of a class", "mean average precision", possible,
+                *([of_k[name] for of_k in shown] for name in ("mean", "min", "max")), log_x=True)
+  return Outcome(figures, table, curve)
+
+
+def draw_examples(targets: np.ndarray, index: np.ndarray, num_pictures: int, entropy: tuple[int, ...], *,
+                  num_present: int, num_absent: int) -> np.ndarray:
+  """Returns i64[num_present + num_absent], rows of the pictures drawn.
+
+  Every picture of the set has a number by `entropy` alone (PCG64's stream, which numpy keeps the same for ever), and
+  those with the lowest are drawn: without one that cannot be read, the draw is the same but for it.
+
+  Args:
+    targets: i8[N] of one class; 1 and 0 are drawn from, -1 never.
+    index: i32[N], the pictures' places in the set.
+    num_pictures: of the set.
+    entropy: whole numbers.
+    num_present: drawn of the pictures that show the class, at most as many as there are.
+    num_absent: of those that do not.
+  """
+  numbers = np.random.PCG64([number % 2**64 for number in entropy]).random_raw(num_pictures)[index]
+  drawn = []
+  for target, count in ((1, num_present), (0, num_absent)):
+    rows = np.flatnonzero(targets == target)
+    drawn.append(rows[np.argsort(numbers[rows], kind="stable")[:count]])
+  return np.concatenate(drawn)
+
+
+def _plan(names, train, test, shots):
+  """Returns (classes, those of `shots` for which each class has examples enough, the reasons why others are left out).
+
+  Raises:
+    UserError: fewer than two classes, or no k is left.
+  """
+  classes = choose_classes(names, train, test, least=1)
+  if len(classes.judged) < 2:
+    raise UserError(f"low-shot SVMs need two classes or more, and only {names[classes.judged[0]]} can be judged")
+  possible, left_out = [], {}
+  for k in shots:
+    for target, needed, words in ((1, k, "show"), (0, (len(classes.judged) - 1) * k, "are without")):
+      counts = {label: np.count_nonzero(train[:, label] == target) for label in classes.judged}
+      scarce = min(counts, key=counts.get)
+      if counts[scarce] < needed and str(k) not in left_out:
+        left_out[str(k)] = f"{counts[scarce]} training pictures {words} {names[scarce]}, and {needed} are needed"
+    if str(k) not in left_out:
+      possible.append(k)
+  if not possible:
+    raise UserError(f"low_shot.shots={tuple(shots)} are too many examples: {left_out[str(shots[0])]}")
+  return classes, possible, left_out
+
+
+def _summary(precision: np.ndarray, costs: Sequence[float]) -> dict:
+  """Returns the figures of one k by f64[draws, G], means over the classes, at the cost of the highest mean."""
+  choice = int(precision.mean(axis=0).argmax())
+  draws = precision[:, choice]
+  return {"mean": float(draws.mean()), "min": float(draws.min()), "max": float(draws.max()), "std": float(draws.std()),
+          "cost": float(costs[choice]), "draws": draws.tolist()}

@@ -1,0 +1,146 @@
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from pirl_jax.data.crops import centre_crop
+from pirl_jax.data.embedded import TextureSource
+from pirl_jax.data.records import Record
+from pirl_jax.errors import UserError
+from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.invariance import NO_AUGMENTATION, measure_invariance
+from pirl_jax.evaluation.subsets import shuffled
+from pirl_jax.mesh import create_mesh
+from pirl_jax.models.network import create_network
+from pirl_jax.step import view_keys
+from pirl_jax.views.two_views import make_views, normalise
+
+NETWORK = create_network(arch="resnet8", width=1, stem="3x3s2", head="linear", dim=8, dtype="float32")
+VIEWS = make_views(recipe=NO_AUGMENTATION, pretext="jigsaw", grid=3, patch_size=5)
+
+
+class Textures(TextureSource):
+  """Textures of 20 pixels, some of them damaged."""
+
+  def __init__(self, num, damaged=()):
+    super().__init__(num, size=20, split="test")
+    self._damaged = damaged
+
+  def __getitem__(self, index):
+    return Record(b"damaged", 0) if index in self._damaged else super().__getitem__(index)
+
+
+@pytest.fixture(scope="module")
+def model():
+  variables = NETWORK.init(jax.random.key(1), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 9, 5, 5, 3)), train=False)
+  # Biases tell nothing of the picture; without them embeddings of a new network differ enough to compare.
+  params = jax.tree.map(lambda x: x if x.ndim > 1 else jnp.zeros_like(x), variables["params"]["image_head"])
+  return Model(NETWORK, {**variables, "params": {**variables["params"], "image_head": params}})
+
+
+def measure(model, *, num_devices=1, source=None, batch_size=8, **changes):
+  pictures = Pictures(source or Textures(21), 16, 0.8, batch_size, 0)
+  arguments = {"views_fn": VIEWS, "pretext_size": 18, "num_pictures": 13, "num_transforms": 3, "num_bins": 40,
+               "seed": 5}
+  return measure_invariance(model, pictures, mesh=create_mesh(num_devices), **(arguments | changes))
+
+
+def unit(x):
+  return np.float64(x) / np.linalg.norm(np.float64(x))
+
+
+def loop(model, source, index, *, num_transforms=3, seed=5):
+  """Returns matched and mismatched distances, one picture and one transform at a time."""
+  f, g = [], []
+  for i in index:
+    picture = source[i].image
+    image = centre_crop(picture, size=16, fraction=0.8)
+    crop = centre_crop(picture, size=18, fraction=0.8)
+    views = [VIEWS(view_keys(seed, draw, jnp.int32([i])), image[None], crop[None])[1] for draw in range(num_transforms)]
+    embed = [model.network.apply(model.variables, normalise(jnp.asarray(image[None])), view, train=False)
+             for view in views]
+    f.append(unit(embed[0][0][0]))
+    g.append([unit(pair[1][0]) for pair in embed])
+  matched = [np.linalg.norm(f[i] - g[i][t]) for i in range(len(f)) for t in range(num_transforms)]
+  other = [np.linalg.norm(f[i] - g[(i + 1) % len(f)][t]) for i in range(len(f)) for t in range(num_transforms)]
+  return matched, other
+
+
+@pytest.mark.parametrize("damaged", [(), (3, 7)])
+def test_distances_are_those_of_a_plain_loop(model, damaged):
+  source = Textures(21, damaged)
+  index = shuffled(range(21), seed=5)[:13]
+  figures = measure(model, source=source).figures
+  matched, mismatched = loop(model, source, [i for i in index if i not in damaged])
+  for name, distances in (("matched", matched), ("mismatched", mismatched)):
+    found = figures[name]
+    assert found["mean"] == pytest.approx(np.mean(distances), rel=1e-4)
+    assert found["std"] == pytest.approx(np.std(distances), rel=1e-3)
+    assert (found["min"], found["max"]) == pytest.approx((min(distances), max(distances)), rel=1e-4)
+    assert found["median"] == pytest.approx(np.median(distances), rel=1e-4)
+    assert sum(found["counts"]) == len(distances) and len(found["edges"]) == 41
+  expected = roc_auc_score([0] * len(matched) + [1] * len(mismatched), matched + mismatched)
+  assert figures["separation"] == pytest.approx(expected, abs=1e-3)
+  assert figures["num_broken"] == len(set(damaged) & set(index))
+  assert figures["num_pictures"] + figures["num_broken"] == 13
+
+
+def test_devices_batches_and_the_number_of_pictures_asked_change_nothing(model):
+  one = measure(model).figures
+  for changes in ({"num_devices": 8}, {"num_devices": 2, "batch_size": 4}, {"batch_size": 13}):
+    other = measure(model, **changes).figures
+    assert other["matched"]["mean"] == pytest.approx(one["matched"]["mean"], rel=1e-5)
+    assert other["mismatched"]["max"] == pytest.approx(one["mismatched"]["max"], rel=1e-5)
+  everything = measure(model, num_pictures=1_000).figures
+  assert everything["num_pictures"] == 21
+  assert measure(model, seed=6).figures["matched"]["mean"] != one["matched"]["mean"]
+
+
+def test_views_differ_by_the_transform_alone():
+  crop = jnp.full((1, 18, 18, 3), 77, jnp.uint8)
+  image, patches = VIEWS(view_keys(0, 0, jnp.int32([0])), jnp.full((1, 16, 16, 3), 200, jnp.uint8), crop)
+  np.testing.assert_allclose(image, normalise(jnp.full((1, 16, 16, 3), 200)), rtol=1e-6)
+  np.testing.assert_allclose(patches[:, 0], normalise(jnp.full((1, 5, 5, 3), 77)), rtol=1e-6)
+
+
+class OneVector:
+  """Embeds everything alike."""
+
+  def apply(self, variables, x, method):
+    return jnp.ones((x.shape[0], 4)) + 0 * x.mean()
+
+
+class Knows:
+  """Embeds image and patches by their mean colour: as invariant as can be."""
+
+  def apply(self, variables, x, method):
+    mean = x.mean(axis=tuple(range(1, x.ndim - 1)))
+    return jnp.concatenate([jnp.sin(5 * mean), jnp.cos(5 * mean)], axis=-1)
+
+
+class Colours(Textures):
+  """Pictures of a single colour each."""
+
+  def __getitem__(self, index):
+    return Record(np.broadcast_to(np.uint8([40 + 9 * index, 240 - 10 * index, 100]), (20, 20, 3)).copy(), 0)
+
+
+def test_a_collapsed_network_is_told_by_the_separation_and_an_invariant_one_too():
+  collapsed = measure(Model(OneVector(), {})).figures
+  assert collapsed["matched"]["max"] == pytest.approx(0, abs=1e-6) and collapsed["separation"] == 0.5
+  known = measure(Model(Knows(), {}), source=Colours(21))
+  assert known.figures["matched"]["max"] < 1e-3 and known.figures["separation"] == 1
+  assert sum(known.curve.y) * 2 / 40 == pytest.approx(1)  # a density
+  assert known.table["mean distance"] == known.figures["matched"]["mean"]
+
+
+@pytest.mark.parametrize("changes, said", [
+  ({"num_pictures": 0}, "invariance.num_pictures=0"), ({"num_transforms": 0}, "num_transforms"),
+  ({"num_bins": 0}, "num_bins"), ({"num_pictures": 1}, "1 of 1 pictures"),
+  ({"source": Textures(4, damaged=range(4))}, "0 of 4 pictures"),
+])
+def test_what_cannot_be_measured(model, changes, said):
+  with pytest.raises(UserError, match=said):
+    measure(model, **changes)
