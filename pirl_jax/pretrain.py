@@ -337,6 +337,8 @@ def unlabelled(parts: Run) -> str:
       return f"there are no {name} pictures (--config.evaluate.split)"
     if not source.class_names:
       return f"the {name} pictures have no labels (for folders of classes: --config.data.labels=folder)"
+    if source.multi_label:
+      return f"the {name} pictures may show several classes each"
   return ""
 
 

@@ -174,6 +174,8 @@ def _why_no_labels(gallery: Source, queries: Source) -> str:
   for name, source in (("gallery", gallery), ("query", queries)):
     if not source.class_names:
       return f"none: the {name} pictures have no labels"
+    if source.multi_label:
+      return f"none: the {name} pictures may show several classes each"
   return "" if gallery.class_names == queries.class_names else "none: the classes of gallery and queries differ"
 
 
