@@ -118,6 +118,8 @@ def run(config: ConfigDict, workdir: str) -> None:
     UserError: the config, a checkpoint or the data does not allow it. Nothing has been compiled or written.
   """
   started = time.perf_counter()
+  if not re.fullmatch(r"[A-Za-z0-9_.\-]+", config.name):
+    raise UserError(f"config.name={config.name!r} becomes part of file names: only letters, digits, _ . and - are taken")
   mesh = mesh_lib.create_mesh()
   runs = open_runs(config.checkpoint, config.step, mesh)
   open_once = functools.cache(open_pictures)  # several runs are judged on the same pictures
@@ -131,13 +133,19 @@ def run(config: ConfigDict, workdir: str) -> None:
                       "--config.data.source=... and so on")
   settings = {evaluation.run.label: settings_of(evaluation) for evaluation in evaluations}
   result_path = first.output.with_name(first.output.name + ".json")
-  check_same_settings(result_path, settings)
+  older_step = check_same_settings(result_path, settings)
 
   outcomes = {}
   for evaluation in evaluations:
     label = evaluation.run.label
     print(f"{config.protocol} of {evaluation.run.folder}, step {evaluation.run.step}")
-    outcomes[label] = measure(evaluation, settings[label])
+    outcomes[label] = measure(evaluation)
+  if older_step is not None and jax.process_index() == 0:
+    older = result_path.with_name(f"{dated_name(config, first.data, older_step)}.json")
+    for ending in (".json", ".png"):
+      if result_path.with_suffix(ending).exists():
+        result_path.with_suffix(ending).rename(older.with_name(f"{older.stem}{ending}"))
+    print(f"the result of step {older_step} is now {older}")
   finish(config, evaluations, settings, outcomes, result_path, time.perf_counter() - started)
 
 
@@ -215,8 +223,13 @@ def result_name(config: ConfigDict, run: Run, data: dict[str, Any]) -> str:
   other_data = any(data[name] != own for name, own in own_data(run).items() if name != "labels")
   if not other_data and run.newest:
     return config.name
+  return dated_name(config, data, run.step)
+
+
+def dated_name(config: ConfigDict, data: dict[str, Any], step: int) -> str:
+  """Returns NAME-DATA-STEP."""
   name = data["name"] or Path(data["root"]).name or data["source"]
-  return f"{config.name}-{re.sub(r'[^A-Za-z0-9_.]+', '_', name)}-{run.step}"
+  return f"{config.name}-{re.sub(r'[^A-Za-z0-9_.]+', '_', name)}-{step}"
 
 
 def settings_of(evaluation: Evaluation) -> dict[str, Any]:
@@ -238,10 +251,14 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
   return json.loads(json.dumps(settings))  # tuples are lists from now on, as in the stored file
 
 
-def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> None:
-  """Raises UserError if there is a result of the same name with other settings: it would be lost."""
+def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int | None:
+  """Returns the step of the result at `path`, if it is the same evaluation of one run at another step, else None.
+
+  Raises:
+    UserError: there is a result of the same name with other settings: it would be lost.
+  """
   if not path.exists():
-    return
+    return None
   way_out = f"--config.name=NAME keeps both, or move {path} away"
   try:
     stored = json.loads(path.read_text())
@@ -250,12 +267,18 @@ def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> None
     raise UserError(f"{path} is not a result of this program; {way_out}") from error
   if found.keys() != settings.keys():
     raise UserError(f"{path} holds the results of {', '.join(found)}, and now it is {', '.join(settings)}; {way_out}")
+  older = None
   for label, now in settings.items():
     old, new = flatten(found[label]), flatten(now)
+    if len(settings) == 1 and old.get("step") != new["step"]:  # the run has gone on since, by the config it has now
+      older = old.get("step")
+      old, new = ({field: value for field, value in flat.items() if field.split(".")[0] not in ("step", "run_config")}
+                  for flat in (old, new))
     for field in sorted(old.keys() | new.keys()):
       if old.get(field) != new.get(field):
         raise UserError(f"{path} holds a result with {field}={old.get(field)!r}, and now it is {new.get(field)!r}; "
                         f"{way_out}")
+  return older
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -266,7 +289,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def measure(evaluation: Evaluation, settings: dict[str, Any]) -> Outcome:
+def measure(evaluation: Evaluation) -> Outcome:
   """Returns what the protocol finds; read again where an interrupted comparison of several runs has done it before."""
   done = evaluation.snapshots / "outcome.json"
   if done.exists():

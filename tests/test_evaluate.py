@@ -138,6 +138,17 @@ def test_a_result_with_other_settings_is_not_lost(run):
   assert result_of(run, "knn")["settings"]["knn"]["k"] == 20
 
 
+def test_when_the_run_has_gone_on_the_result_of_the_earlier_step_keeps_a_name_of_its_own(tmp_path):
+  folder = small_run(tmp_path / "run")
+  evaluate.run(config_of("knn", folder, knn__k=20), "")
+  first = result_of(folder, "knn")
+  small_run(folder, num_epochs=3)
+  evaluate.run(config_of("knn", folder, knn__k=20), "")
+  assert result_of(folder, "knn")["step"] == 12
+  assert result_of(folder, "knn-embedded-8") == first
+  assert (folder / "results" / "knn-embedded-8.png").exists()
+
+
 @pytest.mark.parametrize("checkpoint, said", [
   ("", "config.checkpoint is empty"),
   ("{run}/nothing", "no such folder"),
@@ -161,6 +172,7 @@ def test_what_is_no_run(run, checkpoint, said):
   ({"data__crop_fraction": 1.5}, "crop_fraction"),
   ({"data__source": "folder"}, "data.root is empty"),
   ({"data__test_split": ""}, "--config.data.test_split"),
+  ({"name": "../../knn"}, "part of file names"),
 ])
 def test_impossible_values(run, fields, said):
   before = sorted(run.rglob("*"))
