@@ -119,7 +119,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   """
   started = time.perf_counter()
   if not re.fullmatch(r"[A-Za-z0-9_.\-]+", config.name):
-    raise UserError(f"config.name={config.name!r} becomes part of file names: only letters, digits, _ . and - are taken")
+    raise UserError(f"config.name={config.name!r} becomes part of file names: letters, digits, _ . - only")
   mesh = mesh_lib.create_mesh()
   runs = open_runs(config.checkpoint, config.step, mesh)
   open_once = functools.cache(open_pictures)  # several runs are judged on the same pictures
