@@ -245,10 +245,14 @@ def test_eval_batches_are_the_same_in_whatever_parts_they_are_read(num_threads, 
 @pytest.mark.parametrize(("batch_size", "size"), [(4, 32), (64, 32), (1024, 224), (96, 224)])
 def test_every_thread_has_a_part_of_a_test_batch_and_photographs_come_a_few_at_a_time(batch_size, size):
   parts = []
+  every_thread = threading.Barrier(4, timeout=30)
 
   class Slow(TextureSource):
     def __getitem__(self, index):
+      first = threading.get_ident() not in parts
       parts.append(threading.get_ident())
+      if first:  # on a busy machine one thread could else be done before the next has begun
+        every_thread.wait()
       time.sleep(0.002)
       return super().__getitem__(index)
 
