@@ -29,6 +29,7 @@ from pirl_jax.data.sources import open_source
 from pirl_jax.evaluation.export import export_features
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import layer_features
+from pirl_jax.evaluation.subsets import Subset
 from pirl_jax.mesh import create_mesh, split, whole
 from pirl_jax.models.network import create_network
 from pirl_jax.views.two_views import normalise
@@ -50,7 +51,8 @@ def main() -> None:
   if arguments.folder:
     photographs = open_source("folder", name="", root=arguments.folder, split="", labels="none", image_size=224,
                               num_images=0)
-    cases = [("resnet50", "imagenet", Pictures(First(photographs, arguments.num), 224, 224 / 256, 32, os.cpu_count()))]
+    first = Subset(photographs, range(min(arguments.num, len(photographs))))
+    cases = [("resnet50", "imagenet", Pictures(first, 224, 224 / 256, 32, os.cpu_count()))]
   else:
     cases = [("resnet8", "3x3s2", Pictures(textures(arguments.embedded, 32), 32, 1.0, 256, 2)),
              ("resnet18", "imagenet", Pictures(textures(arguments.num, arguments.size), arguments.size, 1.0, 32, 2))]
@@ -68,30 +70,6 @@ def main() -> None:
 def textures(num: int, size: int) -> Source:
   """Returns embedded pictures."""
   return open_source("embedded", name="", root="", split="train", labels="folder", image_size=size, num_images=num)
-
-
-class First(Source):
-  """The first pictures of another source."""
-
-  def __init__(self, source: Source, num: int):
-    self._source, self._num = source, min(num, len(source))
-    self.class_names, self.description = source.class_names, source.description
-    self.fingerprint = f"{source.fingerprint}[:{self._num}]"
-
-  def __len__(self):
-    return self._num
-
-  def __getitem__(self, index):
-    return self._source[index]
-
-  def picture_name(self, index):
-    """Returns that of the source."""
-    return self._source.picture_name(index)
-
-  def labels(self):
-    """Returns those of the source."""
-    labels = self._source.labels()
-    return None if labels is None else labels[:self._num]
 
 
 def create_model(arch: str, stem: str, pictures: Pictures, mesh) -> Model:

@@ -100,10 +100,7 @@ class Checkpoints:
     """
     where = self._folder / str(step)
     wanted = _shapes(dict(like))
-    try:
-      stored = _shapes(self._stored(step, "model"))
-    except Exception as error:  # of many types, see restore
-      raise self._unreadable(step, error) from error
+    stored = _shapes(self._stored(step, "model"))
     wrong = ([f"{name} is missing" for name in sorted(wanted.keys() - stored.keys())]
              + [f"{name} is one too many" for name in sorted(stored.keys() - wanted.keys())]
              + [f"{name} has shape {stored[name]}, not {wanted[name]}" for name in sorted(wanted.keys() & stored.keys())
@@ -124,10 +121,7 @@ class Checkpoints:
     Raises:
       UserError: the bank is not of that layout, or the files cannot be read.
     """
-    try:
-      shapes = self._stored(step, "bank")
-    except Exception as error:  # of many types, see restore
-      raise self._unreadable(step, error) from error
+    shapes = self._stored(step, "bank")
     if shapes["bank"].shape[0] != layout.num_rows:
       raise UserError(f"the bank in {self._folder / str(step)} has {shapes['bank'].shape[0]} rows, and the config asks "
                       f"for {layout.num_rows}")
@@ -139,8 +133,11 @@ class Checkpoints:
 
   def _stored(self, step, item):
     """Returns the tree of an item with shapes and types in the place of arrays, as Orbax wrote it down."""
-    with StandardCheckpointer() as reader:
-      return reader.metadata(self._folder / str(step) / item).item_metadata.tree
+    try:
+      with StandardCheckpointer() as reader:
+        return reader.metadata(self._folder / str(step) / item).item_metadata.tree
+    except Exception as error:  # of many types, see restore
+      raise self._unreadable(step, error) from error
 
   def _read_item(self, step, item, template):
     try:

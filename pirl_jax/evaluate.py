@@ -26,7 +26,7 @@ from pirl_jax.evaluation import export, invariance, knn, linear, low_shot, retri
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers, layer_names
 from pirl_jax.evaluation.outcome import Outcome, format_table, save_plot
-from pirl_jax.logbook import write_json
+from pirl_jax.logbook import flatten, write_json
 from pirl_jax.memory_bank import Layout
 from pirl_jax.runs import Run, open_runs
 from pirl_jax.views.two_views import make_views
@@ -279,14 +279,6 @@ def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int 
         raise UserError(f"{path} holds a result with {field}={old.get(field)!r}, and now it is {new.get(field)!r}; "
                         f"{way_out}")
   return older
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Returns {"group.field": value} of nested dicts."""
-  flat = {}
-  for name, value in tree.items():
-    flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-  return flat
 
 
 def measure(evaluation: Evaluation) -> Outcome:

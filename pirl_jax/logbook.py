@@ -36,6 +36,14 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
   _replace(Path(path), text.encode())
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Returns {"group.field": value} of nested dicts."""
+  flat = {}
+  for name, value in tree.items():
+    flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return flat
+
+
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
   """Returns the rows of a metrics.jsonl; a line torn by a crash is left out; [] if there is no file."""
   try:

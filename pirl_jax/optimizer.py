@@ -30,7 +30,8 @@ def cosine_schedule(*, base_rate: float, end_factor: float, num_steps: int, warm
   return lambda step: joined(step // hold_steps * hold_steps)
 
 
-def create_optimizer(schedule: optax.Schedule, *, momentum: float, weight_decay: float) -> optax.GradientTransformation:
+def create_optimizer(schedule: optax.Schedule, *, momentum: float, weight_decay: float,
+                     nesterov: bool = False) -> optax.GradientTransformation:
   """Returns SGD with momentum, PyTorch's rule: velocity <- momentum * velocity + gradient + decay * weight.
 
   The decay applies to the kernels of convolutions and linear layers only, not to batch norm and not to biases
@@ -38,7 +39,7 @@ def create_optimizer(schedule: optax.Schedule, *, momentum: float, weight_decay:
   """
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask=_decayed),
-    optax.sgd(schedule, momentum=momentum))
+    optax.sgd(schedule, momentum=momentum, nesterov=nesterov))
 
 
 def _decayed(params):

@@ -25,7 +25,7 @@ from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.data import batches, sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import features, knn, learning
-from pirl_jax.logbook import Logbook, write_json
+from pirl_jax.logbook import Logbook, flatten, write_json
 from pirl_jax.models.network import Network, create_network
 from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
 from pirl_jax.optimizer import cosine_schedule, create_optimizer
@@ -149,22 +149,15 @@ def check_same_config(config: ConfigDict, workdir: Path) -> None:
   if not path.exists():
     return
   try:
-    stored = _flatten(json.loads(path.read_text()))
+    stored = flatten(json.loads(path.read_text()))
   except ValueError as error:
     raise UserError(f"{path} is not readable as JSON ({error}); choose another --workdir") from error
-  now = _flatten(json.loads(json.dumps(config.to_dict())))
+  now = flatten(json.loads(json.dumps(config.to_dict())))
   for field in sorted(stored.keys() | now.keys()):
     free = any(field == name or (name.endswith(".") and field.startswith(name)) for name in FREE_ON_RESUME)
     if not free and stored.get(field) != now.get(field):
       raise UserError(f"{workdir} holds a run with {field}={stored.get(field)!r}, and now it is {now.get(field)!r}; "
                       f"choose another --workdir, or give the old value to go on")
-
-
-def _flatten(tree, prefix=""):
-  flat = {}
-  for name, value in tree.items():
-    flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-  return flat
 
 
 def build(config: ConfigDict, workdir: Path) -> Run:

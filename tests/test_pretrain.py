@@ -163,7 +163,7 @@ def test_every_variant_has_a_network_that_can_be_built(variant):
 def test_every_field_of_the_config_is_read():
   source = "".join(path.read_text() for path in pretrain.Path(pretrain.__file__).parent.parent.glob("pirl_jax/*.py"))
   source += (pretrain.Path(pretrain.__file__).parent.parent / "launch.py").read_text()
-  for field in pretrain._flatten(pirl.get_config().to_dict()):
+  for field in pretrain.flatten(pirl.get_config().to_dict()):
     group, _, name = field.rpartition(".")
     # These three groups are handed on whole, as keywords: one that nothing takes is a TypeError.
     assert group in ("jigsaw", "photometric", "model") or f".{name}" in source, f"nothing reads {field}"

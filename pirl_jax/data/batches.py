@@ -71,12 +71,6 @@ def train_batches(
     UserError: fewer pictures than a batch, a batch that the processes cannot share, a scale outside of (0,
       1].
   """
-  num_images = len(source)
-  whole_batches = steps_per_epoch(num_images, batch_size)
-  if batch_size % process_count:
-    raise UserError(
-      f"batch_size={batch_size} cannot be shared by {process_count} processes; choose a multiple of it"
-    )
   for name, (low, high) in (("image", image_scale), ("pretext", pretext_scale)):
     if not 0 < low <= high <= 1:
       raise UserError(f"{name} crops cover {low} to {high} of the picture; choose 0 < low <= high <= 1")
@@ -84,16 +78,9 @@ def train_batches(
   crop_fn = functools.partial(
     _crop_twice, source, image=(image_size, tuple(image_scale)), pretext=(pretext_size, tuple(pretext_scale))
   )
-  order_seed, crop_seed = (int(word) for word in np.random.SeedSequence(seed % 2**64).generate_state(2))
-  local_size = batch_size // process_count
-  # The order of these lines is the contract. Crops before the slices: a record's draws follow from its place
-  # in the global stream, whichever process has it. Whole batches before repeat: no batch straddles two
-  # epochs, which could hold a picture twice, and all processes have equally many. The cut at start_step comes
-  # last and skips without reading.
-  records = grain.MapDataset.range(num_images).shuffle(seed=order_seed).random_map(crop_fn, seed=crop_seed)
-  records = records[: whole_batches * batch_size][process_index::process_count]
-  records = records.repeat()[start_step * local_size :]
-  return _start(records, local_size, num_threads)
+  return _train_stream(
+    crop_fn, len(source), batch_size=batch_size, seed=seed, start_step=start_step, process_index=process_index,
+    process_count=process_count, num_threads=num_threads)
 
 
 def labelled_batches(
@@ -130,17 +117,12 @@ def labelled_batches(
     image zero, where the picture could not be read.
 
   Raises:
-    UserError: fewer pictures than a batch.
+    UserError: fewer pictures than a batch, or a batch that the processes cannot share.
   """
-  whole_batches = steps_per_epoch(len(indices), batch_size)
-  order_seed, crop_seed = (int(word) for word in np.random.SeedSequence(seed % 2**64).generate_state(2))
-  local_size = batch_size // process_count
   crop_fn = functools.partial(_labelled_crop, source, np.asarray(indices), size=image_size, scale=tuple(image_scale))
-  # The order of these lines is that of `train_batches`, for the same reasons.
-  records = grain.MapDataset.range(len(indices)).shuffle(seed=order_seed).random_map(crop_fn, seed=crop_seed)
-  records = records[: whole_batches * batch_size][process_index::process_count]
-  records = records.repeat()[start_step * local_size :]
-  return _start(records, local_size, num_threads)
+  return _train_stream(
+    crop_fn, len(indices), batch_size=batch_size, seed=seed, start_step=start_step, process_index=process_index,
+    process_count=process_count, num_threads=num_threads)
 
 
 def eval_batches(
@@ -194,6 +176,28 @@ def place(batch: dict[str, np.ndarray], mesh) -> dict:
 _RUNNING = weakref.WeakSet()
 
 _PART_BYTES = 2**20  # at most, of the test pictures read at a time: 341 of 32 pixels, 6 of 224
+
+
+def _train_stream(
+  crop_fn, num_records: int, *, batch_size: int, seed: int, start_step: int, process_index: int, process_count: int,
+  num_threads: int,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Returns the endless stream of crop_fn(record, rng) in batches, a function of (seed, step); see `train_batches`."""
+  whole_batches = steps_per_epoch(num_records, batch_size)
+  if batch_size % process_count:
+    raise UserError(
+      f"batch_size={batch_size} cannot be shared by {process_count} processes; choose a multiple of it"
+    )
+  order_seed, crop_seed = (int(word) for word in np.random.SeedSequence(seed % 2**64).generate_state(2))
+  local_size = batch_size // process_count
+  # The order of these lines is the contract. Crops before the slices: a record's draws follow from its place
+  # in the global stream, whichever process has it. Whole batches before repeat: no batch straddles two
+  # epochs, which could hold a picture twice, and all processes have equally many. The cut at start_step comes
+  # last and skips without reading.
+  records = grain.MapDataset.range(num_records).shuffle(seed=order_seed).random_map(crop_fn, seed=crop_seed)
+  records = records[: whole_batches * batch_size][process_index::process_count]
+  records = records.repeat()[start_step * local_size :]
+  return _start(records, local_size, num_threads)
 
 
 def _start(records: grain.MapDataset, batch_size: int, num_threads: int, batch_fn=None) -> Iterator[

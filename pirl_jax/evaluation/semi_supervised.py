@@ -30,6 +30,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from pirl_jax import optimizer as optimizer_lib
 from pirl_jax.checkpoints import Snapshots
 from pirl_jax.data import batches
 from pirl_jax.errors import UserError
@@ -165,10 +166,9 @@ def create_schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
 
 
 def create_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
-  """Returns SGD with momentum as PyTorch has it; the decay applies to kernels only, as in pre-training."""
-  return optax.chain(
-    optax.add_decayed_weights(recipe.weight_decay, mask=lambda params: jax.tree.map(lambda x: jnp.ndim(x) > 1, params)),
-    optax.sgd(create_schedule(recipe, steps_per_epoch), momentum=recipe.momentum, nesterov=recipe.nesterov))
+  """Returns that of pre-training, with this recipe's schedule."""
+  return optimizer_lib.create_optimizer(create_schedule(recipe, steps_per_epoch), momentum=recipe.momentum,
+                                        weight_decay=recipe.weight_decay, nesterov=recipe.nesterov)
 
 
 def make_train_step(classifier: Classifier, optimizer: optax.GradientTransformation, mesh: Mesh) -> Callable:
