@@ -26,12 +26,14 @@ import jax.numpy as jnp
 
 from pirl_jax.data.records import Source
 from pirl_jax.data.sources import open_source
+from pirl_jax.data.subsets import Subset
 from pirl_jax.evaluation.export import export_features
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import layer_features
-from pirl_jax.evaluation.subsets import Subset
 from pirl_jax.mesh import create_mesh, split, whole
-from pirl_jax.models.network import create_network
+from pirl_jax.models.heads import ImageHead
+from pirl_jax.models.network import Network
+from pirl_jax.models.resnet import create_resnet
 from pirl_jax.views.two_views import normalise
 
 
@@ -74,10 +76,9 @@ def textures(num: int, size: int) -> Source:
 
 def create_model(arch: str, stem: str, pictures: Pictures, mesh) -> Model:
   """Returns a network of random weights, on every device."""
-  network = create_network(arch=arch, width=1, stem=stem, head="linear", dim=128, dtype="float32")
+  network = Network(create_resnet(arch, stem=stem), image_head=ImageHead(128))
   image = jnp.zeros((1, pictures.image_size, pictures.image_size, 3))
-  init = jax.jit(lambda key: network.init(key, image, jnp.zeros((1, 9, 16, 16, 3)), train=False),
-                 out_shardings=whole(mesh))
+  init = jax.jit(lambda key: network.init(key, image, None, train=False), out_shardings=whole(mesh))
   return Model(network, init(jax.random.key(0)))
 
 

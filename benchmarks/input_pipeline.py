@@ -76,11 +76,8 @@ def our_samples(source):
   """Yields the number of samples in each batch."""
   batches = train_batches(
     source,
+    crops={"image_crop": (224, (0.08, 1.0)), "pretext_crop": (255, (0.6, 1.0))},
     batch_size=min(32, len(source)),
-    image_size=224,
-    image_scale=(0.08, 1.0),
-    pretext_size=255,
-    pretext_scale=(0.6, 1.0),
     seed=0,
     start_step=0,
     num_threads=0,

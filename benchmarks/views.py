@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pirl_jax.views import photometric
+from pirl_jax.views.jigsaw import Jigsaw
 from pirl_jax.views.two_views import make_views
 
 ROUNDS = 5
@@ -115,8 +116,9 @@ def views_cases(rng):
   for name, num, size, pretext_size, patch_size in (("embedded", 128, 32, 36, 10), ("imagenet", 64, 224, 255, 64)):
     keys = jax.random.split(jax.random.key(0), num)
     image, pretext = crops(rng, num, size), crops(rng, num, pretext_size)
+    jigsaw = Jigsaw(crop_size=pretext_size, crop_scale=(0.6, 1.0), grid=3, patch_size=patch_size)
     for list_name, recipe in (("base", photometric.BASE), ("gblur", photometric.GBLUR)):
-      views = jax.jit(make_views(recipe=recipe, patch_size=patch_size))
+      views = jax.jit(make_views(jigsaw, recipe=recipe, pretext_recipe=recipe))
       label = f"views {list_name}, {name}: {num} x ({size} px + 9 of {patch_size} px)"
       cases[label] = functools.partial(views, keys, image, pretext)
   return cases

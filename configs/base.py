@@ -9,30 +9,38 @@ def get_base() -> ConfigDict:
   config.job = "pretrain"  # what launch.py does with this config
   config.name = ""  # of the run; without --workdir its folder is runs/NAME
   config.seed = 0  # of everything random: weights, bank, order, crops, views, negatives
-  config.num_epochs = 800
+  # "invariant": image and transformed image against the memory bank (PIRL, NPID); "covariant": the network tells which
+  # transform it was (Jigsaw, RotNet); "supervised": which class. The last two use none of the fields from
+  # num_negatives to loss, pretext_weight and bank.
+  config.objective = "invariant"
+  config.num_epochs = 800  # 0: the untrained network
   config.batch_size = 1024  # images in a step, over all devices
-  config.num_negatives = 32_000  # for each of the two terms, a multiple of the bank's strata (256 or fewer)
+  config.num_negatives = 32_000  # for each term, a multiple of the bank's strata (256 or fewer); 0: every row
+  config.negative_sampling = "shared"  # one draw for the batch; "per_image": one for each image, many times slower
   config.temperature = 0.07  # tau
   config.loss = "nce"  # "nce" (the official one), "infonce" (softmax), "eq4" (the paper's equations as written)
-  config.pretext = "jigsaw"  # how the second view is made
-  config.pretext_weight = 0.5  # lambda: weight of the pretext term; the image term has the rest
+  config.pretext = "jigsaw"  # the transform: "jigsaw", "rotation", "rotation_jigsaw"
+  config.pretext_weight = 0.5  # lambda: weight of the pretext term, the image term has the rest; 0: no pretext view
 
   config.data = data = ConfigDict()
   data.source = "tfds"  # "embedded" (textures, no download), "folder" or "tfds"
   data.name = ""  # tfds: name of the data set, as in its catalog
   data.root = ""  # folder: the folder of pictures; tfds: where prepared sets lie ("": its default)
   data.split = "train"  # tfds: a split; folder: a sub-folder ("": everything)
-  data.labels = "none"  # folder: "folder" takes the sub-folders as classes; used for kNN only
-  data.num_images = 0  # embedded: how many to draw
+  data.labels = "none"  # folder: "folder" takes the sub-folders as classes; for kNN and objective=supervised only
+  data.num_images = 0  # embedded: how many to draw; else so many pictures at random instead of all (0)
   data.image_size = 224  # pixels, side of the image view
   data.image_scale = (0.08, 1.0)  # share of the picture's area that the image crop covers
-  data.pretext_size = 255  # pixels, side of the crop that is cut into patches
-  data.pretext_scale = (0.6, 1.0)  # share of the picture's area that it covers
   data.num_threads = 16  # that decode and crop
 
-  config.jigsaw = jigsaw = ConfigDict()
-  jigsaw.grid = 3  # cells of the jigsaw, a side
-  jigsaw.patch_size = 64  # pixels, side of a patch, at most data.pretext_size // grid
+  config.jigsaw = jigsaw = ConfigDict()  # of "jigsaw" and "rotation_jigsaw"; "rotation" turns a crop like the image's
+  jigsaw.crop_size = 255  # pixels, side of the crop that is cut into patches
+  jigsaw.crop_scale = (0.6, 1.0)  # share of the picture's area that it covers
+  jigsaw.grid = 3  # cells a side
+  jigsaw.patch_size = 64  # pixels, side of a patch, at most crop_size // grid
+  jigsaw.augment = "patches"  # the list below is drawn for each patch; "crop": for the whole crop before it is cut
+  jigsaw.num_permutations = 0  # orders of the patches; 0: all, 9!
+  jigsaw.permutation_subset = "max_avg"  # they differ most on average, "max_min": the two most alike differ most
 
   # The official list (vissl pirl_jigsaw_4node_resnet50.yaml), drawn anew for the image and for each patch. 0: left out.
   config.photometric = photometric = ConfigDict()
@@ -46,6 +54,9 @@ def get_base() -> ConfigDict:
   photometric.blur_probability = 0.0  # Gaussian
   photometric.blur_radius = (0.1, 2.0)  # pixels, standard deviation
   photometric.flip_probability = 0.5  # horizontal
+
+  # The list of the pretext views: that of the image, but for what is set here.
+  config.pretext_photometric = ConfigDict({name: photometric.get_oneway_ref(name) for name in photometric})
 
   config.model = model = ConfigDict()
   model.arch = "resnet50"
@@ -64,11 +75,16 @@ def get_base() -> ConfigDict:
 
   config.optimizer = optimizer = ConfigDict()
   optimizer.learning_rate = 0.12  # for a batch of 1,024; scaled in proportion to the batch
-  optimizer.end_factor = 0.001  # share of it that is left at the end of the cosine
   optimizer.warmup_epochs = 0
-  optimizer.update_interval = "epoch"  # the rate changes every "epoch", as in the official runs, or every "step"
+  optimizer.warmup_factor = 0.0  # share of the rate at which the warm-up starts
+  optimizer.schedule = "cosine"  # "cosine", or "steps": constant, but for a factor at each milestone
+  optimizer.end_factor = 0.001  # cosine: share of the rate that is left at the end
+  optimizer.update_interval = "epoch"  # cosine: it falls every "epoch", as in the official runs, or every "step"
+  optimizer.milestones = (0.6, 0.8)  # steps: shares of the run
+  optimizer.decay_factor = 0.1  # steps
   optimizer.momentum = 0.9
-  optimizer.weight_decay = 1e-4  # not on batch norm, not on biases
+  optimizer.weight_decay = 1e-4  # not on batch norm
+  optimizer.decay_biases = False  # nor on biases, unless this is set
 
   config.checkpoint = checkpoint = ConfigDict()
   checkpoint.every_steps = 2_500  # and at every evaluation and at the end

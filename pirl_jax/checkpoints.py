@@ -1,7 +1,8 @@
 """Checkpoints of a run: the only file that knows Orbax.
 
 A checkpoint is a folder STEP with one item for each use, so that an evaluation reads the model alone:
-`model` (params, batch_stats), `train` (opt_state, step, normaliser), `bank` (bank, usable) and `meta` (JSON).
+`model` (params, batch_stats), `train` (opt_state, step, seed, normaliser), `bank` (bank, usable) and `meta` (JSON).
+What a system does not have (a bank, say) is missing from its item.
 """
 
 import contextlib
@@ -20,10 +21,11 @@ from pirl_jax.memory_bank import Layout
 from pirl_jax.mesh import whole
 from pirl_jax.state import TrainState, state_shardings
 
-FORMAT = 1
+FORMAT = 2
 """Of the items above; written into `meta` and checked before anything is read."""
 
-ITEMS = {"model": ("params", "batch_stats"), "train": ("opt_state", "step", "normaliser"), "bank": ("bank", "usable")}
+ITEMS = {"model": ("params", "batch_stats"), "train": ("opt_state", "step", "seed", "normaliser"),
+         "bank": ("bank", "usable")}
 BEST_METRIC = "knn_top1"
 
 
@@ -78,13 +80,13 @@ class Checkpoints:
     Raises:
       Exception: Orbax's own errors, of many types, when files are missing or damaged.
     """
-    shardings = state_shardings(mesh)
+    shardings = state_shardings(mesh, with_bank=like.bank is not None)
     items = {
-      item: args.StandardRestore({field: _template(getattr(like, field), getattr(shardings, field))
-                                  for field in fields})
-      for item, fields in ITEMS.items()}
+      item: args.StandardRestore({field: _template(value, getattr(shardings, field))
+                                  for field, value in fields.items()})
+      for item, fields in _items(like).items()}
     restored = self._open().restore(step, args=args.Composite(**items))
-    return like.replace(**{field: restored[item][field] for item, fields in ITEMS.items() for field in fields})
+    return like.replace(**{field: restored[item][field] for item, fields in _items(like).items() for field in fields})
 
   def restore_model(self, step: int, like: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Returns {"params", "batch_stats"} of a checkpoint, whole on every device of `mesh`; nothing else is read.
@@ -119,9 +121,11 @@ class Checkpoints:
       layout: of the run that wrote it.
 
     Raises:
-      UserError: the bank is not of that layout, or the files cannot be read.
+      UserError: there is no bank, it is not of that layout, or the files cannot be read.
     """
     shapes = self._stored(step, "bank")
+    if "bank" not in shapes:
+      raise UserError(f"{self._folder / str(step)} is of a system without a memory bank")
     if shapes["bank"].shape[0] != layout.num_rows:
       raise UserError(f"the bank in {self._folder / str(step)} has {shapes['bank'].shape[0]} rows, and the config asks "
                       f"for {layout.num_rows}")
@@ -194,8 +198,7 @@ class Checkpoints:
       meta: JSON values, to which the format is added.
       knn_top1: measured at this step, if it was; the best is kept.
     """
-    items = {item: args.StandardSave({field: getattr(state, field) for field in fields})
-             for item, fields in ITEMS.items()}
+    items = {item: args.StandardSave(fields) for item, fields in _items(state).items()}
     saved = self._open(writing=True).save(
       step, args=args.Composite(**items, meta=args.JsonSave({**meta, "format": FORMAT})),
       metrics=None if knn_top1 is None else {BEST_METRIC: knn_top1})
@@ -223,6 +226,12 @@ class Checkpoints:
         cleanup_tmp_directories=writing))
       self._writing = writing
     return self._manager
+
+
+def _items(state):
+  """Returns the fields of each item that this state has."""
+  return {item: {field: getattr(state, field) for field in fields if getattr(state, field) is not None}
+          for item, fields in ITEMS.items()}
 
 
 def _shapes(tree):

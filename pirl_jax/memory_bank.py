@@ -51,6 +51,11 @@ def create_layout(num_images: int, *, num_devices: int, num_negatives: int) -> L
 
   The number of strata follows from N alone, so that a run may move to another number of devices.
 
+  Args:
+    num_images: N.
+    num_devices: that share the bank.
+    num_negatives: K; 0: every row, or a run without a bank.
+
   Raises:
     UserError: more negatives than images, or the devices or the negatives do not divide into the strata.
   """
@@ -59,11 +64,11 @@ def create_layout(num_images: int, *, num_devices: int, num_negatives: int) -> L
   num_strata = min(MAX_STRATA, 1 << max(0, (num_images // 4).bit_length() - 1))
   if num_negatives > num_images:
     raise UserError(f"num_negatives={num_negatives}, but there are only {num_images} images; "
-                    f"try --config.num_negatives={_multiple_below(num_images, num_strata)}")
-  if num_negatives < 1 or num_negatives % num_strata:
+                    f"try --config.num_negatives={_multiple_below(num_images, num_strata)}, or 0 for all of them")
+  if num_negatives < 0 or num_negatives % num_strata:
     below = max(num_strata, _multiple_below(num_negatives, num_strata))
-    raise UserError(f"num_negatives={num_negatives} is not a positive multiple of {num_strata}, the number of strata "
-                    f"of a bank of {num_images} images; try --config.num_negatives={below}")
+    raise UserError(f"num_negatives={num_negatives} is not 0 (all) or a positive multiple of {num_strata}, the number "
+                    f"of strata of a bank of {num_images} images; try --config.num_negatives={below}")
   if num_strata % num_devices:
     raise UserError(f"{num_devices} devices do not divide the {num_strata} strata of a bank of {num_images} images; "
                     f"use 1, 2, 4 ... or {num_strata} devices")
@@ -97,24 +102,35 @@ def _images_in_stratum(layout, stratum):
   return layout.num_images // layout.num_strata + (stratum < layout.num_images % layout.num_strata)
 
 
-def draw(key: jax.Array, layout: Layout, *, num_negatives: int, axis: str) -> jax.Array:
-  """Returns this device's part of one draw of K negatives, local rows i32[K / devices], with replacement.
+def draw(key: jax.Array, layout: Layout, *, num_negatives: int, axis: str, num_draws: int | None = None) -> jax.Array:
+  """Returns this device's part of a draw of K negatives, local rows i32[K / devices], with replacement.
 
   The draw is stratified: K / S uniform draws from the images of each stratum (so where S does not divide N, those of a
   stratum that has one image fewer come a little more often: 0.02 % for ImageNet). It is shared by the whole batch: a
   draw for every image gathers B x K x D numbers, at 16 to 31 times the cost.
+
+  Args:
+    key: of the draw.
+    layout: of the bank.
+    num_negatives: K; 0 returns every row once, i32[S * R / devices], padding included.
+    axis: the mesh axis that splits the bank.
+    num_draws: B, for as many independent draws, one for each image: i32[B, K / devices].
   """
   num_local = layout.num_strata // jax.lax.axis_size(axis)
+  if not num_negatives:
+    # Plus the device's number times nothing: what differs between devices must be known to differ.
+    return jnp.arange(num_local * layout.rows_per_stratum) + 0 * jax.lax.axis_index(axis)
   local = jnp.arange(num_local)
   stratum = jax.lax.axis_index(axis) * num_local + local
 
   def draw_positions(stratum):
     stratum_key = jax.random.fold_in(key, stratum)
-    shape = (num_negatives // layout.num_strata,)
+    shape = (num_draws or 1, num_negatives // layout.num_strata)
     return jax.random.randint(stratum_key, shape, 0, _images_in_stratum(layout, stratum))
 
-  positions = jax.vmap(draw_positions)(stratum)  # [S / devices, K / S]
-  return jnp.reshape(local[:, None] * layout.rows_per_stratum + positions, (-1,))
+  positions = jax.vmap(draw_positions, out_axes=1)(stratum)  # [draws, S / devices, K / S]
+  draws = jnp.reshape(local[None, :, None] * layout.rows_per_stratum + positions, (positions.shape[0], -1))
+  return draws if num_draws else draws[0]
 
 
 def _local_rows(bank, rows, axis):
@@ -124,7 +140,7 @@ def _local_rows(bank, rows, axis):
 
 
 def read(bank: jax.Array, rows: jax.Array, *negatives: jax.Array, axis: str) -> tuple[jax.Array, ...]:
-  """Returns the vectors at `rows`, f32[B, D], and those of each draw of negatives, f32[K / devices, D].
+  """Returns the vectors at `rows`, f32[B, D], and those of each draw of negatives, f32[..., K / devices, D].
 
   All that a step reads comes from one gather, on which the update depends. With several XLA cannot tell that every one
   of them is over before a row moves, and copies the whole bank (an optimization barrier does not convince it).
@@ -132,13 +148,14 @@ def read(bank: jax.Array, rows: jax.Array, *negatives: jax.Array, axis: str) -> 
   Args:
     bank: dtype[rows of this device, D].
     rows: i32[B], global rows; the vectors come out the same on every device.
-    negatives: draws i32[K / devices] of local rows; the vectors are this device's.
+    negatives: draws i32[K / devices] or i32[B, K / devices] of local rows; the vectors are this device's.
     axis: the mesh axis that splits the bank.
   """
   local, mine = _local_rows(bank, rows, axis)
-  wanted = [jnp.where(mine, local, 0), *negatives]
+  wanted = [jnp.where(mine, local, 0), *(draw.reshape(-1) for draw in negatives)]
   ends = list(itertools.accumulate(len(part) for part in wanted))
   own, *others = jnp.split(bank[jnp.concatenate(wanted)].astype(jnp.float32), ends[:-1])
+  others = (part.reshape(*draw.shape, -1) for part, draw in zip(others, negatives, strict=True))
   return jax.lax.psum(jnp.where(mine[:, None], own, 0), axis), *others
 
 
@@ -148,11 +165,12 @@ def weights(usable: jax.Array, rows: jax.Array, negatives: jax.Array, *, axis: s
   Args:
     usable: bool[rows of this device].
     rows: i32[B], the images' own rows.
-    negatives: i32[K / devices], local rows.
+    negatives: i32[K / devices] or i32[B, K / devices], local rows.
     axis: the mesh axis that splits the bank.
   """
   local, _ = _local_rows(usable, rows, axis)
-  return ((negatives[None, :] != local[:, None]) & usable[negatives][None, :]).astype(jnp.float32)
+  negatives = negatives if negatives.ndim == 2 else negatives[None]
+  return ((negatives != local[:, None]) & usable[negatives]).astype(jnp.float32)
 
 
 def scores(own: jax.Array, others: jax.Array, embeddings: jax.Array, *, temperature: float) -> tuple[
@@ -161,12 +179,13 @@ def scores(own: jax.Array, others: jax.Array, embeddings: jax.Array, *, temperat
 
   Args:
     own: f32[B, D], unit rows of the images themselves.
-    others: f32[K / devices, D], unit rows of the negatives.
+    others: f32[K / devices, D] or f32[B, K / devices, D], unit rows of the negatives.
     embeddings: f32[B, D], unit vectors.
     temperature: tau.
   """
   # Full float32 products: by default a GPU or TPU rounds the factors to fewer bits, and 1 / tau magnifies that.
-  negative = jnp.matmul(embeddings, others.T, precision=jax.lax.Precision.HIGHEST)
+  pairs = "bd,kd->bk" if others.ndim == 2 else "bd,bkd->bk"
+  negative = jnp.einsum(pairs, embeddings, others, precision=jax.lax.Precision.HIGHEST)
   return jnp.sum(own * embeddings, axis=1) / temperature, negative / temperature
 
 

@@ -25,23 +25,31 @@ FRAME = 3
 RIGHT, WRONG = (0, 140, 60), (205, 40, 40)
 
 
-def save_views_picture(path: str | os.PathLike, image: np.ndarray, pretext: np.ndarray, *,
+def save_views_picture(path: str | os.PathLike, image: np.ndarray | None, pretext: np.ndarray | None, *,
                        num_images: int = 8) -> None:
-  """Writes a PNG with the first examples of a batch: image view at the left, pretext patches at the right.
+  """Writes a PNG with the first examples of a batch: image view at the left, pretext views at the right.
 
-  Letters: B batch, P patches, H W and h w sides. Patches stand in the order in which the network gets them,
-  row by row in a square grid with gaps (one alone for rotation).
+  Letters: B batch, P pretext views of an image, H W and h w sides. Patches stand in the order in which the network gets
+  them, row by row in a square grid with gaps (one alone for rotation).
 
   Args:
     path: the file; its folder is created.
-    image: u8[B, H, W, 3].
-    pretext: u8[B, P, h, w, 3].
+    image: u8[B, H, W, 3], or None where the loss does not look at it.
+    pretext: u8[B, P, h, w, 3], or None likewise; one of the two is there.
     num_images: examples shown, at most B.
   """
-  batch, height, width = image.shape[:3]
-  num_patches, patch_height, patch_width = pretext.shape[1:4]
+  batch = len(image if image is not None else pretext)
   shown = min(num_images, batch)
-  examples = [_beside(_enlarge(image[i], SIDE), _grid(pretext[i])) for i in range(shown)]
+  parts, labels = [], []
+  if image is not None:
+    parts.append([_enlarge(picture, SIDE) for picture in image[:shown]])
+    labels.append(f"image {image.shape[2]} x {image.shape[1]}")
+  if pretext is not None:
+    num_patches, height, width = pretext.shape[1:4]
+    parts.append([_grid(patches) for patches in pretext[:shown]])
+    labels.append(f"{num_patches} patches {width} x {height}, shuffled" if num_patches > 1
+                  else f"pretext view {width} x {height}")
+  examples = [_beside(*pieces) for pieces in zip(*parts, strict=True)]
   example_height, example_width = examples[0].shape[:2]
   rows = math.ceil(shown / COLUMNS)
   columns = min(COLUMNS, shown)
@@ -54,13 +62,11 @@ def save_views_picture(path: str | os.PathLike, image: np.ndarray, pretext: np.n
                              top + rows * (example_height + MARGIN)), "white")
   draw = ImageDraw.Draw(canvas)
   draw.text((MARGIN, MARGIN), title, fill="black", font=font)
-  image_width = _enlarge(image[0], SIDE).shape[1]
-  patches = (f"{num_patches} patches {patch_width} x {patch_height}, shuffled" if num_patches > 1
-             else f"pretext view {patch_width} x {patch_height}")
   for column in range(columns):
     left = MARGIN + column * (example_width + 2 * MARGIN)
-    draw.text((left, MARGIN + TEXT_HEIGHT), f"image {width} x {height}", fill="black", font=font)
-    draw.text((left + image_width + MARGIN, MARGIN + TEXT_HEIGHT), patches, fill="black", font=font)
+    for pieces, label in zip(parts, labels, strict=True):
+      draw.text((left, MARGIN + TEXT_HEIGHT), label, fill="black", font=font)
+      left += pieces[0].shape[1] + MARGIN
   for i, example in enumerate(examples):
     row, column = divmod(i, columns)
     canvas.paste(Image.fromarray(example), (MARGIN + column * (example_width + 2 * MARGIN),
@@ -169,7 +175,9 @@ def _grid(patches):
   return grid
 
 
-def _beside(left, right):
+def _beside(left, right=None):
+  if right is None:
+    return left
   height = max(left.shape[0], right.shape[0])
   both = np.full((height, left.shape[1] + MARGIN + right.shape[1], 3), 255, np.uint8)
   both[:left.shape[0], :left.shape[1]] = left

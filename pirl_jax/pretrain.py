@@ -19,21 +19,21 @@ import optax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from pirl_jax import losses, memory_bank, pictures
+from pirl_jax import losses, memory_bank, pictures, system
 from pirl_jax import mesh as mesh_lib
 from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.data import batches, sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import features, knn, learning
+from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.logbook import Logbook, flatten, write_json
-from pirl_jax.models.network import Network, create_network
+from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
-from pirl_jax.optimizer import cosine_schedule, create_optimizer
+from pirl_jax.optimizer import cosine_schedule, create_optimizer, step_schedule
+from pirl_jax.prediction_step import make_prediction_step
 from pirl_jax.state import TrainState, create_state
 from pirl_jax.step import make_train_step, view_keys
-from pirl_jax.views.jigsaw import check_jigsaw
-from pirl_jax.views.photometric import Recipe
-from pirl_jax.views.two_views import denormalise, make_views
+from pirl_jax.views.two_views import denormalise
 
 FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "data.num_threads")
 """Fields that may change when a run goes on; a name that ends with a dot stands for its whole group."""
@@ -71,17 +71,14 @@ class Run:
   @property
   def parallel_network(self) -> Network:
     """Returns the network as the step maps it: batch norm over all devices, unless each is to have its own."""
-    axis = mesh_lib.AXIS if self.config.model.batch_norm == "global" else None
-    return self.network.clone(trunk=self.network.trunk.clone(batch_norm_axis=axis))
+    return self.network.with_batch_norm_axis(mesh_lib.AXIS if self.config.model.batch_norm == "global" else None)
 
   def initial_state(self) -> TrainState:
     """Returns the state before the first step; the same at every call."""
     config = self.config
-    num_patches, patch_size = config.jigsaw.grid**2, config.jigsaw.patch_size
     return create_state(
       config.seed, self.network, self.optimizer, self.layout, mesh=self.mesh, dim=config.model.dim,
-      bank_dtype=DTYPES[config.bank.dtype], image_shape=(config.data.image_size, config.data.image_size, 3),
-      pretext_shape=(num_patches, patch_size, patch_size, 3))
+      bank_dtype=DTYPES[config.bank.dtype], inputs=system.network_inputs(config), with_bank=system.has_bank(config))
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -106,7 +103,12 @@ def run(config: ConfigDict, workdir: str) -> None:
                  enabled=jax.process_index() == 0) as book:
       if start_step:
         book.say(f"goes on from step {start_step} of {parts.total_steps}")
-      state = train(parts, state, checkpoints, book)
+      if config.num_epochs:
+        state = train(parts, state, checkpoints, book)
+      elif not checkpoints.steps():
+        state = calibrate(parts, state)
+        save(parts, state, checkpoints, knn_top1=None)
+      checkpoints.close()  # the last one shall be on disk before the run says what it has written
       finish(parts, state, book)
 
 
@@ -116,22 +118,28 @@ def check_config(config: ConfigDict) -> None:
     if not holds:
       raise UserError(f"{field}={_get(config, field)!r} is not possible: {rule}")
 
-  for field in ("num_epochs", "batch_size", "data.image_size", "data.pretext_size", "data.num_threads", "jigsaw.grid",
+  for field in ("batch_size", "data.image_size", "data.num_threads", "jigsaw.crop_size", "jigsaw.grid",
                 "jigsaw.patch_size", "model.dim", "checkpoint.every_steps", "checkpoint.keep", "evaluate.k",
                 "evaluate.batch_size", "log.every_steps"):
     require(_get(config, field) >= 1, field, "a whole number from 1 is needed")
-  require(config.evaluate.every_epochs >= 0, "evaluate.every_epochs", "0 (never) or more is needed")
+  for field, zero in (("num_epochs", "the untrained network"), ("evaluate.every_epochs", "never"),
+                      ("num_negatives", "every row"), ("data.num_images", "all"), ("evaluate.num_images", "all"),
+                      ("jigsaw.num_permutations", "all")):
+    require(_get(config, field) >= 0, field, f"0 ({zero}) or more is needed")
   for field in ("pretext_weight", "bank.momentum", "optimizer.momentum"):
     require(0 <= _get(config, field) <= 1, field, "it lies in [0, 1]")
   for field in ("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.end_factor",
-                "optimizer.warmup_epochs"):
+                "optimizer.warmup_epochs", "optimizer.warmup_factor"):
     require(0 <= _get(config, field) < float("inf"), field, "a finite number from 0 is needed")
   require(0 < config.evaluate.temperature < float("inf"), "evaluate.temperature", "a number above 0 is needed")
   require(0 < config.evaluate.crop_fraction <= 1, "evaluate.crop_fraction", "it lies in (0, 1]")
-  for field in ("data.image_scale", "data.pretext_scale"):
+  require(0 < config.optimizer.decay_factor <= 1, "optimizer.decay_factor", "it lies in (0, 1]")
+  for field in ("data.image_scale", "jigsaw.crop_scale"):
     scale = _get(config, field)
     require(len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, field, "it is (smallest, largest), within (0, 1]")
-  for field, choices in (("model.dtype", DTYPES), ("bank.dtype", DTYPES), ("model.head", ("linear", "mlp")),
+  for field, choices in (("objective", system.OBJECTIVES), ("negative_sampling", ("shared", "per_image")),
+                         ("optimizer.schedule", ("cosine", "steps")), ("model.dtype", DTYPES),
+                         ("bank.dtype", DTYPES), ("model.head", ("linear", "mlp")),
                          ("model.batch_norm", ("global", "device")),
                          ("optimizer.update_interval", ("step", "epoch"))):
     require(_get(config, field) in choices, field, f"choose from {', '.join(choices)}")
@@ -172,23 +180,41 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     if _get(config, field) % num_devices:
       raise UserError(f"{field}={_get(config, field)} does not divide among {num_devices} devices; "
                       f"try --config.{field}={max(1, _get(config, field) // num_devices) * num_devices}")
-  check_jigsaw(config.data.pretext_size, **config.jigsaw)
-  views_fn = make_views(recipe=Recipe(**config.photometric), pretext=config.pretext, **config.jigsaw)
-  network = create_network(**{name: value for name, value in config.model.items() if name != "batch_norm"})
+  views_fn = system.views_of(config)
 
   train, test = open_data(config)
+  network = system.network_of(config, num_classes=0 if train.multi_label else len(train.class_names))
   steps_per_epoch = batches.steps_per_epoch(len(train), config.batch_size)
-  layout = memory_bank.create_layout(len(train), num_devices=num_devices, num_negatives=config.num_negatives)
-  losses.make_loss(config.loss, temperature=config.temperature, num_images=len(train),
-                   num_negatives=config.num_negatives)
-  schedule = cosine_schedule(
-    base_rate=config.optimizer.learning_rate * config.batch_size / 1024, end_factor=config.optimizer.end_factor,
-    num_steps=config.num_epochs * steps_per_epoch,
-    warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
-    hold_steps=steps_per_epoch if config.optimizer.update_interval == "epoch" else 1)
-  optimizer = create_optimizer(schedule, momentum=config.optimizer.momentum,
-                               weight_decay=config.optimizer.weight_decay)
+  layout = memory_bank.create_layout(
+    len(train), num_devices=num_devices, num_negatives=config.num_negatives if system.has_bank(config) else 0)
+  make_loss(config, layout)
+  schedule = make_schedule(config, steps_per_epoch)
+  optimizer = create_optimizer(schedule, momentum=config.optimizer.momentum, weight_decay=config.optimizer.weight_decay,
+                               decay_biases=config.optimizer.decay_biases)
   return Run(config, workdir, mesh, train, test, layout, network, optimizer, schedule, views_fn, steps_per_epoch)
+
+
+def make_loss(config: ConfigDict, layout: memory_bank.Layout) -> Callable:
+  """Returns the contrastive loss, see `losses.make_loss`."""
+  return losses.make_loss(config.loss, temperature=config.temperature, num_images=layout.num_images,
+                          num_negatives=config.num_negatives or layout.num_images)
+
+
+def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
+  """Returns step -> learning rate. A run without epochs has the schedule of one: its optimizer is never asked.
+
+  Raises:
+    UserError: the warm-up or the milestones do not fit.
+  """
+  given = config.optimizer
+  common = dict(
+    base_rate=given.learning_rate * config.batch_size / 1024, num_steps=max(1, config.num_epochs) * steps_per_epoch,
+    warmup_steps=round(given.warmup_epochs * steps_per_epoch) if config.num_epochs else 0,
+    warmup_factor=given.warmup_factor)
+  if given.schedule == "steps":
+    return step_schedule(milestones=given.milestones, decay_factor=given.decay_factor, **common)
+  return cosine_schedule(end_factor=given.end_factor,
+                         hold_steps=steps_per_epoch if given.update_interval == "epoch" else 1, **common)
 
 
 def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source | None]:
@@ -229,24 +255,17 @@ def run_meta(parts: Run) -> dict[str, Any]:
   """Returns what must be the same for a checkpoint to belong to this run, JSON values."""
   return {
     "data": parts.train.fingerprint, "num_images": parts.layout.num_images, "num_strata": parts.layout.num_strata,
-    "model": parts.config.model.to_dict()}
+    "model": parts.config.model.to_dict(), "num_classes": len(parts.train.class_names)}
 
 
 def train(parts: Run, state: TrainState, checkpoints: Checkpoints, book: Logbook) -> TrainState:
   """Returns the state after the last step."""
   config, start_step = parts.config, int(state.step)
-  loss_fn = losses.make_loss(config.loss, temperature=config.temperature, num_images=parts.layout.num_images,
-                             num_negatives=config.num_negatives)
-  train_step = make_train_step(
-    parts.parallel_network, parts.optimizer, parts.views_fn, loss_fn, parts.layout, parts.mesh,
-    num_negatives=config.num_negatives, temperature=config.temperature, pretext_weight=config.pretext_weight,
-    bank_momentum=config.bank.momentum, seed=config.seed)
+  train_step = make_step(parts)
   evaluate = make_evaluation(parts, book)
-  data = config.data
   stream = batches.train_batches(
-    parts.train, batch_size=config.batch_size, image_size=data.image_size, image_scale=data.image_scale,
-    pretext_size=data.pretext_size, pretext_scale=data.pretext_scale, seed=config.seed, start_step=start_step,
-    process_index=jax.process_index(), process_count=jax.process_count(), num_threads=data.num_threads)
+    parts.train, crops=system.crops_of(config), batch_size=config.batch_size, seed=config.seed, start_step=start_step,
+    process_index=jax.process_index(), process_count=jax.process_count(), num_threads=config.data.num_threads)
 
   waited, in_flight, broken = 0.0, deque(), Broken(parts.train, book)
   for step in range(start_step + 1, parts.total_steps + 1):
@@ -276,10 +295,36 @@ def train(parts: Run, state: TrainState, checkpoints: Checkpoints, book: Logbook
         knn_top1 = evaluate(state)["top1"] if measured else None
         if measured:
           book.record(step, {"knn_top1": knn_top1})
-        checkpoints.save(step, state, {**run_meta(parts), "step": step, "config": config.to_dict()},
-                         knn_top1=knn_top1)
+        save(parts, state, checkpoints, knn_top1=knn_top1)
   stream.close()
   return state
+
+
+def save(parts: Run, state: TrainState, checkpoints: Checkpoints, *, knn_top1: float | None) -> None:
+  """Starts to write a checkpoint of the state, see `Checkpoints.save`."""
+  step = int(state.step)
+  checkpoints.save(step, state, {**run_meta(parts), "step": step, "config": parts.config.to_dict()}, knn_top1=knn_top1)
+
+
+def calibrate(parts: Run, state: TrainState) -> TrainState:
+  """Returns the untrained state with the batch statistics of the training pictures: random initialisation."""
+  variables = features.calibrate_batch_stats(
+    batch_stats_fn(parts), {"params": state.params, "batch_stats": state.batch_stats},
+    test_pictures(parts, parts.train).test_batches(), parts.mesh, momentum=BATCH_NORM_MOMENTUM)
+  trunk = jax.device_put(variables["batch_stats"]["trunk"], mesh_lib.whole(parts.mesh))
+  return state.replace(batch_stats={**state.batch_stats, "trunk": trunk})
+
+
+def make_step(parts: Run) -> Callable:
+  """Returns train_step(state, batch) -> (state, metrics) of the run's system."""
+  config = parts.config
+  common = parts.parallel_network, parts.optimizer, parts.views_fn
+  if not system.has_bank(config):
+    return make_prediction_step(*common, parts.layout, parts.mesh)
+  return make_train_step(
+    *common, make_loss(config, parts.layout), parts.layout, parts.mesh, num_negatives=config.num_negatives,
+    negative_sampling=config.negative_sampling, temperature=config.temperature, pretext_weight=config.pretext_weight,
+    bank_momentum=config.bank.momentum)
 
 
 def check_finite(parts: Run, step: int, loss: np.ndarray) -> None:
@@ -311,16 +356,16 @@ def save_views(parts: Run, batch: dict[str, np.ndarray]) -> None:
   """Saves a picture of the first images of the batch as the network sees them, views.png."""
   shown = {name: value[:8] for name, value in batch.items()}
   keys = view_keys(parts.config.seed, 0, jnp.asarray(shown["index"]))
-  views = jax.jit(parts.views_fn)(keys, shown["image_crop"], shown["pretext_crop"])
-  pictures.save_views_picture(parts.workdir / "views.png", *(np.asarray(denormalise(view)) for view in views))
+  image, pretext, _ = jax.jit(parts.views_fn)(keys, shown.get("image_crop"), shown.get("pretext_crop"))
+  pictures.save_views_picture(parts.workdir / "views.png", *(
+    None if view is None else denormalise(view) for view in (image, pretext)))
 
 
-def eval_batches(parts: Run, source: sources.Source) -> Callable:
-  """Returns a function that opens the pictures of a source under the test transform."""
+def test_pictures(parts: Run, source: sources.Source) -> Pictures:
+  """Returns the pictures of a source under the test transform."""
   config = parts.config
-  return lambda: batches.eval_batches(
-    source, batch_size=config.evaluate.batch_size, image_size=config.data.image_size,
-    crop_fraction=config.evaluate.crop_fraction, num_threads=config.data.num_threads)
+  return Pictures(source, image_size=config.data.image_size, crop_fraction=config.evaluate.crop_fraction,
+                  batch_size=config.evaluate.batch_size, num_threads=config.data.num_threads)
 
 
 def unlabelled(parts: Run) -> str:
@@ -336,14 +381,25 @@ def unlabelled(parts: Run) -> str:
 
 
 def make_evaluation(parts: Run, book: Logbook) -> Callable | None:
-  """Returns evaluate(state) -> kNN figures of the held-out pictures against the bank; None where it cannot be done."""
+  """Returns evaluate(state) -> kNN figures of the held-out pictures; None where it cannot be done.
+
+  The neighbours are the rows of the bank; without a bank, the trunk's features of the training pictures.
+  """
   config = parts.config
   if not config.evaluate.every_epochs:
     return None
   if missing := unlabelled(parts):
     book.say(f"no kNN during the run: {missing}")
     return None
-  open_test = eval_batches(parts, parts.test)
+  test_set = test_pictures(parts, parts.test)
+
+  def evaluate_features(state):
+    model = Model(parts.network, {"params": state.params, "batch_stats": state.batch_stats})
+    return knn.measure_knn(model, test_pictures(parts, parts.train), test_set, mesh=parts.mesh, layer="pooled",
+                           k=config.evaluate.k, temperature=config.evaluate.temperature).figures
+
+  if not system.has_bank(config):
+    return evaluate_features
   on_every_device = jax.jit(lambda x: x, out_shardings=mesh_lib.whole(parts.mesh))
 
   @functools.cache  # at the first evaluation: a TFDS set has to be read once from end to end for its labels
@@ -360,7 +416,7 @@ def make_evaluation(parts: Run, book: Logbook) -> Callable | None:
 
   def evaluate(state):
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    test = features.extract_features(embed, variables, open_test(), parts.mesh)
+    test = features.extract_features(embed, variables, test_set.test_batches(), parts.mesh)
     voting = np.where(np.asarray(on_every_device(state.usable)), row_labels(), -1)
     return knn.accuracy(state.bank, voting, test.features, test.labels, mesh=parts.mesh, k=config.evaluate.k,
                         temperature=config.evaluate.temperature)
@@ -390,18 +446,23 @@ def measure_learning(parts: Run, state: TrainState) -> dict[str, Any]:
   def pooled(variables, image):
     return parts.network.apply(variables, image, method="features")["pooled"]
 
-  def batch_stats(variables, image):
-    _, updated = parts.parallel_network.apply(variables, image, train=True, method="features",
-                                              mutable=["batch_stats"])
-    # Both heads are without batch norm: the trunk's statistics are all there are.
-    return updated["batch_stats"]
-
   variables = [{"params": s.params, "batch_stats": s.batch_stats} for s in (initial, state)]
   return learning.measure_learning(
-    eval_batches(parts, parts.train), eval_batches(parts, parts.test), forward_fn=pooled, stats_fn=batch_stats,
+    test_pictures(parts, parts.train).test_batches, test_pictures(parts, parts.test).test_batches, forward_fn=pooled,
+    stats_fn=batch_stats_fn(parts),
     untrained=variables[0], trained=variables[1], momentum=BATCH_NORM_MOMENTUM, mesh=parts.mesh, k=config.evaluate.k,
     temperature=config.evaluate.temperature, path=parts.workdir / "results" / "learning.json",
     settings={"seed": config.seed, "step": int(state.step), "image_size": config.data.image_size,
               "crop_fraction": config.evaluate.crop_fraction, "train": parts.train.description,
               "test": parts.test.description, "train_fingerprint": parts.train.fingerprint,
               "test_fingerprint": parts.test.fingerprint})
+
+
+def batch_stats_fn(parts: Run) -> Callable:
+  """Returns stats_fn(variables, image) -> batch statistics, for `calibrate_batch_stats`."""
+  def batch_stats(variables, image):
+    _, updated = parts.parallel_network.apply(variables, image, train=True, method="features",
+                                              mutable=["batch_stats"])
+    # Those of a head stay as they are: whoever takes features does not see it.
+    return {**variables["batch_stats"], **updated["batch_stats"]}
+  return batch_stats

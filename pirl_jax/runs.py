@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from pirl_jax import system
 from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Model
-from pirl_jax.models.network import create_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +94,14 @@ def open_run(folder: Path, label: str, step: int, mesh: jax.sharding.Mesh) -> Ru
     try:
       meta = checkpoints.read_meta(step)
       stored = meta["config"]
-      network = create_network(**{name: value for name, value in stored["model"].items() if name != "batch_norm"})
-      size, grid, patch = stored["data"]["image_size"], stored["jigsaw"]["grid"], stored["jigsaw"]["patch_size"]
+      network = system.network_of(stored, num_classes=meta["num_classes"])
+      inputs = system.network_inputs(stored)
     except UserError:
       raise
     except Exception as error:  # Orbax's are of many types; a meta of another program may lack anything
       raise UserError(f"{folder / 'checkpoints' / str(step)} is not a checkpoint of this program, or damaged "
                       f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
-    like = jax.eval_shape(lambda: network.init(
-      jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros((1, grid**2, patch, patch, 3)), train=False))
+    like = jax.eval_shape(lambda: network.init(jax.random.key(0), *inputs, train=False))
     variables = checkpoints.restore_model(step, like, mesh)
   for path, value in jax.tree_util.tree_leaves_with_path(variables):
     if not np.isfinite(value).all():

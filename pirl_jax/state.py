@@ -18,54 +18,56 @@ class TrainState(flax.struct.PyTreeNode):
 
   step: Any
   """i32[], steps taken."""
+  seed: Any
+  """u32[], of the views and the negatives; part of the state, so that every seed runs the same compiled program."""
   params: Any
   """Parameters of trunk and heads, f32."""
   batch_stats: Any
   """Running statistics of batch norm, f32."""
   opt_state: Any
   """The optimizer's state: momentum and its count."""
-  bank: Any
-  """[S * R, D], unit rows, split over the devices."""
   usable: Any
-  """bool[S * R], split likewise: False on padding and on the rows of pictures found broken."""
+  """bool[S * R], split over the devices: False on padding and on the rows of pictures found broken."""
+  bank: Any
+  """[S * R, D], unit rows, split likewise; None for a system without a bank."""
   normaliser: Any
-  """f32[], Z of the `nce` loss; 0 until the first batch has set it."""
+  """f32[], Z of the `nce` loss; 0 until the first batch has set it; None without a bank."""
 
 
-def state_specs() -> TrainState:
+def state_specs(*, with_bank: bool = True) -> TrainState:
   """Returns how the state lies on the mesh: whole on every device, but for the bank and its mask."""
-  specs = dict.fromkeys(TrainState.__dataclass_fields__, mesh_lib.WHOLE)
-  return TrainState(**specs | {"bank": mesh_lib.SPLIT, "usable": mesh_lib.SPLIT})
+  specs = dict.fromkeys(TrainState.__dataclass_fields__, mesh_lib.WHOLE) | {"usable": mesh_lib.SPLIT}
+  return TrainState(**specs | ({"bank": mesh_lib.SPLIT} if with_bank else {"bank": None, "normaliser": None}))
 
 
-def state_shardings(mesh: Mesh) -> TrainState:
+def state_shardings(mesh: Mesh, *, with_bank: bool = True) -> TrainState:
   """Returns `state_specs` as shardings on this mesh."""
-  return jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), state_specs())
+  return jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), state_specs(with_bank=with_bank))
 
 
 def create_state(seed: int, network: Network, optimizer: optax.GradientTransformation, layout: memory_bank.Layout, *,
-                 mesh: Mesh, dim: int, bank_dtype: Any, image_shape: tuple[int, ...],
-                 pretext_shape: tuple[int, ...]) -> TrainState:
+                 mesh: Mesh, dim: int, bank_dtype: Any, inputs: tuple[Any, Any], with_bank: bool = True) -> TrainState:
   """Returns the state before the first step. It is made on the devices that keep it: no device holds a whole bank.
 
   Args:
-    seed: of the parameters and of the bank.
+    seed: of the parameters, the bank, the views and the negatives, taken modulo 2**32.
     network: without a mesh axis: it is initialised outside of `shard_map`.
     optimizer: see `create_optimizer`.
     layout: of the bank.
     mesh: the devices.
     dim: D.
     bank_dtype: in which the bank is stored.
-    image_shape: (H, W, 3) of an image view.
-    pretext_shape: (P, h, w, 3) of a pretext view.
+    inputs: an image f32[1, H, W, 3] and a pretext view f32[1, P, h, w, 3], None for what the network does not get.
+    with_bank: whether there is a bank.
   """
-  def init():
+  def init(seed):
     params_key, bank_key = jax.random.split(jax.random.key(seed))
-    variables = network.init(params_key, jnp.zeros((1, *image_shape)), jnp.zeros((1, *pretext_shape)), train=False)
+    variables = network.init(params_key, *inputs, train=False)
     bank, usable = memory_bank.create(bank_key, layout, dim=dim, dtype=bank_dtype)
     return TrainState(
-      step=jnp.zeros((), jnp.int32), params=variables["params"], batch_stats=variables["batch_stats"],
-      opt_state=optimizer.init(variables["params"]), bank=bank, usable=usable, normaliser=jnp.zeros(()))
+      step=jnp.zeros((), jnp.int32), seed=seed, params=variables["params"], batch_stats=variables["batch_stats"],
+      opt_state=optimizer.init(variables["params"]), usable=usable, bank=bank if with_bank else None,
+      normaliser=jnp.zeros(()) if with_bank else None)
 
   # The init key is data of the traced program: the same bits whatever the number of devices.
-  return jax.jit(init, out_shardings=state_shardings(mesh))()
+  return jax.jit(init, out_shardings=state_shardings(mesh, with_bank=with_bank))(jnp.uint32(seed % 2**32))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ from pirl_jax.state import state_specs
 
 
 def make_train_step(network: Network, optimizer: optax.GradientTransformation, views_fn: Callable, loss_fn: Callable,
-                    layout: memory_bank.Layout, mesh: Mesh, *, num_negatives: int, temperature: float,
-                    pretext_weight: float, bank_momentum: float, seed: int) -> Callable:
+                    layout: memory_bank.Layout, mesh: Mesh, *, num_negatives: int, negative_sampling: str = "shared",
+                    temperature: float, pretext_weight: float, bank_momentum: float) -> Callable:
   """Returns train_step(state, batch) -> (state, metrics): one compiled program, mapped over the devices of `mesh`.
 
   The state given in is donated: its memory becomes that of the state returned, so there is never a second bank.
@@ -30,51 +31,54 @@ def make_train_step(network: Network, optimizer: optax.GradientTransformation, v
     loss_fn: see `losses.make_loss`.
     layout: of the bank.
     mesh: the devices.
-    num_negatives: K, for each of the two terms.
+    num_negatives: K, for each of the two terms; 0: every row of the bank, in scores of B x N.
+    negative_sampling: "shared", one draw for the whole batch, or "per_image", as the official code draws.
     temperature: tau.
-    pretext_weight: lambda of equation 5.
+    pretext_weight: lambda of equation 5; at 0 there is no pretext view, and the loss is that of NPID.
     bank_momentum: the weight of the old row when a row moves.
-    seed: of the views and of the negatives.
   """
   gather = partial(jax.lax.all_gather, axis_name=AXIS, tiled=True, to="invarying")
   total = partial(jax.lax.psum, axis_name=AXIS)
-  draw = partial(memory_bank.draw, layout=layout, num_negatives=num_negatives, axis=AXIS)
+  # The first term, whose scores set Z, is that of the pretext view, where there is one.
+  terms = {"pretext": pretext_weight, "image": 1 - pretext_weight} if pretext_weight else {"image": 1}
 
   def device_step(state, batch):
     # 1. Randomness depends on the step and on the image alone, so that neither a restart nor the number of devices
     #    changes it. The two terms have a draw of negatives each.
-    _, pretext_key, image_key = _step_keys(seed, state.step)
-    pretext_negatives, image_negatives = draw(pretext_key), draw(image_key)
+    rows = gather(layout.row_of(batch["index"]))
+    num_draws = len(rows) if negative_sampling == "per_image" else None
+    draw = partial(memory_bank.draw, layout=layout, num_negatives=num_negatives, axis=AXIS, num_draws=num_draws)
+    keys = _step_keys(state.seed, state.step)
+    negatives = {term: draw(keys[term]) for term in terms}
 
-    # 2. The two views of every image.
-    keys = view_keys(seed, state.step, batch["index"])
-    image, pretext = views_fn(keys, batch["image_crop"], batch["pretext_crop"])  # [b, H, W, 3], [b, P, h, w, 3]
+    # 2. The two views of every image: [b, H, W, 3] and [b, P, h, w, 3].
+    image, pretext, _ = views_fn(view_keys(state.seed, state.step, batch["index"]), batch["image_crop"],
+                                 batch.get("pretext_crop"))
 
     # 3. What both terms compare with is the bank as this step found it: a constant, no gradient. A picture found
     #    broken has no weight from here on.
-    rows = gather(layout.row_of(batch["index"]))
     usable, valid = memory_bank.retire(state.usable, rows, gather(batch["valid"]), axis=AXIS)
-    own, pretext_others, image_others = memory_bank.read(
-      state.bank, rows, pretext_negatives, image_negatives, axis=AXIS)
-    weights = partial(memory_bank.weights, usable, rows, axis=AXIS)
+    own, *others = memory_bank.read(state.bank, rows, *negatives.values(), axis=AXIS)
+    others = dict(zip(terms, others, strict=True))
+    weights = {term: memory_bank.weights(usable, rows, negatives[term], axis=AXIS) for term in terms}
     mean = partial(_weighted_mean, weight=valid.astype(jnp.float32))
 
-    # 4. Two terms against the image's own row: f and g never meet directly.
+    # 4. Each term is against the image's own row: f and g never meet directly.
     def objective(params):
-      (image_emb, pretext_emb), updated = network.apply(
+      outputs, updated = network.apply(
         {"params": params, "batch_stats": state.batch_stats}, image, pretext, train=True, mutable=["batch_stats"])
-      image_emb, pretext_emb = (gather(memory_bank.normalise(emb)) for emb in (image_emb, pretext_emb))  # [B, D]
-      score = partial(memory_bank.scores, own, temperature=temperature)
-      pretext_scores = *score(pretext_others, pretext_emb), weights(pretext_negatives)
-      image_scores = *score(image_others, image_emb), weights(image_negatives)
+      outputs = dict(zip(("image", "pretext"), outputs, strict=True))
+      embs = {term: gather(memory_bank.normalise(outputs[term])) for term in terms}  # [B, D]
+      scores = {
+        term: (*memory_bank.scores(own, others[term], embs[term], temperature=temperature), weights[term])
+        for term in terms}
       normaliser = _normaliser(state.normaliser, losses.nce_normaliser(
-        *pretext_scores, valid, num_images=layout.num_images, total=total))
-      loss_pretext = mean(loss_fn(*pretext_scores, normaliser=normaliser, total=total))
-      loss_image = mean(loss_fn(*image_scores, normaliser=normaliser, total=total))
-      loss = pretext_weight * loss_pretext + (1 - pretext_weight) * loss_image
-      metrics = {"loss": loss, "loss_image": loss_image, "loss_pretext": loss_pretext}
-      metrics |= _health(pretext_scores, image_scores, image_emb, mean=mean, total=total, temperature=temperature)
-      return loss, (metrics, image_emb, updated["batch_stats"], normaliser)
+        *next(iter(scores.values())), valid, num_images=layout.num_images, total=total))
+      each = {term: mean(loss_fn(*scores[term], normaliser=normaliser, total=total)) for term in terms}
+      loss = sum(weight * each[term] for term, weight in terms.items())
+      metrics = {"loss": loss, **{f"loss_{term}": value for term, value in each.items()}}
+      metrics |= _health(scores, embs["image"], mean=mean, total=total, temperature=temperature)
+      return loss, (metrics, embs["image"], updated["batch_stats"], normaliser)
 
     grads, (metrics, image_emb, batch_stats, normaliser) = jax.grad(objective, has_aux=True)(state.params)
 
@@ -83,23 +87,32 @@ def make_train_step(network: Network, optimizer: optax.GradientTransformation, v
     bank = memory_bank.update(state.bank, rows, own, image_emb, valid, momentum=bank_momentum, axis=AXIS)
     return state.replace(
       step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
-      # Statistics of a device alone differ between devices; their mean is what evaluation uses.
-      batch_stats=batch_stats if network.trunk.batch_norm_axis else jax.lax.pmean(batch_stats, AXIS),
-      bank=bank, usable=usable, normaliser=normaliser), metrics
+      batch_stats=whole_batch_stats(network, batch_stats), bank=bank, usable=usable, normaliser=normaliser), metrics
 
-  specs = state_specs()
+  return map_step(device_step, mesh)
+
+
+def map_step(device_step: Callable, mesh: Mesh, *, with_bank: bool = True) -> Callable:
+  """Returns device_step(state, batch) -> (state, metrics), mapped over the devices, compiled, its state donated."""
+  specs = state_specs(with_bank=with_bank)
   mapped = jax.shard_map(device_step, mesh=mesh, in_specs=(specs, SPLIT), out_specs=(specs, WHOLE))
   return jax.jit(mapped, donate_argnums=0)
 
 
-def view_keys(seed: int, step: jax.Array | int, index: jax.Array) -> jax.Array:
+def whole_batch_stats(network: Network, batch_stats: Any) -> Any:
+  """Returns the batch statistics to keep: those of the devices' own batches differ, and evaluation uses their mean."""
+  return batch_stats if network.trunk.batch_norm_axis else jax.lax.pmean(batch_stats, AXIS)
+
+
+def view_keys(seed: jax.Array | int, step: jax.Array | int, index: jax.Array) -> jax.Array:
   """Returns the keys of the images' views in a step, key[B]: from the seed, the step and the image's index i32[B]."""
-  return jax.vmap(jax.random.fold_in, (None, 0))(_step_keys(seed, step)[0], index)
+  return jax.vmap(jax.random.fold_in, (None, 0))(_step_keys(seed, step)["views"], index)
 
 
 def _step_keys(seed, step):
   """Returns the keys of a step: of the views, and of the negatives of the pretext and of the image term."""
-  return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
+  return dict(zip(("views", "pretext", "image"), keys, strict=True))
 
 
 def _normaliser(old, first):
@@ -111,25 +124,26 @@ def _weighted_mean(x, weight):
   return jnp.sum(x * weight) / jnp.maximum(jnp.sum(weight), 1)
 
 
-def _health(pretext_scores, image_scores, image_emb, *, mean, total, temperature):
+def _health(scores, image_emb, *, mean, total, temperature):
   """Returns figures that need no label and show whether the network learns, f32[] each.
 
   similarity_own, similarity_own_pretext: cosine of the image's, and the pretext view's, embedding with its own row;
   similarity_negatives: mean cosine of the image's embedding with the negatives; negatives_beaten: share of them that
-  are less similar than the own row, for the pretext view; embedding_spread: standard deviation of each dimension over
-  the batch, averaged and times sqrt(D): 1 when the embeddings fill the sphere, 0 when they have collapsed to a point.
+  are less similar than the own row, for the pretext view (the image where there is none); embedding_spread: standard
+  deviation of each dimension over the batch, averaged and times sqrt(D): 1 when the embeddings fill the sphere, 0 when
+  they have collapsed to a point.
   """
-  image_positive, image_negative, image_weight = image_scores
-  pretext_positive, pretext_negative, pretext_weight = pretext_scores
-  beaten = total(jnp.sum((pretext_negative < pretext_positive[:, None]) * pretext_weight, axis=1))
+  image_positive, image_negative, image_weight = scores["image"]
+  first_positive, first_negative, first_weight = next(iter(scores.values()))
+  beaten = total(jnp.sum((first_negative < first_positive[:, None]) * first_weight, axis=1))
   centre = jax.vmap(mean, 1)(image_emb)  # [D]
   variance = jax.vmap(mean, 1)((image_emb - centre[None]) ** 2)
   return {
     "similarity_own": mean(image_positive) * temperature,
-    "similarity_own_pretext": mean(pretext_positive) * temperature,
+    **({"similarity_own_pretext": mean(scores["pretext"][0]) * temperature} if "pretext" in scores else {}),
     "similarity_negatives": mean(
       total(jnp.sum(image_negative * image_weight, axis=1))
       / jnp.maximum(total(jnp.sum(image_weight, axis=1)), 1)) * temperature,
-    "negatives_beaten": mean(beaten / jnp.maximum(total(jnp.sum(pretext_weight, axis=1)), 1)),
+    "negatives_beaten": mean(beaten / jnp.maximum(total(jnp.sum(first_weight, axis=1)), 1)),
     "embedding_spread": jnp.mean(jnp.sqrt(variance)) * image_emb.shape[1] ** 0.5,
   }

@@ -8,5 +8,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # What compiled once need not compile again, in a later run or in a test's own process.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".cache", "jax"))
+# Subsets of permutations, too, and not among the user's own.
+os.environ.setdefault("XDG_CACHE_HOME", os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".cache")))
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

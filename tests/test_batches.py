@@ -25,10 +25,7 @@ SOURCE = TextureSource(NUM_IMAGES, size=32, split="train")
 def take(count, source=SOURCE, **changes):
   arguments = dict(
     batch_size=BATCH,
-    image_size=24,
-    image_scale=(0.2, 1.0),
-    pretext_size=30,
-    pretext_scale=(0.6, 1.0),
+    crops={"image_crop": (24, (0.2, 1.0)), "pretext_crop": (30, (0.6, 1.0))},
     seed=7,
     start_step=0,
     num_threads=0,
@@ -54,9 +51,17 @@ def test_shapes_and_types():
     "image_crop": ((8, 24, 24, 3), "uint8"),
     "pretext_crop": ((8, 30, 30, 3), "uint8"),
     "index": ((8,), "int32"),
+    "label": ((8,), "int32"),
     "valid": ((8,), "bool"),
   }
   assert batch["valid"].all()
+  np.testing.assert_array_equal(batch["label"], SOURCE.labels()[batch["index"]])
+
+
+def test_crops_nobody_asks_for_are_not_made_and_the_first_is_the_same_without_the_others():
+  (both,), (one,) = take(1), take(1, crops={"image_crop": (24, (0.2, 1.0))})
+  assert "pretext_crop" not in one
+  np.testing.assert_array_equal(one["image_crop"], both["image_crop"])
 
 
 def test_index_names_its_picture():
@@ -93,7 +98,7 @@ def test_crops_of_one_picture_differ_from_epoch_to_epoch_and_between_the_two():
       crops.setdefault(int(index), []).append(batch["image_crop"][row].tobytes())
   assert max(len(of_one) for of_one in crops.values()) >= 4
   assert all(len(set(of_one)) == len(of_one) for of_one in crops.values())
-  (batch,) = take(1, image_size=30, image_scale=(0.6, 1.0))  # now both crops are drawn alike
+  (batch,) = take(1, crops=dict.fromkeys(("image_crop", "pretext_crop"), (30, (0.6, 1.0))))  # both are drawn alike
   for image, pretext in zip(batch["image_crop"], batch["pretext_crop"], strict=True):
     assert not np.array_equal(image, pretext)
 
@@ -171,8 +176,8 @@ def test_a_failing_disk_is_no_broken_picture():
     ({"batch_size": 51}, "batch_size=51.*50 pictures"),
     ({"batch_size": 0}, "batch_size=0"),
     ({"process_count": 3}, "batch_size=8.*3 processes"),
-    ({"image_scale": (0.0, 1.0)}, "image crops cover 0.0 to 1.0"),
-    ({"pretext_scale": (0.6, 1.2)}, "pretext crops cover 0.6 to 1.2"),
+    ({"crops": {"image_crop": (24, (0.0, 1.0))}}, "crops of image_crop cover 0.0 to 1.0"),
+    ({"crops": {"pretext_crop": (24, (0.6, 1.2))}}, "crops of pretext_crop cover 0.6 to 1.2"),
   ],
 )
 def test_impossible_batches(changes, words):
@@ -309,8 +314,8 @@ def test_an_iterator_left_open_does_not_hold_up_the_exit():
 from pirl_jax.data.batches import train_batches
 from pirl_jax.data.embedded import TextureSource
 source = TextureSource(64, size=32, split="train")
-stream = train_batches(source, batch_size=32, image_size=24, seed=0,
-  image_scale=(0.2, 1.0), pretext_size=30, pretext_scale=(0.6, 1.0), start_step=0, num_threads=2)
+stream = train_batches(source, crops={"image_crop": (24, (0.2, 1.0))}, batch_size=32, seed=0, start_step=0,
+  num_threads=2)
 next(stream)
 """
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -399,8 +399,8 @@ def test_tensorflow_is_never_imported(cifar):
 
     source = open_source("tfds", name="cifar10", root=sys.argv[1], split="train", labels="none",
                          image_size=0, num_images=0)
-    stream = train_batches(source, batch_size=32, image_size=32, image_scale=(0.2, 1.0), pretext_size=36,
-                           pretext_scale=(0.6, 1.0), seed=0, start_step=0, num_threads=2)
+    stream = train_batches(source, crops={"image_crop": (32, (0.2, 1.0)), "pretext_crop": (36, (0.6, 1.0))},
+                           batch_size=32, seed=0, start_step=0, num_threads=2)
     assert all(next(stream)["valid"].all() for _ in range(4))
     stream.close()
     assert sum(batch["valid"].sum() for batch in eval_batches(

@@ -23,7 +23,7 @@ def make_state(num_devices, num_images=103):
   network = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(8), PatchesHead(8))
   optimizer = create_optimizer(optax.constant_schedule(0.1), momentum=0.9, weight_decay=0)
   return create_state(0, network, optimizer, layout, mesh=mesh_lib.create_mesh(num_devices), dim=8,
-                      bank_dtype=jnp.float32, image_shape=(12, 12, 3), pretext_shape=(4, 6, 6, 3))
+                      bank_dtype=jnp.float32, inputs=(jnp.zeros((1, 12, 12, 3)), jnp.zeros((1, 4, 6, 6, 3))))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_restores_on_another_number_of_devices(tmp_path, state, num_devices):
   with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
     like = jax.eval_shape(partial(make_state, num_devices))
     restored = checkpoints.restore_newest(nothing, like, mesh, say=print)
-    assert checkpoints.read_meta(7) == {"note": "x", "format": 1}
+    assert checkpoints.read_meta(7) == {"note": "x", "format": 2}
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
   assert restored.bank.sharding.is_equivalent_to(mesh_lib.split(mesh), 2)
   assert restored.bank.addressable_shards[0].data.shape[0] == state.bank.shape[0] // num_devices
@@ -111,7 +111,7 @@ def test_what_a_killed_run_left_goes_with_the_next_save_and_not_before(tmp_path,
   half = folder / "2.orbax-checkpoint-tmp"
   shutil.copytree(folder / "1", half)
   with Checkpoints(folder, keep=3) as checkpoints:
-    assert checkpoints.steps() == [1] and checkpoints.read_meta(1)["format"] == 1
+    assert checkpoints.steps() == [1] and checkpoints.read_meta(1)["format"] == 2
     assert half.is_dir()
     checkpoints.save(2, state, {}, knn_top1=None)
   assert not half.exists() and (folder / "2").is_dir()

@@ -8,10 +8,10 @@ from sklearn.metrics import roc_auc_score
 from pirl_jax.data.crops import centre_crop
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
+from pirl_jax.data.subsets import shuffled
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.invariance import NO_AUGMENTATION, measure_invariance
-from pirl_jax.evaluation.subsets import shuffled
 from pirl_jax.mesh import create_mesh
 from pirl_jax.models.network import create_network
 from pirl_jax.step import view_keys

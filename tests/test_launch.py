@@ -81,7 +81,7 @@ def test_folder_of_pictures_with_a_broken_one_trains_names_it_and_goes_on(tmp_pa
     "--config=configs/pirl.py:folder", f"--config.data.root={tmp_path}", "--config.data.split=train",
     "--config.data.labels=folder", "--config.evaluate.split=test", "--config.evaluate.every_epochs=1",
     "--config.evaluate.batch_size=8", "--config.batch_size=8", "--config.num_negatives=16",
-    "--config.data.image_size=16", "--config.data.pretext_size=18", "--config.jigsaw.patch_size=5",
+    "--config.data.image_size=16", "--config.jigsaw.crop_size=18", "--config.jigsaw.patch_size=5",
     "--config.model.arch=resnet8", "--config.model.stem=3x3s2", "--config.data.num_threads=2",
     "--config.log.every_steps=1", f"--workdir={tmp_path / 'run'}"]
   # A TensorFlow that is installed, and tells when it is imported by whatever library.

@@ -19,7 +19,7 @@ def tiny(**changes):
   config = pirl.get_config()
   config.update_from_flattened_dict({
     "num_epochs": 3, "batch_size": 16, "num_negatives": 16, "loss": "nce", "data.num_images": 72,
-    "data.image_size": 16, "data.pretext_size": 18, "jigsaw.patch_size": 5, "data.num_threads": 2,
+    "data.image_size": 16, "jigsaw.crop_size": 18, "jigsaw.patch_size": 5, "data.num_threads": 2,
     "optimizer.warmup_epochs": 0, "evaluate.num_images": 40, "evaluate.every_epochs": 1, "evaluate.batch_size": 16,
     "checkpoint.every_steps": 3, "checkpoint.keep": 20, "log.every_steps": 1, "evaluate.learning": False, **changes})
   return config
@@ -150,7 +150,7 @@ def test_every_variant_has_a_network_that_can_be_built(variant):
   state = jax.eval_shape(parts.initial_state)
   assert state.bank.shape == (8_192, 128)
   side, patch = size, config.jigsaw.patch_size
-  crops = (jax.ShapeDtypeStruct((2, s, s, 3), np.uint8) for s in (side, config.data.pretext_size))
+  crops = (jax.ShapeDtypeStruct((2, s, s, 3), np.uint8) for s in (side, config.jigsaw.crop_size))
   image, pretext = jax.eval_shape(parts.views_fn, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2)),
                                   *crops)
   assert image.shape == (2, side, side, 3) and pretext.shape == (2, 9, patch, patch, 3)

@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
+from pirl_jax.data.subsets import draw_subset, subset_digest
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.subsets import draw_subset, subset_digest
 
 LABELS = np.arange(4096, dtype=np.int32) % 10
 

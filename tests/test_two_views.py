@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pirl_jax.errors import UserError
+from pirl_jax.views.jigsaw import Jigsaw
 from pirl_jax.views.photometric import GBLUR, Recipe
-from pirl_jax.views.two_views import denormalise, make_views
+from pirl_jax.views.two_views import create_pretext, denormalise, make_views
 
 RNG = np.random.default_rng(0)
 NOTHING = Recipe(
@@ -17,13 +18,20 @@ FLIP_ONLY = Recipe(brightness=0, contrast=0, saturation=0, hue=0, group_probabil
 B = 8
 IMAGES = RNG.integers(0, 256, (B, 14, 15, 3), np.uint8)
 CROPS = RNG.integers(0, 256, (B, 27, 27, 3), np.uint8)
+
+
+def jigsaw_views(recipe, *, patch_size, size=27):
+  jigsaw = Jigsaw(crop_size=size, crop_scale=(0.6, 1.0), grid=3, patch_size=patch_size)
+  return jax.jit(make_views(jigsaw, recipe=recipe, pretext_recipe=recipe))
+
+
 KEYS = jax.random.split(jax.random.key(0), B)
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), GBLUR], ids=["base", "gblur"])
 def test_views_depend_on_their_own_key_and_pixels_alone(recipe):
-  views = jax.jit(make_views(recipe=recipe, patch_size=7))
-  image, pretext = views(KEYS, IMAGES, CROPS)
+  views = jigsaw_views(recipe, patch_size=7)
+  image, pretext, _ = views(KEYS, IMAGES, CROPS)
   assert image.shape == (B, 14, 15, 3) and pretext.shape == (B, 9, 7, 7, 3)
   assert image.dtype == pretext.dtype == jnp.float32
   # Normalisation is the one inexact step, and a batch of one may round it differently.
@@ -38,8 +46,8 @@ def test_views_depend_on_their_own_key_and_pixels_alone(recipe):
 
 
 def test_without_operations_the_views_are_the_normalised_crops():
-  views = jax.jit(make_views(recipe=NOTHING, patch_size=9))
-  image, pretext = views(KEYS, IMAGES, CROPS)
+  views = jigsaw_views(NOTHING, patch_size=9)
+  image, pretext, _ = views(KEYS, IMAGES, CROPS)
   mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
   np.testing.assert_allclose(image, (IMAGES / 255 - mean) / std, atol=2e-6)
   np.testing.assert_array_equal(denormalise(image), IMAGES)
@@ -57,8 +65,8 @@ def test_without_operations_the_views_are_the_normalised_crops():
 def test_image_and_patches_flip_apart():
   count = 400
   ramp = np.broadcast_to(np.arange(9, dtype=np.uint8)[None, None, :, None], (count, 9, 9, 3))
-  views = jax.jit(make_views(recipe=FLIP_ONLY, patch_size=3))
-  image, pretext = views(jax.random.split(jax.random.key(6), count), ramp, ramp)
+  views = jigsaw_views(FLIP_ONLY, patch_size=3, size=9)
+  image, pretext, _ = views(jax.random.split(jax.random.key(6), count), ramp, ramp)
   flips = np.concatenate(
     [
       np.asarray(image[:, 0, 0, 0] > image[:, 0, -1, 0])[:, None],
@@ -74,27 +82,25 @@ def test_image_and_patches_flip_apart():
 def test_colour_is_drawn_anew_for_every_patch():
   flat = np.full((1, 27, 27, 3), (200, 100, 50), np.uint8)
   recipe = Recipe(group_probability=0, grayscale_probability=0)
-  image, pretext = jax.jit(make_views(recipe=recipe, patch_size=7))(KEYS[:1], flat, flat)
+  image, pretext, _ = jigsaw_views(recipe, patch_size=7)(KEYS[:1], flat, flat)
   colours = {tuple(denormalise(v)[0, 0]) for v in (image[0], *pretext[0])}
   assert len(colours) == 10
 
 
 def test_colour_does_not_change_what_is_cut():
-  _, plain = jax.jit(make_views(recipe=NOTHING, patch_size=7))(KEYS, IMAGES, CROPS)
+  _, plain, _ = jigsaw_views(NOTHING, patch_size=7)(KEYS, IMAGES, CROPS)
   grey = Recipe(
     brightness=0, contrast=0, saturation=0, hue=0, group_probability=0, grayscale_probability=1, flip_probability=0
   )
-  _, coloured = jax.jit(make_views(recipe=grey, patch_size=7))(KEYS, IMAGES, CROPS)
+  _, coloured, _ = jigsaw_views(grey, patch_size=7)(KEYS, IMAGES, CROPS)
   red, green, blue = np.moveaxis(denormalise(plain).astype(int), -1, 0)
   luma = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
   np.testing.assert_array_equal(denormalise(coloured), np.repeat(luma[..., None], 3, axis=-1))
 
 
 def test_what_cannot_be_is_refused():
-  with pytest.raises(UserError, match="pretext='puzzle'.*jigsaw"):
-    make_views(pretext="puzzle")
-  with pytest.raises(UserError, match="patch_size=64.*27"):
-    make_views()(KEYS, IMAGES, CROPS)
+  with pytest.raises(UserError, match="pretext='puzzle'.*jigsaw, rotation, rotation_jigsaw"):
+    create_pretext("puzzle", image_size=8, image_scale=(0.2, 1), settings={})
 
 
 def test_denormalise_rounds_and_clips():

@@ -10,7 +10,7 @@ import atexit
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -37,11 +37,8 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
 def train_batches(
   source: Source,
   *,
+  crops: Mapping[str, tuple[int, tuple[float, float]]],
   batch_size: int,
-  image_size: int,
-  image_scale: tuple[float, float],
-  pretext_size: int,
-  pretext_scale: tuple[float, float],
   seed: int,
   start_step: int,
   process_index: int = 0,
@@ -50,34 +47,30 @@ def train_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Returns the endless stream of training batches from batch `start_step` on; call its `close()` when done.
 
-  Each picture is decoded once and cropped twice, independently. Within an epoch no picture comes twice, so
-  that no row of the bank is written twice by one step; each epoch has another order and other crops.
+  Each picture is decoded once and cropped as often as there are `crops`, independently. Within an epoch no picture
+  comes twice, so that no row of the bank is written twice by one step; each epoch has another order and other crops.
 
   Args:
+    crops: for each name the side S in pixels, and the range of the share of the picture's area that the crop covers.
     batch_size: B, over all processes.
-    image_size, image_scale: side of the image crop, and the range of the share of the picture's area it
-      covers.
-    pretext_size, pretext_scale: the same for the crop from which patches are cut.
     seed: any integer. start_step: batches already seen.
     process_index, process_count: this process gets records process_index, process_index + process_count, ...
       of each batch.
     num_threads: threads that decode; 0 works in the caller's thread.
 
   Returns:
-    Iterator of {"image_crop": u8[b, H, H, 3], "pretext_crop": u8[b, S, S, 3], "index": i32[b], "valid":
-    bool[b]}. Where `valid` is False the picture could not be read and its crops are zero.
+    Iterator of {NAME OF CROP: u8[b, S, S, 3], "index": i32[b], "label": i32[b], "valid": bool[b]}. Where `valid` is
+    False the picture could not be read and its crops are zero; label is -1 where there is none.
 
   Raises:
     UserError: fewer pictures than a batch, a batch that the processes cannot share, a scale outside of (0,
       1].
   """
-  for name, (low, high) in (("image", image_scale), ("pretext", pretext_scale)):
+  for name, (_, (low, high)) in crops.items():
     if not 0 < low <= high <= 1:
-      raise UserError(f"{name} crops cover {low} to {high} of the picture; choose 0 < low <= high <= 1")
+      raise UserError(f"crops of {name} cover {low} to {high} of the picture; choose 0 < low <= high <= 1")
 
-  crop_fn = functools.partial(
-    _crop_twice, source, image=(image_size, tuple(image_scale)), pretext=(pretext_size, tuple(pretext_scale))
-  )
+  crop_fn = functools.partial(_crops, source, crops=dict(crops))
   return _train_stream(
     crop_fn, len(source), batch_size=batch_size, seed=seed, start_step=start_step, process_index=process_index,
     process_count=process_count, num_threads=num_threads)
@@ -245,20 +238,13 @@ def _read(source: Source, index: int) -> tuple[np.ndarray | None, int]:
     return None, label
 
 
-def _crop_twice(
-  source: Source, index: int, rng: np.random.Generator, *, image, pretext
-) -> dict[str, np.ndarray]:
-  picture, _ = _read(source, index)
-  crops = [
-    np.zeros((size, size, 3), np.uint8)
-    if picture is None
-    else random_resized_crop(rng, picture, size=size, scale=scale)
-    for size, scale in (image, pretext)
-  ]
+def _crops(source: Source, index: int, rng: np.random.Generator, *, crops) -> dict[str, np.ndarray]:
+  picture, label = _read(source, index)
   return {
-    "image_crop": crops[0],
-    "pretext_crop": crops[1],
+    **{name: np.zeros((size, size, 3), np.uint8) if picture is None
+       else random_resized_crop(rng, picture, size=size, scale=scale) for name, (size, scale) in crops.items()},
     "index": np.int32(index),
+    "label": np.int32(label),
     "valid": np.bool_(picture is not None),
   }
 

@@ -3,6 +3,7 @@
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.folder import FolderSource
 from pirl_jax.data.records import Record, Source
+from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
 
 __all__ = ["Record", "Source", "open_source"]
@@ -31,7 +32,8 @@ def open_source(
     split: embedded: any name; folder: a sub-folder, "" for all; tfds: a split ("train", "train[:10%]").
     labels: folder: "folder" (the first sub-folder is the class) or "none". The other two bring their own
       labels.
-    image_size, num_images: embedded only: side in pixels, number of pictures.
+    image_size: embedded only: side in pixels.
+    num_images: embedded: how many to draw; else so many at random, the same ones in every run, or all (0).
     class_names: folder: the classes of the training pictures, when a held-out split is opened.
 
   Raises:
@@ -44,7 +46,11 @@ def open_source(
   if source == "embedded":
     return TextureSource(num_images, size=image_size, split=split)
   if source == "folder":
-    return FolderSource(root, split=split, labels=labels, class_names=class_names)
-  from pirl_jax.data.tfds_source import TfdsSource  # half a second that the other two need not wait
+    pictures = FolderSource(root, split=split, labels=labels, class_names=class_names)
+  else:
+    from pirl_jax.data.tfds_source import TfdsSource  # half a second that the other two need not wait
 
-  return TfdsSource(name, data_dir=root, split=split)
+    pictures = TfdsSource(name, data_dir=root, split=split)
+  if num_images > len(pictures):
+    raise UserError(f"num_images={num_images}, but there are only {len(pictures)} pictures; 0 takes all of them")
+  return Subset(pictures, sorted(shuffled(range(len(pictures)), seed=0)[:num_images])) if num_images else pictures

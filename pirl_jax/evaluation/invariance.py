@@ -13,10 +13,10 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from sklearn.metrics import roc_auc_score
 
+from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.outcome import Curve, Outcome
-from pirl_jax.evaluation.subsets import Subset, shuffled
 from pirl_jax.memory_bank import normalise
 from pirl_jax.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.models.network import Network

@@ -19,13 +19,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from pirl_jax import pictures
 from pirl_jax.data.records import Source
+from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import stream_features, unit_norm
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.knn import Nearest, Neighbours, gather_blocks, ladder
 from pirl_jax.evaluation.layers import EMBEDDING, check_layers, layer_features
 from pirl_jax.evaluation.outcome import Curve, Outcome
-from pirl_jax.evaluation.subsets import Subset, shuffled
 from pirl_jax.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.progress import Progress
 

@@ -33,12 +33,12 @@ from jax.sharding import Mesh
 from pirl_jax import optimizer as optimizer_lib
 from pirl_jax.checkpoints import Snapshots
 from pirl_jax.data import batches
+from pirl_jax.data.subsets import draw_subset, subset_digest
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import classification
 from pirl_jax.evaluation.features import extract_features
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.outcome import Curve, Outcome
-from pirl_jax.evaluation.subsets import draw_subset, subset_digest
 from pirl_jax.logbook import write_json
 from pirl_jax.mesh import AXIS, SPLIT, WHOLE, whole
 from pirl_jax.models.classifier import Classifier, on_trunk

@@ -1,13 +1,20 @@
-"""The heads f (image) and g (pretext) between trunk and loss. They are dropped for transfer.
+"""The heads between trunk and loss. They are dropped for transfer.
 
-Letters: B batch, P patches, C trunk features, D embedding. Neither head normalises: the loss does.
+Letters: B batch, P pretext views of an image, C trunk features, D embedding, L classes. No head normalises: the loss
+does.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from pirl_jax.models.initializers import bias_init, kernel_init
+from pirl_jax.models.resnet import BATCH_NORM_EPSILON, BATCH_NORM_MOMENTUM
+
+PATCH_FEATURES = 1_000
+"""Hidden units for each patch of the covariant jigsaw (vissl jigsaw_8gpu_resnet.yaml)."""
 
 
 def _linear(x: jax.Array, features: int, name: str) -> jax.Array:
@@ -16,17 +23,19 @@ def _linear(x: jax.Array, features: int, name: str) -> jax.Array:
 
 
 class ImageHead(nn.Module):
-  """f: one linear layer, or linear - ReLU - linear with as many hidden units as inputs.
+  """f, and g of a transform that makes one view: a linear layer, or linear - ReLU - linear, as wide as its input.
 
-  Paper section 2.3; vissl configs/config/pretrain/pirl/models/resnet50_mlphead.yaml.
+  Paper section 2.3 and appendix A.2; vissl configs/config/pretrain/pirl/models/resnet50_mlphead.yaml. (In vissl's files
+  for wider networks the ReLU of this MLP is written where nothing reads it; here it is there for every width.)
   """
 
   dim: int
   mlp: bool = False
 
   @nn.compact
-  def __call__(self, features: jax.Array) -> jax.Array:
-    """Returns f32[B, D] of pooled trunk features f32[B, C]."""
+  def __call__(self, features: jax.Array, *, train: bool = False) -> jax.Array:
+    """Returns f32[B, D] of pooled trunk features f32[B, C] or f32[B, 1, C]; `train` changes nothing."""
+    features = jnp.reshape(features, (features.shape[0], -1))
     if self.mlp:
       features = nn.relu(_linear(features, features.shape[-1], "hidden"))
     return _linear(features, self.dim, "embedding")
@@ -43,11 +52,47 @@ class PatchesHead(nn.Module):
   mlp: bool = False
 
   @nn.compact
-  def __call__(self, features: jax.Array) -> jax.Array:
-    """Returns f32[B, D] of pooled trunk features f32[B, P, C]."""
+  def __call__(self, features: jax.Array, *, train: bool = False) -> jax.Array:
+    """Returns f32[B, D] of pooled trunk features f32[B, P, C]; `train` changes nothing."""
     if self.mlp:
       features = nn.relu(_linear(features, features.shape[-1], "hidden"))
     patches = _linear(features, self.dim, "patch")  # [B, P, D]
     if self.mlp:
       patches = nn.relu(patches)
     return _linear(jnp.reshape(patches, (patches.shape[0], -1)), self.dim, "embedding")
+
+
+class ClassHead(nn.Module):
+  """A linear layer to classes: the angles of RotNet, or the labels of the supervised baseline.
+
+  vissl configs/config/pretrain/rotnet/rotnet_8gpu_resnet.yaml.
+  """
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, features: jax.Array, *, train: bool = False) -> jax.Array:
+    """Returns logits f32[B, L] of pooled trunk features f32[B, C] or f32[B, 1, C]; `train` changes nothing."""
+    return _linear(jnp.reshape(features, (features.shape[0], -1)), self.num_classes, "logits")
+
+
+class PatchesClassHead(nn.Module):
+  """The covariant jigsaw: linear - batch norm - ReLU for each patch, their concatenation, and a linear layer to orders.
+
+  vissl configs/config/pretrain/jigsaw/jigsaw_8gpu_resnet.yaml; vissl/models/heads/siamese_concat_view.py.
+
+  Attributes:
+    num_classes: L.
+    batch_norm_axis: mesh axis over which batch statistics are taken; None: each device its own.
+  """
+
+  num_classes: int
+  batch_norm_axis: Any = None
+
+  @nn.compact
+  def __call__(self, features: jax.Array, *, train: bool = False) -> jax.Array:
+    """Returns logits f32[B, L] of pooled trunk features f32[B, P, C]; `train`: see `ResNet.__call__`."""
+    norm = nn.BatchNorm(use_running_average=not train, momentum=BATCH_NORM_MOMENTUM, epsilon=BATCH_NORM_EPSILON,
+                        axis_name=self.batch_norm_axis, name="bn")
+    patches = nn.relu(norm(_linear(features, PATCH_FEATURES, "patch")))  # [B, P, 1000]
+    return _linear(jnp.reshape(patches, (patches.shape[0], -1)), self.num_classes, "logits")

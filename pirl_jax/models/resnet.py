@@ -31,6 +31,8 @@ STEMS = {
 }
 
 
+BATCH_NORM_EPSILON = 1e-5
+
 BATCH_NORM_MOMENTUM = 0.9
 """What the running statistics keep of themselves at each step; PyTorch calls the rest, 0.1, momentum."""
 
@@ -97,8 +99,8 @@ class ResNet(nn.Module):
         the new value each call: PyTorch's momentum 0.1), or uses the running ones.
     """
     conv = partial(nn.Conv, use_bias=False, padding=0, dtype=self.dtype, kernel_init=kernel_init)
-    norm = partial(nn.BatchNorm, use_running_average=not train, momentum=BATCH_NORM_MOMENTUM, epsilon=1e-5,
-                   dtype=self.dtype, axis_name=self.batch_norm_axis)
+    norm = partial(nn.BatchNorm, use_running_average=not train, momentum=BATCH_NORM_MOMENTUM,
+                   epsilon=BATCH_NORM_EPSILON, dtype=self.dtype, axis_name=self.batch_norm_axis)
     kernel, stride, pool = STEMS[self.stem]
     features = {}
     x = conv(self.channels, (kernel, kernel), strides=stride, padding=kernel // 2, name="conv1")(

@@ -1,40 +1,101 @@
 """The jigsaw: a square crop is cut into cells, each cell gives one patch, the patches come in random order.
 
 Paper appendix A.1; vissl `vissl/data/ssl_transforms/img_pil_to_patches_and_image.py` and `img_patches_tensor.py`.
-Letters: S side of the crop, P = grid * grid patches, h w their sides, G side of a cell (S // grid).
+Letters: S side of the crop, P = grid * grid patches, h w their sides, G side of a cell (S // grid), T orders.
 """
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from pirl_jax.errors import UserError
+from pirl_jax.models.heads import PatchesClassHead, PatchesHead
+from pirl_jax.views.permutations import permutation_subset
 from pirl_jax.views.photometric import ranks
+from pirl_jax.views.pretext import Pretext
 
 
-def jigsaw_patches(key: jax.Array, crop: jax.Array, *, grid: int = 3, patch_size: int = 64) -> jax.Array:
-  """Returns the patches of `crop` ([S, S, 3], any dtype) in random order: [P, h, w, 3], pixels untouched.
+@dataclasses.dataclass(frozen=True)
+class Jigsaw(Pretext):
+  """The patches in random order; the label is the number of the order, where the orders are numbered.
 
-  Each cell's patch lies at an offset of its own; the order is a fresh one of all P! for every key. Raises `UserError`
-  when the crop is not square or has no room for the patches.
+  Attributes:
+    crop_size: S, in pixels.
+    crop_scale: range of the share of the picture's area that the crop covers.
+    grid: cells a side.
+    patch_size: h = w, in pixels.
+    augment: "patches": the photometric list and the flip are drawn for each patch; "crop": for the crop as a whole,
+      before it is cut.
+    num_permutations: T of the P! orders, see `permutation_subset`; 0: a fresh one of all, without a label.
+    permutation_subset: how they are chosen, "max_avg" or "max_min".
+
+  Raises:
+    UserError: there is no room for the patches, no such set of orders, or an unknown way to augment.
   """
-  if crop.shape[0] != crop.shape[1]:
-    raise UserError(f"the jigsaw needs a square crop, not {crop.shape[0]} x {crop.shape[1]} pixels")
-  offsets, permutation = draw_jigsaw(key, size=crop.shape[0], grid=grid, patch_size=patch_size)
-  return cut_patches(crop, offsets, permutation, grid=grid, patch_size=patch_size)
+
+  crop_size: int
+  crop_scale: tuple[float, float]
+  grid: int
+  patch_size: int
+  augment: str = "patches"
+  num_permutations: int = 0
+  permutation_subset: str = "max_avg"
+  head: ClassVar = PatchesHead
+  covariant_head: ClassVar = PatchesClassHead
+  settings: ClassVar = "jigsaw"
+
+  def __post_init__(self):
+    check_jigsaw(self.crop_size, grid=self.grid, patch_size=self.patch_size)
+    if self.augment not in ("patches", "crop"):
+      raise UserError(f"jigsaw.augment={self.augment!r} is unknown; choose from patches, crop")
+    self._orders()
+
+  def _orders(self):
+    """Returns the numbered orders, u8[T, P], or None for all of them."""
+    if not self.num_permutations:
+      return None
+    return permutation_subset(self.num_permutations, num_patches=self.grid**2, subset=self.permutation_subset)
+
+  @property
+  def view_shape(self) -> tuple[int, int, int, int]:
+    """Returns (P, h, w, 3)."""
+    return self.grid**2, self.patch_size, self.patch_size, 3
+
+  @property
+  def num_labels(self) -> int:
+    """Returns T, or 0 for all orders: 9! labels would need a layer of billions of weights."""
+    return self.num_permutations
+
+  def __call__(self, key: jax.Array, crop: jax.Array, augment: Callable[[jax.Array], jax.Array]) -> tuple[
+      jax.Array, jax.Array]:
+    """Returns (patches f32[P, h, w, 3], label i32[]), see `Pretext`."""
+    offsets, permutation, label = draw_jigsaw(key, size=self.crop_size, grid=self.grid, patch_size=self.patch_size,
+                                              orders=self._orders())
+    cut = {"grid": self.grid, "patch_size": self.patch_size}
+    if self.augment == "crop":
+      return cut_patches(augment(crop[None])[0], offsets, permutation, **cut), label
+    return augment(cut_patches(crop, offsets, permutation, **cut)), label
 
 
-def draw_jigsaw(key: jax.Array, *, size: int, grid: int, patch_size: int) -> tuple[jax.Array, jax.Array]:
-  """Returns (offsets i32[P, 2], permutation i32[P]) for a crop of `size` pixels; raises `UserError` as `check_jigsaw`.
+def draw_jigsaw(key: jax.Array, *, size: int, grid: int, patch_size: int, orders: jax.Array | None = None) -> tuple[
+    jax.Array, jax.Array, jax.Array]:
+  """Returns (offsets i32[P, 2], permutation i32[P], label i32[]) for a crop of `size` pixels.
 
   `offsets` (y, x) are uniform in 0..G - patch_size - 1: 0..20 for cells of 85 and patches of 64. That the last place
-  is never used is the official rule (an exclusive upper bound). `permutation` is uniform over all orders.
+  is never used is the official rule (an exclusive upper bound). `permutation` is uniform over `orders` u8[T, P], and
+  `label` its number there; without them it is uniform over all P!, and the label is -1.
   """
-  check_jigsaw(size, grid=grid, patch_size=patch_size)
   num_patches = grid * grid
   room = max(size // grid - patch_size, 1)
   draws = jax.random.uniform(key, (3, num_patches))
   offsets = jnp.floor(room * draws[:2].T).astype(jnp.int32)
-  return offsets, ranks(draws[2])
+  if orders is None:
+    return offsets, ranks(draws[2]), jnp.int32(-1)
+  label = jnp.floor(len(orders) * draws[2, 0]).astype(jnp.int32)
+  return offsets, jnp.asarray(orders, jnp.int32)[label], label
 
 
 def cut_patches(
@@ -57,10 +118,10 @@ def cut_patches(
 def check_jigsaw(size: int, *, grid: int, patch_size: int) -> None:
   """Raises `UserError` when a crop of `size` pixels has no `grid` x `grid` cells with room for `patch_size` pixels."""
   if grid < 1 or patch_size < 1:
-    raise UserError(f"grid={grid} and patch_size={patch_size} must be at least 1")
+    raise UserError(f"jigsaw.grid={grid} and jigsaw.patch_size={patch_size} must be at least 1")
   cell = size // grid
   if patch_size > cell:
     raise UserError(
-      f"patch_size={patch_size} is larger than a cell: {size} pixels // grid={grid} = {cell}; "
-      f"take patch_size <= {cell} or a pretext crop of at least {patch_size * grid} pixels"
+      f"jigsaw.patch_size={patch_size} is larger than a cell: {size} pixels // grid={grid} = {cell}; "
+      f"take patch_size <= {cell} or a jigsaw.crop_size of at least {patch_size * grid} pixels"
     )

@@ -3,48 +3,76 @@
 Letters: B batch, H W the image's sides, S side of the pretext crop, P pretext views of an image, h w their sides.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pirl_jax.errors import UserError
-from pirl_jax.views.jigsaw import jigsaw_patches
-from pirl_jax.views.photometric import BASE, Recipe, apply_photometric, draw_photometric
+from pirl_jax.views.jigsaw import Jigsaw
+from pirl_jax.views.photometric import Recipe, apply_photometric, draw_photometric
+from pirl_jax.views.pretext import Pretext
+from pirl_jax.views.rotation import Rotation
+from pirl_jax.views.rotation_jigsaw import RotationJigsaw
 
 MEAN = np.float32([0.485, 0.456, 0.406])
 STD = np.float32([0.229, 0.224, 0.225])
 """Of the channels of ImageNet's pictures in [0, 1], as the official runs normalise (torchvision)."""
 
-# Each is called as f(key, crop [S, S, 3], grid=, patch_size=) -> [P, h, w, 3], same levels as the crop.
-PRETEXTS: dict[str, Callable[..., jax.Array]] = {"jigsaw": jigsaw_patches}
+PRETEXTS: dict[str, type[Pretext]] = {"jigsaw": Jigsaw, "rotation": Rotation, "rotation_jigsaw": RotationJigsaw}
 
 
-def make_views(
-  *, recipe: Recipe = BASE, pretext: str = "jigsaw", grid: int = 3, patch_size: int = 64
-) -> Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-  """Returns views_fn(keys, image_crop, pretext_crop) -> (image f32[B, H, W, 3], pretext f32[B, P, h, w, 3]).
+def create_pretext(name: str, *, image_size: int, image_scale: tuple[float, float],
+                   settings: Mapping[str, Mapping[str, Any]]) -> Pretext:
+  """Returns the transform of that name.
 
-  `keys` are B typed keys, `image_crop` is u8[B, H, W, 3], `pretext_crop` u8[B, S, S, 3]. The photometric list is drawn
-  anew for the image and for each pretext view, flip and grayscale included, as the official code does. What comes out
-  is normalised, and depends on the image's own key and pixels alone, not on its place in the batch.
+  Args:
+    name: a key of `PRETEXTS`.
+    image_size: pixels, and image_scale: of the image view's crop, for transforms without a crop of their own.
+    settings: groups of keyword arguments by name; a transform takes the one that its class names.
 
-  Raises `UserError` for an unknown `pretext`, and in its first call when a patch is larger than its cell.
+  Raises:
+    UserError: an unknown name, or settings that do not fit.
   """
-  if pretext not in PRETEXTS:
-    raise UserError(f"pretext={pretext!r} is unknown; choose from: {', '.join(sorted(PRETEXTS))}")
+  if name not in PRETEXTS:
+    raise UserError(f"pretext={name!r} is unknown; choose from {', '.join(PRETEXTS)}")
+  pretext = PRETEXTS[name]
+  own = settings[pretext.settings] if pretext.settings else {}
+  arguments = {"crop_size": image_size, "crop_scale": image_scale, **own}
+  return pretext(**arguments | {"crop_scale": tuple(arguments["crop_scale"])})
 
-  def view(key, crop):
+
+def make_views(pretext: Pretext | None, *, recipe: Recipe, pretext_recipe: Recipe) -> Callable:
+  """Returns views_fn(keys, image_crop, pretext_crop) -> (image f32[B, H, W, 3], pretext f32[B, P, h, w, 3], label).
+
+  `keys` are B typed keys, `image_crop` is u8[B, H, W, 3], `pretext_crop` u8[B, S, S, 3]; of a crop that is None no view
+  is made, and None stands in its place. `label` i32[B] tells the transform, see `Pretext`. What comes out is
+  normalised, and depends on the image's own key and pixels alone, not on its place in the batch.
+
+  Args:
+    pretext: the transform; None where there is no pretext view at all.
+    recipe: the photometric list of the image.
+    pretext_recipe: that of the pretext views. It is drawn anew for each of them, as the official code does, unless the
+      transform augments the crop as a whole.
+  """
+  def view(key, crop, recipe):
     image = jnp.moveaxis(crop, -1, 0).astype(jnp.float32)  # [3, H, W]
     image = apply_photometric(image, draw_photometric(key, recipe=recipe))
     return normalise(jnp.moveaxis(image, 0, -1))
 
   def both_views(key, image_crop, pretext_crop):
-    image_key, cut_key, pretext_key = jax.random.split(key, 3)
-    pieces = PRETEXTS[pretext](cut_key, pretext_crop, grid=grid, patch_size=patch_size)
-    pretext_keys = jax.random.split(pretext_key, pieces.shape[0])
-    return view(image_key, image_crop), jax.vmap(view)(pretext_keys, pieces)
+    image_key, transform_key, pretext_key = jax.random.split(key, 3)
+    image = None if image_crop is None else view(image_key, image_crop, recipe)
+    if pretext is None or pretext_crop is None:
+      return image, None, None
+
+    def augment(pictures):
+      keys = jax.random.split(pretext_key, len(pictures))
+      return jax.vmap(lambda key, picture: view(key, picture, pretext_recipe))(keys, pictures)
+
+    return image, *pretext(transform_key, pretext_crop, augment)
 
   return jax.vmap(both_views)
 

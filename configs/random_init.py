@@ -1,0 +1,28 @@
+"""The untrained network, saved like a run, for evaluation: python launch.py --config=configs/random_init.py[:VARIANT]
+
+Its batch statistics are measured on the training pictures; else a deep network that never trained gives noise alone.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import data_sets
+from configs.data_sets import compose
+
+
+def untrained(config: ConfigDict) -> None:
+  """Leaves out the training."""
+  config.num_epochs = 0
+  config.evaluate.learning = False
+
+
+VARIANTS = {name: compose(data_set, untrained)
+            for name, data_set in {**data_sets.LABELLED, "imagenet": data_sets.imagenet}.items()}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+  """Returns the config of a variant; "" is the embedded data set.
+
+  Raises:
+    UserError: an unknown variant.
+  """
+  return data_sets.create_config("random_init", variant, VARIANTS)

@@ -1,0 +1,60 @@
+"""One step of the baselines that predict a label: of the transform (Jigsaw, RotNet), or of the class (supervised).
+
+Letters: B batch of all devices, b this device's part of it, P pretext views of an image, L labels.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from pirl_jax import memory_bank
+from pirl_jax.mesh import AXIS
+from pirl_jax.models.network import Network
+from pirl_jax.state import TrainState
+from pirl_jax.step import map_step, view_keys, whole_batch_stats
+
+
+def make_prediction_step(network: Network, optimizer: optax.GradientTransformation, views_fn: Callable,
+                         layout: memory_bank.Layout, mesh: Mesh) -> Callable:
+  """Returns train_step(state, batch) -> (state, metrics), as `make_train_step`, for a state without a bank.
+
+  The loss is the cross-entropy of the transform's label, where the views have one (paper, equation 2), else of the
+  batch's `label` i32[B]; a picture whose label is -1 has no weight. `metrics` holds loss and top1, f32[].
+
+  Args:
+    network: one of its heads gives logits f32[B, L]; the other view is not there.
+    optimizer: see `create_optimizer`.
+    views_fn: see `views.two_views.make_views`.
+    layout: of the mask of the pictures found broken.
+    mesh: the devices.
+  """
+  gather = partial(jax.lax.all_gather, axis_name=AXIS, tiled=True, to="invarying")
+
+  def device_step(state: TrainState, batch):
+    keys = view_keys(state.seed, state.step, batch["index"])
+    image, pretext, transform = views_fn(keys, batch.get("image_crop"), batch.get("pretext_crop"))
+    label = gather(batch["label"] if transform is None else transform)  # [B]
+    rows = gather(layout.row_of(batch["index"]))
+    usable, valid = memory_bank.retire(state.usable, rows, gather(batch["valid"]), axis=AXIS)
+    weight = (valid & (label >= 0)).astype(jnp.float32)
+
+    def objective(params):
+      outputs, updated = network.apply(
+        {"params": params, "batch_stats": state.batch_stats}, image, pretext, train=True, mutable=["batch_stats"])
+      (logits,) = (gather(output) for output in outputs if output is not None)  # [B, L]
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
+      correct = (jnp.argmax(logits, axis=1) == label).astype(jnp.float32)
+      loss, top1 = (jnp.sum(each * weight) / jnp.maximum(jnp.sum(weight), 1) for each in (losses, correct))
+      return loss, ({"loss": loss, "top1": top1}, updated["batch_stats"])
+
+    grads, (metrics, batch_stats) = jax.grad(objective, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    return state.replace(
+      step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
+      batch_stats=whole_batch_stats(network, batch_stats), usable=usable), metrics
+
+  return map_step(device_step, mesh, with_bank=False)

@@ -1,0 +1,100 @@
+"""What a run's config makes of transform, views and network; for the run itself and for whoever opens it later.
+
+The systems: "invariant" is PIRL, and NPID where the pretext term has no weight; "covariant" predicts the transform
+(Jigsaw, RotNet; paper equation 2); "supervised" predicts the class.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pirl_jax.errors import UserError
+from pirl_jax.models.heads import ClassHead, ImageHead
+from pirl_jax.models.network import Network
+from pirl_jax.models.resnet import create_resnet
+from pirl_jax.views.photometric import Recipe
+from pirl_jax.views.pretext import Pretext
+from pirl_jax.views.two_views import create_pretext, make_views
+
+OBJECTIVES = ("invariant", "covariant", "supervised")
+
+
+def uses_image(config: Mapping[str, Any]) -> bool:
+  """Returns whether the loss looks at the image view."""
+  return config["objective"] != "covariant"
+
+
+def uses_pretext(config: Mapping[str, Any]) -> bool:
+  """Returns whether the loss looks at a pretext view."""
+  return config["objective"] == "covariant" or config["objective"] == "invariant" and config["pretext_weight"] > 0
+
+
+def has_bank(config: Mapping[str, Any]) -> bool:
+  """Returns whether the run keeps a memory bank."""
+  return config["objective"] == "invariant"
+
+
+def pretext_of(config: Mapping[str, Any]) -> Pretext:
+  """Returns the transform that a config names, whether or not its loss looks at it.
+
+  Raises:
+    UserError: see `create_pretext`.
+  """
+  return create_pretext(config["pretext"], image_size=config["data"]["image_size"],
+                        image_scale=tuple(config["data"]["image_scale"]), settings=config)
+
+
+def views_of(config: Mapping[str, Any]) -> Callable:
+  """Returns the views_fn of `make_views` for the training pictures of a run."""
+  recipes = {name: Recipe(**config[group]) for name, group in (("recipe", "photometric"),
+                                                               ("pretext_recipe", "pretext_photometric"))}
+  return make_views(pretext_of(config) if uses_pretext(config) else None, **recipes)
+
+
+def crops_of(config: Mapping[str, Any]) -> dict[str, tuple[int, tuple[float, float]]]:
+  """Returns the crops that the views are made of: (side in pixels, range of the share of the area), by name."""
+  data, crops = config["data"], {}
+  if uses_image(config):
+    crops["image_crop"] = data["image_size"], tuple(data["image_scale"])
+  if uses_pretext(config):
+    pretext = pretext_of(config)
+    crops["pretext_crop"] = pretext.crop_size, pretext.crop_scale
+  return crops
+
+
+def network_of(config: Mapping[str, Any], *, num_classes: int) -> Network:
+  """Returns the network of a config, without a mesh axis.
+
+  Args:
+    config: of the run.
+    num_classes: of the training pictures; only the supervised network depends on it.
+
+  Raises:
+    UserError: see `create_resnet`, `create_pretext`; or there is nothing to predict.
+  """
+  model = config["model"]
+  trunk = create_resnet(model["arch"], width=model["width"], stem=model["stem"], dtype=jnp.dtype(model["dtype"]))
+  if config["objective"] == "supervised":
+    if num_classes < 2:
+      raise UserError(f"objective=supervised needs labels of two classes or more, and the training pictures have "
+                      f"{num_classes}; folders of classes are taken with --config.data.labels=folder")
+    return Network(trunk, image_head=ClassHead(num_classes))
+  if config["objective"] == "covariant":
+    pretext = pretext_of(config)
+    if pretext.num_labels < 2:
+      raise UserError(f"objective=covariant predicts the transform, and pretext={config['pretext']} has "
+                      f"{pretext.num_labels or 'no'} label(s) for it; "
+                      "number the orders, --config.jigsaw.num_permutations=2000")
+    return Network(trunk, pretext_head=pretext.covariant_head(pretext.num_labels))
+  dim, mlp = model["dim"], model["head"] == "mlp"
+  return Network(trunk, image_head=ImageHead(dim, mlp=mlp),
+                 pretext_head=pretext_of(config).head(dim, mlp=mlp) if uses_pretext(config) else None)
+
+
+def network_inputs(config: Mapping[str, Any]) -> tuple[jax.Array | None, jax.Array | None]:
+  """Returns an image and its pretext view in a batch of one, zeros f32, for init; None for what the loss ignores."""
+  size = config["data"]["image_size"]
+  return (jnp.zeros((1, size, size, 3)) if uses_image(config) else None,
+          jnp.zeros((1, *pretext_of(config).view_shape)) if uses_pretext(config) else None)
