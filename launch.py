@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from pirl_jax.errors import UserError
 
-JOBS = {"pretrain": "pirl_jax.pretrain", "evaluate": "pirl_jax.evaluate"}
+JOBS = {"pretrain": "pirl_jax.pretrain", "evaluate": "pirl_jax.evaluate", "study": "pirl_jax.study"}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, for example configs/pirl.py:imagenet.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; each job has a default of its own.")

@@ -191,14 +191,15 @@ def prepare(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, open_fn: Call
   if not 0 < sizes["crop_fraction"] <= 1:
     raise UserError(f"data.crop_fraction={sizes['crop_fraction']} is not possible: it lies in (0, 1]")
 
-  def open_split(split, class_names=None):
-    num_images = data["test_num_images"] if split == data["test_split"] else data["num_images"]
+  def open_split(split, class_names=None, num_images=data["num_images"]):
     source = open_fn(data["source"], data["name"], data["root"], split, data["labels"], sizes["image_size"],
                      num_images, class_names)
     return Pictures(source, **sizes)
 
   train = open_split(data["split"])
-  test = open_split(data["test_split"], train.source.class_names or None) if data["test_split"] else None
+  test = None
+  if data["test_split"]:
+    test = open_split(data["test_split"], train.source.class_names or None, data["test_num_images"])
   folder = Path(workdir) if workdir else run.folder if num_runs == 1 else Path("runs/compare")
   output = folder / "results" / result_name(config, run, data)
   evaluation = Evaluation(config, run, data, train, test, open_split, mesh, Path(), output)
@@ -423,8 +424,10 @@ def export_features(evaluation: Evaluation) -> Outcome:
   given = evaluation.settings
   (layer,) = evaluation.layers(given.layer, "features.layer")
   data = evaluation.data
-  known = {data["split"]: evaluation.train, data["test_split"]: evaluation.test}
-  splits = tuple(given.splits) or tuple(split for split, pictures in known.items() if pictures is not None)
+  known = {data["split"]: evaluation.train}
+  if evaluation.test is not None:  # without a held-out split its name is that of a whole folder, ""
+    known[data["test_split"]] = evaluation.test
+  splits = tuple(given.splits) or tuple(known)
   pictures = {split: known.get(split) or evaluation.open_split(split) for split in splits}
   found = {
     split: export.export_features(

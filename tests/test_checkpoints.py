@@ -9,7 +9,7 @@ import pytest
 
 from pirl_jax import memory_bank
 from pirl_jax import mesh as mesh_lib
-from pirl_jax.checkpoints import Checkpoints, Snapshots
+from pirl_jax.checkpoints import FORMAT, Checkpoints, Snapshots
 from pirl_jax.errors import UserError
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
@@ -43,7 +43,7 @@ def test_restores_on_another_number_of_devices(tmp_path, state, num_devices):
   with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
     like = jax.eval_shape(partial(make_state, num_devices))
     restored = checkpoints.restore_newest(nothing, like, mesh, say=print)
-    assert checkpoints.read_meta(7) == {"note": "x", "format": 2}
+    assert checkpoints.read_meta(7) == {"note": "x", "format": FORMAT}
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
   assert restored.bank.sharding.is_equivalent_to(mesh_lib.split(mesh), 2)
   assert restored.bank.addressable_shards[0].data.shape[0] == state.bank.shape[0] // num_devices

@@ -1,4 +1,4 @@
-"""The jigsaw: undone it is the picture; offsets and orders are uniform; too large a patch is refused."""
+"""The jigsaw: undone it is the picture; offsets and orders are uniform; labels; what is refused."""
 
 import itertools
 import math
@@ -10,12 +10,21 @@ import pytest
 
 from pirl_jax.errors import UserError
 from pirl_jax.views.jigsaw import Jigsaw, cut_patches, draw_jigsaw
+from pirl_jax.views.permutations import permutation_subset
+from pirl_jax.views.photometric import Recipe
+from pirl_jax.views.two_views import denormalise, make_views
 
 
 def jigsaw_patches(key, crop, *, grid=3, patch_size):
   """The patches with their pixels as they are."""
   jigsaw = Jigsaw(crop_size=crop.shape[0], crop_scale=(0.6, 1.0), grid=grid, patch_size=patch_size)
   return jigsaw(key, crop, lambda patches: patches)[0]
+
+
+def numbered_cells():
+  """A crop of 3 x 3 cells of two pixels a side, whose levels are the numbers of the cells."""
+  cells = np.arange(9, dtype=np.uint8).reshape(3, 3, 1).repeat(3, axis=2)
+  return cells.repeat(2, axis=0).repeat(2, axis=1)
 
 
 RNG = np.random.default_rng(0)
@@ -110,3 +119,83 @@ def test_orders_of_nine_are_uniform_in_every_place_and_seldom_repeat():
 def test_impossible_sizes_are_refused(size, grid, patch, words):
   with pytest.raises(UserError, match=words):
     jigsaw_patches(jax.random.key(0), jnp.zeros((size, size, 3)), grid=grid, patch_size=patch)
+
+
+@pytest.mark.parametrize("subset", ["max_avg", "max_min"])
+def test_the_label_is_the_number_of_the_order_really_applied(subset):
+  num_orders, count = 12, 2400
+  orders = permutation_subset(num_orders, num_patches=9, subset=subset)
+  jigsaw = Jigsaw(crop_size=6, crop_scale=(0.6, 1.0), grid=3, patch_size=2, num_permutations=num_orders,
+                  permutation_subset=subset)
+  assert jigsaw.num_labels == num_orders
+  keys = jax.random.split(jax.random.key(5), count)
+  patches, labels = jax.jit(jax.vmap(lambda key: jigsaw(key, numbered_cells(), lambda pictures: pictures)))(keys)
+  assert labels.dtype == jnp.int32
+  labels = np.asarray(labels)
+  np.testing.assert_array_equal(patches, np.broadcast_to(orders[labels][:, :, None, None, None], (count, 9, 2, 2, 3)))
+  counts = np.bincount(labels, minlength=num_orders)
+  assert ((counts - 200) ** 2 / 200).sum() < 37.4  # chi-square, 11 degrees, 0.9999
+
+
+def test_the_other_subset_has_other_orders():
+  first, second = (permutation_subset(12, num_patches=9, subset=subset) for subset in ("max_avg", "max_min"))
+  assert (first != second).any(), "the test above tells nothing apart"
+
+
+def test_offsets_do_not_depend_on_the_order_drawn():
+  orders = permutation_subset(4, num_patches=4)
+  keys = jax.random.split(jax.random.key(7), 4000)
+  offsets, _, labels = jax.vmap(lambda k: draw_jigsaw(k, size=40, grid=2, patch_size=10, orders=orders))(keys)
+  for label in range(4):
+    mean = np.asarray(offsets)[np.asarray(labels) == label].mean(axis=0)  # [4, 2]; uniform in 0..9
+    assert np.abs(mean - 4.5).max() < 5 * 2.88 / math.sqrt(1000)
+
+
+def test_a_single_order_is_the_picture_in_its_own():
+  jigsaw = Jigsaw(crop_size=6, crop_scale=(0.6, 1.0), grid=3, patch_size=2, num_permutations=1)
+  for seed in range(5):
+    patches, label = jigsaw(jax.random.key(seed), numbered_cells(), lambda pictures: pictures)
+    assert label == 0
+    np.testing.assert_array_equal(patches[:, 0, 0, 0], np.arange(9))
+
+
+def test_of_all_orders_there_is_no_label():
+  jigsaw = Jigsaw(crop_size=6, crop_scale=(0.6, 1.0), grid=3, patch_size=2)
+  assert jigsaw.num_labels == 0
+  assert jigsaw(jax.random.key(0), numbered_cells(), lambda pictures: pictures)[1] == -1
+
+
+@pytest.mark.parametrize("augment, draws", [("patches", 9), ("crop", 1)])
+def test_the_photometric_list_is_drawn_for_each_patch_or_for_the_crop(augment, draws):
+  """Red rises to the right within every cell, so a patch tells whether it was flipped; green tells the brightness."""
+  count = 300
+  crop = np.zeros((9, 9, 3), np.uint8)
+  crop[..., 0] = [40, 50, 60] * 3
+  crop[..., 1] = 100
+  jigsaw = Jigsaw(crop_size=9, crop_scale=(0.6, 1.0), grid=3, patch_size=3, augment=augment)
+  recipe = Recipe(brightness=0.4, contrast=0, saturation=0, hue=0, group_probability=0, grayscale_probability=0)
+  views_fn = jax.jit(make_views(jigsaw, recipe=recipe, pretext_recipe=recipe))
+  crops = np.broadcast_to(crop, (count, 9, 9, 3))
+  image, pretext, _ = views_fn(jax.random.split(jax.random.key(8), count), crops, crops)
+  image, pretext = denormalise(image)[:, None], denormalise(pretext)
+  flipped, image_flipped = (x[..., 0, 0, 0] > x[..., 0, 2, 0] for x in (pretext, image))  # [count, 9], [count, 1]
+  green, image_green = (x[..., 1, 1, 1] for x in (pretext, image))
+  if augment == "crop":
+    assert (flipped == flipped[:, :1]).all() and (green == green[:, :1]).all()
+  else:
+    assert (flipped != flipped[:, :1]).any(axis=1).mean() > 0.95
+    assert np.mean([len(set(row)) for row in green.tolist()]) > 7  # of nine draws out of about 80 levels
+  flips = np.concatenate([flipped[:, :draws], image_flipped], axis=1)
+  assert np.abs(flips.mean(axis=0) - 0.5).max() < 5 * 0.5 / math.sqrt(count)
+  assert np.abs(np.corrcoef(flips.T) - np.eye(draws + 1)).max() < 5 / math.sqrt(count)  # the image view is apart
+  assert (green[:, :1] != image_green).mean() > 0.9
+  assert len(np.unique(green)) > 40
+
+
+@pytest.mark.parametrize("changes, words", [
+  ({"augment": "both"}, "jigsaw.augment='both'.*patches, crop"),
+  ({"num_permutations": 5, "permutation_subset": "max_max"}, "jigsaw.permutation_subset='max_max'"),
+  ({"num_permutations": 362_881}, "jigsaw.num_permutations=362881")])
+def test_unknown_choices_are_refused(changes, words):
+  with pytest.raises(UserError, match=words):
+    Jigsaw(**{"crop_size": 9, "crop_scale": (0.6, 1.0), "grid": 3, "patch_size": 3, **changes})

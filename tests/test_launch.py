@@ -46,7 +46,7 @@ def test_mistyped_commands(arguments, said):
   ("model.dtype=float16", "bfloat16"),
   ("photometric.hue=0.7", "0.5"),
   ("data.image_scale=(0.5,0.1)", "image_scale"),
-  ("num_epochs=0", "num_epochs=0"),
+  ("num_epochs=-1", "num_epochs=-1"),
   ("data.source=tdfs", "tfds"),
   ("optimizer.warmup_epochs=25", "warm-up"),
   ("evaluate.temperature=0.0", "evaluate.temperature"),

@@ -56,7 +56,7 @@ def test_number_of_strata_follows_from_the_images_alone(num_images, strata):
 @pytest.mark.parametrize("num_images, devices, negatives, said", [
   (100, 1, 128, "only 100 images; try --config.num_negatives=96"),
   (1024, 1, 300, "try --config.num_negatives=256"),
-  (1024, 1, 0, "try --config.num_negatives=256"),
+  (1024, 1, -256, "num_negatives=-256 is not 0 .all. .*try --config.num_negatives=256"),
   (1024, 3, 256, "3 devices do not divide the 256 strata"),
   (1, 1, 1, "nothing to tell apart"),
 ])
@@ -88,34 +88,87 @@ def test_draw_is_uniform_over_the_images_and_never_padding():
   assert 45 < chi_square < 140  # 87 degrees of freedom; 1e-4 either side
 
 
+def draws_of(layout, mesh, *, num_negatives, num_draws):
+  """Returns key -> the global rows of a draw, i32[K] or i32[num_draws, K]."""
+  def draw(key):
+    local = memory_bank.draw(key, layout, num_negatives=num_negatives, axis=AXIS, num_draws=num_draws)
+    return local + jax.lax.axis_index(AXIS) * (layout.num_rows // mesh.size)
+  return on_mesh(draw, mesh, P(), P(None, AXIS) if num_draws and num_negatives else P(AXIS))
+
+
+def test_a_draw_for_each_image_is_uniform_in_every_stratum_and_apart_from_the_others():
+  layout, mesh, _, usable = create(103, 1)
+  draw = draws_of(layout, mesh, num_negatives=32, num_draws=24)
+  rows = np.stack([draw(jax.random.key(i)) for i in range(60)])  # [60, 24, 32]
+  strata = rows // layout.rows_per_stratum
+  np.testing.assert_array_equal(np.sort(strata, axis=2), np.broadcast_to(np.arange(32) // 2, rows.shape))
+  counts = np.bincount(rows.reshape(-1), minlength=layout.num_rows)
+  assert (counts[~np.asarray(usable)] == 0).all()
+  of_stratum = 60 * 24 * 2
+  expected = np.where(np.arange(layout.num_rows) // layout.rows_per_stratum < 7, of_stratum / 7, of_stratum / 6)
+  chi_square = np.sum(((counts - expected) ** 2 / expected)[np.asarray(usable)])
+  assert 45 < chi_square < 140  # 87 degrees of freedom; 1e-4 either side
+  # Two images agree in a place as often as chance has it, and so do the two draws of one image from a stratum.
+  chance = (7 / 7 + 9 / 6) / 16
+  for same in (rows[:, :-1] == rows[:, 1:], rows[:, :1] == rows[:, 7:8], rows[:, :, ::2] == rows[:, :, 1::2],
+               rows[:-1] == rows[1:]):
+    assert abs(same.mean() - chance) < 5 * (chance / same.size) ** 0.5
+
+
+@pytest.mark.parametrize("num_devices", [2, 8])
+def test_a_draw_for_each_image_does_not_depend_on_the_number_of_devices(num_devices):
+  drawn = []
+  for number in (1, num_devices):
+    layout, mesh, _, _ = create(103, number)
+    drawn.append(draws_of(layout, mesh, num_negatives=32, num_draws=5)(jax.random.key(2)))
+  np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.parametrize("num_draws", [None, 8])
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_scores_and_weights_against_loops(num_devices):
+def test_a_draw_of_0_is_every_row_once(num_devices, num_draws):
+  layout, mesh, _, _ = create(103, num_devices)
+  rows = draws_of(layout, mesh, num_negatives=0, num_draws=num_draws)(jax.random.key(0))
+  np.testing.assert_array_equal(rows, np.arange(112))  # 16 strata of 7 rows, 9 of them padding
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("num_negatives, num_draws", [(64, None), (64, 8), (0, None)])
+def test_scores_and_weights_against_loops(num_devices, num_negatives, num_draws):
   layout, mesh, bank, usable = create(103, num_devices)
   rng = np.random.default_rng(0)
   index = rng.permutation(103)[:8]
   rows = layout.row_of(index)
   emb = unit(rng.normal(size=(8, D))).astype(np.float32)
-  usable = usable.at[layout.row_of(7)].set(False)  # a picture found broken
+  assert 7 not in index
+  broken = layout.row_of(7)
+  usable = usable.at[broken].set(False)
 
   def score(bank, usable, rows, emb):
-    negatives = memory_bank.draw(jax.random.key(5), layout, num_negatives=64, axis=AXIS)
+    negatives = memory_bank.draw(jax.random.key(5), layout, num_negatives=num_negatives, axis=AXIS,
+                                 num_draws=num_draws)
     first = jax.lax.axis_index(AXIS) * bank.shape[0]
     own, others = memory_bank.read(bank, rows, negatives, axis=AXIS)
     weight = memory_bank.weights(usable, rows, negatives, axis=AXIS)
     return *memory_bank.scores(own, others, emb, temperature=0.2), weight, first + negatives
 
-  scores = on_mesh(score, mesh, (P(AXIS), P(AXIS), P(), P()), (P(), P(None, AXIS), P(None, AXIS), P(AXIS)))
-  positive, negative, weight, drawn = scores(bank, usable, jnp.asarray(rows), emb)
+  drawn_specs = P(None, AXIS) if num_draws else P(AXIS)
+  scores = on_mesh(score, mesh, (P(AXIS), P(AXIS), P(), P()), (P(), P(None, AXIS), P(None, AXIS), drawn_specs))
+  positive, negative, weight, drawn = (np.asarray(x) for x in scores(bank, usable, jnp.asarray(rows), emb))
+  drawn = np.broadcast_to(drawn, negative.shape)
+  there = set(layout.row_of(np.arange(103)).tolist())
   bank64, emb64 = np.asarray(bank, np.float64), emb.astype(np.float64)
   own = 0
   for i in range(8):
     np.testing.assert_allclose(positive[i], bank64[rows[i]] @ emb64[i] / 0.2, atol=1e-5)
-    for k, row in enumerate(np.asarray(drawn)):
+    for k, row in enumerate(drawn[i].tolist()):
       np.testing.assert_allclose(negative[i, k], bank64[row] @ emb64[i] / 0.2, atol=1e-5)
-      assert weight[i, k] == (row != rows[i] and row != layout.row_of(7))
+      assert weight[i, k] == (row in there and row not in (rows[i], broken))
       own += row == rows[i]
   assert own > 0, "no image drew itself, so this test has shown nothing"
-  assert layout.row_of(7) in np.asarray(drawn)
+  assert broken in drawn
+  if not num_negatives:
+    assert weight.sum() == 8 * (103 - 2) and own == 8
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])

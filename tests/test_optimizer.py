@@ -1,12 +1,18 @@
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from configs import jigsaw
+from pirl_jax import pretrain
 from pirl_jax.errors import UserError
-from pirl_jax.optimizer import cosine_schedule, create_optimizer
+from pirl_jax.models.heads import PatchesClassHead
+from pirl_jax.models.network import Network
+from pirl_jax.models.resnet import create_resnet
+from pirl_jax.optimizer import cosine_schedule, create_optimizer, step_schedule
 
 
 def test_cosine_of_the_paper_from_012_to_a_thousandth():
@@ -23,18 +29,59 @@ def test_rate_that_changes_every_epoch_is_constant_inside_it():
     assert held(step) == free(step // 10 * 10)
 
 
-def test_warm_up_is_linear_and_the_cosine_fills_the_rest():
+def test_warm_up_is_linear_from_its_factor_on_and_the_cosine_fills_the_rest():
   schedule = cosine_schedule(base_rate=0.4, end_factor=0.0, num_steps=110, warmup_steps=10)
   np.testing.assert_allclose([schedule(s) for s in (0, 5, 10, 60, 110)], [0, 0.2, 0.4, 0.2, 0], atol=1e-6)
+  schedule = cosine_schedule(base_rate=0.4, end_factor=0.0, num_steps=110, warmup_steps=10, warmup_factor=0.25)
+  np.testing.assert_allclose([schedule(s) for s in (0, 5, 10)], [0.1, 0.25, 0.4], atol=1e-6)
   with pytest.raises(UserError, match="warm-up takes 110 steps"):
     cosine_schedule(base_rate=0.4, end_factor=0.0, num_steps=110, warmup_steps=110)
 
 
-def test_sgd_is_pytorchs_rule_and_spares_biases_and_batch_norm():
+def test_steps_are_vissls_of_the_jigsaw():
+  """0.1 for a batch of 256, from 0.025 on over 5 of 105 epochs, a tenth of it after each of 30, 60, 90, 100 epochs."""
+  steps_per_epoch = 1_281_167 // 256
+  config = jigsaw.get_config("imagenet")
+  for schedule in (
+      step_schedule(base_rate=0.1, milestones=(30 / 105, 60 / 105, 90 / 105, 100 / 105), decay_factor=0.1,
+                    num_steps=105 * steps_per_epoch, warmup_steps=5 * steps_per_epoch, warmup_factor=0.25),
+      pretrain.make_schedule(config, steps_per_epoch)):
+    for epoch, rate in ((0, 0.025), (1, 0.04), (2.5, 0.0625), (5, 0.1), (29, 0.1), (30, 0.01), (59, 0.01), (60, 1e-3),
+                        (89, 1e-3), (90, 1e-4), (99, 1e-4), (100, 1e-5), (104, 1e-5)):
+      np.testing.assert_allclose(schedule(round(epoch * steps_per_epoch)), rate, rtol=1e-5, err_msg=str(epoch))
+    for epoch, before in ((30, 0.1), (60, 0.01), (90, 1e-3), (100, 1e-4)):  # the last step of the epoch before
+      np.testing.assert_allclose(schedule(epoch * steps_per_epoch - 1), before, rtol=1e-5)
+
+
+def test_steps_without_a_warm_up_start_at_the_top():
+  schedule = step_schedule(base_rate=0.03, milestones=(0.6, 0.8), decay_factor=0.1, num_steps=200)
+  np.testing.assert_allclose([schedule(step) for step in (0, 119, 120, 159, 160, 199)],
+                             [0.03, 0.03, 0.003, 0.003, 0.0003, 0.0003], rtol=1e-6)
+
+
+@pytest.mark.parametrize("changes, said", [
+  ({"milestones": (0.8, 0.6)}, r"milestones=\(0.8, 0.6\).*rising"),
+  ({"milestones": (0.6, 0.6)}, "rising"),
+  ({"milestones": (60.0, 80.0)}, "between 0 and 1"),
+  ({"milestones": (0.0, 0.5)}, "between 0 and 1"),
+  ({"milestones": (0.5, 1.0)}, "between 0 and 1"),
+  ({"warmup_steps": 60}, "warm-up takes 60 steps.* after 60; lower optimizer.warmup_epochs")])
+def test_impossible_steps_are_refused(changes, said):
+  given = {"base_rate": 0.1, "milestones": (0.6, 0.8), "decay_factor": 0.1, "num_steps": 100, **changes}
+  with pytest.raises(UserError, match=said):
+    step_schedule(**given)
+
+
+@pytest.mark.parametrize("decay_biases, decayed", [
+  (False, {("conv", "kernel"), ("linear", "kernel")}),
+  (True, {("conv", "kernel"), ("linear", "kernel"), ("linear", "bias")})])
+def test_sgd_is_pytorchs_rule_and_spares_batch_norm_and_if_so_told_biases(decay_biases, decayed):
   rng = np.random.default_rng(0)
-  params = {"conv": {"kernel": rng.normal(size=(3, 3, 2, 4))}, "bn": {"scale": np.ones(4), "bias": np.ones(4)}}
+  params = {"conv": {"kernel": rng.normal(size=(3, 3, 2, 4))}, "bn": {"scale": np.ones(4), "bias": np.ones(4)},
+            "linear": {"kernel": rng.normal(size=(4, 2)), "bias": rng.normal(size=2)}}
   rates = [0.5, 0.3, 0.1]
-  optimizer = create_optimizer(lambda step: jnp.asarray(rates)[step], momentum=0.9, weight_decay=0.01)
+  optimizer = create_optimizer(lambda step: jnp.asarray(rates)[step], momentum=0.9, weight_decay=0.01,
+                               decay_biases=decay_biases)
   state = optimizer.init(params)
   got = params
   expected = {a: {b: x.copy() for b, x in part.items()} for a, part in params.items()}
@@ -44,8 +91,26 @@ def test_sgd_is_pytorchs_rule_and_spares_biases_and_batch_norm():
     updates, state = optimizer.update(grads, state, got)
     got = optax.apply_updates(got, updates)
     for a, b in velocity:  # torch.optim.SGD, spelled out
-      grad = grads[a][b] + (0.01 * expected[a][b] if b == "kernel" else 0)
+      grad = grads[a][b] + (0.01 * expected[a][b] if (a, b) in decayed else 0)
       velocity[a, b] = 0.9 * velocity[a, b] + grad
       expected[a][b] = expected[a][b] - rate * velocity[a, b]
   for a, b in velocity:
     np.testing.assert_allclose(got[a][b], expected[a][b], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay_biases", [False, True])
+def test_what_decays_in_a_whole_network_with_batch_norm_in_its_head(decay_biases):
+  network = Network(create_resnet("resnet8"), pretext_head=PatchesClassHead(5))
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), None, jnp.zeros((1, 4, 8, 8, 3)), train=False))
+  params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes["params"])
+  optimizer = create_optimizer(lambda step: 1.0, momentum=0.0, weight_decay=0.5, decay_biases=decay_biases)
+  updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+  decayed = {jax.tree_util.keystr(path, simple=True, separator="/")
+             for path, x in jax.tree_util.tree_leaves_with_path(updates) if (np.asarray(x) == -0.5).all()}
+  still = {jax.tree_util.keystr(path, simple=True, separator="/")
+           for path, x in jax.tree_util.tree_leaves_with_path(updates) if (np.asarray(x) == 0).all()}
+  biases = {"pretext_head/patch/bias", "pretext_head/logits/bias"}
+  assert {name.rsplit("/", 1)[1] for name in decayed - biases} == {"kernel"}
+  assert decayed & biases == (biases if decay_biases else set())
+  assert {"trunk/bn1/scale", "trunk/bn1/bias", "trunk/res3_0/downsample_bn/bias", "pretext_head/bn/bias"} <= still
+  assert len(decayed) + len(still) == len(jax.tree.leaves(params))

@@ -14,7 +14,8 @@ from pirl_jax.errors import UserError
 
 
 def opened(source, **changes):
-  arguments = dict(name="", root="", split="", labels="none", image_size=32, num_images=20)
+  num_images = 20 if source == "embedded" else 0
+  arguments = dict(name="", root="", split="", labels="none", image_size=32, num_images=num_images)
   return open_source(source, **{**arguments, **changes})
 
 
@@ -219,3 +220,37 @@ def test_a_folder_that_vanishes_is_no_million_of_broken_pictures(tmp_path):
   os.rename(tmp_path / "root", tmp_path / "moved")
   with pytest.raises(UserError, match="vanished"):
     source[1]
+
+
+def test_a_number_of_pictures_of_a_folder_is_a_random_subset_the_same_each_time(tmp_path):
+  root = fill(tmp_path, {f"{name}/{i:02}.png": file_of(i) for name in ("ant", "bee") for i in range(30)})
+  whole = opened("folder", root=root, labels="folder")
+  source = opened("folder", root=root, labels="folder", num_images=12)
+  names = [source.picture_name(i) for i in range(12)]
+  assert len(source) == 12 and len(set(names)) == 12
+  assert names == sorted(names)  # in the folder's order
+  assert names == [opened("folder", root=root, labels="folder", num_images=12).picture_name(i) for i in range(12)]
+  # Not the first ones, nor every so many: both folders, without a rule.
+  index = [names_of(whole).index(name) for name in names]
+  assert index[-1] >= 40 and len(set(np.diff(index))) > 2
+  assert all(int(decode(source[i].image)[0, 0, 0]) == int(names[i][-6:-4]) for i in range(12))
+  np.testing.assert_array_equal(source.labels(), whole.labels()[index])
+  assert set(names) < set(names_of(opened("folder", root=root, num_images=20)))
+  assert source.class_names == whole.class_names == ("ant", "bee")
+  fingerprints = {opened("folder", root=root, labels="folder", num_images=number).fingerprint
+                  for number in (0, 12, 13, 60)}
+  assert len(fingerprints) == 4 and opened("folder", root=root, labels="folder").fingerprint in fingerprints
+  assert "12 of: " in source.description
+  assert pickle.loads(pickle.dumps(source)).fingerprint == source.fingerprint
+
+
+def names_of(source):
+  return [source.picture_name(i) for i in range(len(source))]
+
+
+def test_all_of_a_folder_and_more_than_it_has(tmp_path):
+  root = fill(tmp_path, {f"{i}.png": file_of(i) for i in range(3)})
+  assert names_of(opened("folder", root=root, num_images=0)) == ["0.png", "1.png", "2.png"]
+  assert len(opened("folder", root=root, num_images=3)) == 3
+  with pytest.raises(UserError, match="num_images=4, but there are only 3 pictures; 0 takes all"):
+    opened("folder", root=root, num_images=4)

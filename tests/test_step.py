@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pirl_jax import losses, memory_bank
 from pirl_jax import mesh as mesh_lib
@@ -21,6 +22,8 @@ N, B, K, D, TAU = 103, 16, 32, 16, 0.2
 INPUTS = jnp.zeros((1, 12, 12, 3)), jnp.zeros((1, 4, 6, 6, 3))
 PLAIN_SGD = optax.sgd(1.0)  # the parameters move by the gradient itself
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def views_fn(keys, image_crop, pretext_crop=None):
   """Normalised images and four patches of the pretext crop, with noise from each image's own key."""
@@ -32,37 +35,40 @@ def views_fn(keys, image_crop, pretext_crop=None):
   return image, jnp.stack(patches, axis=1) / 127.5 - 1, None
 
 
-def make_batch(step, *, broken=()):
+def make_batch(step, *, broken=(), with_pretext=True):
   rng = np.random.default_rng(step)
   index = rng.permutation(N)[:B].astype(np.int32)
-  return {"image_crop": rng.integers(0, 256, (B, 12, 12, 3), dtype=np.uint8),
-          "pretext_crop": rng.integers(0, 256, (B, 12, 12, 3), dtype=np.uint8),
-          "index": index, "valid": ~np.isin(index, broken)}
+  batch = {"image_crop": rng.integers(0, 256, (B, 12, 12, 3), dtype=np.uint8),
+           "pretext_crop": rng.integers(0, 256, (B, 12, 12, 3), dtype=np.uint8),
+           "index": index, "valid": ~np.isin(index, broken)}
+  return batch if with_pretext else {name: x for name, x in batch.items() if name != "pretext_crop"}
 
 
 def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, optimizer=None, pretext_weight=0.4,
-          dtype=jnp.float32):
+          dtype=jnp.float32, num_negatives=K, negative_sampling="shared"):
   mesh = mesh_lib.create_mesh(num_devices)
-  layout = memory_bank.create_layout(N, num_devices=num_devices, num_negatives=K)
-  network = Network(create_resnet("resnet8", stem="3x3s2", dtype=dtype), ImageHead(D), PatchesHead(D))
+  layout = memory_bank.create_layout(N, num_devices=num_devices, num_negatives=num_negatives)
+  network = Network(create_resnet("resnet8", stem="3x3s2", dtype=dtype), ImageHead(D),
+                    PatchesHead(D) if pretext_weight else None)
   optimizer = optimizer or create_optimizer(optax.constant_schedule(0.05), momentum=0.9, weight_decay=1e-4)
   make_state = partial(create_state, 7, network, optimizer, layout, mesh=mesh, dim=D, bank_dtype=jnp.float32,
-                       inputs=INPUTS)
-  loss_fn = losses.make_loss(loss, temperature=TAU, num_images=N, num_negatives=K)
+                       inputs=INPUTS if pretext_weight else (INPUTS[0], None))
+  loss_fn = losses.make_loss(loss, temperature=TAU, num_images=N, num_negatives=num_negatives or N)
   step = make_train_step(
-    network.clone(trunk=network.trunk.clone(batch_norm_axis=batch_norm)), optimizer, views_fn, loss_fn, layout, mesh,
-    num_negatives=K, temperature=TAU, pretext_weight=pretext_weight, bank_momentum=0.5)
+    network.with_batch_norm_axis(batch_norm), optimizer, views_fn, loss_fn, layout, mesh, num_negatives=num_negatives,
+    negative_sampling=negative_sampling, temperature=TAU, pretext_weight=pretext_weight, bank_momentum=0.5)
   return mesh, layout, network, make_state, step
 
 
 @functools.cache  # compiling costs seconds, and several tests look at the same run
 def run(num_devices, *, loss="nce", num_steps=3, broken=(), **options):
   """Returns the states after each step, the start included, and the metrics of each step, on the host."""
-  mesh, _, _, make_state, step = build(num_devices, loss=loss, **options)
+  mesh, _, network, make_state, step = build(num_devices, loss=loss, **options)
   state, states, metrics = make_state(), [], []
   states.append(jax.device_get(state))
   for i in range(num_steps):
-    state, figures = step(state, jax.device_put(make_batch(i, broken=broken), mesh_lib.split(mesh)))
+    batch = make_batch(i, broken=broken, with_pretext=network.pretext_head is not None)
+    state, figures = step(state, jax.device_put(batch, mesh_lib.split(mesh)))
     states.append(jax.device_get(state))
     metrics.append(jax.device_get(figures))
   assert state.bank.sharding.is_equivalent_to(mesh_lib.split(mesh), 2)
@@ -108,44 +114,150 @@ def test_statistics_of_each_device_are_an_option_that_leaves_one_device_as_it_is
   assert np.isfinite(eight[1]["loss"])
 
 
-@pytest.mark.parametrize("loss", ["nce", "infonce", "eq4"])
-def test_first_step_is_the_papers_objective_by_hand(loss):
-  """The objective, the normaliser and the bank of one step, with negatives read off the draw, in float64."""
-  broken = (make_batch(0)["index"][2],)
-  mesh, layout, network, make_state, step = build(1, loss=loss)
-  state, batch = make_state(), make_batch(0, broken=broken)
-  bank, variables = np.asarray(state.bank, np.float64), {"params": state.params, "batch_stats": state.batch_stats}
-  image, pretext, _ = views_fn(view_keys(7, 0, jnp.asarray(batch["index"])), batch["image_crop"].astype(np.float32),
-                               batch["pretext_crop"].astype(np.float32))
-  embs, _ = network.apply(variables, image, pretext, train=True, mutable=["batch_stats"])
-  embs = [np.asarray(emb, np.float64) / np.linalg.norm(emb, axis=1, keepdims=True) for emb in embs]
-  keys = jax.random.split(jax.random.fold_in(jax.random.key(7), 0), 3)
-  draw = jax.jit(jax.shard_map(lambda key: memory_bank.draw(key, layout, num_negatives=K, axis=mesh_lib.AXIS),
-                               mesh=mesh, in_specs=mesh_lib.WHOLE, out_specs=mesh_lib.SPLIT))
+def embeddings_by_hand(state, network, batch):
+  """Returns f(v_I) and g(v_It) of the first step, unit rows in float64; None for what the network does not have."""
+  views = views_fn(view_keys(7, 0, jnp.asarray(batch["index"])), batch["image_crop"], batch.get("pretext_crop"))
+  embs, _ = network.apply({"params": state.params, "batch_stats": state.batch_stats}, *views[:2], train=True,
+                          mutable=["batch_stats"])
+  return [None if emb is None else np.asarray(emb, np.float64) / np.linalg.norm(emb, axis=1, keepdims=True)
+          for emb in embs]
+
+
+def draw_by_hand(mesh, layout, term, *, num_draws=None):
+  """Returns the rows of the negatives of the first step, i32[B, K]: one draw for all, or one for each image."""
+  key = jax.random.split(jax.random.fold_in(jax.random.key(7), 0), 3)[("views", "pretext", "image").index(term)]
+  draw = jax.jit(jax.shard_map(
+    lambda key: memory_bank.draw(key, layout, num_negatives=K, axis=mesh_lib.AXIS, num_draws=num_draws), mesh=mesh,
+    in_specs=mesh_lib.WHOLE, out_specs=mesh_lib.SPLIT if num_draws is None else P(None, mesh_lib.AXIS)))
+  return np.broadcast_to(draw(key), (B, K))
+
+
+def objective_by_hand(state, layout, embs, batch, negatives, *, loss, pretext_weight):
+  """Returns the terms of the first step and Z, in float64, from the rows i32[B, K] of the negatives of each term."""
+  bank = np.asarray(state.bank, np.float64)
   rows = layout.row_of(batch["index"])
+  left_out = rows[~batch["valid"]]
   terms, normaliser = {}, None
-  for name, emb, key in (("loss_pretext", embs[1], keys[1]), ("loss_image", embs[0], keys[2])):
-    negatives = np.asarray(draw(key))
+  for name, drawn in negatives.items():
+    emb = embs[("image", "pretext").index(name)]
     positive = np.sum(bank[rows] * emb, axis=1) / TAU
-    negative = emb @ bank[negatives].T / TAU
-    weight = (negatives[None] != rows[:, None]) & (negatives[None] != layout.row_of(broken[0]))
-    if normaliser is None:  # from the first batch's patches, and for both terms
+    negative = np.einsum("bd,bkd->bk", emb, bank[drawn]) / TAU
+    weight = (drawn != rows[:, None]) & ~np.isin(drawn, left_out)
+    if normaliser is None:  # from the first term of the first batch, and for both terms
       normaliser = oracles.nce_normaliser(positive, negative, weight, batch["valid"], num_images=N)
     if loss == "nce":
       each = oracles.nce(positive, negative, weight, normaliser=normaliser, num_images=N, num_negatives=K)
     else:
       each = getattr(oracles, loss)(positive, negative, weight)
-    terms[name] = np.mean(each[batch["valid"]])
-  terms["loss"] = 0.4 * terms["loss_pretext"] + 0.6 * terms["loss_image"]
+    terms[f"loss_{name}"] = np.mean(each[batch["valid"]])
+  terms["loss"] = sum(terms[f"loss_{name}"] * {"pretext": pretext_weight, "image": 1 - pretext_weight}[name]
+                      for name in negatives)
+  return terms, normaliser
+
+
+@pytest.mark.parametrize("loss", ["nce", "infonce", "eq4"])
+def test_first_step_is_the_papers_objective_by_hand(loss):
+  """The objective, the normaliser and the bank of one step, with negatives read off the draw, in float64."""
+  broken = make_batch(0)["index"][2],
+  mesh, layout, network, make_state, step = build(1, loss=loss)
+  state, batch = make_state(), make_batch(0, broken=broken)
+  embs = embeddings_by_hand(state, network, batch)
+  terms, normaliser = objective_by_hand(
+    state, layout, embs, batch, {term: draw_by_hand(mesh, layout, term) for term in ("pretext", "image")}, loss=loss,
+    pretext_weight=0.4)
+  bank = np.asarray(state.bank, np.float64)
 
   state, metrics = step(state, jax.device_put(batch, mesh_lib.split(mesh)))
   for name, expected in terms.items():
     np.testing.assert_allclose(metrics[name], expected, rtol=1e-4)
   np.testing.assert_allclose(state.normaliser, normaliser, rtol=1e-4)
+  rows = layout.row_of(batch["index"])
   np.testing.assert_allclose(
     state.bank, oracles.bank_update(bank, rows, embs[0], batch["valid"], momentum=0.5), atol=2e-5)
   _, later = step(state, jax.device_put(make_batch(1), mesh_lib.split(mesh)))
   assert np.isfinite(later["loss"])
+
+
+def test_without_a_pretext_term_it_is_the_image_term_alone_by_hand():
+  """NPID: no pretext crop, no pretext head, and Z from the image scores."""
+  broken = make_batch(0)["index"][2],
+  mesh, layout, network, make_state, _ = build(1, pretext_weight=0)
+  start, batch = make_state(), make_batch(0, broken=broken, with_pretext=False)
+  assert set(start.params) == {"trunk", "image_head"}
+  embs = embeddings_by_hand(start, network, batch)
+  terms, normaliser = objective_by_hand(start, layout, embs, batch, {"image": draw_by_hand(mesh, layout, "image")},
+                                        loss="nce", pretext_weight=0)
+  states, metrics = run(1, pretext_weight=0, broken=broken)
+  assert set(metrics[0]) == {"loss", "loss_image", "similarity_own", "similarity_negatives", "negatives_beaten",
+                             "embedding_spread"}
+  np.testing.assert_allclose(metrics[0]["loss"], terms["loss"], rtol=1e-4)
+  assert metrics[0]["loss"] == metrics[0]["loss_image"]
+  np.testing.assert_allclose(states[1].normaliser, normaliser, rtol=1e-4)
+  assert states[3].normaliser == states[1].normaliser
+  rows = layout.row_of(batch["index"])
+  expected = oracles.bank_update(start.bank, rows, embs[0], batch["valid"], momentum=0.5)
+  np.testing.assert_allclose(states[1].bank, expected, atol=2e-5)
+
+
+@functools.cache
+def softmax_over_all_rows():
+  """Returns the first step's loss with every row as a negative, written densely, and its gradient by the parameters."""
+  broken = make_batch(0)["index"][2],
+  _, layout, network, make_state, _ = build(1, pretext_weight=0, num_negatives=0)
+  state, batch = make_state(), make_batch(0, broken=broken, with_pretext=False)
+  there = [i for i in range(N) if i not in broken]  # the images of the data set, each with its own row
+  own = np.searchsorted(there, batch["index"])  # of the broken one nothing is asked
+
+  # In float64, from the embeddings: the mean of -log softmax over the rows of all images that are not broken.
+  emb, _ = embeddings_by_hand(state, network, batch)
+  bank = np.asarray(state.bank, np.float64)[layout.row_of(np.array(there))]
+  each = []
+  for b in np.flatnonzero(batch["valid"]):
+    scores = [bank[j] @ emb[b] / TAU for j in range(len(there))]
+    each.append(np.log(sum(np.exp(scores))) - scores[own[b]])
+
+  def dense(params):
+    image, *_ = views_fn(view_keys(7, 0, jnp.asarray(batch["index"])), batch["image_crop"])
+    (out, _), _ = network.apply({"params": params, "batch_stats": state.batch_stats}, image, None, train=True,
+                                mutable=["batch_stats"])
+    emb = out / jnp.linalg.norm(out, axis=1, keepdims=True)
+    log_p = jax.nn.log_softmax(jnp.matmul(emb, bank.T.astype(np.float32), precision="highest") / TAU, axis=1)
+    return -jnp.mean(log_p[jnp.arange(B), own], where=batch["valid"])
+
+  return np.mean(each), jax.device_get(jax.jit(jax.grad(dense))(state.params))
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_every_row_as_a_negative_is_the_softmax_over_the_whole_bank(num_devices):
+  broken = make_batch(0)["index"][2],
+  expected, gradient = softmax_over_all_rows()
+  states, metrics = run(num_devices, loss="infonce", pretext_weight=0, num_negatives=0, num_steps=1, broken=broken,
+                        optimizer=PLAIN_SGD)
+  np.testing.assert_allclose(metrics[0]["loss"], expected, rtol=1e-5)
+  found = jax.tree.map(lambda a, b: a - b, states[0].params, states[1].params)
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(gradient))
+  jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5 * largest), found, gradient)
+  assert not states[1].usable[memory_bank.create_layout(N, num_devices=1, num_negatives=0).row_of(broken[0])]
+
+
+def test_a_draw_for_each_image_by_hand_and_on_eight_devices():
+  broken = make_batch(0)["index"][2],
+  mesh, layout, network, make_state, _ = build(1, negative_sampling="per_image")
+  start, batch = make_state(), make_batch(0, broken=broken)
+  negatives = {term: draw_by_hand(mesh, layout, term, num_draws=B) for term in ("pretext", "image")}
+  for drawn in negatives.values():
+    assert len({tuple(row) for row in drawn.tolist()}) == B
+    # Some images draw themselves, which has to have no weight; and the broken one is drawn.
+    assert (drawn == layout.row_of(batch["index"])[:, None]).any() and layout.row_of(broken[0]) in drawn
+  assert (negatives["image"] != negatives["pretext"]).any(axis=1).all()
+  embs = embeddings_by_hand(start, network, batch)
+  terms, normaliser = objective_by_hand(start, layout, embs, batch, negatives, loss="nce", pretext_weight=0.4)
+  one, eight = (run(n, negative_sampling="per_image", broken=broken) for n in (1, 8))
+  for name, expected in terms.items():
+    np.testing.assert_allclose(one[1][0][name], expected, rtol=1e-4)
+  np.testing.assert_allclose(one[0][1].normaliser, normaliser, rtol=1e-4)
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), one, eight)
+  assert abs(one[1][0]["loss_image"] - run(1, broken=broken)[1][0]["loss_image"]) > 1e-4  # another draw than the shared
 
 
 def test_normaliser_is_set_once():
@@ -218,7 +330,15 @@ def test_health_figures_by_hand():
   assert abs(figures["similarity_negatives"]) < 0.2
 
 
-def test_step_holds_one_bank_and_never_gathers_it():
+@pytest.fixture
+def full_compile(quick_compile):
+  """As it is for users."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_step_holds_one_bank_and_never_gathers_it(full_compile):
   """With a bank that dwarfs all else: donated, not copied; and what travels between devices does not grow with it."""
   num_images = 65_536
   def compiled(num_devices):

@@ -1,0 +1,335 @@
+"""What a study found: means over seeds, paired differences, the table for people, and the figure.
+
+Beside our own panels stands the paper's figure (PIRL, arXiv 1912.01991) as far as its numbers are known: its figures
+were published as pictures, so that only what its tables and text say can be drawn.
+"""
+
+import dataclasses
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy import stats
+
+CONFIDENCE = 0.95
+UNSHOWN = "no difference shown"
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """A mean of differences seed by seed, and the ends of its confidence interval; both None for one seed."""
+
+  mean: float
+  low: float | None
+  high: float | None
+
+  @property
+  def verdict(self) -> str:
+    """Returns in words whether the interval leaves out 0."""
+    if self.low is None:
+      return "one seed, no interval"
+    return UNSHOWN if self.low <= 0 <= self.high else "difference shown"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One figure of a point of the study.
+
+  Attributes:
+    series, x: of the point; `x` may be empty.
+    figure: name of the figure.
+    layer: the layer that it is of, or "".
+    values: one a seed.
+    difference: to the reference point; None without one, and at the reference itself.
+  """
+
+  series: str
+  x: str
+  figure: str
+  layer: str
+  values: tuple[float, ...]
+  difference: Difference | None = None
+
+  @property
+  def label(self) -> str:
+    """Returns SERIES X, the name of the point."""
+    return f"{self.series} {self.x}".strip()
+
+  @property
+  def mean(self) -> float:
+    """Returns the mean over the seeds."""
+    return statistics.fmean(self.values)
+
+  @property
+  def std(self) -> float | None:
+    """Returns the standard deviation over the seeds, with divisor their number less one; None for one seed."""
+    return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns all of it as JSON values."""
+    difference = self.difference and {**dataclasses.asdict(self.difference), "verdict": self.difference.verdict}
+    return {**dataclasses.asdict(self), "mean": self.mean, "std": self.std, "num_seeds": len(self.values),
+            "difference": difference}
+
+
+def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
+  """Returns the mean of values[i] - reference[i] and its 95 % interval by Student's t.
+
+  It takes the differences as draws from one normal distribution, and knows nothing of other comparisons: of twenty
+  such intervals one may be expected to miss.
+
+  Args:
+    values: one a seed.
+    reference: of the same seeds.
+  """
+  differences = [value - other for value, other in zip(values, reference, strict=True)]
+  mean = statistics.fmean(differences)
+  if len(differences) < 2:
+    return Difference(mean, None, None)
+  quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
+  half = quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+  return Difference(mean, mean - half, mean + half)
+
+
+def format_table(title: str, cells: Sequence[Cell], *, reference: str, share: bool) -> str:
+  """Returns lines of text: for each figure a row for each point.
+
+  Args:
+    title: the first line.
+    cells: at least one.
+    reference: label of the point that the others are compared with, or "".
+    share: the figures are shares, shown in per cent; else plain numbers.
+  """
+  lines = [title, f"{_spread(cells)}{', %' if share else ''}"]
+  if reference:
+    lines.append(f"against {reference}: mean difference seed by seed [{CONFIDENCE:.0%} interval, each for itself]")
+  width = max(len(cell.label) for cell in cells)
+  figures = list(dict.fromkeys(cell.figure for cell in cells))
+  for figure in figures:
+    lines.append(f"  {figure}")
+    for cell in cells:
+      if cell.figure == figure:
+        spread = "" if cell.std is None else f" +- {_number(cell.std, share):<5}"
+        lines.append(f"    {cell.label:<{width}}  {_number(cell.mean, share):>6}{spread}"
+                     f"  {_against(cell, reference, share)}".rstrip())
+  return "\n".join(lines)
+
+
+def _spread(cells):
+  num_seeds = len(cells[0].values)
+  return f"mean +- standard deviation over {num_seeds} seeds" if num_seeds > 1 else "one seed"
+
+
+def _against(cell, reference, share):
+  found = cell.difference
+  if found is None:
+    return "reference" if cell.label == reference else ""
+  text = _number(found.mean, share, sign="+")
+  if found.low is not None:
+    text += f" [{_number(found.low, share, sign='+')}, {_number(found.high, share, sign='+')}]"
+  return f"{text}  {found.verdict}" if found.low is None or found.verdict == UNSHOWN else text
+
+
+def _number(value, share, sign=""):
+  return f"{100 * value:{sign}.1f}" if share else f"{value:{sign}.3f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """Some values: a line of the panel, or one of its bars or intervals.
+
+  Attributes:
+    x: numbers, or names; a bar or interval stands under its own name instead.
+    y: as many numbers.
+    error: half the height of the error bar or band, as many numbers; None: none.
+  """
+
+  x: Sequence[float] | Sequence[str]
+  y: Sequence[float]
+  error: Sequence[float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+  """One of the axes of the figure.
+
+  Attributes:
+    title: says the data and the network.
+    y_label: says what an error bar is, too.
+    kind: "lines", "bands" (lines with a band about them), "bars" or "intervals" (about a line at 0).
+    lines: by name.
+    x_label: of the axis.
+    log_x: whether the axis of x is logarithmic.
+    note: below the axes.
+  """
+
+  title: str
+  y_label: str
+  kind: str
+  lines: Mapping[str, Line]
+  x_label: str = ""
+  log_x: bool = False
+  note: str = ""
+
+
+LAYERS = ("conv1", "res2", "res3", "res4", "res5")
+IMAGENET = "paper, ImageNet, ResNet-50"
+DERIVED = ("derived: the model of table 5, 400 epochs and 4,096 negatives;\n"
+           "the paper shows the other points in its picture alone")
+
+PAPER = {
+  "lambda": Panel(IMAGENET, "linear top-1, %", "lines", {"PIRL (derived)": Line([0.5], [62.2])},
+                  "lambda, weight of the pretext term", note=DERIVED),
+  "permutations": Panel(
+    "paper, ImageNet then VOC07, ResNet-50", "SVM mean average precision, %", "lines",
+    {"PIRL (derived)": Line([362_880], [79.8])}, "number of permutations", log_x=True, note=DERIVED),
+  "negatives": Panel(IMAGENET, "linear top-1, %", "lines", {"PIRL (derived)": Line([4_096], [62.2])},
+                     "number of negatives", log_x=True, note=DERIVED),
+  "pretext": Panel(
+    IMAGENET, "linear top-1 of the best layer, %", "bars",
+    {"PIRL (Jigsaw)": Line([""], [62.2]), "PIRL (Rotation)": Line([""], [60.2]),
+     "PIRL (Rotation + Jigsaw)": Line([""], [63.1]), "NPID++": Line([""], [59.0]), "Jigsaw": Line([""], [45.7]),
+     "RotNet": Line([""], [48.9]), "Random": Line([""], [13.7])},
+    note="PIRL: table 5, 400 epochs, 4,096 negatives;\nNPID++: table 2, 800 epochs, 32,000 negatives;\n"
+         "Jigsaw, RotNet: table 2; Random: res2 of table 7"),
+  "layers": Panel(
+    IMAGENET, "linear top-1, %", "lines",
+    {"PIRL": Line(LAYERS, [6.2, 30.0, 40.1, 56.6, 63.6]), "Jigsaw": Line(LAYERS, [12.4, 28.0, 39.9, 45.7, 34.2]),
+     "NPID++": Line(LAYERS, [6.6, 27.4, 38.5, 53.1, 59.0]), "Random": Line(LAYERS, [9.6, 13.7, 12.0, 8.0, 5.6])},
+    "layer", note="table 7"),
+}
+"""The paper's side of the studies. Of figure 4 (distances) no number is known, and it has no study of the draw."""
+
+
+def lines_panel(cells: Sequence[Cell], *, title: str, figure: str, x_label: str, log_x: bool, share: bool) -> Panel:
+  """Returns a line for each series, over the layers where the cells have some, else over `x` (a number).
+
+  Args:
+    cells: of one figure, or of one in each layer.
+    title: of the panel.
+    figure: name of the figure.
+    x_label: of the axis.
+    log_x: whether it is logarithmic.
+    share: the figures are shares, shown in per cent.
+  """
+  lines = {}
+  for series in dict.fromkeys(cell.series for cell in cells):
+    found = [cell for cell in cells if cell.series == series]
+    if not found[0].layer:
+      found.sort(key=lambda cell: float(cell.x))
+    lines[series] = Line([cell.layer or float(cell.x) for cell in found], *_heights(found, share))
+  return Panel(title, _y_label(figure, cells, share), "lines", lines, x_label, log_x)
+
+
+def bars_panels(cells: Sequence[Cell], *, title: str, reference: str, share: bool) -> list[Panel]:
+  """Returns a bar for each point, and where there are several seeds the differences to the reference beside them.
+
+  Args:
+    cells: of one figure.
+    title: of the panels.
+    reference: label of a point, or "".
+    share: the figures are shares, shown in per cent.
+  """
+  scale = 100 if share else 1
+  bars = {cell.label: Line([""], *_heights([cell], share)) for cell in cells}
+  panels = [Panel(title, _y_label(cells[0].figure, cells, share), "bars", bars)]
+  if reference and len(cells[0].values) > 1:
+    intervals = {}
+    for cell in cells:
+      mean, high = (cell.difference.mean, cell.difference.high) if cell.difference else (0, 0)
+      intervals[cell.label] = Line([""], [mean * scale], [(high - mean) * scale])
+    panels.append(Panel(title, f"difference to {reference}{', points' if share else ''}\n"
+                        f"(mean over the seeds, {CONFIDENCE:.0%} interval)", "intervals", intervals))
+  return panels
+
+
+def distances_panel(matched: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str, x_label: str) -> Panel:
+  """Returns the density of the distances of each point, with the standard deviation over its seeds as a band.
+
+  Args:
+    matched: by label of the point, for each seed the histogram: `counts` and the `edges` of its bins.
+    title: of the panel.
+    x_label: of the axis.
+  """
+  lines = {}
+  for label, seeds in matched.items():
+    edges = np.array(seeds[0]["edges"])
+    densities = [np.array(one["counts"]) / np.sum(one["counts"]) / np.diff(edges) for one in seeds]
+    lines[label] = Line((edges[1:] + edges[:-1]) / 2, np.mean(densities, axis=0),
+                        np.std(densities, axis=0, ddof=1) if len(seeds) > 1 else None)
+  return Panel(title, f"density\n({_seeds(len(seeds))})", "bands", lines, x_label)
+
+
+def _heights(cells, share):
+  """Returns means and standard deviations (None for one seed)."""
+  scale = 100 if share else 1
+  several = len(cells[0].values) > 1
+  return [scale * cell.mean for cell in cells], [scale * cell.std for cell in cells] if several else None
+
+
+def _y_label(figure, cells, share):
+  return f"{figure}{', %' if share else ''}\n({_seeds(len(cells[0].values))})"
+
+
+def _seeds(number):
+  return f"mean and standard deviation over {number} seeds" if number > 1 else "one seed"
+
+
+def save_panels(path: str | os.PathLike, title: str, panels: Sequence[Panel]) -> None:
+  """Writes a figure with the panels side by side, each with axes of its own.
+
+  Args:
+    path: the file, its ending says the format; its folder is created.
+    title: above all of them.
+    panels: at least one.
+  """
+  figure = Figure(figsize=(5.6 * len(panels), 4.6), layout="constrained")
+  FigureCanvasAgg(figure)  # draws without a display and without pyplot's list of open figures
+  figure.suptitle(title)
+  all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  for axes, panel in zip(all_axes, panels, strict=True):
+    _draw(axes, panel)
+    if panel.kind == "lines" and all(len(line.x) == 1 for line in panel.lines.values()):
+      axes.sharex(all_axes[0])  # so that a point alone has its place
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=120)
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+  for place, (name, line) in enumerate(panel.lines.items()):
+    if panel.kind == "bars":
+      bars = axes.bar([place], line.y, yerr=line.error, capsize=4, color=f"C{place}")
+      axes.bar_label(bars, fmt="%.1f", label_type="center", color="white")
+    elif panel.kind == "intervals":
+      axes.errorbar([place], line.y, yerr=line.error, fmt="o", capsize=4, color=f"C{place}")
+    elif panel.kind == "bands":
+      (drawn,) = axes.plot(line.x, line.y, label=name)
+      if line.error is not None:
+        axes.fill_between(line.x, np.subtract(line.y, line.error), np.add(line.y, line.error), alpha=0.2,
+                          color=drawn.get_color())
+    else:
+      alone = len(line.x) == 1
+      axes.errorbar(line.x, line.y, yerr=line.error, label=name, marker="*" if alone else "o", capsize=3,
+                    markersize=14 if alone else 4)
+      if alone:
+        axes.annotate(f"{line.y[0]:g}", (line.x[0], line.y[0]), textcoords="offset points", xytext=(-8, 5),
+                      ha="right")
+  if panel.kind in ("bars", "intervals"):
+    axes.set_xticks(range(len(panel.lines)), panel.lines, rotation=30, ha="right")
+  else:
+    axes.legend()
+  if panel.kind == "intervals":
+    axes.axhline(0, color="black", linewidth=0.8)
+  if panel.log_x:
+    axes.set_xscale("log")
+  axes.set_title(panel.title)
+  axes.set_ylabel(panel.y_label)
+  axes.set_xlabel("\n".join(filter(None, (panel.x_label, panel.note))))
+  axes.grid(alpha=0.3)

@@ -1,0 +1,177 @@
+"""The step of Jigsaw, RotNet and the supervised baseline: loss by hand, and the same on any number of devices."""
+
+import functools
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pirl_jax import memory_bank
+from pirl_jax import mesh as mesh_lib
+from pirl_jax.checkpoints import Checkpoints
+from pirl_jax.errors import UserError
+from pirl_jax.models.heads import ClassHead, PatchesClassHead
+from pirl_jax.models.network import Network
+from pirl_jax.models.resnet import create_resnet
+from pirl_jax.optimizer import create_optimizer
+from pirl_jax.prediction_step import make_prediction_step
+from pirl_jax.state import create_state
+from pirl_jax.step import view_keys
+from pirl_jax.views.jigsaw import Jigsaw
+from pirl_jax.views.photometric import Recipe
+from pirl_jax.views.two_views import make_views
+
+N, B, CLASSES, ORDERS = 43, 16, 4, 6
+SEED, RATE = 7, 0.1
+FLIP_ONLY = Recipe(brightness=0, contrast=0, saturation=0, hue=0, group_probability=0, grayscale_probability=0)
+JIGSAW = Jigsaw(crop_size=12, crop_scale=(0.6, 1.0), grid=2, patch_size=5, num_permutations=ORDERS)
+SYSTEMS = ("covariant", "supervised")
+OPTIMIZER = create_optimizer(optax.constant_schedule(RATE), momentum=0.9, weight_decay=0.0)
+LAYOUT = memory_bank.create_layout(N, num_devices=8, num_negatives=0)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def make_batch(system, step, *, broken=()):
+  rng = np.random.default_rng(step)
+  index = rng.permutation(N)[:B].astype(np.int32)
+  crop = "pretext_crop" if system == "covariant" else "image_crop"
+  return {crop: rng.integers(0, 256, (B, 12, 12, 3), dtype=np.uint8), "index": index,
+          "label": np.where(index % 5 == 0, -1, index % CLASSES).astype(np.int32), "valid": ~np.isin(index, broken)}
+
+
+def parts(system):
+  """Returns (network, views_fn, inputs for init)."""
+  trunk = create_resnet("resnet8", stem="3x3s2")
+  if system == "covariant":
+    views_fn = make_views(JIGSAW, recipe=FLIP_ONLY, pretext_recipe=FLIP_ONLY)
+    return Network(trunk, pretext_head=PatchesClassHead(ORDERS)), views_fn, (None, jnp.zeros((1, 4, 5, 5, 3)))
+  views_fn = make_views(None, recipe=FLIP_ONLY, pretext_recipe=FLIP_ONLY)
+  return Network(trunk, image_head=ClassHead(CLASSES)), views_fn, (jnp.zeros((1, 12, 12, 3)), None)
+
+
+def make_state(system, num_devices):
+  network, _, inputs = parts(system)
+  return create_state(SEED, network, OPTIMIZER, LAYOUT, mesh=mesh_lib.create_mesh(num_devices), dim=8,
+                      bank_dtype=jnp.float32, inputs=inputs, with_bank=False)
+
+
+def broken_of(system):
+  """Returns a picture of the first batch that has a label."""
+  batch = make_batch(system, 0)
+  return int(batch["index"][batch["label"] >= 0][3]),
+
+
+@functools.cache  # compiling costs seconds, and several tests look at the same run
+def run(system, num_devices):
+  """Returns the states after each of two steps, the start included, and the metrics of each step, on the host."""
+  network, views_fn, _ = parts(system)
+  mesh = mesh_lib.create_mesh(num_devices)
+  step = make_prediction_step(network.with_batch_norm_axis(mesh_lib.AXIS), OPTIMIZER, views_fn, LAYOUT, mesh)
+  state = make_state(system, num_devices)
+  states, metrics = [jax.device_get(state)], []
+  for i in range(2):
+    state, figures = step(state, jax.device_put(make_batch(system, i, broken=broken_of(system)), mesh_lib.split(mesh)))
+    states.append(jax.device_get(state))
+    metrics.append(jax.device_get(figures))
+  return states, metrics
+
+
+def forward(system, params, batch_stats, batch):
+  """Returns the logits f32[B, L] of the first step, the labels and the moved batch statistics."""
+  network, views_fn, _ = parts(system)
+  image, pretext, transform = views_fn(view_keys(SEED, 0, jnp.asarray(batch["index"])), batch.get("image_crop"),
+                                       batch.get("pretext_crop"))
+  outputs, updated = network.apply({"params": params, "batch_stats": batch_stats}, image, pretext, train=True,
+                                   mutable=["batch_stats"])
+  (logits,) = (output for output in outputs if output is not None)
+  return logits, batch["label"] if transform is None else transform, updated["batch_stats"]
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_loss_top1_and_gradient_of_the_first_step_by_hand(system):
+  broken = broken_of(system)
+  states, metrics = run(system, 1)
+  start, batch = states[0], make_batch(system, 0, broken=broken)
+  logits, labels, batch_stats = jax.device_get(jax.jit(partial(forward, system))(
+    start.params, start.batch_stats, batch))
+  assert (batch["label"] == -1).any() and not batch["valid"].all()
+  losses, hits = [], []
+  for row, label, valid, given in zip(logits.astype(np.float64), labels, batch["valid"], batch["label"], strict=True):
+    if valid and (system == "covariant" or given >= 0):  # a transform has a label for every picture
+      losses.append(math.log(sum(math.exp(x) for x in row)) - row[label])
+      hits.append(max(range(len(row)), key=lambda i: row[i]) == label)  # noqa: B023, used at once
+  assert len(losses) == (B - 1 if system == "covariant" else np.count_nonzero(batch["label"] >= 0) - 1)
+  assert set(metrics[0]) == {"loss", "top1"}
+  np.testing.assert_allclose(metrics[0]["loss"], np.mean(losses), rtol=1e-5)
+  np.testing.assert_allclose(metrics[0]["top1"], np.mean(hits), rtol=1e-6)
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), states[1].batch_stats, batch_stats)
+
+  counts = batch["valid"] & (labels >= 0)
+  def dense(params):
+    log_p = jax.nn.log_softmax(forward(system, params, start.batch_stats, batch)[0])
+    return -jnp.mean(log_p[jnp.arange(B), np.maximum(labels, 0)], where=counts)
+  gradient = jax.device_get(jax.jit(jax.grad(dense))(start.params))
+  found = jax.tree.map(lambda a, b: (a - b) / RATE, start.params, states[1].params)
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(gradient))
+  jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5 * largest), found, gradient)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_step_is_the_same_on_one_device_and_on_eight(system):
+  one, eight = (run(system, n) for n in (1, 8))
+  # Only the order of the sums differs.
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), one, eight)
+  last = one[0][-1]
+  assert last.step == 2 and not last.usable[LAYOUT.row_of(broken_of(system)[0])] and last.usable.sum() == N - 1
+  # The statistics of the head's batch norm move, too.
+  names = {jax.tree_util.keystr(path, simple=True, separator="/")
+           for path, x in jax.tree_util.tree_leaves_with_path(jax.tree.map(np.subtract, last.batch_stats,
+                                                                           one[0][0].batch_stats)) if np.abs(x).max()}
+  assert len(names) == len(jax.tree.leaves(last.batch_stats))
+  assert ("pretext_head/bn/mean" in names) == (system == "covariant")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_state_without_a_bank_comes_back_on_another_number_of_devices(system, tmp_path):
+  (_, _, last), _ = run(system, 8)
+  assert last.bank is None and last.normaliser is None
+  heads = {"trunk", "pretext_head" if system == "covariant" else "image_head"}
+  assert set(last.params) == heads
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(2, last, {}, knn_top1=None)
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    like = jax.eval_shape(lambda: make_state(system, 1))
+    restored = checkpoints.restore(2, like, mesh_lib.create_mesh(2))
+    with pytest.raises(UserError, match="without a memory bank"):
+      checkpoints.restore_bank(2, LAYOUT)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), last)
+
+
+def test_head_of_the_covariant_jigsaw_by_hand():
+  """Linear, batch norm over batch and patches, ReLU, patches side by side, linear; in float64."""
+  rng = np.random.default_rng(0)
+  features = rng.normal(size=(6, 4, 3)).astype(np.float32)
+  head = PatchesClassHead(5)
+  variables = jax.device_get(head.init(jax.random.key(0), features))
+  variables = jax.tree.map(lambda x: x + 0.2 * np.abs(rng.normal(size=x.shape)).astype(np.float32), variables)
+  params, stats = variables["params"], variables["batch_stats"]["bn"]
+  logits, updated = head.apply(variables, features, train=True, mutable=["batch_stats"])
+
+  def by_hand(mean, variance):
+    joined = relu((hidden - mean) / np.sqrt(variance + 1e-5) * params["bn"]["scale"] + params["bn"]["bias"])
+    return joined.reshape(6, 4_000) @ params["logits"]["kernel"].astype(np.float64) + params["logits"]["bias"]
+
+  def relu(x):
+    return np.maximum(x, 0)
+
+  hidden = features.astype(np.float64) @ params["patch"]["kernel"] + params["patch"]["bias"]  # [6, 4, 1000]
+  mean, variance = hidden.reshape(24, 1000).mean(axis=0), hidden.reshape(24, 1000).var(axis=0)
+  np.testing.assert_allclose(logits, by_hand(mean, variance), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(updated["batch_stats"]["bn"]["mean"], 0.9 * stats["mean"] + 0.1 * mean, atol=1e-5)
+  np.testing.assert_allclose(head.apply(variables, features), by_hand(stats["mean"], stats["var"]), rtol=1e-4,
+                             atol=1e-4)
