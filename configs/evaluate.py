@@ -1,4 +1,4 @@
-"""Evaluation: python launch.py --config=configs/evaluate.py:PROTOCOL --config.checkpoint=RUN[,RUN...]
+"""Evaluation: python launch.py --config=configs/evaluate.py:PROTOCOL --config.checkpoint=RUN[,RUN...], or RUN+RUN
 
 A protocol with another source's settings is a variant of it (`linear_moco`). docs/evaluation.md says which protocol
 answers which question.
@@ -16,7 +16,8 @@ def get_base() -> ConfigDict:
   config.job = "evaluate"  # what launch.py does with this config
   config.protocol = ""
   config.name = ""  # of the result files, results/NAME.json; another name keeps what is there
-  config.checkpoint = ""  # the run's folder; several, with commas between them, give one table and one plot
+  # The run's folder. Several with commas between them give one table and one plot; with pluses they are an ensemble.
+  config.checkpoint = ""
   config.step = 0  # of the checkpoint; 0: the newest
   config.seed = 0  # of everything random in the evaluation
 
@@ -28,8 +29,8 @@ def get_base() -> ConfigDict:
   data.split = placeholder(str)  # of the training pictures
   data.test_split = placeholder(str)  # of the held-out pictures
   data.labels = placeholder(str)  # folder: "folder" takes the sub-folders as classes
-  data.num_images = placeholder(int)  # embedded: how many training pictures to draw
-  data.test_num_images = placeholder(int)  # embedded: how many held-out pictures
+  data.num_images = placeholder(int)  # embedded: how many training pictures to draw; else so many at random, 0: all
+  data.test_num_images = placeholder(int)  # the same of held-out pictures
   data.image_size = placeholder(int)  # pixels, side of the pictures as the network sees them
   data.crop_fraction = placeholder(float)  # share of the shorter side that the centre crop keeps
   data.batch_size = placeholder(int)  # test pictures at a time, over all devices
@@ -61,6 +62,15 @@ def linear(config: ConfigDict) -> None:
   linear.head = "bn"  # before the linear layer: "bn" (no scale or shift), "bn_affine", "plain" (none)
   linear.image_scale = (0.08, 1.0)  # share of the picture's area that the random crop covers
   linear.cached = False  # features taken once, without augmentation; for small data
+
+
+def linear_ensemble(config: ConfigDict) -> None:
+  """For an ensemble, --config.checkpoint=A+B: twice the epochs.
+
+  The paper's PIRL-ens. has "longer" training of its linear layers; how much longer it does not tell.
+  """
+  linear(config)
+  config.linear.num_epochs = 56
 
 
 def linear_vissl(config: ConfigDict) -> None:
@@ -160,9 +170,10 @@ def semi_supervised_full(config: ConfigDict) -> None:
 
 
 def invariance(config: ConfigDict) -> None:
-  """Distances between f of an image and g of its transformed version: the paper's figure 4."""
+  """Distances between an image and its transformed version: the paper's figure 4."""
   config.invariance = invariance = ConfigDict()
   invariance.split = placeholder(str)  # "train" or "test" pictures; without a value test, where there are any
+  invariance.representation = "heads"  # f and g; "trunk": pooled features, for networks without f and g
   invariance.num_pictures = 2_000
   invariance.num_transforms = 10  # draws of t for each picture
   invariance.num_bins = 50  # of the histogram over [0, 2]
@@ -196,9 +207,9 @@ def voc07(config: ConfigDict) -> None:
 
 
 VARIANTS = {variant.__name__: variant for variant in (
-  knn, linear, linear_vissl, linear_small, linear_moco, linear_simclr, svm, svm_voc07, low_shot, low_shot_voc07,
-  semi_supervised, semi_supervised_vissl, semi_supervised_small, semi_supervised_full, invariance, retrieval,
-  features)}
+  knn, linear, linear_ensemble, linear_vissl, linear_small, linear_moco, linear_simclr, svm, svm_voc07, low_shot,
+  low_shot_voc07, semi_supervised, semi_supervised_vissl, semi_supervised_small, semi_supervised_full, invariance,
+  retrieval, features)}
 
 
 def get_config(variant: str = "") -> ConfigDict:

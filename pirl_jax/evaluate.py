@@ -19,16 +19,17 @@ import jax
 from ml_collections import ConfigDict
 
 from pirl_jax import mesh as mesh_lib
+from pirl_jax import system
 from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.data import sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import export, invariance, knn, linear, low_shot, retrieval, semi_supervised, svm
 from pirl_jax.evaluation.inputs import Pictures
-from pirl_jax.evaluation.layers import check_layers, layer_names
+from pirl_jax.evaluation.layers import check_layers, check_maps, layer_names
 from pirl_jax.evaluation.outcome import Outcome, format_table, save_plot
 from pirl_jax.logbook import flatten, write_json
 from pirl_jax.memory_bank import Layout
-from pirl_jax.runs import Run, open_runs
+from pirl_jax.runs import Run, Subject, open_subjects
 from pirl_jax.views.two_views import make_views
 
 SMALL_PICTURES = 96
@@ -38,17 +39,20 @@ DATA_FIELDS = ("source", "name", "root", "split", "test_split", "labels", "num_i
 """Of `config.data`: which pictures. They come from the run together, or not at all."""
 
 DATA_DEFAULTS = {"name": "", "root": "", "split": "train", "test_split": "test", "labels": "folder",
-                 "num_images": 4_096, "test_num_images": 1_024}
+                 "num_images": 0, "test_num_images": 0}
 """Of the fields that are not given beside a source."""
+
+EMBEDDED_DEFAULTS = DATA_DEFAULTS | {"num_images": 4_096, "test_num_images": 1_024}
+"""The same for drawn pictures, of which there is no natural number."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """One run under one protocol: all that an adapter in `PROTOCOLS` reads.
+  """One run, or ensemble, under one protocol: all that an adapter in `PROTOCOLS` reads.
 
   Attributes:
     config: of the evaluation.
-    run: what is judged.
+    subject: what is judged.
     data: the fields `DATA_FIELDS`, resolved.
     train, test: the pictures; `test` is None where there are none.
     open_split: opens any other split of the same data.
@@ -58,7 +62,7 @@ class Evaluation:
   """
 
   config: ConfigDict
-  run: Run
+  subject: Subject
   data: dict[str, Any]
   train: Pictures
   test: Pictures | None
@@ -72,6 +76,18 @@ class Evaluation:
     """Returns the protocol's own group of the config."""
     return self.config[self.config.protocol]
 
+  def single_run(self) -> Run:
+    """Returns the run, for what needs more of it than features.
+
+    Raises:
+      UserError: it is an ensemble.
+    """
+    if self.subject.is_ensemble:
+      folders = ",".join(str(run.folder) for run in self.subject.runs)
+      raise UserError(f"{self.config.protocol} as asked for needs the weights, heads or memory bank of one run, and "
+                      f"{self.subject.label} is an ensemble; give its runs one by one, --config.checkpoint={folders}")
+    return self.subject.runs[0]
+
   def labelled_test(self) -> Pictures:
     """Returns the held-out pictures.
 
@@ -79,7 +95,7 @@ class Evaluation:
       UserError: there are none.
     """
     if self.test is None:
-      raise UserError(f"{self.config.protocol} needs held-out pictures, and {self.run.label} was trained without a "
+      raise UserError(f"{self.config.protocol} needs held-out pictures, and {self.subject.label} was trained without a "
                       "held-out split; name one with --config.data.test_split=...")
     return self.test
 
@@ -91,28 +107,35 @@ class Evaluation:
       raise UserError(f"{field}={choice!r} is not possible: choose train or test")
     return self.train if choice == "train" else self.labelled_test()
 
-  def layers(self, given: str, field: str) -> tuple[str, ...]:
-    """Returns the layers named in a config field, with commas between them; all of the trunk where it is empty.
+  def layers(self) -> tuple[str, ...]:
+    """Returns the layers named in the protocol's group, with commas between them.
+
+    Where none is named: the whole trunk; for SVMs the pooled features of small pictures, and else every map.
 
     Raises:
-      UserError: the network has no such layer.
+      UserError: the network has no such layer, or an ensemble cannot put its maps side by side.
     """
-    network = self.run.model.network
-    layers = tuple(part.strip() for part in given.split(",")) if given else layer_names(network)
-    check_layers(network, layers, field=field)
+    model = self.subject.model
+    name = "layers" if "layers" in self.settings else "layer"
+    given, field = self.settings[name], f"{self.config.protocol}.{name}"
+    if name == "layer":
+      layers = (given,)
+    elif given:
+      layers = tuple(part.strip() for part in given.split(","))
+    else:
+      layers = layer_names(model.network)
+      if self.config.protocol in ("svm", "low_shot"):
+        layers = ("pooled",) if self.train.image_size <= SMALL_PICTURES else layers[:-1]
+    check_layers(model.network, layers, field=field)
+    check_maps(model.network, model.variables, layers, image_size=self.train.image_size, field=field)
     return layers
-
-  def svm_layers(self, given: str, field: str) -> tuple[str, ...]:
-    """Returns the layers for SVMs: without a name the pooled one for small pictures, else every map of the trunk."""
-    if given:
-      return self.layers(given, field)
-    return ("pooled",) if self.train.image_size <= SMALL_PICTURES else layer_names(self.run.model.network)[:-1]
 
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Judges the checkpoints of `config` and writes result, table and plot.
 
-  One run's results go into its folder (or `workdir`), those of several into `workdir`, by default runs/compare.
+  One run's results go into its folder (or `workdir`), those of an ensemble A+B into runs/A+B, those of a comparison
+  into runs/compare.
 
   Raises:
     UserError: the config, a checkpoint or the data does not allow it. Nothing has been compiled or written.
@@ -121,24 +144,19 @@ def run(config: ConfigDict, workdir: str) -> None:
   if not re.fullmatch(r"[A-Za-z0-9_.\-]+", config.name):
     raise UserError(f"config.name={config.name!r} becomes part of file names: letters, digits, _ . - only")
   mesh = mesh_lib.create_mesh()
-  runs = open_runs(config.checkpoint, config.step, mesh)
-  open_once = functools.cache(open_pictures)  # several runs are judged on the same pictures
-  evaluations = [prepare(config, run, mesh, open_once, workdir, len(runs)) for run in runs]
+  subjects = open_subjects(config.checkpoint, config.step, mesh)
+  check_same_pictures({run.label: data_of(config, run) for subject in subjects for run in subject.runs})
+  open_once = functools.cache(open_pictures)
+  evaluations = [prepare(config, subject, mesh, open_once, workdir, len(subjects)) for subject in subjects]
   first = evaluations[0]
-  for other in evaluations[1:]:
-    if other.data != first.data:
-      field = next(name for name in DATA_FIELDS if other.data[name] != first.data[name])
-      raise UserError(f"the runs have different pictures (data.{field}: {first.data[field]!r} in {first.run.label}, "
-                      f"{other.data[field]!r} in {other.run.label}); name those to judge both on, "
-                      "--config.data.source=... and so on")
-  settings = {evaluation.run.label: settings_of(evaluation) for evaluation in evaluations}
+  settings = {evaluation.subject.label: settings_of(evaluation) for evaluation in evaluations}
   result_path = first.output.with_name(first.output.name + ".json")
   older_step = check_same_settings(result_path, settings)
 
   outcomes = {}
   for evaluation in evaluations:
-    label = evaluation.run.label
-    print(f"{config.protocol} of {evaluation.run.folder}, step {evaluation.run.step}")
+    label = evaluation.subject.label
+    print(f"{config.protocol} of {evaluation.subject.checkpoint}, step {evaluation.subject.step}")
     outcomes[label] = measure(evaluation)
   if older_step is not None and jax.process_index() == 0:
     older = result_path.with_name(f"{dated_name(config, first.data, older_step)}.json")
@@ -152,7 +170,9 @@ def run(config: ConfigDict, workdir: str) -> None:
 def data_of(config: ConfigDict, run: Run) -> dict[str, Any]:
   """Returns the fields `DATA_FIELDS` of the pictures to judge `run` on: given ones, and else the run's own."""
   given = {name: config.data[name] for name in DATA_FIELDS if config.data[name] is not None}
-  return _full_root((own_data(run) if config.data.source is None else DATA_DEFAULTS) | given)
+  if config.data.source is None:
+    return _full_root(own_data(run) | given)
+  return _full_root((EMBEDDED_DEFAULTS if config.data.source == "embedded" else DATA_DEFAULTS) | given)
 
 
 def own_data(run: Run) -> dict[str, Any]:
@@ -166,20 +186,37 @@ def _full_root(data):
   return {**data, "root": os.path.abspath(os.path.expanduser(data["root"])) if data["root"] else ""}
 
 
-def prepare(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, open_fn: Callable, workdir: str,
-            num_runs: int) -> Evaluation:
-  """Returns the evaluation of one run: its pictures are opened and all is checked, but nothing computed or written.
+def check_same_pictures(data: dict[str, dict[str, Any]]) -> None:
+  """Raises UserError unless all runs, by their labels, are judged on the same pictures."""
+  (label, first), *others = data.items()
+  for other_label, other in others:
+    for field in DATA_FIELDS:
+      if other[field] != first[field]:
+        raise UserError(f"the runs have different pictures (data.{field}: {first[field]!r} in {label}, "
+                        f"{other[field]!r} in {other_label}); name those to judge both on, "
+                        "--config.data.source=... and so on")
 
-  `open_fn` is `open_pictures`, or that with a memory.
+
+def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """Returns `image_size`, `crop_fraction`, `batch_size` and `num_threads` of `Pictures`: given ones, else the run's.
 
   Raises:
-    UserError: something does not fit.
+    UserError: one is out of range, or the runs of an ensemble have seen pictures of different sizes.
   """
-  data = data_of(config, run)
-  own, held_out = run.meta["config"]["data"], run.meta["config"]["evaluate"]
-  sizes = {"image_size": own["image_size"], "crop_fraction": held_out["crop_fraction"],
-           "batch_size": held_out["batch_size"], "num_threads": own["num_threads"]}
-  sizes |= {name: config.data[name] for name in sizes if config.data[name] is not None}
+  def sizes_of_run(run):
+    own, held_out = run.meta["config"]["data"], run.meta["config"]["evaluate"]
+    sizes = {"image_size": own["image_size"], "crop_fraction": held_out["crop_fraction"],
+             "batch_size": held_out["batch_size"], "num_threads": own["num_threads"]}
+    return sizes | {name: config.data[name] for name in sizes if config.data[name] is not None}
+
+  first, *others = subject.runs
+  sizes = sizes_of_run(first)
+  for other in others:
+    for name in ("image_size", "crop_fraction"):
+      if (value := sizes_of_run(other)[name]) != sizes[name]:
+        raise UserError(f"the networks of {subject.label} look at the same picture, and data.{name} is {sizes[name]} "
+                        f"in {first.label} and {value} in {other.label}; give one, "
+                        f"--config.data.{name}={sizes[name]}")
   if config.data.batch_size is None:  # the run's, which may have been on another number of devices
     sizes["batch_size"] = -(-sizes["batch_size"] // mesh.size) * mesh.size
   if sizes["batch_size"] % mesh.size or sizes["batch_size"] < 1:
@@ -190,6 +227,20 @@ def prepare(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, open_fn: Call
       raise UserError(f"data.{name}={sizes[name]} is not possible: a whole number from 1 is needed")
   if not 0 < sizes["crop_fraction"] <= 1:
     raise UserError(f"data.crop_fraction={sizes['crop_fraction']} is not possible: it lies in (0, 1]")
+  return sizes
+
+
+def prepare(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_fn: Callable, workdir: str,
+            num_subjects: int) -> Evaluation:
+  """Returns the evaluation of one subject: its pictures are opened and all is checked, but nothing computed or written.
+
+  `open_fn` is `open_pictures`, or that with a memory: several subjects are judged on the same pictures.
+
+  Raises:
+    UserError: something does not fit.
+  """
+  data = data_of(config, subject.runs[0])
+  sizes = sizes_of(config, subject, mesh)
 
   def open_split(split, class_names=None, num_images=data["num_images"]):
     source = open_fn(data["source"], data["name"], data["root"], split, data["labels"], sizes["image_size"],
@@ -200,13 +251,14 @@ def prepare(config: ConfigDict, run: Run, mesh: jax.sharding.Mesh, open_fn: Call
   test = None
   if data["test_split"]:
     test = open_split(data["test_split"], train.source.class_names or None, data["test_num_images"])
-  folder = Path(workdir) if workdir else run.folder if num_runs == 1 else Path("runs/compare")
-  output = folder / "results" / result_name(config, run, data)
-  evaluation = Evaluation(config, run, data, train, test, open_split, mesh, Path(), output)
+  folder = Path(workdir) if workdir else subject.folder if num_subjects == 1 else Path("runs/compare")
+  output = folder / "results" / result_name(config, subject, data)
+  evaluation = Evaluation(config, subject, data, train, test, open_split, mesh, Path(), output)
+  PROTOCOLS[config.protocol].check(evaluation)
   digest = hashlib.sha256(json.dumps(settings_of(evaluation), sort_keys=True).encode()).hexdigest()[:12]
   return dataclasses.replace(
     evaluation, snapshots=output.parent / "unfinished" / f"{output.name}-{digest}",
-    output=output if num_runs == 1 else output.with_name(config.name))
+    output=output if num_subjects == 1 else output.with_name(config.name))
 
 
 def open_pictures(source: str, name: str, root: str, split: str, labels: str, image_size: int, num_images: int,
@@ -218,16 +270,16 @@ def open_pictures(source: str, name: str, root: str, split: str, labels: str, im
   return pictures
 
 
-def result_name(config: ConfigDict, run: Run, data: dict[str, Any]) -> str:
+def result_name(config: ConfigDict, subject: Subject, data: dict[str, Any]) -> str:
   """Returns the name of the result file, without ending: NAME, or NAME-DATA-STEP for other data or an older step."""
   # Labels for pictures that the run had without do not make other pictures of them.
-  other_data = any(data[name] != own for name, own in own_data(run).items() if name != "labels")
-  if not other_data and run.newest:
+  other_data = any(data[name] != own for run in subject.runs for name, own in own_data(run).items() if name != "labels")
+  if not other_data and subject.newest:
     return config.name
-  return dated_name(config, data, run.step)
+  return dated_name(config, data, subject.step)
 
 
-def dated_name(config: ConfigDict, data: dict[str, Any], step: int) -> str:
+def dated_name(config: ConfigDict, data: dict[str, Any], step: int | str) -> str:
   """Returns NAME-DATA-STEP."""
   name = data["name"] or Path(data["root"]).name or data["source"]
   return f"{config.name}-{re.sub(r'[^A-Za-z0-9_.]+', '_', name)}-{step}"
@@ -246,14 +298,16 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
     "test_fingerprint": test.source.fingerprint if test else None,
     "image_size": evaluation.train.image_size,
     "crop_fraction": evaluation.train.crop_fraction,
-    "step": evaluation.run.step,
-    "run_config": evaluation.run.meta["config"],
+    "step": evaluation.subject.step,
+    "run_config": evaluation.subject.config,
   }
+  if evaluation.subject.is_ensemble:
+    settings["ensemble"] = [run.label for run in evaluation.subject.runs]
   return json.loads(json.dumps(settings))  # tuples are lists from now on, as in the stored file
 
 
-def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int | None:
-  """Returns the step of the result at `path`, if it is the same evaluation of one run at another step, else None.
+def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int | str | None:
+  """Returns the step of the result at `path`, if it is the same evaluation of one subject at another step, else None.
 
   Raises:
     UserError: there is a result of the same name with other settings: it would be lost.
@@ -305,13 +359,13 @@ def finish(config: ConfigDict, evaluations: Sequence[Evaluation], settings: dict
   first = evaluations[0]
   device = jax.devices()[0]
   results = {
-    evaluation.run.label: {
-      "checkpoint": str(evaluation.run.folder), "step": evaluation.run.step,
-      "figures": outcomes[evaluation.run.label].figures, "settings": settings[evaluation.run.label]}
+    (label := evaluation.subject.label): {
+      "checkpoint": evaluation.subject.checkpoint, "step": evaluation.subject.step,
+      "figures": outcomes[label].figures, "settings": settings[label]}
     for evaluation in evaluations}
   write_json(path, {
     "protocol": config.protocol, "seed": config.seed, "devices": f"{jax.device_count()} x {device.device_kind}",
-    "jax": jax.__version__, **(results[first.run.label] if len(results) == 1 else {"runs": results})})
+    "jax": jax.__version__, **(results[first.subject.label] if len(results) == 1 else {"runs": results})})
   written = [path]
   if all(outcome.curve for outcome in outcomes.values()):
     plot = path.with_suffix(".png")
@@ -331,17 +385,16 @@ def finish(config: ConfigDict, evaluations: Sequence[Evaluation], settings: dict
 def measure_knn(evaluation: Evaluation) -> Outcome:
   """Returns kNN figures on one layer."""
   knn_ = evaluation.settings
-  (layer,) = evaluation.layers(knn_.layer, "knn.layer")
-  return knn.measure_knn(evaluation.run.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
+  (layer,) = evaluation.layers()
+  return knn.measure_knn(evaluation.subject.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
                          layer=layer, k=knn_.k, temperature=knn_.temperature)
 
 
 def measure_linear(evaluation: Evaluation) -> Outcome:
   """Returns linear classifiers on the layers."""
-  given = with_epochs(evaluation.settings)
-  layers = evaluation.layers(given.pop("layers"), "linear.layers")
+  given = with_epochs(evaluation.settings) | {"layers": evaluation.layers()}
   return linear.measure_linear(
-    evaluation.run.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh, layers=layers, **given,
+    evaluation.subject.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh, **given,
     seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots)
 
 
@@ -354,8 +407,8 @@ def measure_svm(evaluation: Evaluation) -> Outcome:
   """Returns linear SVMs on the layers."""
   given = evaluation.settings
   return svm.measure_svm(
-    evaluation.run.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
-    layers=evaluation.svm_layers(given.layers, "svm.layers"), costs=costs(given.costs, "svm.costs"),
+    evaluation.subject.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
+    layers=evaluation.layers(), costs=costs(given.costs, "svm.costs"),
     num_folds=given.num_folds, seed=evaluation.config.seed)
 
 
@@ -363,8 +416,8 @@ def measure_low_shot(evaluation: Evaluation) -> Outcome:
   """Returns linear SVMs on a few examples a class."""
   given = evaluation.settings
   return low_shot.measure_low_shot(
-    evaluation.run.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
-    layers=evaluation.svm_layers(given.layers, "low_shot.layers"), costs=costs(given.costs, "low_shot.costs"),
+    evaluation.subject.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
+    layers=evaluation.layers(), costs=costs(given.costs, "low_shot.costs"),
     shots=tuple(given.shots), num_draws=given.num_draws, seed=evaluation.config.seed)
 
 
@@ -383,46 +436,61 @@ def costs(name: str, field: str) -> tuple[float, ...]:
 def measure_semi_supervised(evaluation: Evaluation) -> Outcome:
   """Returns fine-tuning on shares of the labels."""
   return semi_supervised.measure_semi_supervised(
-    evaluation.run.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
+    evaluation.single_run().model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
     **with_epochs(evaluation.settings), seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots)
 
 
 def measure_invariance(evaluation: Evaluation) -> Outcome:
-  """Returns distances between f of an image and g of its transformed version."""
-  given, stored = evaluation.settings, evaluation.run.meta["config"]
+  """Returns distances between an image and its transformed version."""
+  given, run = evaluation.settings, evaluation.single_run()
+  pretext = system.pretext_of(run.meta["config"])
   return invariance.measure_invariance(
-    evaluation.run.model, evaluation.either(given.split, "invariance.split"), mesh=evaluation.mesh,
-    views_fn=make_views(recipe=invariance.NO_AUGMENTATION, pretext=stored["pretext"], **stored["jigsaw"]),
-    pretext_size=stored["data"]["pretext_size"], num_pictures=given.num_pictures,
-    num_transforms=given.num_transforms, num_bins=given.num_bins, seed=evaluation.config.seed)
+    run.model, evaluation.either(given.split, "invariance.split"), mesh=evaluation.mesh,
+    views_fn=make_views(pretext, recipe=invariance.NO_AUGMENTATION, pretext_recipe=invariance.NO_AUGMENTATION),
+    pretext_size=pretext.crop_size, representation=given.representation,
+    num_pictures=given.num_pictures, num_transforms=given.num_transforms, num_bins=given.num_bins,
+    seed=evaluation.config.seed)
+
+
+def check_invariance(evaluation: Evaluation) -> None:
+  """Raises UserError for an ensemble, or a network that has no such representation."""
+  invariance.check_representation(evaluation.single_run().model.network, evaluation.settings.representation)
 
 
 def measure_retrieval(evaluation: Evaluation) -> Outcome:
   """Returns nearest neighbours of some pictures."""
-  given, meta = evaluation.settings, evaluation.run.meta
-  (layer,) = evaluation.layers(given.layer, "retrieval.layer")
+  given = evaluation.settings
+  (layer,) = evaluation.layers()
   queries = evaluation.either(given.queries, "retrieval.queries")
   bank = None
-  if given.gallery not in ("features", "bank"):
-    raise UserError(f"retrieval.gallery={given.gallery!r} is not possible: choose features or bank")
   if given.gallery == "bank":
-    if evaluation.train.source.fingerprint != meta["data"]:
-      raise UserError(f"the bank of {evaluation.run.label} is of other pictures than those given "
-                      f"({meta['data']!r}, and now {evaluation.train.source.fingerprint!r}); "
-                      "use --config.retrieval.gallery=features")
-    with Checkpoints(evaluation.run.folder / "checkpoints", keep=1) as checkpoints:
-      bank = checkpoints.restore_bank(evaluation.run.step, Layout(meta["num_images"], meta["num_strata"]))
+    run = evaluation.single_run()
+    with Checkpoints(run.folder / "checkpoints", keep=1) as checkpoints:
+      bank = checkpoints.restore_bank(run.step, Layout(run.meta["num_images"], run.meta["num_strata"]))
   return retrieval.measure_retrieval(
-    evaluation.run.model, evaluation.train, queries, mesh=evaluation.mesh, layer=layer, bank=bank,
+    evaluation.subject.model, evaluation.train, queries, mesh=evaluation.mesh, layer=layer, bank=bank,
     num_queries=given.num_queries, num_shown=given.num_shown, num_neighbours=given.num_neighbours,
     seed=evaluation.config.seed, same_split=queries is evaluation.train,
     picture_path=beside(evaluation, "neighbours", "png"))
 
 
+def check_retrieval(evaluation: Evaluation) -> None:
+  """Raises UserError for an unknown layer or gallery, or a memory bank that is not there or of other pictures."""
+  evaluation.layers()
+  gallery = evaluation.settings.gallery
+  if gallery not in ("features", "bank"):
+    raise UserError(f"retrieval.gallery={gallery!r} is not possible: choose features or bank")
+  if gallery == "bank":
+    run, given = evaluation.single_run(), evaluation.train.source.fingerprint
+    if given != run.meta["data"]:
+      raise UserError(f"the bank of {run.label} is of other pictures than those given ({run.meta['data']!r}, and now "
+                      f"{given!r}); use --config.retrieval.gallery=features")
+
+
 def export_features(evaluation: Evaluation) -> Outcome:
   """Writes the features of some splits, and returns what was written."""
   given = evaluation.settings
-  (layer,) = evaluation.layers(given.layer, "features.layer")
+  (layer,) = evaluation.layers()
   data = evaluation.data
   known = {data["split"]: evaluation.train}
   if evaluation.test is not None:  # without a held-out split its name is that of a whole folder, ""
@@ -431,7 +499,7 @@ def export_features(evaluation: Evaluation) -> Outcome:
   pictures = {split: known.get(split) or evaluation.open_split(split) for split in splits}
   found = {
     split: export.export_features(
-      evaluation.run.model, part, mesh=evaluation.mesh, layer=layer, format=given.format,
+      evaluation.subject.model, part, mesh=evaluation.mesh, layer=layer, format=given.format,
       path=beside(evaluation, re.sub(r"[^A-Za-z0-9_.]+", "_", split) or "all", given.format))
     for split, part in pictures.items()}
   return Outcome(
@@ -442,17 +510,24 @@ def export_features(evaluation: Evaluation) -> Outcome:
 
 
 def beside(evaluation: Evaluation, what: str, ending: str) -> Path:
-  """Returns the path of a further file of one run's evaluation, beside its result file."""
+  """Returns the path of a further file of one subject's evaluation, beside its result file."""
   several = evaluation.config.checkpoint.strip(", ").count(",") > 0
-  run = re.sub(r"[^A-Za-z0-9_.]+", "_", evaluation.run.label) + "-" if several else ""
-  return evaluation.output.with_name(f"{evaluation.output.name}-{run}{what}.{ending}")
+  label = re.sub(r"[^A-Za-z0-9_.+]+", "_", evaluation.subject.label) + "-" if several else ""
+  return evaluation.output.with_name(f"{evaluation.output.name}-{label}{what}.{ending}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """How a protocol is run: `measure` takes an `Evaluation`; `share`: its table is in per cent."""
+  """How a protocol is run.
+
+  Attributes:
+    measure: takes an `Evaluation`.
+    check: takes it before anything is measured, and raises UserError where the network is none for it.
+    share: whether its table is in per cent.
+  """
 
   measure: Callable[[Evaluation], Outcome]
+  check: Callable[[Evaluation], Any] = Evaluation.layers
   share: bool = True
 
 
@@ -461,8 +536,8 @@ PROTOCOLS = {
   "linear": Protocol(measure_linear),
   "svm": Protocol(measure_svm),
   "low_shot": Protocol(measure_low_shot),
-  "semi_supervised": Protocol(measure_semi_supervised),
-  "invariance": Protocol(measure_invariance, share=False),
-  "retrieval": Protocol(measure_retrieval),
+  "semi_supervised": Protocol(measure_semi_supervised, check=Evaluation.single_run),
+  "invariance": Protocol(measure_invariance, check=check_invariance, share=False),
+  "retrieval": Protocol(measure_retrieval, check=check_retrieval),
   "features": Protocol(export_features, share=False),
 }

@@ -1,5 +1,6 @@
 """The evaluation job: runs, pictures, result files, and every mistake a user can make. The protocols have own files."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,16 +14,19 @@ import configs.evaluate
 from configs import pirl
 from pirl_jax import evaluate, pretrain
 from pirl_jax import mesh as mesh_lib
-from pirl_jax.checkpoints import Checkpoints
+from pirl_jax.checkpoints import FORMAT, Checkpoints
 from pirl_jax.errors import UserError
-from pirl_jax.runs import open_runs
+from pirl_jax.evaluation.inputs import Model
+from pirl_jax.models.network import Network
+from pirl_jax.models.resnet import create_resnet
+from pirl_jax.runs import Run, Subject, check_same_layers, open_subjects
 
 
 def small_run(folder, *, seed=0, num_epochs=2, **data):
   config = pirl.get_config()
   config.update(seed=seed, num_epochs=num_epochs, batch_size=32, num_negatives=32)
-  config.data.update(num_images=128, image_size=16, pretext_size=18, **data)
-  config.jigsaw.patch_size = 5
+  config.data.update(num_images=128, image_size=16, **data)
+  config.jigsaw.update(crop_size=18, patch_size=5)
   config.model.dim = 16
   config.optimizer.learning_rate = 0.1
   config.checkpoint.every_steps = 4
@@ -100,11 +104,138 @@ def test_several_runs_give_one_table_and_one_plot_and_leave_their_folders_alone(
   assert f"{result['runs']['b']['figures']['top1']:.1%}" in table[0]
 
 
+# Ensembles.
+
+def test_an_ensemble_stands_beside_its_runs_in_one_table(runs, tmp_path, capsys):
+  checkpoint = f"{runs[0]},{runs[1]},{runs[0]}+{runs[1]}"
+  evaluate.run(config_of("linear", checkpoint, **QUICK["linear"], linear__layers="res4,pooled"), str(tmp_path))
+  found = result_of(tmp_path, "linear")["runs"]
+  assert list(found) == ["a", "b", "a+b"]
+  layers = {label: result["figures"]["layers"] for label, result in found.items()}
+  for layer in ("res4", "pooled"):
+    assert layers["a+b"][layer]["dim"] == layers["a"][layer]["dim"] + layers["b"][layer]["dim"]
+  assert found["a+b"]["checkpoint"] == f"{runs[0]}+{runs[1]}" and found["a+b"]["step"] == "8+8"
+  assert found["a+b"]["settings"]["run_config"] == {
+    label: found[label]["settings"]["run_config"] for label in ("a", "b")}
+  header, *rows = capsys.readouterr().out.split("linear, ")[-1].splitlines()[1:]
+  assert header.split() == ["a", "b", "a+b"]
+  best = next(row for row in rows if row.startswith("  best layer, top-1"))
+  assert best.split()[-1] == f"{found['a+b']['figures']['top1']:.1%}"
+
+
+@pytest.mark.parametrize("protocol, dim", [
+  ("knn", "dim"), ("svm", "layers.pooled.dim"), ("low_shot", "layers.pooled.dim"), ("retrieval", "dim")])
+def test_protocols_of_features_judge_an_ensemble(runs, tmp_path, monkeypatch, protocol, dim):
+  monkeypatch.chdir(tmp_path)
+  evaluate.run(config_of(protocol, f"{runs[0]}+{runs[1]}", **QUICK[protocol]), "")
+  result = result_of(tmp_path / "runs" / "a+b", protocol)
+  assert result["settings"]["ensemble"] == ["a", "b"] and result["step"] == "8+8"
+  assert not (tmp_path / "runs" / "a+b" / "results" / "unfinished").exists()
+  assert evaluate.flatten(result["figures"])[dim] == 2 * 64
+
+
+def test_what_is_exported_of_an_ensemble_is_what_its_runs_have_side_by_side(runs, tmp_path):
+  names = f"{runs[0]},{runs[1]},{runs[0]}+{runs[1]}"
+  evaluate.run(config_of("features", names), str(tmp_path))
+  a, b, both = (np.load(tmp_path / "results" / f"features-{label}-test.npz")["features"]
+                for label in ("a", "b", "a+b"))
+  assert np.abs(a - b).max() > 0.01
+  np.testing.assert_allclose(both, np.concatenate([a, b], axis=1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant, fields, said", [
+  ("semi_supervised", {}, "semi_supervised as asked for needs .* and a.b is an ensemble"),
+  ("invariance", {"invariance__representation": "trunk"}, "invariance as asked for needs .* and a.b is an ensemble"),
+  ("retrieval", {"retrieval__gallery": "bank"}, "retrieval as asked for needs .* memory bank .* a.b is an ensemble"),
+  ("knn", {"knn__layer": "embedding"}, "knn.layer names the layer 'embedding'; this ensemble has conv1"),
+  ("linear", {"linear__layers": "res4,embedding"}, "linear.layers names the layer 'embedding'; this ensemble has"),
+])
+def test_what_needs_more_than_features_refuses_an_ensemble_before_anything_is_judged(runs, tmp_path, monkeypatch,
+                                                                                     variant, fields, said):
+  monkeypatch.setattr(evaluate, "measure", lambda _: pytest.fail("judged the first run"))
+  with pytest.raises(UserError, match=said):
+    evaluate.run(config_of(variant, runs[0], f"{runs[0]}+{runs[1]}", **fields), str(tmp_path / "both"))
+  assert not (tmp_path / "both").exists()
+
+
+@pytest.mark.parametrize("group, field", [("data", "image_size"), ("evaluate", "crop_fraction")])
+def test_the_runs_of_an_ensemble_see_pictures_of_one_size(runs, tmp_path, monkeypatch, group, field):
+  real = Checkpoints.read_meta
+
+  def read_meta(self, step):
+    meta = real(self, step)
+    if meta["config"]["seed"] == 1:
+      meta["config"][group][field] = {"image_size": 24, "crop_fraction": 0.5}[field]
+    return meta
+
+  monkeypatch.setattr(Checkpoints, "read_meta", read_meta)
+  given = {"image_size": 16, "crop_fraction": 0.9}[field]
+  with pytest.raises(UserError, match=rf"data.{field} is .* in a and .* in b; give one, --config.data.{field}="):
+    evaluate.run(config_of("knn", f"{runs[0]}+{runs[1]}", **QUICK["knn"]), str(tmp_path))
+  evaluate.run(config_of("knn", f"{runs[0]}+{runs[1]}", **QUICK["knn"], **{f"data__{field}": given}), str(tmp_path))
+  assert result_of(tmp_path, "knn")["settings"][field] == given
+
+
+def test_the_runs_of_an_ensemble_are_judged_on_the_same_pictures(runs, tmp_path, monkeypatch):
+  real = Checkpoints.read_meta
+
+  def read_meta(self, step):
+    meta = real(self, step)
+    meta["config"]["data"]["split"] = "other" if meta["config"]["seed"] else "train"
+    return meta
+
+  monkeypatch.setattr(Checkpoints, "read_meta", read_meta)
+  with pytest.raises(UserError, match="data.split: 'train' in a, 'other' in b"):
+    evaluate.run(config_of("knn", f"{runs[0]}+{runs[1]}", **QUICK["knn"]), str(tmp_path))
+
+
+def test_the_networks_of_an_ensemble_need_the_same_layers():
+  def run_of(label, arch):
+    return Run(label, None, 8, True, {}, Model(Network(create_resnet(arch), None, None), {}))
+
+  check_same_layers(Subject((run_of("a", "resnet18"), run_of("b", "resnet50"))))
+  with pytest.raises(UserError, match=r"a\+b: .* a has conv1, .* res4, res5, pooled, b conv1, .*res4, pooled$"):
+    check_same_layers(Subject((run_of("a", "resnet18"), run_of("b", "resnet8"))))
+
+
+def test_an_ensemble_does_not_replace_the_result_of_a_run_nor_of_another_ensemble(runs, tmp_path):
+  evaluate.run(config_of("knn", runs[0], **QUICK["knn"]), str(tmp_path))
+  with pytest.raises(UserError, match=r"ensemble=None, and now it is \['a', 'b'\]; --config\.name=NAME keeps both"):
+    evaluate.run(config_of("knn", f"{runs[0]}+{runs[1]}", **QUICK["knn"]), str(tmp_path))
+  evaluate.run(config_of("knn", f"{runs[0]}+{runs[1]}", name="both", **QUICK["knn"]), str(tmp_path))
+  with pytest.raises(UserError, match=r"ensemble=\['a', 'b'\], and now it is \['b', 'a'\]; --config\.name=NAME"):
+    evaluate.run(config_of("knn", f"{runs[1]}+{runs[0]}", name="both", **QUICK["knn"]), str(tmp_path))
+
+
+def test_a_plus_may_be_in_the_name_of_a_run(run):
+  folder = run.with_name("a+b")
+  run.rename(folder)
+  for name in (folder, folder / "checkpoints"):
+    (subject,) = open_subjects(str(name), 0, mesh_lib.create_mesh(1))
+    assert subject.label == "a+b" and not subject.is_ensemble and subject.folder == folder
+
+
+def test_a_run_without_heads_f_and_g_is_refused_before_another_is_judged(runs, tmp_path, monkeypatch):
+  def without_head(*args, **kwargs):
+    subjects = open_subjects(*args, **kwargs)
+    model = subjects[1].model
+    bare = dataclasses.replace(model, network=model.network.clone(pretext_head=None))
+    return [subjects[0], Subject((dataclasses.replace(subjects[1].runs[0], model=bare),))]
+
+  monkeypatch.setattr(evaluate, "open_subjects", without_head)
+  with monkeypatch.context() as patch, pytest.raises(UserError, match="--config.invariance.representation=trunk"):
+    patch.setattr(evaluate, "measure", lambda _: pytest.fail("judged the first run"))
+    evaluate.run(config_of("invariance", *runs, **QUICK["invariance"]), str(tmp_path))
+  evaluate.run(config_of("invariance", *runs, **QUICK["invariance"], invariance__representation="trunk"), str(tmp_path))
+  found = result_of(tmp_path, "invariance")["runs"]
+  assert {label: result["figures"]["representation"] for label, result in found.items()} == {"a": "trunk", "b": "trunk"}
+
+
 def test_an_interrupted_comparison_does_not_judge_the_first_run_again(runs, tmp_path, monkeypatch):
   judged, real = [], evaluate.PROTOCOLS["knn"].measure
 
   def measure(evaluation):
-    judged.append(evaluation.run.label)
+    judged.append(evaluation.subject.label)
     if len(judged) == 2:
       raise KeyboardInterrupt
     return real(evaluation)
@@ -155,6 +286,9 @@ def test_when_the_run_has_gone_on_the_result_of_the_earlier_step_keeps_a_name_of
   ("{run}/results", "not the folder of a run"),
   ("{run}/checkpoints/4", "--config.step=4"),
   ("{run},{run}", "twice"),
+  ("{run}+{run}", "twice"),
+  ("{run}+", "nothing on one side of a plus"),
+  ("{run}+{run}/nothing", "run/nothing: there is no such folder"),
 ])
 def test_what_is_no_run(run, checkpoint, said):
   (run / "results").mkdir()
@@ -215,12 +349,12 @@ def test_pictures_without_labels_are_refused(run, tmp_path, protocol):
 
 
 def stored_variables(folder, step=8):
-  (run,) = open_runs(str(folder), step, mesh_lib.create_mesh(1))
-  return run.model.variables
+  (subject,) = open_subjects(str(folder), step, mesh_lib.create_mesh(1))
+  return subject.model.variables
 
 
 def test_the_restored_network_is_the_trained_one_on_any_number_of_devices(run):
-  one, (eight,) = stored_variables(run), open_runs(str(run), 0, mesh_lib.create_mesh(8))
+  one, (eight,) = stored_variables(run), open_subjects(str(run), 0, mesh_lib.create_mesh(8))
   jax.tree.map(np.testing.assert_array_equal, one, eight.model.variables)
   older = stored_variables(run, step=4)
   changed = [not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(older), strict=True)]
@@ -256,7 +390,7 @@ def test_a_checkpoint_of_another_program(run, meta):
   shutil.rmtree(run / "checkpoints" / "8" / "meta")
   if meta == "foreign":
     manager = CheckpointManager(run / "foreign" / "checkpoints")
-    manager.save(8, args=args.Composite(meta=args.JsonSave({"format": 1, "made_by": "something else"})))
+    manager.save(8, args=args.Composite(meta=args.JsonSave({"format": FORMAT, "made_by": "something else"})))
     manager.close()
     run = run / "foreign"
   with pytest.raises(UserError, match="checkpoints/8 is not a checkpoint of this program"):

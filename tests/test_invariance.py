@@ -13,12 +13,16 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.invariance import NO_AUGMENTATION, measure_invariance
 from pirl_jax.mesh import create_mesh
-from pirl_jax.models.network import create_network
+from pirl_jax.models.heads import ImageHead, PatchesHead
+from pirl_jax.models.network import Network
+from pirl_jax.models.resnet import create_resnet
 from pirl_jax.step import view_keys
+from pirl_jax.views.jigsaw import Jigsaw
 from pirl_jax.views.two_views import make_views, normalise
 
-NETWORK = create_network(arch="resnet8", width=1, stem="3x3s2", head="linear", dim=8, dtype="float32")
-VIEWS = make_views(recipe=NO_AUGMENTATION, pretext="jigsaw", grid=3, patch_size=5)
+NETWORK = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(8), PatchesHead(8))
+VIEWS = make_views(Jigsaw(crop_size=18, crop_scale=(0.6, 1.0), grid=3, patch_size=5), recipe=NO_AUGMENTATION,
+                   pretext_recipe=NO_AUGMENTATION)
 
 
 class Textures(TextureSource):
@@ -42,8 +46,8 @@ def model():
 
 def measure(model, *, num_devices=1, source=None, batch_size=8, **changes):
   pictures = Pictures(source or Textures(21), 16, 0.8, batch_size, 0)
-  arguments = {"views_fn": VIEWS, "pretext_size": 18, "num_pictures": 13, "num_transforms": 3, "num_bins": 40,
-               "seed": 5}
+  arguments = {"views_fn": VIEWS, "pretext_size": 18, "representation": "heads", "num_pictures": 13,
+               "num_transforms": 3, "num_bins": 40, "seed": 5}
   return measure_invariance(model, pictures, mesh=create_mesh(num_devices), **(arguments | changes))
 
 
@@ -51,18 +55,35 @@ def unit(x):
   return np.float64(x) / np.linalg.norm(np.float64(x))
 
 
-def loop(model, source, index, *, num_transforms=3, seed=5):
+def embed_heads(model):
+  """Returns embed(image, patches) -> f and g of one picture."""
+  forward = jax.jit(lambda *views: NETWORK.apply(model.variables, *views, train=False))
+  return lambda image, patches: [emb[0] for emb in forward(image, patches)]
+
+
+def embed_trunk(model):
+  """Returns embed(image, patches) -> features, pooled by hand from the last map, a patch at a time, in float64."""
+  forward = jax.jit(lambda x: NETWORK.apply(model.variables, x, method="features")["res4"])
+
+  def pooled(x):
+    return np.float64(forward(x))[0].mean(axis=(0, 1))
+
+  return lambda image, patches: (pooled(image), sum(pooled(patches[:, i]) for i in range(9)) / 9)
+
+
+def loop(embed, source, index, *, num_transforms=3, seed=5):
   """Returns matched and mismatched distances, one picture and one transform at a time."""
+  views_fn = jax.jit(VIEWS)
   f, g = [], []
   for i in index:
     picture = source[i].image
     image = centre_crop(picture, size=16, fraction=0.8)
     crop = centre_crop(picture, size=18, fraction=0.8)
-    views = [VIEWS(view_keys(seed, draw, jnp.int32([i])), image[None], crop[None])[1] for draw in range(num_transforms)]
-    embed = [model.network.apply(model.variables, normalise(jnp.asarray(image[None])), view, train=False)
-             for view in views]
-    f.append(unit(embed[0][0][0]))
-    g.append([unit(pair[1][0]) for pair in embed])
+    views = [views_fn(view_keys(seed, draw, jnp.int32([i])), image[None], crop[None])[1]
+             for draw in range(num_transforms)]
+    pairs = [embed(normalise(jnp.asarray(image[None])), view) for view in views]
+    f.append(unit(pairs[0][0]))
+    g.append([unit(pair[1]) for pair in pairs])
   matched = [np.linalg.norm(f[i] - g[i][t]) for i in range(len(f)) for t in range(num_transforms)]
   other = [np.linalg.norm(f[i] - g[(i + 1) % len(f)][t]) for i in range(len(f)) for t in range(num_transforms)]
   return matched, other
@@ -73,7 +94,7 @@ def test_distances_are_those_of_a_plain_loop(model, damaged):
   source = Textures(21, damaged)
   index = shuffled(range(21), seed=5)[:13]
   figures = measure(model, source=source).figures
-  matched, mismatched = loop(model, source, [i for i in index if i not in damaged])
+  matched, mismatched = loop(embed_heads(model), source, [i for i in index if i not in damaged])
   for name, distances in (("matched", matched), ("mismatched", mismatched)):
     found = figures[name]
     assert found["mean"] == pytest.approx(np.mean(distances), rel=1e-4)
@@ -85,6 +106,23 @@ def test_distances_are_those_of_a_plain_loop(model, damaged):
   assert figures["separation"] == pytest.approx(expected, abs=1e-3)
   assert figures["num_broken"] == len(set(damaged) & set(index))
   assert figures["num_pictures"] + figures["num_broken"] == 13
+
+
+def test_trunks_of_networks_without_heads_are_those_of_a_plain_loop(model):
+  matched, mismatched = loop(embed_trunk(model), Textures(21), shuffled(range(21), seed=5)[:13])
+  separation = roc_auc_score([0] * len(matched) + [1] * len(mismatched), matched + mismatched)
+  bare = Model(NETWORK.clone(image_head=None, pretext_head=None), {
+    name: {"trunk": model.variables[name]["trunk"]} for name in ("params", "batch_stats")})
+  for num_devices in (1, 8):
+    outcome = measure(bare, num_devices=num_devices, representation="trunk")
+    for name, distances in (("matched", matched), ("mismatched", mismatched)):
+      found = outcome.figures[name]
+      assert found["mean"] == pytest.approx(np.mean(distances), rel=1e-4)
+      assert found["std"] == pytest.approx(np.std(distances), rel=1e-3)
+      assert (found["min"], found["max"]) == pytest.approx((min(distances), max(distances)), rel=1e-4)
+      assert found["max"] < 2**0.5
+    assert outcome.figures["separation"] == pytest.approx(separation, abs=1e-3)
+    assert outcome.figures["representation"] == "trunk" and "trunk" in outcome.curve.x_label
 
 
 def test_devices_batches_and_the_number_of_pictures_asked_change_nothing(model):
@@ -100,7 +138,7 @@ def test_devices_batches_and_the_number_of_pictures_asked_change_nothing(model):
 
 def test_views_differ_by_the_transform_alone():
   crop = jnp.full((1, 18, 18, 3), 77, jnp.uint8)
-  image, patches = VIEWS(view_keys(0, 0, jnp.int32([0])), jnp.full((1, 16, 16, 3), 200, jnp.uint8), crop)
+  image, patches, _ = jax.jit(VIEWS)(view_keys(0, 0, jnp.int32([0])), jnp.full((1, 16, 16, 3), 200, jnp.uint8), crop)
   np.testing.assert_allclose(image, normalise(jnp.full((1, 16, 16, 3), 200)), rtol=1e-6)
   np.testing.assert_allclose(patches[:, 0], normalise(jnp.full((1, 5, 5, 3), 77)), rtol=1e-6)
 
@@ -108,12 +146,16 @@ def test_views_differ_by_the_transform_alone():
 class OneVector:
   """Embeds everything alike."""
 
+  image_head = pretext_head = "any"
+
   def apply(self, variables, x, method):
     return jnp.ones((x.shape[0], 4)) + 0 * x.mean()
 
 
 class Knows:
   """Embeds image and patches by their mean colour: as invariant as can be."""
+
+  image_head = pretext_head = "any"
 
   def apply(self, variables, x, method):
     mean = x.mean(axis=tuple(range(1, x.ndim - 1)))
@@ -140,7 +182,15 @@ def test_a_collapsed_network_is_told_by_the_separation_and_an_invariant_one_too(
   ({"num_pictures": 0}, "invariance.num_pictures=0"), ({"num_transforms": 0}, "num_transforms"),
   ({"num_bins": 0}, "num_bins"), ({"num_pictures": 1}, "1 of 1 pictures"),
   ({"source": Textures(4, damaged=range(4))}, "0 of 4 pictures"),
+  ({"representation": "f"}, "representation='f' is not possible: choose from heads, trunk"),
 ])
 def test_what_cannot_be_measured(model, changes, said):
   with pytest.raises(UserError, match=said):
     measure(model, **changes)
+
+
+@pytest.mark.parametrize("missing", ["image_head", "pretext_head"])
+def test_without_a_head_the_trunk_is_the_way_out(model, missing):
+  bare = Model(NETWORK.clone(**{missing: None}), model.variables)
+  with pytest.raises(UserError, match="no heads f and g.*--config.invariance.representation=trunk"):
+    measure(bare)

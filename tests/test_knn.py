@@ -250,7 +250,7 @@ def test_nearest_of_fewer_references_than_k(num_devices):
 class Signs:
   """A network whose features are exact: 16 signs of a picture's pixels."""
 
-  trunk = types.SimpleNamespace(blocks=())
+  trunk, has_embedding = types.SimpleNamespace(blocks=()), True
 
   def apply(self, variables, image, method):
     del variables, method

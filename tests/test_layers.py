@@ -183,3 +183,10 @@ def test_a_layer_that_is_not_there(tiny):
   with pytest.raises(UserError, match="linear.layers names the layer 'res5'; this network has conv1, res2, res3, res4, "
                                       "pooled, embedding"):
     check_layers(network, ("res2", "res5"), field="linear.layers")
+
+
+def test_without_a_head_there_is_no_embedding(tiny):
+  network = tiny[0].clone(image_head=None)
+  check_layers(network, ("conv1", "res4", "pooled"), field="knn.layer")
+  with pytest.raises(UserError, match="knn.layer names the layer 'embedding'; this network has conv1, .*, pooled$"):
+    check_layers(network, ("embedding",), field="knn.layer")

@@ -13,7 +13,7 @@ from pirl_jax import losses, memory_bank
 from pirl_jax import mesh as mesh_lib
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
-from pirl_jax.models.resnet import create_resnet
+from pirl_jax.models.resnet import ResNet, create_resnet
 from pirl_jax.optimizer import create_optimizer
 from pirl_jax.state import create_state
 from pirl_jax.step import make_train_step, view_keys
@@ -48,8 +48,8 @@ def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, optimizer=None, 
           dtype=jnp.float32, num_negatives=K, negative_sampling="shared"):
   mesh = mesh_lib.create_mesh(num_devices)
   layout = memory_bank.create_layout(N, num_devices=num_devices, num_negatives=num_negatives)
-  network = Network(create_resnet("resnet8", stem="3x3s2", dtype=dtype), ImageHead(D),
-                    PatchesHead(D) if pretext_weight else None)
+  trunk = ResNet(blocks=(1,), bottleneck=False, channels=16, stem="3x3s2", dtype=dtype)  # little to compile
+  network = Network(trunk, ImageHead(D), PatchesHead(D) if pretext_weight else None)
   optimizer = optimizer or create_optimizer(optax.constant_schedule(0.05), momentum=0.9, weight_decay=1e-4)
   make_state = partial(create_state, 7, network, optimizer, layout, mesh=mesh, dim=D, bank_dtype=jnp.float32,
                        inputs=INPUTS if pretext_weight else (INPUTS[0], None))

@@ -1,4 +1,4 @@
-"""What every protocol is given: a restored network, and pictures under the test transform.
+"""What every protocol is given: a restored network, or an ensemble, and pictures under the test transform.
 
 Letters: B batch, H side in pixels.
 """
@@ -11,6 +11,7 @@ import numpy as np
 
 from pirl_jax.data import batches
 from pirl_jax.data.records import Source
+from pirl_jax.models.ensemble import Ensemble
 from pirl_jax.models.network import Network
 
 
@@ -19,12 +20,12 @@ class Model:
   """A network and its restored values.
 
   Attributes:
-    network: as the run built it; batch norm with running statistics unless a protocol trains it.
-    variables: {"params": ..., "batch_stats": ...}, whole on every device of the mesh.
+    network: as the run built it; batch norm with running statistics unless a protocol trains it. Or several as one.
+    variables: {"params": ..., "batch_stats": ...}, whole on every device of the mesh; of an ensemble a tuple of them.
   """
 
-  network: Network
-  variables: Mapping[str, Any]
+  network: Network | Ensemble
+  variables: Mapping[str, Any] | tuple[Mapping[str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """How far apart an image and its transformed version are represented (PIRL, figure 4).
 
-Letters: B batch, N pictures, T transforms of each, D embedding, H S sides in pixels.
+Letters: B batch, N pictures, T transforms of each, P views that a transform makes, D numbers of a vector, C those of
+trunk features, H S h w sides in pixels.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from sklearn.metrics import roc_auc_score
@@ -31,39 +33,54 @@ NO_AUGMENTATION = Recipe(brightness=0, contrast=0, saturation=0, hue=0, jitter_p
 LARGEST = 2.0
 """The distance of two opposite unit vectors."""
 
+AXES = {
+  "heads": "distance between f(image) and g(transformed image)",
+  "trunk": "distance between trunk features of image and transformed image",
+}
+"""Of the plot, by representation."""
+
 
 def measure_invariance(model: Model, pictures: Pictures, *, mesh: Mesh, views_fn: Callable, pretext_size: int,
-                       num_pictures: int, num_transforms: int, num_bins: int, seed: int) -> Outcome:
-  """Returns the distribution of the l2 distance, in [0, 2], between the unit vectors f(v_I) and g(v_It).
+                       representation: str, num_pictures: int, num_transforms: int, num_bins: int,
+                       seed: int) -> Outcome:
+  """Returns the distribution of the l2 distance, in [0, 2], between unit vectors of v_I and v_It.
 
-  v_I is the centre crop; v_It is made by `views_fn` of the same part of the picture, T times with other draws. A
-  network that gives everything one vector has small distances too, so the same is told of f of one picture and g of
-  another (the next one), and how the two distributions lie to each other.
+  v_I is the centre crop; v_It is made by `views_fn` of the same part of the picture, T times with other draws. With
+  "heads" the vectors are f(v_I) and g(v_It), as in the paper. With "trunk" they are the pooled features of v_I and the
+  mean of those of the P views of v_It, which every network has, whatever it was trained for. These follow a ReLU, are
+  never negative, and so never further apart than sqrt(2): a distance of heads and one of trunks do not compare.
+
+  A network that gives everything one vector has small distances too, so the same is told of one picture and the
+  transformed version of another (the next one), and how the two distributions lie to each other.
 
   The figures: `matched` and `mismatched`, each with `mean`, `std`, `min`, `max`, `median`, `counts` and `edges` of the
   histogram over [0, 2]; `separation`, the probability that a mismatched distance is larger than a matched one (area
-  under the ROC curve; 0.5 is chance); `num_pictures`, `num_transforms`, `num_broken`.
+  under the ROC curve; 0.5 is chance); `representation`, `num_pictures`, `num_transforms`, `num_broken`.
 
   Args:
-    model: the frozen network, heads included.
+    model: the frozen network.
     pictures: of which some are taken.
     mesh: the devices.
     views_fn: see `make_views`; with `NO_AUGMENTATION` the two views differ by the transform alone.
     pretext_size: S, side of the crop that it transforms.
+    representation: "heads" or "trunk".
     num_pictures: so many, chosen by `seed`, the same on every machine; all where there are fewer.
     num_transforms: T.
     num_bins: of the histogram.
     seed: of the choice and of the transforms, which depend on it, on their number and on the picture alone.
 
   Raises:
-    UserError: a number below 1, or fewer than two pictures that can be read.
+    UserError: the network does not have the representation, a number below 1, or fewer than two pictures that can be
+      read.
   """
+  check_representation(model.network, representation)
   for name, number in (("num_pictures", num_pictures), ("num_transforms", num_transforms), ("num_bins", num_bins)):
     if number < 1:
       raise UserError(f"invariance.{name}={number}; choose 1 or more")
   index = shuffled(range(len(pictures)), seed=seed)[:num_pictures]
   image_emb, pretext_emb, num_broken = _embed(model, pictures, index, mesh=mesh, views_fn=views_fn,
-                                              pretext_size=pretext_size, num_transforms=num_transforms, seed=seed)
+                                              pretext_size=pretext_size, representation=representation,
+                                              num_transforms=num_transforms, seed=seed)
   if len(image_emb) < 2:
     raise UserError(f"{len(image_emb)} of {len(index)} pictures can be read; distances to another one need two")
   matched = _distances(image_emb, pretext_emb)
@@ -73,20 +90,29 @@ def measure_invariance(model: Model, pictures: Pictures, *, mesh: Mesh, views_fn
 
   edges = np.linspace(0, LARGEST, num_bins + 1)
   figures = {"matched": _describe(matched, edges), "mismatched": _describe(mismatched, edges),
-             "separation": separation, "num_pictures": len(image_emb), "num_transforms": num_transforms,
-             "num_broken": num_broken}
+             "separation": separation, "representation": representation, "num_pictures": len(image_emb),
+             "num_transforms": num_transforms, "num_broken": num_broken}
   density = np.array(figures["matched"]["counts"]) / matched.size / (edges[1] - edges[0])
   return Outcome(
     figures,
     table={"mean distance": figures["matched"]["mean"], "standard deviation": figures["matched"]["std"],
            "mean distance to another picture": figures["mismatched"]["mean"], "separation (chance: 0.5)": separation},
-    curve=Curve("distance between f(image) and g(transformed image)", "density",
-                ((edges[1:] + edges[:-1]) / 2).tolist(), density.tolist()))
+    curve=Curve(AXES[representation], "density", ((edges[1:] + edges[:-1]) / 2).tolist(), density.tolist()))
 
 
-def _embed(model, pictures, index, *, mesh, views_fn, pretext_size, num_transforms, seed):
-  """Returns f f32[N, D] and g f32[N, T, D], unit vectors of the pictures that can be read, and how many cannot."""
-  embed = _make_embed(model.network, views_fn, mesh, num_transforms, seed)
+def check_representation(network: Network, representation: str) -> None:
+  """Raises UserError for an unknown representation, or one for which the network has no heads."""
+  if representation not in AXES:
+    raise UserError(f"invariance.representation={representation!r} is not possible: choose from {', '.join(AXES)}")
+  if representation == "heads" and (network.image_head is None or network.pretext_head is None):
+    raise UserError("this network was not trained to represent an image and its transformed version alike, it has no "
+                    "heads f and g; compare what its trunk gives: --config.invariance.representation=trunk")
+
+
+def _embed(model, pictures, index, *, mesh, views_fn, pretext_size, representation, num_transforms, seed):
+  """Returns f32[N, D] of images and f32[N, T, D] of transformed ones, unit vectors, of the pictures that can be read,
+  and how many cannot."""
+  embed = _make_embed(model.network, views_fn, mesh, representation, num_transforms, seed)
   variables = jax.device_put(model.variables, whole(mesh))
   chosen = dataclasses.replace(pictures, source=Subset(pictures.source, index))
   parts, num_broken = [], 0
@@ -107,22 +133,38 @@ def _embed(model, pictures, index, *, mesh, views_fn, pretext_size, num_transfor
 
 # Kept, so that runs of the same network go through one program.
 @functools.cache
-def _make_embed(network: Network, views_fn: Callable, mesh: Mesh, num_transforms: int, seed: int) -> Callable:
+def _make_embed(network: Network, views_fn: Callable, mesh: Mesh, representation: str, num_transforms: int,
+                seed: int) -> Callable:
   """Returns embed(variables, image u8[B, H, H, 3], crop u8[B, S, S, 3], number i32[B]) -> f32[B, D], f32[T, B, D]."""
+  embed_image, embed_pretext = {
+    "heads": ("embed_image", "embed_pretext"), "trunk": (_trunk_of_image, _trunk_of_pretext)}[representation]
+
   def device_embed(variables, image, crop, number):
     def transformed(draw):
-      image_view, pretext_view = views_fn(view_keys(seed, draw, number), image, crop)
-      return image_view, normalise(network.apply(variables, pretext_view, method="embed_pretext"))
+      image_view, pretext_view, _ = views_fn(view_keys(seed, draw, number), image, crop)
+      return image_view, normalise(network.apply(variables, pretext_view, method=embed_pretext))
 
     image_view, _ = transformed(0)
-    image_emb = normalise(network.apply(variables, image_view, method="embed_image"))
+    image_emb = normalise(network.apply(variables, image_view, method=embed_image))
     # One transform at a time: T times as many patches would not fit where a training batch does.
-    pretext_emb = jax.lax.map(lambda draw: transformed(draw)[1], jax.numpy.arange(num_transforms))
+    pretext_emb = jax.lax.map(lambda draw: transformed(draw)[1], jnp.arange(num_transforms))
     return image_emb, pretext_emb
 
   mapped = jax.shard_map(device_embed, mesh=mesh, in_specs=(WHOLE, SPLIT, SPLIT, SPLIT),
                          out_specs=(SPLIT, PartitionSpec(None, AXIS)))
   return jax.jit(mapped, out_shardings=whole(mesh))
+
+
+def _trunk_of_image(network, image):
+  """Returns f32[B, C] of f32[B, H, W, 3]."""
+  return network.features(image)["pooled"]
+
+
+def _trunk_of_pretext(network, pretext):
+  """Returns f32[B, C], the mean over the views, of f32[B, P, h, w, 3]."""
+  batch, views = pretext.shape[:2]
+  pooled = network.features(jnp.reshape(pretext, (batch * views, *pretext.shape[2:])))["pooled"]
+  return jnp.mean(jnp.reshape(pooled, (batch, views, -1)), axis=1)
 
 
 def _distances(image_emb, pretext_emb):

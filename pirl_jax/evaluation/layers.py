@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pirl_jax.errors import UserError
+from pirl_jax.models.ensemble import Ensemble
 from pirl_jax.models.network import Network
 
 EMBEDDING = "embedding"
@@ -43,17 +44,50 @@ CELLS = {(7, 4096): (2, 1)}
 """(H, C) of the map: rows and columns of cells, where vissl has no kernel but says how many (res5 of w2)."""
 
 
-def layer_names(network: Network) -> tuple[str, ...]:
+def layer_names(network: Network | Ensemble) -> tuple[str, ...]:
   """Returns the trunk's layers from the input to the output: "conv1", "res2", ..., "pooled"."""
-  return ("conv1", *(f"res{stage + 2}" for stage in range(len(network.trunk.blocks))), "pooled")
+  trunk = (network.networks[0] if isinstance(network, Ensemble) else network).trunk
+  return ("conv1", *(f"res{stage + 2}" for stage in range(len(trunk.blocks))), "pooled")
 
 
-def check_layers(network: Network, layers: Sequence[str], *, field: str) -> None:
+def has_embedding(network: Network | Ensemble) -> bool:
+  """Returns whether there is a layer "embedding"; of an ensemble there is none: each f has a space of its own."""
+  return not isinstance(network, Ensemble) and network.has_embedding
+
+
+def check_layers(network: Network | Ensemble, layers: Sequence[str], *, field: str) -> None:
   """Raises UserError, naming the config field, for a layer that the network does not have."""
-  known = (*layer_names(network), EMBEDDING)
+  names = layer_names(network)
   for layer in layers:
-    if layer not in known:
-      raise UserError(f"{field} names the layer {layer!r}; this network has {', '.join(known)}")
+    if layer not in names and not (layer == EMBEDDING and has_embedding(network)):
+      known = (*names, EMBEDDING) if has_embedding(network) else names
+      kind = "ensemble" if isinstance(network, Ensemble) else "network"
+      raise UserError(f"{field} names the layer {layer!r}; this {kind} has {', '.join(known)}")
+
+
+def check_maps(network: Network | Ensemble, variables: Any, layers: Sequence[str], *, image_size: int,
+               field: str) -> None:
+  """Raises UserError, naming the config field, for a layer of an ensemble whose pooled maps are not on the same grid.
+
+  Args:
+    network: if it is a single one, nothing is wrong.
+    variables: of the network; only their shapes matter.
+    layers: of the trunk.
+    image_size: H, in pixels.
+    field: of the config.
+  """
+  if not isinstance(network, Ensemble):
+    return
+  names, image = layer_names(network), jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+  maps = [jax.eval_shape(layer_features(member, names, flat=False), own, image)
+          for member, own in zip(network.networks, variables, strict=True)]
+  grids = {name: list(dict.fromkeys(found[name].shape[1:-1] for found in maps)) for name in names}
+  for layer in layers:
+    if len(grids[layer]) > 1:
+      sizes = " and ".join(" x ".join(map(str, grid)) for grid in grids[layer])
+      fitting = ", ".join(name for name in names if len(grids[name]) == 1)
+      raise UserError(f"{field}: the networks of the ensemble have {sizes} points in the pooled map of {layer} at "
+                      f"{image_size} pixels, which cannot be put side by side; choose from {fitting}")
 
 
 def pool(features: jax.Array) -> jax.Array:
@@ -82,19 +116,36 @@ def _adaptive_mean(x, axis, size):
 
 # Kept, so that whatever traces the function traces it once for runs of the same network.
 @functools.cache
-def layer_features(network: Network, layers: tuple[str, ...], *, flat: bool = True) -> Callable[
+def layer_features(network: Network | Ensemble, layers: tuple[str, ...], *, flat: bool = True) -> Callable[
     [Any, jax.Array], dict[str, jax.Array]]:
   """Returns forward_fn(variables, image f32[B, H, W, 3] normalised) -> {layer: f32[B, D]}, by the frozen network.
 
   The maps are pooled, see `pool`; with `flat` False they stay f32[B, h, w, C] ("pooled" and "embedding" are vectors in
-  any case, and neither is normalised).
+  any case, and neither is normalised). The channels of an ensemble are those of its networks, one after the other, each
+  map pooled by the rule for its own channels: D is the sum of theirs, and may be above `SIZE`.
   """
+  forward = _joint_maps(network, layers) if isinstance(network, Ensemble) else _maps(network, layers)
+  if not flat:
+    return forward
+  return lambda variables, image: {layer: x.reshape(x.shape[0], -1) for layer, x in forward(variables, image).items()}
+
+
+def _maps(network, layers):
   def forward(variables, image):
     found = network.apply(variables, image, method="features")
     if EMBEDDING in layers:
       found[EMBEDDING] = network.apply(variables, found["pooled"], method=lambda net, x: net.image_head(x))
-    maps = {layer: pool(found[layer]) if found[layer].ndim == 4 else found[layer].astype(jnp.float32)
+    return {layer: pool(found[layer]) if found[layer].ndim == 4 else found[layer].astype(jnp.float32)
             for layer in layers}
-    return {layer: x.reshape(x.shape[0], -1) if flat else x for layer, x in maps.items()}
+
+  return forward
+
+
+def _joint_maps(ensemble, layers):
+  member_fns = [_maps(network, layers) for network in ensemble.networks]
+
+  def forward(variables, image):
+    found = [member_fn(own, image) for member_fn, own in zip(member_fns, variables, strict=True)]
+    return {layer: jnp.concatenate([maps[layer] for maps in found], axis=-1) for layer in layers}
 
   return forward

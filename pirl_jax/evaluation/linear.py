@@ -42,6 +42,7 @@ from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import EMBEDDING, check_layers, layer_features, layer_names
 from pirl_jax.evaluation.outcome import Curve, Outcome
 from pirl_jax.mesh import AXIS, SPLIT, WHOLE, whole
+from pirl_jax.models.ensemble import Ensemble
 from pirl_jax.models.network import Network
 from pirl_jax.progress import Progress
 from pirl_jax.views.two_views import normalise
@@ -116,7 +117,7 @@ def measure_linear(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh,
   `learning_rate` after scaling.
 
   Args:
-    model: the frozen network.
+    model: the frozen network, or an ensemble; batch norm and linear layer are on all channels together.
     train: labelled pictures.
     test: labelled pictures of the same classes, judged by their centre crop.
     mesh: the devices; their number divides the batch, and changes nothing but rounding.
@@ -371,7 +372,8 @@ def _cached_maps(layers):
 
 # Kept, so that the test pictures of several runs of one network go through one program.
 @functools.cache
-def _logits_fn(network: Network, layers: tuple[str, ...]) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
+def _logits_fn(network: Network | Ensemble, layers: tuple[str, ...]) -> Callable[
+    [Any, jax.Array], dict[str, jax.Array]]:
   """Returns forward_fn(variables, image) -> {layer: f32[B, L]} with running statistics, see `stream_features`."""
   maps_fn = layer_features(network, layers, flat=False)
 
