@@ -33,6 +33,7 @@ from pirl_jax.optimizer import cosine_schedule, create_optimizer, step_schedule
 from pirl_jax.prediction_step import make_prediction_step
 from pirl_jax.state import TrainState, create_state
 from pirl_jax.step import make_train_step, view_keys
+from pirl_jax.views.permutations import SUBSETS
 from pirl_jax.views.two_views import denormalise
 
 FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "data.num_threads")
@@ -138,11 +139,14 @@ def check_config(config: ConfigDict) -> None:
     scale = _get(config, field)
     require(len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, field, "it is (smallest, largest), within (0, 1]")
   for field, choices in (("objective", system.OBJECTIVES), ("negative_sampling", ("shared", "per_image")),
+                         ("jigsaw.permutation_subset", SUBSETS),
                          ("optimizer.schedule", ("cosine", "steps")), ("model.dtype", DTYPES),
                          ("bank.dtype", DTYPES), ("model.head", ("linear", "mlp")),
                          ("model.batch_norm", ("global", "device")),
                          ("optimizer.update_interval", ("step", "epoch"))):
     require(_get(config, field) in choices, field, f"choose from {', '.join(choices)}")
+  require(config.num_negatives or config.negative_sampling == "shared", "negative_sampling",
+          "num_negatives=0 takes every row for every image, there is nothing to draw")
 
 
 def _get(config, field):

@@ -17,6 +17,7 @@ from configs import data_sets
 from pirl_jax import evaluate, memory_bank, pretrain, system
 from pirl_jax.data.batches import steps_per_epoch
 from pirl_jax.errors import UserError
+from pirl_jax.logbook import flatten
 from pirl_jax.optimizer import create_optimizer
 
 MODULES = {}
@@ -141,3 +142,25 @@ def test_an_unknown_variant_is_refused_with_those_there_are(name):
   for variant in module.VARIANTS:
     assert variant in str(error.value)
   assert "\n" not in str(error.value)
+
+
+def test_the_table_of_systems_names_every_imagenet_config():
+  table = (Path(__file__).parents[1] / "docs" / "systems.md").read_text()
+  for key in PRETRAIN:
+    name, variant = CONFIGS[key]
+    if variant.startswith(("imagenet", "yfcc")):
+      assert f"{name}.py:{variant}`" in table or f", `{variant}`" in table, f"docs/systems.md lacks {key}"
+
+
+@pytest.mark.parametrize("name, rooms", [
+  ("evaluate", ["evaluate.py"]), ("study", ["study.py", "study_figures.py"])])
+def test_every_field_of_an_evaluation_or_a_study_is_read_by_its_job(name, rooms):
+  """By its name in the job's file; a group that is handed on as keywords is a TypeError where nothing takes one."""
+  package = Path(pretrain.__file__).parent
+  source = "".join((package / room).read_text() for room in rooms) + (package.parent / "launch.py").read_text()
+  handed_on = {"linear", "semi_supervised"}
+  fields = {field for variant in MODULES[name].VARIANTS
+            for field in flatten(MODULES[name].get_config(variant).to_dict())}
+  unread = [field for field in fields if field.split(".")[0] not in handed_on
+            and not any(quoted in source for quoted in (f".{field.split('.')[-1]}", f'"{field.split(".")[-1]}"'))]
+  assert not unread

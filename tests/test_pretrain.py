@@ -143,7 +143,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
   ("optimizer.schedule", "linear", "cosine, steps"), ("optimizer.decay_factor", 0.0, "(0, 1]"),
   ("optimizer.milestones", (0.8, 0.6), "rising"), ("optimizer.warmup_epochs", 3, "warm-up"),
   ("jigsaw.num_permutations", -1, "all"), ("jigsaw.num_permutations", 400_000, "1..362880"),
-  ("jigsaw.augment", "all", "patches, crop"),
+  ("jigsaw.augment", "all", "patches, crop"), ("jigsaw.permutation_subset", "max", "max_avg, max_min"),
   ("jigsaw.crop_scale", (0.0, 1.0), "(smallest, largest)"), ("pretext", "puzzle", "jigsaw, rotation"),
   ("objective", "covariant", "--config.jigsaw.num_permutations=2000")])
 def test_impossible_value_is_named_with_what_is_possible_before_anything_is_written(tmp_path, field, value, said):
@@ -154,6 +154,11 @@ def test_impossible_value_is_named_with_what_is_possible_before_anything_is_writ
     pretrain.run(config, str(tmp_path / "run"))
   assert field.split(".")[-1] in str(error.value) and said in str(error.value)
   assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_draw_for_each_image_is_refused_where_every_row_is_taken(tmp_path):
+  with pytest.raises(UserError, match="negative_sampling='per_image' is not possible: num_negatives=0"):
+    pretrain.run(tiny(negative_sampling="per_image", num_negatives=0), str(tmp_path / "run"))
 
 
 def test_a_covariant_task_of_one_label_is_refused(tmp_path):
