@@ -1,20 +1,21 @@
 """Contrastive losses: scores in, one loss for each image out. Arithmetic only.
 
-Letters: B batch, K negatives held by this device (all of them when there is one device), N images in the data set.
-`scores` are cosine similarities divided by the temperature, so they lie in [-1/tau, 1/tau].
+Letters: B batch, K negatives, N images in the data set. Scores are cosine similarities divided by the temperature, so
+they lie in [-1/tau, 1/tau].
 
-A loss is a sum over the negatives, and the negatives may be split over devices: `total` adds up the devices' sums
-(`jax.lax.psum` over the mesh; the default is for one device). Two scores differ by `2 / temperature` at most, so the
+A loss is made of sums over the negatives, and says only what is summed: the negatives may stand in memory, be split
+over devices or pass by in chunks (`pirl_jax/negatives.py`). Two scores differ by `2 / temperature` at most, so the
 softmax losses are written in exp(negative - positive), which float32 holds for tau >= 0.03: no maximum has to travel.
 """
 
+import dataclasses
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from pirl_jax.errors import UserError
+from pirl_jax.negatives import Negatives
 
 EPS = 2.0**-23
 """Added to the denominators of `nce`: the float32 machine epsilon, as in vissl/losses/nce_loss.py."""
@@ -22,101 +23,127 @@ EPS = 2.0**-23
 MIN_TEMPERATURE = 0.03
 
 
-def _one_device(x: jax.Array) -> jax.Array:
-  return x
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """A loss of sums over the negatives.
+
+  Attributes:
+    passes: each terms(score, weight, positive, log_z, *sums) -> tuple of f32[B, K], to be summed over the negatives; of
+      what comes in, score and weight are f32[B, K], and the rest, the last of it the sums of earlier passes, f32[B, 1].
+    finish: finish(positive, log_z, *sums) -> f32[B], all f32[B].
+    has_normaliser: whether it looks at Z.
+  """
+
+  passes: tuple[Callable, ...]
+  finish: Callable
+  has_normaliser: bool = False
+
+  def __call__(self, positive: jax.Array, negatives: Negatives, *, normaliser: jax.Array,
+               watch: Callable | None = None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Returns the loss f32[B] of each image, and what is watched on the way.
+
+    Args:
+      positive: f32[B], score of each image with its own row.
+      negatives: those of each image.
+      normaliser: f32[], Z; 0 as long as no picture could be read, when no loss has any weight.
+      watch: watch(score, weight, positive) -> tuple of f32[B, K]: their sums over the negatives, a tuple of f32[B]
+        without gradient, are the second thing returned.
+    """
+    log_z = jnp.full_like(positive, jnp.log(jnp.where(normaliser > 0, normaliser, 1)))
+    first, *others = self.passes
+
+    def watched_terms(score, weight, positive, log_z):
+      seen = () if watch is None else jax.lax.stop_gradient(watch(score, weight, positive))
+      return first(score, weight, positive, log_z), seen
+
+    sums, watched = negatives.sum(watched_terms, positive, log_z)  # in one pass: it may go over a whole bank
+    for terms in others:
+      sums += negatives.sum(terms, positive, log_z, *sums)
+    return self.finish(positive, log_z, *sums), watched
 
 
-def nce_normaliser(positive: jax.Array, negative: jax.Array, negative_weight: jax.Array, image_weight: jax.Array, *,
-                   num_images: int, total: Callable = _one_device) -> jax.Array:
+def nce_normaliser_sums(positive: jax.Array, negatives: Negatives, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns what a part of a batch adds to Z: the sum of exp(score) and the number of scores, f32[] each.
+
+  Args:
+    positive: f32[B], score of each image with its own row.
+    negatives: those of each image.
+    counts: bool[B]; False leaves an image out.
+  """
+  summed, number = negatives.sum(lambda score, weight: (jnp.exp(score) * weight, weight))
+  return jnp.sum((jnp.exp(positive) + summed) * counts), jnp.sum((1 + number) * counts)
+
+
+def nce_normaliser(summed: jax.Array, number: jax.Array, *, num_images: int) -> jax.Array:
   """Returns Z = N * mean(exp(score)) over the positives and the negatives of a batch, f32[]; 0 if all are left out.
 
   The official loss takes it once, from the patch scores of the very first batch, and never again.
   vissl/losses/nce_loss.py, `compute_partition_function`; NPID paper, section 3.2.
 
   Args:
-    positive: f32[B], score of each image with its own row.
-    negative: f32[B, K], scores with the negatives.
-    negative_weight: f32[B, K] in {0, 1}; 0 leaves a negative out.
-    image_weight: f32[B] in {0, 1}; 0 leaves an image out.
+    summed, number: of the whole batch, see `nce_normaliser_sums`.
     num_images: N.
-    total: adds up a sum over the devices that hold the negatives.
   """
-  weight = negative_weight * image_weight[:, None]
-  summed = jnp.sum(jnp.exp(positive) * image_weight) + total(jnp.sum(jnp.exp(negative) * weight))
-  count = jnp.sum(image_weight) + total(jnp.sum(weight))
-  return num_images * summed / jnp.maximum(count, 1)
+  return num_images * summed / jnp.maximum(number, 1)
 
 
-def nce(positive: jax.Array, negative: jax.Array, negative_weight: jax.Array, *, normaliser: jax.Array,
-        num_images: int, num_negatives: int, total: Callable = _one_device) -> jax.Array:
-  """Returns NPID's noise-contrastive loss f32[B], the one the official runs used.
+def nce(*, num_images: int, num_negatives: int) -> Loss:
+  """Returns NPID's noise-contrastive loss, the one the official runs used.
 
   With P = exp(score) / Z and c = K/N:  -log(P0 / (P0 + c + eps)) - sum_k log(c / (Pk + c + eps)),
   a sum over the negatives, not a mean. vissl/losses/nce_loss.py, `NCECriterion`; NPID paper, equations 5-7.
 
   Args:
-    positive: f32[B].
-    negative: f32[B, K].
-    negative_weight: f32[B, K] in {0, 1}.
-    normaliser: f32[], Z; 0 as long as no picture could be read, when no loss has any weight.
     num_images: N.
-    num_negatives: K over all devices.
-    total: adds up a sum over the devices that hold the negatives.
+    num_negatives: K.
   """
   noise = num_negatives / num_images
-  log_z = jnp.log(jnp.where(normaliser > 0, normaliser, 1))
-  # log(x / (x + c + eps)) as a difference of logs: P itself may be too small for float32.
-  log_positive = positive - log_z - jnp.log(jnp.exp(positive - log_z) + noise + EPS)
-  # -log(c / (P + c + eps)) = log1p((P + eps) / c): K small terms keep their digits.
-  log_negative = jnp.log1p((jnp.exp(negative - log_z) + EPS) / noise)
-  return -log_positive + total(jnp.sum(log_negative * negative_weight, axis=1))
+
+  def terms(score, weight, positive, log_z):
+    # -log(c / (P + c + eps)) = log1p((P + eps) / c): K small terms keep their digits.
+    return jnp.log1p((jnp.exp(score - log_z) + EPS) / noise) * weight,
+
+  def finish(positive, log_z, total):
+    # log(x / (x + c + eps)) as a difference of logs: P itself may be too small for float32.
+    return jnp.log(jnp.exp(positive - log_z) + noise + EPS) - (positive - log_z) + total
+
+  return Loss((terms,), finish, has_normaliser=True)
 
 
-def infonce(positive: jax.Array, negative: jax.Array, negative_weight: jax.Array, *,
-            total: Callable = _one_device) -> jax.Array:
-  """Returns the softmax cross-entropy f32[B] of the positive among itself and the negatives.
+def infonce() -> Loss:
+  """Returns the softmax cross-entropy of the positive among itself and the negatives.
 
   vissl/losses/nce_loss.py with `loss_type: cross_entropy`; the MLP-head models of the official release.
-
-  Args:
-    positive: f32[B].
-    negative: f32[B, K].
-    negative_weight: f32[B, K] in {0, 1}.
-    total: adds up a sum over the devices that hold the negatives.
   """
-  return jnp.log1p(total(jnp.sum(_odds(positive, negative, negative_weight), axis=1)))
+  return Loss((_odds,), lambda positive, log_z, odds: jnp.log1p(odds))
 
 
-def eq4(positive: jax.Array, negative: jax.Array, negative_weight: jax.Array, *,
-        total: Callable = _one_device) -> jax.Array:
-  """Returns the paper's equations 3 and 4 as written, f32[B]: -log h0 - sum_j log(1 - hj), h a softmax over all.
+def eq4() -> Loss:
+  """Returns the paper's equations 3 and 4 as written: -log h0 - sum_j log(1 - hj), h a softmax over all.
 
   Every h has the same denominator, that of the positive (reading A: e_j / (e_0 + sum_k e_k)).
-
-  Args:
-    positive: f32[B].
-    negative: f32[B, K].
-    negative_weight: f32[B, K] in {0, 1}.
-    total: adds up a sum over the devices that hold the negatives.
   """
-  odds = _odds(positive, negative, negative_weight)
-  log_denominator = jnp.log1p(total(jnp.sum(odds, axis=1)))
-  h = odds * jnp.exp(-log_denominator)[:, None]
-  # One negative at most has h > 1/2. Its 1 - h would lose its digits, so it is summed from what is left without it.
-  large = h > 0.5
-  log_rest = jnp.log1p(total(jnp.sum(jnp.where(large, 0, odds), axis=1)))
-  log_one_minus_h = jnp.where(large, (log_rest - log_denominator)[:, None], jnp.log1p(-jnp.where(large, 0, h)))
-  return log_denominator - total(jnp.sum(log_one_minus_h, axis=1))
+  def terms(score, weight, positive, log_z, total_odds):
+    odds, = _odds(score, weight, positive, log_z)
+    h = odds / (1 + total_odds)
+    # One negative at most has h > 1/2. Its 1 - h would lose its digits, so it is summed from what is left without it.
+    large = h > 0.5
+    return jnp.log1p(-jnp.where(large, 0, h)), jnp.where(large, 0, odds), jax.lax.stop_gradient(large.astype(h.dtype))
+
+  def finish(positive, log_z, total_odds, log_one_minus_h, rest, num_large):
+    log_denominator = jnp.log1p(total_odds)
+    return log_denominator - log_one_minus_h - num_large * (jnp.log1p(rest) - log_denominator)
+
+  return Loss((_odds, terms), finish)
 
 
-def _odds(positive, negative, negative_weight):
-  """Returns exp(negative) / exp(positive), f32[B, K], and 0 (with gradient 0) for a negative that is left out."""
-  difference = jnp.where(negative_weight > 0, negative - positive[:, None], 0)
-  return jnp.exp(difference) * negative_weight
+def _odds(score, weight, positive, log_z):
+  """Returns exp(negative) / exp(positive), (f32[B, K],), and 0 (with gradient 0) for a negative that is left out."""
+  return jnp.exp(jnp.where(weight > 0, score - positive, 0)) * weight,
 
 
-def make_loss(name: str, *, temperature: float, num_images: int, num_negatives: int) -> Callable:
-  """Returns loss_fn(positive, negative, negative_weight, *, normaliser, total) -> f32[B] of that name.
+def make_loss(name: str, *, temperature: float, num_images: int, num_negatives: int) -> Loss:
+  """Returns the loss of that name.
 
   Args:
     name: "nce", "infonce" or "eq4"; only the first looks at the normaliser.
@@ -131,8 +158,7 @@ def make_loss(name: str, *, temperature: float, num_images: int, num_negatives: 
     raise UserError(f"temperature={temperature}: exp(2 / temperature) would leave float32; "
                     f"use {MIN_TEMPERATURE} or more")
   if name == "nce":
-    return partial(nce, num_images=num_images, num_negatives=num_negatives)
+    return nce(num_images=num_images, num_negatives=num_negatives)
   if name in ("infonce", "eq4"):
-    softmax_loss = {"infonce": infonce, "eq4": eq4}[name]
-    return lambda *scores, normaliser, total: softmax_loss(*scores, total=total)
+    return {"infonce": infonce, "eq4": eq4}[name]()
   raise UserError(f"loss={name!r} is unknown; choose from nce, infonce, eq4")

@@ -112,14 +112,11 @@ def draw(key: jax.Array, layout: Layout, *, num_negatives: int, axis: str, num_d
   Args:
     key: of the draw.
     layout: of the bank.
-    num_negatives: K; 0 returns every row once, i32[S * R / devices], padding included.
+    num_negatives: K, at least 1.
     axis: the mesh axis that splits the bank.
     num_draws: B, for as many independent draws, one for each image: i32[B, K / devices].
   """
   num_local = layout.num_strata // jax.lax.axis_size(axis)
-  if not num_negatives:
-    # Plus the device's number times nothing: what differs between devices must be known to differ.
-    return jnp.arange(num_local * layout.rows_per_stratum) + 0 * jax.lax.axis_index(axis)
   local = jnp.arange(num_local)
   stratum = jax.lax.axis_index(axis) * num_local + local
 
@@ -133,8 +130,14 @@ def draw(key: jax.Array, layout: Layout, *, num_negatives: int, axis: str, num_d
   return draws if num_draws else draws[0]
 
 
-def _local_rows(bank, rows, axis):
-  """Returns the rows as this device numbers them, and which of them are its own."""
+def local_rows(bank: jax.Array, rows: jax.Array, *, axis: str) -> tuple[jax.Array, jax.Array]:
+  """Returns global rows as this device numbers its own, i32 as `rows`, and which of them are its own, bool.
+
+  Args:
+    bank: [rows of this device, ...]; or `usable`.
+    rows: i32 of any shape.
+    axis: the mesh axis that splits the bank.
+  """
   local = rows - jax.lax.axis_index(axis) * bank.shape[0]
   return local, (local >= 0) & (local < bank.shape[0])
 
@@ -151,12 +154,17 @@ def read(bank: jax.Array, rows: jax.Array, *negatives: jax.Array, axis: str) -> 
     negatives: draws i32[K / devices] or i32[B, K / devices] of local rows; the vectors are this device's.
     axis: the mesh axis that splits the bank.
   """
-  local, mine = _local_rows(bank, rows, axis)
+  local, mine = local_rows(bank, rows, axis=axis)
   wanted = [jnp.where(mine, local, 0), *(draw.reshape(-1) for draw in negatives)]
   ends = list(itertools.accumulate(len(part) for part in wanted))
-  own, *others = jnp.split(bank[jnp.concatenate(wanted)].astype(jnp.float32), ends[:-1])
+  own, *others = jnp.split(_exact(bank[jnp.concatenate(wanted)]), ends[:-1])
   others = (part.reshape(*draw.shape, -1) for part, draw in zip(others, negatives, strict=True))
   return jax.lax.psum(jnp.where(mine[:, None], own, 0), axis), *others
+
+
+def _exact(x):
+  """Returns vectors in the precision in which they are computed with: float32, however they are stored, or more."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def weights(usable: jax.Array, rows: jax.Array, negatives: jax.Array, *, axis: str) -> jax.Array:
@@ -168,25 +176,27 @@ def weights(usable: jax.Array, rows: jax.Array, negatives: jax.Array, *, axis: s
     negatives: i32[K / devices] or i32[B, K / devices], local rows.
     axis: the mesh axis that splits the bank.
   """
-  local, _ = _local_rows(usable, rows, axis)
+  local, _ = local_rows(usable, rows, axis=axis)
   negatives = negatives if negatives.ndim == 2 else negatives[None]
   return ((negatives != local[:, None]) & usable[negatives]).astype(jnp.float32)
 
 
-def scores(own: jax.Array, others: jax.Array, embeddings: jax.Array, *, temperature: float) -> tuple[
-    jax.Array, jax.Array]:
-  """Returns the scores of the batch with the bank's vectors: positive f32[B] and negative f32[B, K / devices].
+def positive_scores(own: jax.Array, embeddings: jax.Array, *, temperature: float) -> jax.Array:
+  """Returns the scores f32[B] of embeddings f32[B, D] with the images' own rows f32[B, D], all unit vectors."""
+  return jnp.sum(own * embeddings, axis=1) / temperature
+
+
+def negative_scores(others: jax.Array, embeddings: jax.Array, *, temperature: float) -> jax.Array:
+  """Returns the scores of the batch with the negatives, f32[B, K / devices].
 
   Args:
-    own: f32[B, D], unit rows of the images themselves.
     others: f32[K / devices, D] or f32[B, K / devices, D], unit rows of the negatives.
     embeddings: f32[B, D], unit vectors.
     temperature: tau.
   """
   # Full float32 products: by default a GPU or TPU rounds the factors to fewer bits, and 1 / tau magnifies that.
   pairs = "bd,kd->bk" if others.ndim == 2 else "bd,bkd->bk"
-  negative = jnp.einsum(pairs, embeddings, others, precision=jax.lax.Precision.HIGHEST)
-  return jnp.sum(own * embeddings, axis=1) / temperature, negative / temperature
+  return jnp.einsum(pairs, embeddings, others, precision=jax.lax.Precision.HIGHEST) / temperature
 
 
 def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Array, valid: jax.Array, *,
@@ -204,7 +214,7 @@ def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Arr
     momentum: in [0, 1].
     axis: the mesh axis that splits the bank.
   """
-  local, mine = _local_rows(bank, rows, axis)
+  local, mine = local_rows(bank, rows, axis=axis)
   new = normalise(momentum * own + (1 - momentum) * embeddings)
   return bank.at[_own_or_dropped(bank, local, mine & valid)].set(new.astype(bank.dtype), mode="drop")
 
@@ -221,7 +231,7 @@ def retire(usable: jax.Array, rows: jax.Array, valid: jax.Array, *, axis: str) -
     valid: bool[B], what could be read in this batch.
     axis: the mesh axis that splits the bank.
   """
-  local, mine = _local_rows(usable, rows, axis)
+  local, mine = local_rows(usable, rows, axis=axis)
   usable = usable.at[_own_or_dropped(usable, local, mine & ~valid)].set(False, mode="drop")
   counts = jax.lax.psum((mine & usable[jnp.where(mine, local, 0)]).astype(jnp.int32), axis)
   return usable, counts > 0

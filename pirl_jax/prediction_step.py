@@ -1,6 +1,6 @@
 """One step of the baselines that predict a label: of the transform (Jigsaw, RotNet), or of the class (supervised).
 
-Letters: B batch of all devices, b this device's part of it, P pretext views of an image, L labels.
+Letters: B batch of all devices, M its parts, b this device's images of a part, L labels.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from pirl_jax import memory_bank
 from pirl_jax.mesh import AXIS
 from pirl_jax.models.network import Network
 from pirl_jax.state import TrainState
-from pirl_jax.step import map_step, view_keys, whole_batch_stats
+from pirl_jax.step import accumulate, map_step, split_batch, view_keys, whole_batch_stats
 
 
 def make_prediction_step(network: Network, optimizer: optax.GradientTransformation, views_fn: Callable,
-                         layout: memory_bank.Layout, mesh: Mesh) -> Callable:
+                         layout: memory_bank.Layout, mesh: Mesh, *, micro_batches: int = 1) -> Callable:
   """Returns train_step(state, batch) -> (state, metrics), as `make_train_step`, for a state without a bank.
 
   The loss is the cross-entropy of the transform's label, where the views have one (paper, equation 2), else of the
@@ -31,30 +31,36 @@ def make_prediction_step(network: Network, optimizer: optax.GradientTransformati
     views_fn: see `views.two_views.make_views`.
     layout: of the mask of the pictures found broken.
     mesh: the devices.
+    micro_batches: M, see `make_train_step`.
   """
-  gather = partial(jax.lax.all_gather, axis_name=AXIS, tiled=True, to="invarying")
+  predicts_class = network.pretext_head is None
+  gather = partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True, to="invarying")
 
   def device_step(state: TrainState, batch):
-    keys = view_keys(state.seed, state.step, batch["index"])
-    image, pretext, transform = views_fn(keys, batch.get("image_crop"), batch.get("pretext_crop"))
-    label = gather(batch["label"] if transform is None else transform)  # [B]
-    rows = gather(layout.row_of(batch["index"]))
-    usable, valid = memory_bank.retire(state.usable, rows, gather(batch["valid"]), axis=AXIS)
-    weight = (valid & (label >= 0)).astype(jnp.float32)
+    batch = split_batch(batch, micro_batches)  # [M, b, ...]
+    rows = gather(layout.row_of(batch["index"])).reshape(-1)
+    usable, valid = memory_bank.retire(state.usable, rows, gather(batch["valid"]).reshape(-1), axis=AXIS)
+    if predicts_class:
+      valid &= gather(batch["label"]).reshape(-1) >= 0
+    share = valid / jnp.maximum(jnp.sum(valid), 1)
 
-    def objective(params):
+    def objective(params, part):
+      part, share = part
+      keys = view_keys(state.seed, state.step, part["index"])
+      image, pretext, transform = views_fn(keys, part.get("image_crop"), part.get("pretext_crop"))
       outputs, updated = network.apply(
         {"params": params, "batch_stats": state.batch_stats}, image, pretext, train=True, mutable=["batch_stats"])
-      (logits,) = (gather(output) for output in outputs if output is not None)  # [B, L]
+      logits, = (gather(output[None])[0] for output in outputs if output is not None)  # [B / M, L]
+      label = gather((part["label"] if predicts_class else transform)[None])[0]
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
-      correct = (jnp.argmax(logits, axis=1) == label).astype(jnp.float32)
-      loss, top1 = (jnp.sum(each * weight) / jnp.maximum(jnp.sum(weight), 1) for each in (losses, correct))
+      loss, top1 = jnp.sum(losses * share), jnp.sum((jnp.argmax(logits, axis=1) == label) * share)
       return loss, ({"loss": loss, "top1": top1}, updated["batch_stats"])
 
-    grads, (metrics, batch_stats) = jax.grad(objective, has_aux=True)(state.params)
+    grads, (metrics, batch_stats) = accumulate(
+      jax.grad(objective, has_aux=True), state.params, (batch, share.reshape(micro_batches, -1)))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return state.replace(
       step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
-      batch_stats=whole_batch_stats(network, batch_stats), usable=usable), metrics
+      batch_stats=whole_batch_stats(network, batch_stats), usable=usable), jax.tree.map(jnp.sum, metrics)
 
   return map_step(device_step, mesh, with_bank=False)

@@ -31,7 +31,7 @@ class TrainState(flax.struct.PyTreeNode):
   bank: Any
   """[S * R, D], unit rows, split likewise; None for a system without a bank."""
   normaliser: Any
-  """f32[], Z of the `nce` loss; 0 until the first batch has set it; None without a bank."""
+  """f32[], Z of the `nce` loss; 0 until the first batch has set it, and with other losses; None without a bank."""
 
 
 def state_specs(*, with_bank: bool = True) -> TrainState:

@@ -1,5 +1,7 @@
-"""One step of training. Letters: B batch of all devices, b this device's part of it, P patches, D embedding."""
+"""One step of training. Letters: B batch of all devices, M its parts, b this device's images of a part, P patches,
+K negatives held by this device, D embedding."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,13 +14,14 @@ from jax.sharding import Mesh
 from pirl_jax import losses, memory_bank
 from pirl_jax.mesh import AXIS, SPLIT, WHOLE
 from pirl_jax.models.network import Network
-from pirl_jax.state import state_specs
+from pirl_jax.negatives import EveryRow, Scores
+from pirl_jax.state import TrainState, state_specs
 
 
-def make_train_step(network: Network, optimizer: optax.GradientTransformation, views_fn: Callable, loss_fn: Callable,
+def make_train_step(network: Network, optimizer: optax.GradientTransformation, views_fn: Callable, loss_fn: losses.Loss,
                     layout: memory_bank.Layout, mesh: Mesh, *, num_negatives: int, negative_sampling: str = "shared",
-                    temperature: float, pretext_weight: float, bank_momentum: float) -> Callable:
-  """Returns train_step(state, batch) -> (state, metrics): one compiled program, mapped over the devices of `mesh`.
+                    temperature: float, pretext_weight: float, bank_momentum: float, micro_batches: int = 1) -> Callable:
+  """Returns train_step(state, batch) -> (state, metrics), compiled, and mapped over the devices of `mesh`.
 
   The state given in is donated: its memory becomes that of the state returned, so there is never a second bank.
   `batch` holds `image_crop` u8[B, H, W, 3], `pretext_crop` u8[B, S, S, 3], `index` i32[B] and `valid` bool[B], split
@@ -31,65 +34,136 @@ def make_train_step(network: Network, optimizer: optax.GradientTransformation, v
     loss_fn: see `losses.make_loss`.
     layout: of the bank.
     mesh: the devices.
-    num_negatives: K, for each of the two terms; 0: every row of the bank, in scores of B x N.
+    num_negatives: K, for each of the two terms; 0: every row of the bank, in chunks.
     negative_sampling: "shared", one draw for the whole batch, or "per_image", as the official code draws.
     temperature: tau.
     pretext_weight: lambda of equation 5; at 0 there is no pretext view, and the loss is that of NPID.
     bank_momentum: the weight of the old row when a row moves.
+    micro_batches: M, parts of the batch that pass through the network one after the other. The bank is read before the
+      first and written after the last, and the gradient is that of the whole batch, but for the statistics of batch
+      norm, which are those of a part.
   """
-  gather = partial(jax.lax.all_gather, axis_name=AXIS, tiled=True, to="invarying")
-  total = partial(jax.lax.psum, axis_name=AXIS)
+  gather = partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True, to="invarying")
   # The first term, whose scores set Z, is that of the pretext view, where there is one.
   terms = {"pretext": pretext_weight, "image": 1 - pretext_weight} if pretext_weight else {"image": 1}
 
-  def device_step(state, batch):
+  def device_step(state, bank, batch):
     # 1. Randomness depends on the step and on the image alone, so that neither a restart nor the number of devices
     #    changes it. The two terms have a draw of negatives each.
-    rows = gather(layout.row_of(batch["index"]))
-    num_draws = len(rows) if negative_sampling == "per_image" else None
-    draw = partial(memory_bank.draw, layout=layout, num_negatives=num_negatives, axis=AXIS, num_draws=num_draws)
+    batch = split_batch(batch, micro_batches)  # [M, b, ...]
+    rows = gather(layout.row_of(batch["index"]))  # [M, B / M]
     keys = _step_keys(state.seed, state.step)
-    negatives = {term: draw(keys[term]) for term in terms}
+    draw = partial(memory_bank.draw, layout=layout, num_negatives=num_negatives, axis=AXIS)
+    negatives = {}
+    if negative_sampling == "per_image":
+      position = gather(split_batch(_positions(rows.size), micro_batches))
+      negatives = {term: draw(keys[term], num_draws=rows.size)[position] for term in terms}  # [M, B / M, K]
+    elif num_negatives:
+      negatives = {term: draw(keys[term]) for term in terms}  # [K]
 
-    # 2. The two views of every image: [b, H, W, 3] and [b, P, h, w, 3].
-    image, pretext, _ = views_fn(view_keys(state.seed, state.step, batch["index"]), batch["image_crop"],
-                                 batch.get("pretext_crop"))
-
-    # 3. What both terms compare with is the bank as this step found it: a constant, no gradient. A picture found
+    # 2. What both terms compare with is the bank as this step found it: a constant, no gradient. A picture found
     #    broken has no weight from here on.
-    usable, valid = memory_bank.retire(state.usable, rows, gather(batch["valid"]), axis=AXIS)
-    own, *others = memory_bank.read(state.bank, rows, *negatives.values(), axis=AXIS)
-    others = dict(zip(terms, others, strict=True))
-    weights = {term: memory_bank.weights(usable, rows, negatives[term], axis=AXIS) for term in terms}
-    mean = partial(_weighted_mean, weight=valid.astype(jnp.float32))
+    usable, valid = memory_bank.retire(state.usable, rows.reshape(-1), gather(batch["valid"]).reshape(-1), axis=AXIS)
+    own, *others = memory_bank.read(bank, rows.reshape(-1), *negatives.values(), axis=AXIS)
+    drawn = {term: (negatives[term], vectors) for term, vectors in zip(negatives, others, strict=True)}
+    parts = {"batch": batch, "rows": rows, "own": own.reshape(*rows.shape, -1),
+             "share": (valid / jnp.maximum(jnp.sum(valid), 1)).reshape(rows.shape),  # of an image in every mean
+             "drawn": drawn if negative_sampling == "per_image" else None}
 
-    # 4. Each term is against the image's own row: f and g never meet directly.
-    def objective(params):
+    # 3. The two views of every image, [b, H, W, 3] and [b, P, h, w, 3], and their embeddings, [B / M, D] each.
+    def embed(params, part):
+      crops = part["batch"]
+      image, pretext, _ = views_fn(view_keys(state.seed, state.step, crops["index"]), crops["image_crop"],
+                                   crops.get("pretext_crop"))
       outputs, updated = network.apply(
         {"params": params, "batch_stats": state.batch_stats}, image, pretext, train=True, mutable=["batch_stats"])
       outputs = dict(zip(("image", "pretext"), outputs, strict=True))
-      embs = {term: gather(memory_bank.normalise(outputs[term])) for term in terms}  # [B, D]
-      scores = {
-        term: (*memory_bank.scores(own, others[term], embs[term], temperature=temperature), weights[term])
-        for term in terms}
-      normaliser = _normaliser(state.normaliser, losses.nce_normaliser(
-        *next(iter(scores.values())), valid, num_images=layout.num_images, total=total))
-      each = {term: mean(loss_fn(*scores[term], normaliser=normaliser, total=total)) for term in terms}
+      return {term: gather(memory_bank.normalise(outputs[term])[None])[0] for term in terms}, updated["batch_stats"]
+
+    # 4. An embedding is compared with the image's own row and with the negatives: f and g never meet directly.
+    def compare(term, emb, part):
+      positive = memory_bank.positive_scores(part["own"], emb, temperature=temperature)
+      if not num_negatives:
+        local, _ = memory_bank.local_rows(bank, part["rows"], axis=AXIS)
+        return positive, EveryRow(bank, usable, local, emb, temperature, AXIS)
+      local, vectors = (part["drawn"] or drawn)[term]
+      return positive, Scores(memory_bank.negative_scores(vectors, emb, temperature=temperature),
+                              memory_bank.weights(usable, part["rows"], local, axis=AXIS), AXIS)
+
+    def first_normaliser():
+      def sums(part):
+        term = next(iter(terms))
+        emb = embed(state.params, part)[0][term]
+        return losses.nce_normaliser_sums(*compare(term, emb, part), part["share"] > 0)
+      return losses.nce_normaliser(*jax.tree.map(jnp.sum, jax.lax.map(sums, parts)), num_images=layout.num_images)
+
+    normaliser = state.normaliser
+    if loss_fn.has_normaliser:  # that of the first batch with a picture that could be read, for ever after
+      normaliser = jax.lax.cond(normaliser > 0, lambda: state.normaliser, first_normaliser)
+
+    def objective(params, part):
+      embs, batch_stats = embed(params, part)
+      mean = partial(_sum_of_shares, part["share"])
+      each, watched = {}, {}
+      for term, emb in embs.items():
+        positive, others = compare(term, emb, part)
+        loss, sums = loss_fn(positive, others, normaliser=normaliser, watch=_watch)
+        each[term], watched[term] = mean(loss), (positive, *sums)
       loss = sum(weight * each[term] for term, weight in terms.items())
       metrics = {"loss": loss, **{f"loss_{term}": value for term, value in each.items()}}
-      metrics |= _health(scores, embs["image"], mean=mean, total=total, temperature=temperature)
-      return loss, (metrics, embs["image"], updated["batch_stats"], normaliser)
+      metrics |= _health(watched, mean=mean, temperature=temperature)
+      return loss, (metrics, embs["image"], batch_stats)
 
-    grads, (metrics, image_emb, batch_stats, normaliser) = jax.grad(objective, has_aux=True)(state.params)
+    grads, (metrics, image_emb, batch_stats) = accumulate(jax.grad(objective, has_aux=True), state.params, parts)
+    metrics = jax.tree.map(jnp.sum, metrics) | {"embedding_spread": _spread(image_emb, parts["share"])}
 
     # 5. The parameters move; then this batch's rows of the bank, and no others.
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    bank = memory_bank.update(state.bank, rows, own, image_emb, valid, momentum=bank_momentum, axis=AXIS)
-    return state.replace(
+    state = state.replace(
       step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
-      batch_stats=whole_batch_stats(network, batch_stats), bank=bank, usable=usable, normaliser=normaliser), metrics
+      batch_stats=whole_batch_stats(network, batch_stats), usable=usable, normaliser=normaliser)
+    return state, (rows.reshape(-1), own, image_emb.reshape(own.shape), valid), metrics
 
-  return map_step(device_step, mesh)
+  return (_in_one_program if num_negatives else _in_two_programs)(
+    device_step, partial(memory_bank.update, momentum=bank_momentum, axis=AXIS), mesh)
+
+
+def _in_one_program(device_step, update, mesh):
+  def step(state, batch):
+    rest, moved, metrics = device_step(state.replace(bank=None), state.bank, batch)
+    return rest.replace(bank=update(state.bank, *moved)), metrics
+
+  return map_step(step, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoPrograms:
+  """A step whose bank is written by a program of its own: where all rows are read, XLA would copy the bank in one.
+
+  Attributes:
+    look: look(state without bank, bank, batch) -> (state without bank, what `write` takes, metrics).
+    write: write(bank, ...) -> bank.
+  """
+
+  look: Callable
+  write: Callable
+
+  def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the state after the step, and its metrics; the state given in is donated."""
+    rest, moved, metrics = self.look(state.replace(bank=None), state.bank, batch)
+    return rest.replace(bank=self.write(state.bank, *moved)), metrics
+
+  def lower(self, state: TrainState, batch: Any) -> tuple[Any, Any]:
+    """Returns both programs, lowered for these shapes."""
+    given = state.replace(bank=None), state.bank, batch
+    return self.look.lower(*given), self.write.lower(state.bank, *jax.eval_shape(self.look, *given)[1])
+
+
+def _in_two_programs(device_step, update, mesh):
+  rest = state_specs().replace(bank=None)
+  look = jax.shard_map(device_step, mesh=mesh, in_specs=(rest, SPLIT, SPLIT), out_specs=(rest, WHOLE, WHOLE))
+  write = jax.shard_map(update, mesh=mesh, in_specs=(SPLIT, *[WHOLE] * 4), out_specs=SPLIT)
+  return TwoPrograms(jax.jit(look, donate_argnums=0), jax.jit(write, donate_argnums=0))
 
 
 def map_step(device_step: Callable, mesh: Mesh, *, with_bank: bool = True) -> Callable:
@@ -99,9 +173,41 @@ def map_step(device_step: Callable, mesh: Mesh, *, with_bank: bool = True) -> Ca
   return jax.jit(mapped, donate_argnums=0)
 
 
+def split_batch(batch: Any, micro_batches: int) -> Any:
+  """Returns a tree of this device's [b, ...] as [M, b / M, ...], M parts.
+
+  Part j takes every Mth image from the jth on, so that over all devices it has the same images on any number of them.
+  """
+  return jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def accumulate(grad_fn: Callable, params: Any, parts: Any) -> tuple[Any, Any]:
+  """Returns the gradients summed over the parts of a batch and over the devices, and the rest, stacked by parts [M, ...].
+
+  Args:
+    grad_fn: grad_fn(params, part) -> (gradients, rest).
+    params: the same on every device.
+    parts: a tree of [M, ...].
+  """
+  # As "varying" the parameters have gradients of this device's images: they are summed over the devices once.
+  params = jax.lax.pcast(params, AXIS, to="varying")
+
+  def add(total, part):
+    grads, rest = grad_fn(params, part)
+    return jax.tree.map(jnp.add, total, grads), rest
+
+  num_parts = len(jax.tree.leaves(parts)[0])
+  total, rest = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts, unroll=num_parts == 1)
+  return jax.lax.psum(total, AXIS), rest
+
+
 def whole_batch_stats(network: Network, batch_stats: Any) -> Any:
-  """Returns the batch statistics to keep: those of the devices' own batches differ, and evaluation uses their mean."""
-  return batch_stats if network.trunk.batch_norm_axis else jax.lax.pmean(batch_stats, AXIS)
+  """Returns the batch statistics to keep, of those after each part of the batch [M, ...]: their mean.
+
+  Where each device has its own, it is the mean over the devices, too; evaluation uses it.
+  """
+  mean = jax.tree.map(partial(jnp.mean, axis=0), batch_stats)
+  return mean if network.trunk.batch_norm_axis else jax.lax.pmean(mean, AXIS)
 
 
 def view_keys(seed: jax.Array | int, step: jax.Array | int, index: jax.Array) -> jax.Array:
@@ -115,35 +221,44 @@ def _step_keys(seed, step):
   return dict(zip(("views", "pretext", "image"), keys, strict=True))
 
 
-def _normaliser(old, first):
-  """Returns Z: that of the first batch with a picture that could be read, for ever after."""
-  return jax.lax.stop_gradient(jnp.where(old > 0, old, first))
+def _positions(batch_size):
+  """Returns where this device's images stand in the batch, i32[b]."""
+  num_local = batch_size // jax.lax.axis_size(AXIS)
+  return jax.lax.axis_index(AXIS) * num_local + jnp.arange(num_local)
 
 
-def _weighted_mean(x, weight):
-  return jnp.sum(x * weight) / jnp.maximum(jnp.sum(weight), 1)
+def _sum_of_shares(share, x):
+  return jnp.sum(x * share)
 
 
-def _health(scores, image_emb, *, mean, total, temperature):
+def _watch(score, weight, positive):
+  """Returns what `_health` needs of the negatives: which are less similar than the own row, the similarities, all."""
+  return (score < positive) * weight, score * weight, weight
+
+
+def _health(watched, *, mean, temperature):
   """Returns figures that need no label and show whether the network learns, f32[] each.
 
   similarity_own, similarity_own_pretext: cosine of the image's, and the pretext view's, embedding with its own row;
   similarity_negatives: mean cosine of the image's embedding with the negatives; negatives_beaten: share of them that
-  are less similar than the own row, for the pretext view (the image where there is none); embedding_spread: standard
-  deviation of each dimension over the batch, averaged and times sqrt(D): 1 when the embeddings fill the sphere, 0 when
-  they have collapsed to a point.
+  are less similar than the own row, for the pretext view (the image where there is none).
   """
-  image_positive, image_negative, image_weight = scores["image"]
-  first_positive, first_negative, first_weight = next(iter(scores.values()))
-  beaten = total(jnp.sum((first_negative < first_positive[:, None]) * first_weight, axis=1))
-  centre = jax.vmap(mean, 1)(image_emb)  # [D]
-  variance = jax.vmap(mean, 1)((image_emb - centre[None]) ** 2)
+  own, _, similarity, count = watched["image"]
+  _, beaten, _, first_count = next(iter(watched.values()))
   return {
-    "similarity_own": mean(image_positive) * temperature,
-    **({"similarity_own_pretext": mean(scores["pretext"][0]) * temperature} if "pretext" in scores else {}),
-    "similarity_negatives": mean(
-      total(jnp.sum(image_negative * image_weight, axis=1))
-      / jnp.maximum(total(jnp.sum(image_weight, axis=1)), 1)) * temperature,
-    "negatives_beaten": mean(beaten / jnp.maximum(total(jnp.sum(first_weight, axis=1)), 1)),
-    "embedding_spread": jnp.mean(jnp.sqrt(variance)) * image_emb.shape[1] ** 0.5,
+    "similarity_own": mean(own) * temperature,
+    **({"similarity_own_pretext": mean(watched["pretext"][0]) * temperature} if "pretext" in watched else {}),
+    "similarity_negatives": mean(similarity / jnp.maximum(count, 1)) * temperature,
+    "negatives_beaten": mean(beaten / jnp.maximum(first_count, 1)),
   }
+
+
+def _spread(emb, share):
+  """Returns the spread of embeddings f[M, B / M, D], a health figure, f32[].
+
+  It is the standard deviation of each dimension over the batch, averaged and times sqrt(D): 1 when the embeddings fill
+  the sphere, 0 when they have collapsed to a point.
+  """
+  def mean(x):
+    return jnp.sum(x * share[..., None], axis=(0, 1), keepdims=True)
+  return jnp.mean(jnp.sqrt(mean((emb - mean(emb)) ** 2))) * emb.shape[-1] ** 0.5

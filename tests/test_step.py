@@ -1,6 +1,7 @@
 import functools
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from pirl_jax.state import create_state
 from pirl_jax.step import make_train_step, view_keys
 
 N, B, K, D, TAU = 103, 16, 32, 16, 0.2
+BIG = 65_536
 INPUTS = jnp.zeros((1, 12, 12, 3)), jnp.zeros((1, 4, 6, 6, 3))
 PLAIN_SGD = optax.sgd(1.0)  # the parameters move by the gradient itself
 
@@ -45,10 +47,10 @@ def make_batch(step, *, broken=(), with_pretext=True):
 
 
 def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, optimizer=None, pretext_weight=0.4,
-          dtype=jnp.float32, num_negatives=K, negative_sampling="shared"):
+          dtype=jnp.float32, num_negatives=K, negative_sampling="shared", micro_batches=1, trunk=None):
   mesh = mesh_lib.create_mesh(num_devices)
   layout = memory_bank.create_layout(N, num_devices=num_devices, num_negatives=num_negatives)
-  trunk = ResNet(blocks=(1,), bottleneck=False, channels=16, stem="3x3s2", dtype=dtype)  # little to compile
+  trunk = trunk or ResNet(blocks=(1,), bottleneck=False, channels=16, stem="3x3s2", dtype=dtype)  # little to compile
   network = Network(trunk, ImageHead(D), PatchesHead(D) if pretext_weight else None)
   optimizer = optimizer or create_optimizer(optax.constant_schedule(0.05), momentum=0.9, weight_decay=1e-4)
   make_state = partial(create_state, 7, network, optimizer, layout, mesh=mesh, dim=D, bank_dtype=jnp.float32,
@@ -56,7 +58,8 @@ def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, optimizer=None, 
   loss_fn = losses.make_loss(loss, temperature=TAU, num_images=N, num_negatives=num_negatives or N)
   step = make_train_step(
     network.with_batch_norm_axis(batch_norm), optimizer, views_fn, loss_fn, layout, mesh, num_negatives=num_negatives,
-    negative_sampling=negative_sampling, temperature=TAU, pretext_weight=pretext_weight, bank_momentum=0.5)
+    negative_sampling=negative_sampling, temperature=TAU, pretext_weight=pretext_weight, bank_momentum=0.5,
+    micro_batches=micro_batches)
   return mesh, layout, network, make_state, step
 
 
@@ -170,7 +173,7 @@ def test_first_step_is_the_papers_objective_by_hand(loss):
   state, metrics = step(state, jax.device_put(batch, mesh_lib.split(mesh)))
   for name, expected in terms.items():
     np.testing.assert_allclose(metrics[name], expected, rtol=1e-4)
-  np.testing.assert_allclose(state.normaliser, normaliser, rtol=1e-4)
+  np.testing.assert_allclose(state.normaliser, normaliser if loss == "nce" else 0, rtol=1e-4)
   rows = layout.row_of(batch["index"])
   np.testing.assert_allclose(
     state.bank, oracles.bank_update(bank, rows, embs[0], batch["valid"], momentum=0.5), atol=2e-5)
@@ -260,6 +263,40 @@ def test_a_draw_for_each_image_by_hand_and_on_eight_devices():
   assert abs(one[1][0]["loss_image"] - run(1, broken=broken)[1][0]["loss_image"]) > 1e-4  # another draw than the shared
 
 
+class PlainTrunk(nn.Module):
+  """A trunk without batch norm: what it makes of a picture depends on no other."""
+
+  batch_norm_axis: str | None = None
+
+  @nn.compact
+  def __call__(self, images, *, train):
+    self.variable("batch_stats", "unused", jnp.zeros, ())
+    x = nn.relu(nn.Conv(8, (3, 3), strides=2, name="conv")(images))
+    return {"pooled": jnp.mean(x, axis=(1, 2))}
+
+
+@pytest.mark.parametrize("options", [
+  {"loss": "nce"}, {"loss": "infonce", "negative_sampling": "per_image"}, {"loss": "eq4", "num_negatives": 0}], ids=str)
+@pytest.mark.parametrize("num_devices, micro_batches", [(1, 4), (2, 8)])
+def test_parts_of_a_batch_make_the_step_of_the_whole(num_devices, micro_batches, options):
+  """Without batch norm, with two broken pictures that fall into different parts: gradient, metrics and bank."""
+  options |= {"trunk": PlainTrunk(), "broken": tuple(make_batch(0)["index"][[2, 5]]), "optimizer": PLAIN_SGD}
+  whole, parts = run(1, **options), run(num_devices, micro_batches=micro_batches, **options)
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), whole, parts)
+
+
+def test_parts_are_the_same_images_on_any_number_of_devices():
+  """Seen in the statistics of batch norm, which are those of a part, and move once a step by their mean."""
+  one, two = run(1, micro_batches=4), run(2, micro_batches=4)
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), one, two)
+  whole, means = run(1)[0], [states[1].batch_stats["trunk"]["bn1"]["mean"] for states in (run(1)[0], one[0])]
+  assert np.abs(means[0] - whole[0].batch_stats["trunk"]["bn1"]["mean"]).max() > 1e-3
+  # The mean of the parts' means is that of the whole; f's and g's calls of the trunk each move it.
+  np.testing.assert_allclose(*means, atol=1e-5)
+  variances = [states[1].batch_stats["trunk"]["bn1"]["var"] for states in (whole, one[0])]
+  assert np.abs(variances[0] - variances[1]).max() > 1e-6
+
+
 def test_normaliser_is_set_once():
   states, _ = run(1)
   assert states[0].normaliser == 0
@@ -338,29 +375,35 @@ def full_compile(quick_compile):
   jax.config.update("jax_disable_most_optimizations", True)
 
 
-def test_step_holds_one_bank_and_never_gathers_it(full_compile):
-  """With a bank that dwarfs all else: donated, not copied; and what travels between devices does not grow with it."""
-  num_images = 65_536
-  def compiled(num_devices):
-    mesh = mesh_lib.create_mesh(num_devices)
-    layout = memory_bank.create_layout(num_images, num_devices=num_devices, num_negatives=256)
-    network = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(128), PatchesHead(128))
-    optimizer = optax.sgd(0.1)
-    state = jax.eval_shape(lambda: create_state(
-      0, network, optimizer, layout, mesh=mesh, dim=128, bank_dtype=jnp.float32, inputs=INPUTS))
-    loss_fn = losses.make_loss("nce", temperature=TAU, num_images=num_images, num_negatives=256)
-    step = make_train_step(
-      network.clone(trunk=network.trunk.clone(batch_norm_axis=mesh_lib.AXIS)), optimizer, views_fn, loss_fn, layout,
-      mesh, num_negatives=256, temperature=TAU, pretext_weight=0.5, bank_momentum=0.5)
-    return step.lower(state, make_batch(0)).compile()
+@functools.cache
+def compile_big_step(num_devices, *, num_negatives):
+  """Returns the programs of a step over a bank that dwarfs all else, 32 MiB, compiled."""
+  mesh = mesh_lib.create_mesh(num_devices)
+  layout = memory_bank.create_layout(BIG, num_devices=num_devices, num_negatives=num_negatives)
+  network = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(128), PatchesHead(128))
+  optimizer = optax.sgd(0.1)
+  state = jax.eval_shape(lambda: create_state(
+    0, network, optimizer, layout, mesh=mesh, dim=128, bank_dtype=jnp.float32, inputs=INPUTS))
+  loss_fn = losses.make_loss("nce", temperature=TAU, num_images=BIG, num_negatives=num_negatives or BIG)
+  step = make_train_step(
+    network.clone(trunk=network.trunk.clone(batch_norm_axis=mesh_lib.AXIS)), optimizer, views_fn, loss_fn, layout,
+    mesh, num_negatives=num_negatives, temperature=TAU, pretext_weight=0.5, bank_momentum=0.5)
+  lowered = step.lower(state, make_batch(0))
+  return [program.compile() for program in (lowered if isinstance(lowered, tuple) else (lowered,))]
 
-  bank_bytes = 4 * 128 * num_images
-  one = compiled(1).memory_analysis()
-  assert one.alias_size_in_bytes >= bank_bytes  # the bank given in is the bank given back
-  assert one.temp_size_in_bytes < bank_bytes / 4
-  assert one.output_size_in_bytes - one.alias_size_in_bytes < bank_bytes / 100
-  eight = compiled(8)
-  assert eight.memory_analysis().argument_size_in_bytes < bank_bytes / 8 + 2**21
-  for line in eight.as_text().splitlines():
-    if "all-gather" in line or "all-reduce" in line or "collective-permute" in line or "all-to-all" in line:
-      assert f"[{num_images}" not in line and f"[{num_images // 8}" not in line, line
+
+@pytest.mark.parametrize("num_negatives", [256, 0])
+def test_step_holds_one_bank_and_never_gathers_it(full_compile, num_negatives):
+  """With a bank that dwarfs all else: donated, not copied; and what travels between devices does not grow with it."""
+  bank_bytes = 4 * 128 * BIG
+  programs = compile_big_step(1, num_negatives=num_negatives)
+  for program in programs:
+    assert program.memory_analysis().temp_size_in_bytes < bank_bytes / 4
+  last = programs[-1].memory_analysis()
+  assert last.alias_size_in_bytes >= bank_bytes  # the bank given in is the bank given back
+  assert last.output_size_in_bytes - last.alias_size_in_bytes < bank_bytes / 100
+  for program in compile_big_step(8, num_negatives=num_negatives):
+    assert program.memory_analysis().argument_size_in_bytes < bank_bytes / 8 + 2**21
+    for line in program.as_text().splitlines():
+      if "all-gather" in line or "all-reduce" in line or "collective-permute" in line or "all-to-all" in line:
+        assert f"[{BIG}" not in line and f"[{BIG // 8}" not in line, line

@@ -1,0 +1,141 @@
+"""The negatives of a batch, and sums over them: scores that stand in memory, or the whole bank, chunk by chunk.
+
+Letters: B batch (of all devices), K negatives of an image held by this device, R rows of the bank on this device,
+D embedding. Everything here runs inside `jax.shard_map` over the mesh axis that splits the bank.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+CHUNK_ROWS = 8_192
+"""Rows of the bank that are scored at a time, at most: 32 MB of scores for 1,024 images."""
+
+
+class Negatives(Protocol):
+  """The negatives of each image of a batch."""
+
+  def sum(self, terms: Callable, *per_image: jax.Array) -> Any:
+    """Returns the sums over the negatives of all devices, with their gradient: f32[B] in the place of f32[B, K].
+
+    Args:
+      terms: terms(score f32[B, K], weight f32[B, K], *per_image, each f32[B, 1]) -> a tree of f32[B, K], each entry of
+        the own image alone. Weights are 1 and 0; what has weight 0 is to add nothing.
+      per_image: f32[B] each.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Negatives whose scores stand in memory.
+
+  Attributes:
+    score: f32[B, K], cosine similarities divided by the temperature.
+    weight: f32[B, K] in {0, 1}; 0 leaves a negative out.
+    axis: mesh axis over which the negatives are split; None: all are here.
+  """
+
+  score: jax.Array
+  weight: jax.Array
+  axis: str | None = None
+
+  def sum(self, terms: Callable, *per_image: jax.Array) -> Any:
+    """See `Negatives.sum`."""
+    sums = _row_sums(terms, self.score, self.weight, per_image)
+    return sums if self.axis is None else lax.psum(sums, self.axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryRow:
+  """Every row of the bank but the image's own, scored in chunks: memory for B x `CHUNK_ROWS` scores.
+
+  The gradient is exact. A sum depends for each image on that image alone, so its slope can be summed up on the way,
+  and nothing has to be kept or computed again for the backward pass.
+
+  Attributes:
+    bank: dtype[R, D], this device's rows; a constant.
+    usable: bool[R]; a row that is not has weight 0.
+    own: i32[B], the images' own rows as this device numbers them; those of other devices are outside of [0, R).
+    embeddings: f32[B, D], unit vectors.
+    temperature: tau.
+    axis: mesh axis that splits the bank.
+  """
+
+  bank: jax.Array
+  usable: jax.Array
+  own: jax.Array
+  embeddings: jax.Array
+  temperature: float
+  axis: str
+
+  def sum(self, terms: Callable, *per_image: jax.Array) -> Any:
+    """See `Negatives.sum`."""
+    # What comes in is the same on every device and each adds its rows' part of the gradient: as "varying" it is summed.
+    inputs = lax.pcast((self.embeddings, per_image), self.axis, to="varying")
+    chunk_sums = functools.partial(_chunk_sums, terms, self.temperature)
+    return lax.psum(_sum_over_rows(chunk_sums, self.axis, (self.bank, self.usable, self.own), inputs), self.axis)
+
+
+def _row_sums(terms, score, weight, per_image):
+  each = terms(score, weight, *(x[:, None] for x in per_image))
+  return jax.tree.map(lambda term: jnp.sum(term, axis=1), each)
+
+
+def _chunk_sums(terms, temperature, shard, start, inputs):
+  """Returns the sums f32[B] over the rows from `start` on, `CHUNK_ROWS` of them or as many as there are."""
+  bank, usable, own = shard
+  embeddings, per_image = inputs
+  size = min(CHUNK_ROWS, len(bank))
+  first = jnp.minimum(start, len(bank) - size)  # the last chunk begins early enough to be whole
+  row = first + jnp.arange(size)
+  block = lax.dynamic_slice_in_dim(bank, first, size).astype(embeddings.dtype)
+  fresh = lax.dynamic_slice_in_dim(usable, first, size) & (row >= start)
+  weight = (fresh[None] & (row[None] != own[:, None])).astype(embeddings.dtype)
+  # Full float32 products, as in `memory_bank.scores`.
+  score = jnp.matmul(embeddings, block.T, precision=lax.Precision.HIGHEST) / temperature
+  return _row_sums(terms, score, weight, per_image)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_over_rows(chunk_sums, axis, shard, inputs):
+  return _scan(functools.partial(chunk_sums, shard), axis, shard, inputs)
+
+
+def _forward(chunk_sums, axis, shard, inputs):
+  def sums_and_slopes(start, inputs):
+    sums, pullback = jax.vjp(functools.partial(chunk_sums, shard, start), inputs)
+    leaves, tree = jax.tree.flatten(sums)
+    zeros = [jnp.zeros_like(leaf) for leaf in leaves]
+    slopes = []
+    for number in range(len(leaves)):
+      ones = jax.tree.unflatten(tree, [*zeros[:number], zeros[number] + 1, *zeros[number + 1:]])
+      slopes.append(pullback(ones)[0])
+    return sums, slopes
+
+  return _scan(sums_and_slopes, axis, shard, inputs)
+
+
+def _backward(chunk_sums, axis, slopes, cotangents):
+  del chunk_sums, axis
+  parts = [jax.tree.map(lambda slope, by=by: slope * by.reshape(by.shape + (1,) * (slope.ndim - 1)), each)
+           for by, each in zip(jax.tree.leaves(cotangents), slopes, strict=True)]
+  return None, jax.tree.map(lambda *each: sum(each), *parts)
+
+
+_sum_over_rows.defvjp(_forward, _backward)
+
+
+def _scan(sums_fn, axis, shard, inputs):
+  """Returns the sum of sums_fn(start, inputs) over the chunks of this device's rows."""
+  def add(total, start):
+    return jax.tree.map(jnp.add, total, sums_fn(start, inputs)), None
+
+  num_rows = len(shard[0])
+  shapes = jax.eval_shape(sums_fn, 0, inputs)
+  zeros = lax.pcast(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), axis, to="varying")
+  return lax.scan(add, zeros, jnp.arange(0, num_rows, CHUNK_ROWS))[0]
