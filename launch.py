@@ -1,9 +1,11 @@
 """python launch.py --config=configs/pirl.py[:VARIANT] [--workdir=DIR] [--config.FIELD=VALUE ...]
 
-Reads the flags and the config, and hands both to the job that `config.job` names.
+Reads the flags and the config, joins the other processes of the run, if there are any, and hands the config to the job
+that `config.job` names.
 """
 
 import importlib
+import os
 import sys
 
 from absl import app, flags, logging
@@ -15,6 +17,9 @@ JOBS = {"pretrain": "pirl_jax.pretrain", "evaluate": "pirl_jax.evaluate", "study
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, for example configs/pirl.py:imagenet.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; each job has a default of its own.")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, for processes started by hand.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes; 1: this one alone.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -59,6 +64,10 @@ def main(argv: list[str]) -> None:
   if config.job not in JOBS:
     raise UserError(f"job={config.job!r} is unknown; choose from {', '.join(JOBS)}")
   # Imported by name, so that a mistyped flag is answered before JAX has loaded.
+  mesh = importlib.import_module("pirl_jax.mesh")
+  mesh.start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+  if importlib.import_module("jax").process_index():
+    sys.stdout = open(os.devnull, "w")  # one of them speaks for all
   importlib.import_module(JOBS[config.job]).run(config, WORKDIR.value)
 
 

@@ -15,6 +15,9 @@ def get_base() -> ConfigDict:
   config.objective = "invariant"
   config.num_epochs = 800  # 0: the untrained network
   config.batch_size = 1024  # images in a step, over all devices
+  # Parts of a batch that pass through the network one after the other, in as much less memory. The gradient is that of
+  # the whole batch, but batch norm has the statistics of a part.
+  config.micro_batches = 1
   config.num_negatives = 32_000  # for each term, a multiple of the bank's strata (256 or fewer); 0: every row
   config.negative_sampling = "shared"  # one draw for the batch; "per_image": one for each image, many times slower
   config.temperature = 0.07  # tau
@@ -64,14 +67,17 @@ def get_base() -> ConfigDict:
   model.stem = "imagenet"  # "imagenet" (7x7, pooling), "3x3", "3x3s2" (stride 2, for CPUs)
   model.head = "linear"  # "linear", or "mlp" (vissl resnet50_mlphead.yaml)
   model.dim = 128  # of an embedding
-  model.dtype = "float32"  # of the trunk: "float32" or "bfloat16"; weights, statistics, bank and loss stay float32
+  # Of the trunk: "float32" or "bfloat16"; weights, statistics and loss stay float32. "float64", with JAX_ENABLE_X64=1,
+  # is for all of them, to tell rounding from mistakes.
+  model.dtype = "float32"
+  model.remat = False  # keep the inputs of the stages alone and compute the rest again for the gradient: less memory
   # Statistics over all devices, so that their number changes nothing; "device": each its own, as the authors ran it
   # (32 images on each of 32 GPUs).
   model.batch_norm = "global"
 
   config.bank = bank = ConfigDict()
   bank.momentum = 0.5  # weight of the old row
-  bank.dtype = "float32"  # of storage: "float32" or "bfloat16"
+  bank.dtype = "float32"  # of storage: "float32", "bfloat16" or "float64"
 
   config.optimizer = optimizer = ConfigDict()
   optimizer.learning_rate = 0.12  # for a batch of 1,024; scaled in proportion to the batch

@@ -18,7 +18,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from pirl_jax.errors import UserError
 from pirl_jax.memory_bank import Layout
-from pirl_jax.mesh import whole
+from pirl_jax.mesh import first_failure, wait_for_all, whole
 from pirl_jax.state import TrainState, state_shardings
 
 FORMAT = 2
@@ -172,19 +172,24 @@ class Checkpoints:
     """
     unreadable = {}
     for step in reversed(self.steps()):
+      failure = ""
       try:
         check_meta(self.read_meta(step))
         state = self.restore(step, like, mesh)
       except UserError:
         raise
       except Exception as error:  # Orbax raises Exception itself for a damaged data file
-        unreadable[step] = " ".join(str(error).split())[:200]
+        failure = " ".join(str(error).split())[:200] or type(error).__name__
+      if failure := first_failure(failure):
+        unreadable[step] = failure
         continue
       self.close()
       for bad_step, reason in unreadable.items():
         say(f"checkpoint {bad_step} cannot be read, moved to unreadable-{bad_step}: {reason}")
         if jax.process_index() == 0:
           (self._folder / str(bad_step)).rename(self._folder / f"unreadable-{bad_step}")
+      if unreadable:
+        wait_for_all("moving the checkpoints that cannot be read")  # before any process looks at the folder again
       return state
     raise UserError(f"none of the checkpoints in {self._folder} can be read ({unreadable}); "
                     "move the folder away to start anew, or choose another --workdir")

@@ -1,7 +1,18 @@
-"""The mesh of devices and the ways an array can lie on it."""
+"""The mesh of devices, the ways an array can lie on it, and the start of several processes.
+
+The processes are those of JAX's own engine, `jax.distributed`: every one runs the same program, and all of their
+devices make one mesh.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pirl_jax.errors import UserError
@@ -13,13 +24,123 @@ SPLIT = PartitionSpec(AXIS)
 WHOLE = PartitionSpec()
 
 
+START_SECONDS = 300
+"""How long the processes wait for one another at the start."""
+
+HEARTBEAT_SECONDS = 60
+"""How long a process may be silent before the others take it for lost."""
+
+
+def start_processes(coordinator: str = "", num_processes: int | None = None, process_id: int | None = None) -> None:
+  """Joins the processes of a run, before anything else of JAX is used; a process by itself has nothing to join.
+
+  Without arguments, JAX looks for what has started the program: a TPU pod slice, SLURM's srun, Open MPI's mpirun.
+
+  Args:
+    coordinator: HOST:PORT at which process 0 listens; "": to be found.
+    num_processes: how many there are; 1: this one alone, wherever it was started.
+    process_id: which of them this is, from 0 on.
+
+  Raises:
+    UserError: the three do not fit together, or the other processes did not come.
+  """
+  if num_processes == 1 and not coordinator:
+    return
+  by_hand = coordinator, num_processes, process_id
+  if any(by_hand) or process_id == 0:
+    if not coordinator or num_processes is None or process_id is None:
+      raise UserError("--coordinator=HOST:PORT, --num_processes=N and --process_id=I belong together, the same but for "
+                      "the last in every process")
+    if not re.fullmatch(r".+:\d+", coordinator):
+      raise UserError(f"--coordinator={coordinator} is not HOST:PORT, like 10.0.0.1:1234")
+    if not 0 <= process_id < num_processes:
+      raise UserError(f"--process_id={process_id} of --num_processes={num_processes}: it is one of 0 to N - 1")
+  options = dict(initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  try:
+    if coordinator:
+      # Every device that this process sees is its own, whatever SLURM may think of it.
+      jax.distributed.initialize(*by_hand, local_device_ids=[], cluster_detection_method="deactivate", **options)
+    else:
+      with warnings.catch_warnings():  # on a Kubernetes pod without the package for it there is nothing to find
+        warnings.simplefilter("ignore")
+        jax.distributed.initialize(**options)
+  except ValueError as error:
+    if "coordinator_address" not in str(error):  # none found: a process by itself
+      raise
+  except RuntimeError as error:
+    reason = " ".join(str(error).split())[:300]
+    raise UserError(f"the processes of this run did not find each other ({reason}); "
+                    "for a process by itself: --num_processes=1") from error
+
+
+def check_alike(facts: Mapping[str, Any]) -> None:
+  """Compares what must be the same in every process, JSON values; all processes call this together.
+
+  Raises:
+    UserError: in every process, with the first difference and who has it.
+  """
+  everyone = _gather_text(json.dumps(facts, sort_keys=True))
+  for process, other in enumerate(map(json.loads, everyone)):
+    for name, value in json.loads(everyone[0]).items():
+      if other.get(name) != value:
+        raise UserError(f"the processes of this run are not alike: {name} is {value!r} in process 0 and "
+                        f"{other.get(name)!r} in process {process}; start all with the same command on the same data")
+
+
+def together(fn: Callable, *args: Any) -> Any:
+  """Returns fn(*args), called in every process; all processes call this together.
+
+  Raises:
+    UserError: in every process where `fn` raised one in any, so that none waits for one that has given up.
+  """
+  failure, result = "", None
+  try:
+    result = fn(*args)
+  except UserError as error:
+    failure = str(error)
+  if failure := first_failure(failure):
+    raise UserError(failure)
+  return result
+
+
+def first_failure(failure: str) -> str:
+  """Returns what went wrong in the first process in which something did, "" if in none; all call this together.
+
+  Args:
+    failure: what went wrong in this one; "": nothing.
+  """
+  for process, other in enumerate(_gather_text(failure)):
+    if other:
+      return other if jax.process_count() == 1 else f"in process {process}: {other}"
+  return ""
+
+
+def wait_for_all(what: str) -> None:
+  """Returns once all processes have called this; `what` they wait for is named in the error of one that is lost."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+def _gather_text(text: str) -> list[str]:
+  """Returns the texts of all processes, in their order."""
+  if jax.process_count() == 1:
+    return [text]
+  content = np.frombuffer(text.encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.int32(len(content)))
+  padded = np.zeros(max(1, lengths.max()), np.uint8)
+  padded[:len(content)] = content
+  return [bytes(row[:length]).decode() for row, length in
+          zip(multihost_utils.process_allgather(padded), lengths, strict=True)]
+
+
 def create_mesh(num_devices: int = 0) -> Mesh:
   """Returns a mesh with the one axis "data" over the first `num_devices` devices (0: all that JAX sees).
 
   Raises:
     UserError: more devices are asked for than there are.
   """
-  devices = jax.devices()
+  # By processes, so that each has a block of the batch, whatever order the devices come in.
+  devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
   if not 0 <= num_devices <= len(devices):
     raise UserError(f"num_devices={num_devices}, but JAX sees {len(devices)} {devices[0].platform} device(s); "
                     "use 0 for all of them")

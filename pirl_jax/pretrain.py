@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from pirl_jax import losses, memory_bank, pictures, system
 from pirl_jax import mesh as mesh_lib
-from pirl_jax.checkpoints import Checkpoints
+from pirl_jax.checkpoints import FORMAT, Checkpoints
 from pirl_jax.data import batches, sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import features, knn, learning
@@ -45,7 +45,7 @@ STEPS_IN_FLIGHT = 2
 NAMED_BROKEN = 20
 """Broken pictures named in the log one by one; beyond them only the count goes on."""
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +90,17 @@ def run(config: ConfigDict, workdir: str) -> None:
   Raises:
     UserError: the config, the data or what lies in `workdir` does not allow it. Nothing has been compiled or written.
   """
-  check_config(config)
   workdir = Path(workdir or f"runs/{config.name}")
-  check_same_config(config, workdir)
-  parts = build(config, workdir)
+  parts = mesh_lib.together(prepare, config, workdir)
+  mesh_lib.check_alike({
+    "the folder of the run": str(workdir), **flatten(config.to_dict()), "the training pictures": parts.train.fingerprint,
+    "the held-out pictures": parts.test and parts.test.fingerprint, "the version of jax": jax.__version__,
+    "the format of checkpoints": FORMAT})
   with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
     state = restore(parts, checkpoints) if checkpoints.steps() else parts.initial_state()
     start_step = int(state.step)
-    write_json(workdir / "config.json", config.to_dict())
+    if jax.process_index() == 0:
+      write_json(workdir / "config.json", config.to_dict())
     print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
     with Logbook(workdir, start_step=start_step, total_steps=parts.total_steps,
                  steps_per_epoch=parts.steps_per_epoch, batch_size=config.batch_size,
@@ -113,13 +116,24 @@ def run(config: ConfigDict, workdir: str) -> None:
       finish(parts, state, book)
 
 
+def prepare(config: ConfigDict, workdir: Path) -> Run:
+  """Returns the parts of the run, see `build`, after all checks that need no other process.
+
+  Raises:
+    UserError: see `check_config`, `check_same_config` and `build`.
+  """
+  check_config(config)
+  check_same_config(config, workdir)
+  return build(config, workdir)
+
+
 def check_config(config: ConfigDict) -> None:
   """Raises UserError for a value that no data could make possible."""
   def require(holds, field, rule):
     if not holds:
       raise UserError(f"{field}={_get(config, field)!r} is not possible: {rule}")
 
-  for field in ("batch_size", "data.image_size", "data.num_threads", "jigsaw.crop_size", "jigsaw.grid",
+  for field in ("batch_size", "micro_batches", "data.image_size", "data.num_threads", "jigsaw.crop_size", "jigsaw.grid",
                 "jigsaw.patch_size", "model.dim", "checkpoint.every_steps", "checkpoint.keep", "evaluate.k",
                 "evaluate.batch_size", "log.every_steps"):
     require(_get(config, field) >= 1, field, "a whole number from 1 is needed")
@@ -145,6 +159,9 @@ def check_config(config: ConfigDict) -> None:
                          ("model.batch_norm", ("global", "device")),
                          ("optimizer.update_interval", ("step", "epoch"))):
     require(_get(config, field) in choices, field, f"choose from {', '.join(choices)}")
+  for field in ("model.dtype", "bank.dtype"):
+    require(_get(config, field) != "float64" or jax.config.jax_enable_x64, field,
+            "JAX computes in it only with JAX_ENABLE_X64=1 in the environment")
   require(config.num_negatives or config.negative_sampling == "shared", "negative_sampling",
           "num_negatives=0 takes every row for every image, there is nothing to draw")
 
@@ -184,6 +201,9 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     if _get(config, field) % num_devices:
       raise UserError(f"{field}={_get(config, field)} does not divide among {num_devices} devices; "
                       f"try --config.{field}={max(1, _get(config, field) // num_devices) * num_devices}")
+  if config.batch_size // num_devices % config.micro_batches:
+    raise UserError(f"micro_batches={config.micro_batches} does not divide the {config.batch_size // num_devices} images "
+                    f"of a batch on each of {num_devices} devices; choose a divisor")
   views_fn = system.views_of(config)
 
   train, test = open_data(config)
@@ -277,7 +297,7 @@ def train(parts: Run, state: TrainState, checkpoints: Checkpoints, book: Logbook
     batch = next(stream)
     waited += time.perf_counter() - started
     broken.note(step, batch)
-    if step == 1:
+    if step == 1 and jax.process_index() == 0:
       with book.paused():
         save_views(parts, batch)
     state, metrics = train_step(state, batches.place(batch, parts.mesh))
@@ -324,11 +344,11 @@ def make_step(parts: Run) -> Callable:
   config = parts.config
   common = parts.parallel_network, parts.optimizer, parts.views_fn
   if not system.has_bank(config):
-    return make_prediction_step(*common, parts.layout, parts.mesh)
+    return make_prediction_step(*common, parts.layout, parts.mesh, micro_batches=config.micro_batches)
   return make_train_step(
     *common, make_loss(config, parts.layout), parts.layout, parts.mesh, num_negatives=config.num_negatives,
     negative_sampling=config.negative_sampling, temperature=config.temperature, pretext_weight=config.pretext_weight,
-    bank_momentum=config.bank.momentum)
+    bank_momentum=config.bank.momentum, micro_batches=config.micro_batches)
 
 
 def check_finite(parts: Run, step: int, loss: np.ndarray) -> None:

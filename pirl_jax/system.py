@@ -75,7 +75,8 @@ def network_of(config: Mapping[str, Any], *, num_classes: int) -> Network:
     UserError: see `create_resnet`, `create_pretext`; or there is nothing to predict.
   """
   model = config["model"]
-  trunk = create_resnet(model["arch"], width=model["width"], stem=model["stem"], dtype=jnp.dtype(model["dtype"]))
+  trunk = create_resnet(model["arch"], width=model["width"], stem=model["stem"], dtype=jnp.dtype(model["dtype"]),
+                        remat=model["remat"])
   if config["objective"] == "supervised":
     if num_classes < 2:
       raise UserError(f"objective=supervised needs labels of two classes or more, and the training pictures have "

@@ -54,8 +54,7 @@ def train_batches(
     crops: for each name the side S in pixels, and the range of the share of the picture's area that the crop covers.
     batch_size: B, over all processes.
     seed: any integer. start_step: batches already seen.
-    process_index, process_count: this process gets records process_index, process_index + process_count, ...
-      of each batch.
+    process_index, process_count: this process gets that block of each batch, of process_count blocks.
     num_threads: threads that decode; 0 works in the caller's thread.
 
   Returns:
@@ -183,14 +182,18 @@ def _train_stream(
     )
   order_seed, crop_seed = (int(word) for word in np.random.SeedSequence(seed % 2**64).generate_state(2))
   local_size = batch_size // process_count
-  # The order of these lines is the contract. Crops before the slices: a record's draws follow from its place
-  # in the global stream, whichever process has it. Whole batches before repeat: no batch straddles two
-  # epochs, which could hold a picture twice, and all processes have equally many. The cut at start_step comes
-  # last and skips without reading.
-  records = grain.MapDataset.range(num_records).shuffle(seed=order_seed).random_map(crop_fn, seed=crop_seed)
-  records = records[: whole_batches * batch_size][process_index::process_count]
-  records = records.repeat()[start_step * local_size :]
-  return _start(records, local_size, num_threads)
+  # The order of these lines is the contract. Crops before anything is cut: a record's draws follow from its place in
+  # the global stream, whichever process has it. Whole batches before repeat: no batch straddles two epochs, which could
+  # hold a picture twice. Of the endless stream each process takes its block of every batch, from start_step on.
+  stream = grain.MapDataset.range(num_records).shuffle(seed=order_seed).random_map(crop_fn, seed=crop_seed)
+  stream = stream[: whole_batches * batch_size].repeat()
+
+  def place(number):
+    step, position = divmod(number, local_size)
+    return step * batch_size + process_index * local_size + position
+
+  first, end = start_step * local_size, len(stream) // process_count
+  return _start(grain.MapDataset.range(first, end).map(lambda number: stream[place(number)]), local_size, num_threads)
 
 
 def _start(records: grain.MapDataset, batch_size: int, num_threads: int, batch_fn=None) -> Iterator[

@@ -86,7 +86,8 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
     "num_broken_test": test.num_broken,
     **settings,
   }
-  logbook.write_json(path, table)
+  if jax.process_index() == 0:
+    logbook.write_json(path, table)
   return table
 
 

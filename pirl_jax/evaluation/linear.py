@@ -318,17 +318,18 @@ def cached_batches(maps: Mapping[str, np.ndarray], labels: np.ndarray, *, batch_
     batch_size: B, over all processes, at most N.
     seed: any integer.
     start_step: batches already seen.
-    process_index, process_count: this process gets rows process_index, process_index + process_count, ... of each.
+    process_index, process_count: this process gets that block of each, of process_count blocks.
 
   Returns:
     Iterator of {layer: f32[b, ...], "index": i32[b] (row of the maps), "label": i32[b], "valid": bool[b], all True}.
   """
   steps_per_epoch = len(labels) // batch_size
+  local_size = batch_size // process_count
   epoch, first = divmod(start_step, steps_per_epoch)
   while True:
     order = np.random.default_rng((seed % 2**64, epoch)).permutation(len(labels)).astype(np.int32)
     for step in range(first, steps_per_epoch):
-      rows = order[step * batch_size:(step + 1) * batch_size][process_index::process_count]
+      rows = order[step * batch_size + process_index * local_size:][:local_size]
       yield {**{layer: x[rows] for layer, x in maps.items()}, "index": rows, "label": labels[rows],
              "valid": np.ones(len(rows), bool)}
     epoch, first = epoch + 1, 0

@@ -18,7 +18,8 @@ PATCH_FEATURES = 1_000
 
 
 def _linear(x: jax.Array, features: int, name: str) -> jax.Array:
-  layer = nn.Dense(features, kernel_init=kernel_init, bias_init=bias_init(x.shape[-1]), name=name)
+  # As exact as what comes in: the trunk's pooled features are float32 or more.
+  layer = nn.Dense(features, param_dtype=x.dtype, kernel_init=kernel_init, bias_init=bias_init(x.shape[-1]), name=name)
   return layer(x)
 
 
@@ -92,7 +93,7 @@ class PatchesClassHead(nn.Module):
   @nn.compact
   def __call__(self, features: jax.Array, *, train: bool = False) -> jax.Array:
     """Returns logits f32[B, L] of pooled trunk features f32[B, P, C]; `train`: see `ResNet.__call__`."""
-    norm = nn.BatchNorm(use_running_average=not train, momentum=BATCH_NORM_MOMENTUM, epsilon=BATCH_NORM_EPSILON,
+    norm = nn.BatchNorm(param_dtype=features.dtype, use_running_average=not train, momentum=BATCH_NORM_MOMENTUM, epsilon=BATCH_NORM_EPSILON,
                         axis_name=self.batch_norm_axis, name="bn")
     patches = nn.relu(norm(_linear(features, PATCH_FEATURES, "patch")))  # [B, P, 1000]
     return _linear(jnp.reshape(patches, (patches.shape[0], -1)), self.num_classes, "logits")

@@ -76,8 +76,9 @@ class ResNet(nn.Module):
     bottleneck: bottleneck blocks (ResNet-50 and deeper) or basic ones.
     channels: channels of the first stage; each next stage has twice as many.
     stem: a key of `STEMS`.
-    dtype: of the computation; parameters and batch statistics stay float32.
+    dtype: of the computation; parameters and batch statistics are float32, or float64 with it.
     batch_norm_axis: mesh axis over which batch statistics are taken; None: each device its own.
+    remat: the gradient keeps what goes into each stage alone and computes the rest of it again.
   """
 
   blocks: Sequence[int]
@@ -86,20 +87,22 @@ class ResNet(nn.Module):
   stem: str = "imagenet"
   dtype: Any = jnp.float32
   batch_norm_axis: str | None = None
+  remat: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
     """Returns the features by name: "conv1" (after BN and ReLU, before pooling), "res2" ... and "pooled".
 
-    "pooled" is the global average of the last stage, f32[B, C]; the others are dtype[B, H, W, C].
+    "pooled" is the global average of the last stage, f32[B, C] (f64 where dtype is); the others are dtype[B, H, W, C].
 
     Args:
       images: f32[B, H, W, 3], normalised.
       train: batch norm takes the statistics of this batch and moves its running ones (eps 1e-5, and a tenth of
         the new value each call: PyTorch's momentum 0.1), or uses the running ones.
     """
-    conv = partial(nn.Conv, use_bias=False, padding=0, dtype=self.dtype, kernel_init=kernel_init)
-    norm = partial(nn.BatchNorm, use_running_average=not train, momentum=BATCH_NORM_MOMENTUM,
+    exact = jnp.promote_types(self.dtype, jnp.float32)
+    conv = partial(nn.Conv, use_bias=False, padding=0, dtype=self.dtype, param_dtype=exact, kernel_init=kernel_init)
+    norm = partial(nn.BatchNorm, param_dtype=exact, use_running_average=not train, momentum=BATCH_NORM_MOMENTUM,
                    epsilon=BATCH_NORM_EPSILON, dtype=self.dtype, axis_name=self.batch_norm_axis)
     kernel, stride, pool = STEMS[self.stem]
     features = {}
@@ -108,18 +111,26 @@ class ResNet(nn.Module):
     features["conv1"] = x = nn.relu(norm(name="bn1")(x))
     if pool:
       x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-    for stage, num_blocks in enumerate(self.blocks):
-      for block in range(num_blocks):
+
+    def run_stage(_, x, stage):
+      for block in range(self.blocks[stage]):
         x = Block(self.channels * 2**stage, 2 if stage and not block else 1, self.bottleneck, conv, norm,
                   name=f"res{stage + 2}_{block}")(x)
-      features[f"res{stage + 2}"] = x
-    features["pooled"] = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+      return x
+
+    if self.remat:
+      run_stage = nn.remat(run_stage, static_argnums=(2,))
+    for stage in range(len(self.blocks)):
+      features[f"res{stage + 2}"] = x = run_stage(self, x, stage)
+    features["pooled"] = jnp.mean(x.astype(exact), axis=(1, 2))
     return features
 
 
 def create_resnet(arch: str, *, width: int = 1, stem: str = "imagenet", dtype: Any = jnp.float32,
-                  batch_norm_axis: str | None = None) -> ResNet:
+                  batch_norm_axis: str | None = None, remat: bool = False) -> ResNet:
   """Returns the trunk of that name, every layer `width` times as wide (vissl's w2 and w4: `WIDTH_MULTIPLIER`).
+
+  The other arguments are attributes of `ResNet`.
 
   Raises:
     UserError: an unknown architecture or stem, or a width below 1.
@@ -132,4 +143,4 @@ def create_resnet(arch: str, *, width: int = 1, stem: str = "imagenet", dtype: A
     raise UserError(f"model.width={width}: the width multiplier is a whole number from 1")
   bottleneck, blocks, channels = ARCHITECTURES[arch]
   return ResNet(blocks=blocks, bottleneck=bottleneck, channels=channels * width, stem=stem, dtype=dtype,
-                batch_norm_axis=batch_norm_axis)
+                batch_norm_axis=batch_norm_axis, remat=remat)

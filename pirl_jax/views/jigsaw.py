@@ -110,7 +110,7 @@ def cut_patches(
   # Under vmap this is one gather of slices that cuts and shuffles at once: 1.8 ms for 64 crops of 255 px on 2 cores.
   # Selects over shifted copies took 16 ms there, and one-hot matrix products 3 to 6 times the gather at 32 px.
   def cut(corner):
-    return jax.lax.dynamic_slice(crop, (corner[0], corner[1], 0), (patch_size, patch_size, crop.shape[2]))
+    return jax.lax.dynamic_slice(crop, (*corner, jnp.zeros_like(corner[0])), (patch_size, patch_size, crop.shape[2]))
 
   return jax.vmap(cut)(corners)
 

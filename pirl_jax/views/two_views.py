@@ -58,7 +58,7 @@ def make_views(pretext: Pretext | None, *, recipe: Recipe, pretext_recipe: Recip
       transform augments the crop as a whole.
   """
   def view(key, crop, recipe):
-    image = jnp.moveaxis(crop, -1, 0).astype(jnp.float32)  # [3, H, W]
+    image = jnp.moveaxis(crop, -1, 0).astype(float)  # [3, H, W]; float32, unless JAX_ENABLE_X64 is set
     image = apply_photometric(image, draw_photometric(key, recipe=recipe))
     return normalise(jnp.moveaxis(image, 0, -1))
 
@@ -81,7 +81,7 @@ def normalise(image: jax.Array) -> jax.Array:
   """Returns the picture as the network takes it, f32[..., 3], from its levels in [0, 255]."""
   channels = (1,) * (image.ndim - 1) + (3,)
   scale, shift = 1 / (255 * STD), -MEAN / STD
-  return image.astype(jnp.float32) * scale.reshape(channels) + shift.reshape(channels)
+  return image.astype(float) * scale.reshape(channels) + shift.reshape(channels)
 
 
 def denormalise(view: jax.Array | np.ndarray) -> np.ndarray:
