@@ -5,7 +5,6 @@ that `config.job` names.
 """
 
 import importlib
-import os
 import sys
 
 from absl import app, flags, logging
@@ -65,10 +64,8 @@ def main(argv: list[str]) -> None:
     raise UserError(f"job={config.job!r} is unknown; choose from {', '.join(JOBS)}")
   # Imported by name, so that a mistyped flag is answered before JAX has loaded.
   mesh = importlib.import_module("pirl_jax.mesh")
-  mesh.start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-  if importlib.import_module("jax").process_index():
-    sys.stdout = open(os.devnull, "w")  # one of them speaks for all
-  importlib.import_module(JOBS[config.job]).run(config, WORKDIR.value)
+  with mesh.processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value):
+    importlib.import_module(JOBS[config.job]).run(config, WORKDIR.value)
 
 
 def start() -> None:

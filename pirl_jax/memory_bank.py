@@ -14,6 +14,7 @@ embeddings of the whole batch; no row of the bank ever leaves its device, only s
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from pirl_jax.errors import UserError
 
 MAX_STRATA = 256
 """Divides 4,096, 32,000 and 65,536, the numbers of negatives in use."""
+
+MAX_SHARE = 0.8
+"""Of a device's memory, for its part of the bank: the network needs some, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,29 @@ def create_layout(num_images: int, *, num_devices: int, num_negatives: int) -> L
     raise UserError(f"{num_devices} devices do not divide the {num_strata} strata of a bank of {num_images} images; "
                     f"use 1, 2, 4 ... or {num_strata} devices")
   return Layout(num_images, num_strata)
+
+
+def check_fits(layout: Layout, *, dim: int, dtype: Any, num_devices: int, device_bytes: int) -> None:
+  """Raises UserError if a device's part of the bank would take more than `MAX_SHARE` of its memory.
+
+  Args:
+    layout: of the bank.
+    dim: D.
+    dtype: in which it is stored.
+    num_devices: that share the bank.
+    device_bytes: memory of each.
+  """
+  bank_bytes = layout.num_rows * dim * jnp.dtype(dtype).itemsize
+  room = MAX_SHARE * device_bytes
+  if bank_bytes / num_devices <= room:
+    return
+  enough = [2**power for power in range(layout.num_strata.bit_length()) if bank_bytes / 2**power <= room]
+  way_out = f"use {enough[0]} such devices" if enough else "use larger devices"
+  if jnp.dtype(dtype).itemsize > 2:
+    way_out += ", or --config.bank.dtype=bfloat16 for a smaller bank"
+  of_all, of_each, there = (size / 2**30 for size in (bank_bytes, bank_bytes / num_devices, device_bytes))
+  raise UserError(f"the bank of {layout.num_images:,} images takes {of_all:,.1f} GiB, {of_each:,.1f} GiB on each of "
+                  f"{num_devices} device(s), which have {there:,.1f} GiB; {way_out}")
 
 
 def _multiple_below(number, unit):

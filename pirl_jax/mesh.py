@@ -4,10 +4,14 @@ The processes are those of JAX's own engine, `jax.distributed`: every one runs t
 devices make one mesh.
 """
 
+import contextlib
 import json
+import os
 import re
+import sys
+import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,10 +35,16 @@ HEARTBEAT_SECONDS = 60
 """How long a process may be silent before the others take it for lost."""
 
 
-def start_processes(coordinator: str = "", num_processes: int | None = None, process_id: int | None = None) -> None:
+SHUTDOWN_SECONDS = 30
+"""How long a process that has come to its end waits for the others."""
+
+
+@contextlib.contextmanager
+def processes(coordinator: str = "", num_processes: int | None = None, process_id: int | None = None) -> Iterator[None]:
   """Joins the processes of a run, before anything else of JAX is used; a process by itself has nothing to join.
 
   Without arguments, JAX looks for what has started the program: a TPU pod slice, SLURM's srun, Open MPI's mpirun.
+  Inside, process 0 alone prints, and one that fails ends at once, so that the others do not wait for it.
 
   Args:
     coordinator: HOST:PORT at which process 0 listens; "": to be found.
@@ -44,6 +54,31 @@ def start_processes(coordinator: str = "", num_processes: int | None = None, pro
   Raises:
     UserError: the three do not fit together, or the other processes did not come.
   """
+  _join(coordinator, num_processes, process_id)
+  if jax.process_count() == 1:
+    yield
+    return
+  try:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(
+        nowhere if jax.process_index() else sys.stdout):
+      yield
+  except UserError:  # raised in all of them
+    raise
+  except Exception as error:
+    traceback.print_exc()
+    print(f"error: process {jax.process_index()} of {jax.process_count()} ends here. {_reason(error)} The same command "
+          "in all processes goes on from the newest checkpoint.", file=sys.stderr, flush=True)
+    os._exit(1)  # the way out that Python knows waits for the others, which may be gone
+
+
+def _reason(error):
+  lost = re.search("gloo|NCCL|connect|UNAVAILABLE|ABORTED", str(error), re.IGNORECASE)
+  if isinstance(error, jax.errors.JaxRuntimeError) and lost:
+    return "It has lost another process, or the connection to it; see what that one has said last."
+  return "The others will say that they have lost it."
+
+
+def _join(coordinator, num_processes, process_id):
   if num_processes == 1 and not coordinator:
     return
   by_hand = coordinator, num_processes, process_id
@@ -55,7 +90,8 @@ def start_processes(coordinator: str = "", num_processes: int | None = None, pro
       raise UserError(f"--coordinator={coordinator} is not HOST:PORT, like 10.0.0.1:1234")
     if not 0 <= process_id < num_processes:
       raise UserError(f"--process_id={process_id} of --num_processes={num_processes}: it is one of 0 to N - 1")
-  options = dict(initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  options = dict(initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                 shutdown_timeout_seconds=SHUTDOWN_SECONDS)
   try:
     if coordinator:
       # Every device that this process sees is its own, whatever SLURM may think of it.
@@ -145,6 +181,14 @@ def create_mesh(num_devices: int = 0) -> Mesh:
     raise UserError(f"num_devices={num_devices}, but JAX sees {len(devices)} {devices[0].platform} device(s); "
                     "use 0 for all of them")
   return Mesh(np.array(devices[:num_devices or len(devices)]), (AXIS,))
+
+
+def device_bytes() -> int:
+  """Returns the memory of a device of this process, in bytes; virtual devices of a CPU share that of the machine."""
+  device = jax.local_devices()[0]
+  if stats := device.memory_stats():
+    return stats["bytes_limit"]
+  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
 
 
 def split(mesh: Mesh) -> NamedSharding:

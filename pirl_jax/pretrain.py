@@ -93,9 +93,10 @@ def run(config: ConfigDict, workdir: str) -> None:
   workdir = Path(workdir or f"runs/{config.name}")
   parts = mesh_lib.together(prepare, config, workdir)
   mesh_lib.check_alike({
-    "the folder of the run": str(workdir), **flatten(config.to_dict()), "the training pictures": parts.train.fingerprint,
-    "the held-out pictures": parts.test and parts.test.fingerprint, "the version of jax": jax.__version__,
-    "the format of checkpoints": FORMAT})
+    "the folder of the run": str(workdir), **flatten(config.to_dict()),
+    "the training pictures": parts.train.fingerprint,
+    "the held-out pictures": parts.test and parts.test.fingerprint,
+    "the version of jax": jax.__version__, "the format of checkpoints": FORMAT})
   with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
     state = restore(parts, checkpoints) if checkpoints.steps() else parts.initial_state()
     start_step = int(state.step)
@@ -201,9 +202,10 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     if _get(config, field) % num_devices:
       raise UserError(f"{field}={_get(config, field)} does not divide among {num_devices} devices; "
                       f"try --config.{field}={max(1, _get(config, field) // num_devices) * num_devices}")
-  if config.batch_size // num_devices % config.micro_batches:
-    raise UserError(f"micro_batches={config.micro_batches} does not divide the {config.batch_size // num_devices} images "
-                    f"of a batch on each of {num_devices} devices; choose a divisor")
+  images = config.batch_size // num_devices
+  if images % config.micro_batches:
+    raise UserError(f"micro_batches={config.micro_batches} does not divide the {images} images of a batch on each of "
+                    f"{num_devices} devices; choose a divisor of {images}")
   views_fn = system.views_of(config)
 
   train, test = open_data(config)
@@ -211,6 +213,9 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   steps_per_epoch = batches.steps_per_epoch(len(train), config.batch_size)
   layout = memory_bank.create_layout(
     len(train), num_devices=num_devices, num_negatives=config.num_negatives if system.has_bank(config) else 0)
+  if system.has_bank(config):
+    memory_bank.check_fits(layout, dim=config.model.dim, dtype=DTYPES[config.bank.dtype], num_devices=num_devices,
+                           device_bytes=mesh_lib.device_bytes())
   make_loss(config, layout)
   schedule = make_schedule(config, steps_per_epoch)
   optimizer = create_optimizer(schedule, momentum=config.optimizer.momentum, weight_decay=config.optimizer.weight_decay,

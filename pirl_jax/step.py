@@ -18,9 +18,11 @@ from pirl_jax.negatives import EveryRow, Scores
 from pirl_jax.state import TrainState, state_specs
 
 
-def make_train_step(network: Network, optimizer: optax.GradientTransformation, views_fn: Callable, loss_fn: losses.Loss,
-                    layout: memory_bank.Layout, mesh: Mesh, *, num_negatives: int, negative_sampling: str = "shared",
-                    temperature: float, pretext_weight: float, bank_momentum: float, micro_batches: int = 1) -> Callable:
+def make_train_step(
+  network: Network, optimizer: optax.GradientTransformation, views_fn: Callable, loss_fn: losses.Loss,
+  layout: memory_bank.Layout, mesh: Mesh, *, num_negatives: int, negative_sampling: str = "shared", temperature: float,
+  pretext_weight: float, bank_momentum: float, micro_batches: int = 1,
+) -> Callable:
   """Returns train_step(state, batch) -> (state, metrics), compiled, and mapped over the devices of `mesh`.
 
   The state given in is donated: its memory becomes that of the state returned, so there is never a second bank.
@@ -182,7 +184,7 @@ def split_batch(batch: Any, micro_batches: int) -> Any:
 
 
 def accumulate(grad_fn: Callable, params: Any, parts: Any) -> tuple[Any, Any]:
-  """Returns the gradients summed over the parts of a batch and over the devices, and the rest, stacked by parts [M, ...].
+  """Returns the gradients summed over the parts of a batch and over the devices, and the rest of each part, [M, ...].
 
   Args:
     grad_fn: grad_fn(params, part) -> (gradients, rest).

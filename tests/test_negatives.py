@@ -105,7 +105,8 @@ def test_memory_is_that_of_a_chunk(case):
       return jnp.sum(loss_fn(jnp.zeros(batch), every, normaliser=jnp.float32(0))[0])
     return jax.grad(objective)(emb)
 
-  mapped = jax.jit(jax.shard_map(device_grad, mesh=create_mesh(1), in_specs=(P(AXIS), P(AXIS), P(), P()), out_specs=P()))
+  mapped = jax.jit(jax.shard_map(device_grad, mesh=create_mesh(1), in_specs=(P(AXIS), P(AXIS), P(), P()),
+                                 out_specs=P()))
   shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
   compiled = mapped.lower(shape((rows, 128)), jax.ShapeDtypeStruct((rows,), bool), jax.ShapeDtypeStruct((batch,), int),
                           shape((batch, 128))).compile()

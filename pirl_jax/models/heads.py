@@ -93,7 +93,7 @@ class PatchesClassHead(nn.Module):
   @nn.compact
   def __call__(self, features: jax.Array, *, train: bool = False) -> jax.Array:
     """Returns logits f32[B, L] of pooled trunk features f32[B, P, C]; `train`: see `ResNet.__call__`."""
-    norm = nn.BatchNorm(param_dtype=features.dtype, use_running_average=not train, momentum=BATCH_NORM_MOMENTUM, epsilon=BATCH_NORM_EPSILON,
-                        axis_name=self.batch_norm_axis, name="bn")
+    norm = nn.BatchNorm(use_running_average=not train, momentum=BATCH_NORM_MOMENTUM, epsilon=BATCH_NORM_EPSILON,
+                        param_dtype=features.dtype, axis_name=self.batch_norm_axis, name="bn")
     patches = nn.relu(norm(_linear(features, PATCH_FEATURES, "patch")))  # [B, P, 1000]
     return _linear(jnp.reshape(patches, (patches.shape[0], -1)), self.num_classes, "logits")
