@@ -1,0 +1,118 @@
+"""The memory bank by itself: what a step costs, and what it sends, as the bank grows. `python -m benchmarks.bank`
+
+The real train step, with a network that is next to nothing in the place of the ResNet, so that what is measured is
+the bank: scores, loss, gradient by the embeddings, and the rows that move. The negatives are drawn once for the batch,
+drawn for each image (as the PyTorch implementations do), or are all rows. The devices are virtual ones of this CPU, or
+those that JAX sees.
+
+  python -m benchmarks.bank --rows 50_000 1_281_167 10_000_000 --devices 1 8
+  python -m benchmarks.bank --rows 0                     # as many as fit into 60 % of the memory
+"""
+
+import argparse
+import statistics
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.collectives import sent_bytes
+from pirl_jax import losses, memory_bank
+from pirl_jax import mesh as mesh_lib
+from pirl_jax.models.heads import ImageHead
+from pirl_jax.models.network import Network
+from pirl_jax.state import create_state
+from pirl_jax.step import make_train_step
+
+DIM = 128
+ROUNDS = 5
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+NEGATIVES = {"shared": "drawn once", "per_image": "drawn for each image", "all": "all rows"}
+
+
+class Pixels(nn.Module):
+  """A trunk that passes its pixels on."""
+
+  batch_norm_axis: str | None = None
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+    """Returns the pixels as pooled features, f32[B, H * W * 3]."""
+    self.variable("batch_stats", "unused", jnp.zeros, ())
+    return {"pooled": jnp.reshape(images, (len(images), -1))}
+
+
+def views_fn(keys, image_crop, pretext_crop=None):
+  """The crops as they are, image and pretext view."""
+  del keys
+  return image_crop / 255, pretext_crop[:, None] / 255, None
+
+
+def measure(num_rows: int, *, dtype: str, num_devices: int, negatives: str, num_negatives: int,
+            batch_size: int) -> str:
+  """Returns a line of the table."""
+  mesh = mesh_lib.create_mesh(num_devices)
+  count = 0 if negatives == "all" else num_negatives
+  layout = memory_bank.create_layout(num_rows, num_devices=num_devices, num_negatives=count)
+  network, optimizer = Network(Pixels(), ImageHead(DIM), ImageHead(DIM)), optax.sgd(0.1)
+  loss_fn = losses.make_loss("infonce", temperature=0.1, num_images=num_rows, num_negatives=count or num_rows)
+  step = make_train_step(
+    network, optimizer, views_fn, loss_fn, layout, mesh, num_negatives=count, temperature=0.1, pretext_weight=0.5,
+    negative_sampling="per_image" if negatives == "per_image" else "shared", bank_momentum=0.5)
+  state = create_state(0, network, optimizer, layout, mesh=mesh, dim=DIM, bank_dtype=DTYPES[dtype],
+                       inputs=(jnp.zeros((1, 4, 4, 3)), jnp.zeros((1, 1, 4, 4, 3))))
+
+  def batch(number):
+    rng = np.random.default_rng(number)
+    crops = rng.integers(0, 256, (2, batch_size, 4, 4, 3), np.uint8)
+    first = rng.integers(num_rows - batch_size)
+    return jax.device_put({"image_crop": crops[0], "pretext_crop": crops[1], "valid": np.ones(batch_size, bool),
+                           "index": np.arange(first, first + batch_size, dtype=np.int32)}, mesh_lib.split(mesh))
+
+  lowered = step.lower(state, batch(0))
+  programs = [program.compile() for program in (lowered if isinstance(lowered, tuple) else (lowered,))]
+  temporary = max(program.memory_analysis().temp_size_in_bytes for program in programs)
+  sent = sum(sum(sent_bytes(program.as_text()).values()) for program in programs)
+  times = []
+  for number in range(1 + ROUNDS):
+    given = batch(number)
+    started = time.perf_counter()
+    state, _ = jax.block_until_ready(step(state, given))
+    times.append(time.perf_counter() - started)
+  bank = state.bank.addressable_shards[0].data.nbytes
+  sent = sent / 2**10 if num_devices > 1 else 0
+  milliseconds = 1e3 * statistics.median(times[1:])
+  return (f"{num_rows:>13,} {dtype:>9} {num_devices:>8} {NEGATIVES[negatives]:>21} {milliseconds:>9,.1f} "
+          f"{bank / 2**20:>10,.1f} {temporary / 2**20:>10,.1f} {sent:>10,.1f}")
+
+
+def main() -> None:
+  """Prints the table."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--rows", type=int, nargs="+", default=[50_000, 1_281_167, 10_000_000], help="0: as many as fit")
+  parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+  parser.add_argument("--devices", type=int, nargs="+", default=[1, 8])
+  parser.add_argument("--negatives", nargs="+", default=list(NEGATIVES), choices=NEGATIVES)
+  parser.add_argument("--num_negatives", type=int, default=4_096)
+  parser.add_argument("--batch_size", type=int, default=64)
+  given = parser.parse_args()
+  jax.config.update("jax_num_cpu_devices", max(given.devices))
+  device = jax.devices()[0]
+  print(f"{device.device_kind}, {len(jax.devices())} device(s); batch {given.batch_size}, {given.num_negatives:,} "
+        f"negatives where they are drawn, two terms, softmax loss; median of {ROUNDS} steps; MiB and KiB on one device")
+  print(f"{'rows':>13} {'stored as':>9} {'devices':>8} {'negatives':>21} {'ms a step':>9} {'bank MiB':>10} "
+        f"{'other MiB':>10} {'sent KiB':>10}")
+  for rows in given.rows:
+    for dtype in given.dtypes:
+      for devices in given.devices:
+        for negatives in given.negatives:
+          fitting = int(0.6 * mesh_lib.device_bytes() * jax.local_device_count() / DIM / jnp.dtype(dtype).itemsize)
+          print(measure(rows or fitting, dtype=dtype, num_devices=devices, negatives=negatives,
+                        num_negatives=given.num_negatives, batch_size=given.batch_size), flush=True)
+
+
+if __name__ == "__main__":
+  main()
