@@ -163,8 +163,8 @@ def report(case: Case, chip_name: str, efficiency: float) -> None:
         f"bank {1e3 * bank_seconds:.2f}, links {1e3 * link_seconds:.2f} ({found['bytes sent'] / 1e6:.0f} MB)")
   print(f"share of the network {network_seconds / step:.0%}; {case.batch / step:,.0f} images a second, "
         f"{case.batch / step / PICTURES_PER_CORE:.0f} host cores in all to decode them")
-  print(f"wall-clock: {steps:,} steps, {steps * step / 86_400:,.1f} days, {steps * step / 3_600 / case.epochs:,.2f} hours "
-        "an epoch")
+  print(f"wall-clock: {steps:,} steps, {steps * step / 86_400:,.1f} days, "
+        f"{steps * step / 3_600 / case.epochs:,.2f} hours an epoch")
 
 
 def check() -> None:
@@ -225,10 +225,10 @@ def main() -> None:
   if given.pop("check"):
     check()
     return
-  print(f"assumed: {efficiency:.0%} of the maker's rates of arithmetic, memory and links; the network takes the longer of\n"
-        f"its arithmetic and of {PASSES} passes of its activations through memory; the bank is float32 products; nothing\n"
-        f"overlaps; {PICTURES_PER_CORE} pictures decoded a core-second; weights and momentum on every device; XLA may keep\n"
-        "a third less of the activations than is counted here")
+  print(f"""assumed: {efficiency:.0%} of the maker's rates of arithmetic, memory and links; the network takes the longer of
+its arithmetic and of {PASSES} passes of its activations through memory; the bank is float32 products; nothing
+overlaps; {PICTURES_PER_CORE} pictures decoded a core-second; weights and momentum on every device; XLA may keep a third
+less of the activations than is counted here""")
   for number in [images] if images else SETS.values():
     report(Case(images=number, **given), chip, efficiency)
 

@@ -6,7 +6,7 @@ import pytest
 from pirl_jax.errors import UserError
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
-from pirl_jax.models.resnet import create_resnet
+from pirl_jax.models.resnet import ResNet, create_resnet
 
 
 def count(tree):
@@ -162,3 +162,24 @@ def test_bfloat16_keeps_parameters_statistics_and_pooled_features_in_float32():
 def test_unknown_architecture_stem_and_width_are_refused(options):
   with pytest.raises(UserError, match="resnet50|imagenet|width"):
     create_resnet(**options)
+
+
+def test_rematerialisation_changes_memory_alone():
+  """By the stage: same names, values and gradients; of a stage of four blocks its input is kept, and no block's."""
+  plain = ResNet(blocks=(4, 4), bottleneck=False, channels=8, stem="3x3s2")
+  image = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
+  variables = plain.init(jax.random.key(1), image, train=False)
+
+  def loss(params, network):
+    features, updated = network.apply({**variables, "params": params}, image, train=True, mutable=["batch_stats"])
+    return jnp.sum(features["pooled"] ** 2), updated
+
+  found, kept = [], []
+  for network in (plain, plain.clone(remat=True)):
+    grad_fn = jax.value_and_grad(loss, has_aux=True)
+    found.append(jax.jit(grad_fn, static_argnums=1)(variables["params"], network))
+    residuals = jax.eval_shape(lambda params, network=network: jax.vjp(
+      lambda params: loss(params, network)[0], params)[1], variables["params"])
+    kept.append(sum(x.size for x in jax.tree.leaves(residuals)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
+  assert kept[1] < kept[0] / 3

@@ -114,7 +114,8 @@ def assert_same_run(found, expected, *, step=STEPS, tolerance=1e-9):
   assert arrays.keys() == others.keys() and any("bank" in name for name in arrays)
   for name, value in arrays.items():
     assert value.dtype == others[name].dtype, name
-    np.testing.assert_allclose(np.float64(value), np.float64(others[name]), rtol=tolerance, atol=tolerance, err_msg=name)
+    np.testing.assert_allclose(np.float64(value), np.float64(others[name]), rtol=tolerance, atol=tolerance,
+                               err_msg=name)
 
 
 @pytest.fixture(scope="module")
