@@ -225,7 +225,7 @@ def main() -> None:
   if given.pop("check"):
     check()
     return
-  print(f"""assumed: {efficiency:.0%} of the maker's rates of arithmetic, memory and links; the network takes the longer of
+  print(f"""assumed: {efficiency:.0%} of the rates of arithmetic, memory and links; the network takes the longer of
 its arithmetic and of {PASSES} passes of its activations through memory; the bank is float32 products; nothing
 overlaps; {PICTURES_PER_CORE} pictures decoded a core-second; weights and momentum on every device; XLA may keep a third
 less of the activations than is counted here""")

@@ -65,6 +65,26 @@ def test_what_does_not_fit_is_refused_with_the_way_out(num_images, devices, nega
     memory_bank.create_layout(num_images, num_devices=devices, num_negatives=negatives)
 
 
+@pytest.mark.parametrize("num_images, dtype, devices, device_bytes, said", [
+  (10**9, jnp.float32, 8, 80 * 10**9, None),  # 512 GB over 8 devices of 64 GB at most
+  (10**9, jnp.float32, 4, 80 * 10**9, "takes 476.8 GiB, 119.2 GiB on each of 4 device.s., which have 74.5 GiB; use 8 "
+                                      "such devices, or --config.bank.dtype=bfloat16"),
+  (10**9, jnp.bfloat16, 2, 80 * 10**9, "use 4 such devices$"),
+  (10**10, jnp.float32, 8, 16 * 10**9, "use larger devices, or"),
+  (4_096, jnp.float32, 1, 2**20, "use 4 such devices"),
+])
+def test_a_bank_that_cannot_fit_is_refused_with_the_number_of_devices_that_would_do(num_images, dtype, devices,
+                                                                                 device_bytes, said):
+  layout = memory_bank.create_layout(num_images, num_devices=devices, num_negatives=256)
+  def check():
+    memory_bank.check_fits(layout, dim=128, dtype=dtype, num_devices=devices, device_bytes=device_bytes)
+  if said is None:
+    check()
+  else:
+    with pytest.raises(UserError, match=said):
+      check()
+
+
 @pytest.mark.parametrize("num_devices", [2, 8])
 def test_bank_and_draw_do_not_depend_on_the_number_of_devices(num_devices):
   def draw(num_devices):

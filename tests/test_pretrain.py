@@ -145,7 +145,9 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
   ("jigsaw.num_permutations", -1, "all"), ("jigsaw.num_permutations", 400_000, "1..362880"),
   ("jigsaw.augment", "all", "patches, crop"), ("jigsaw.permutation_subset", "max", "max_avg, max_min"),
   ("jigsaw.crop_scale", (0.0, 1.0), "(smallest, largest)"), ("pretext", "puzzle", "jigsaw, rotation"),
-  ("objective", "covariant", "--config.jigsaw.num_permutations=2000")])
+  ("objective", "covariant", "--config.jigsaw.num_permutations=2000"), ("micro_batches", 0, "from 1"),
+  ("micro_batches", 3, "choose a divisor of 2"), ("model.dtype", "float64", "JAX_ENABLE_X64=1"),
+  ("bank.dtype", "float64", "JAX_ENABLE_X64=1")])
 def test_impossible_value_is_named_with_what_is_possible_before_anything_is_written(tmp_path, field, value, said):
   config = tiny(**{field: value})
   if field.startswith("optimizer.milestones"):
@@ -164,3 +166,19 @@ def test_a_draw_for_each_image_is_refused_where_every_row_is_taken(tmp_path):
 def test_a_covariant_task_of_one_label_is_refused(tmp_path):
   with pytest.raises(UserError, match=r"1 label\(s\)"):
     pretrain.run(tiny(objective="covariant", **{"jigsaw.num_permutations": 1}), str(tmp_path / "run"))
+
+
+def test_a_bank_that_cannot_fit_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+  monkeypatch.setattr(pretrain.mesh_lib, "device_bytes", lambda: 5_000)  # 80 rows of 128 numbers, on eight devices
+  with pytest.raises(UserError, match="the bank of 72 images takes .* on each of 8 device.*; use 16 such devices"):
+    pretrain.run(tiny(), str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_parts_of_a_batch_and_all_rows_in_a_run(tmp_path):
+  """Two parts of 8 images, one on each device, every row as a negative, stages computed again: it goes on, too."""
+  config = tiny(micro_batches=2, num_negatives=0, num_epochs=1, **{"model.remat": True})
+  pretrain.run(config, str(tmp_path / "run"))
+  config.num_epochs = 2
+  pretrain.run(config, str(tmp_path / "run"))
+  assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 9))
