@@ -81,6 +81,8 @@ def _reason(error):
 def _join(coordinator, num_processes, process_id):
   if num_processes == 1 and not coordinator:
     return
+  if not coordinator and os.environ.get("SLURM_NTASKS") == "1":
+    return  # JAX would give it the first of the GPUs alone
   by_hand = coordinator, num_processes, process_id
   if any(by_hand) or process_id == 0:
     if not coordinator or num_processes is None or process_id is None:
