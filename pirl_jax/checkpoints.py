@@ -21,8 +21,8 @@ from pirl_jax.memory_bank import Layout
 from pirl_jax.mesh import first_failure, wait_for_all, whole
 from pirl_jax.state import TrainState, state_shardings
 
-FORMAT = 2
-"""Of the items above; written into `meta` and checked before anything is read."""
+FORMAT = 3
+"""Of the items above and of the config in `meta`; written there and checked before anything is read."""
 
 ITEMS = {"model": ("params", "batch_stats"), "train": ("opt_state", "step", "seed", "normaliser"),
          "bank": ("bank", "usable")}
