@@ -111,7 +111,7 @@ def test_what_a_killed_run_left_goes_with_the_next_save_and_not_before(tmp_path,
   half = folder / "2.orbax-checkpoint-tmp"
   shutil.copytree(folder / "1", half)
   with Checkpoints(folder, keep=3) as checkpoints:
-    assert checkpoints.steps() == [1] and checkpoints.read_meta(1)["format"] == 2
+    assert checkpoints.steps() == [1] and checkpoints.read_meta(1)["format"] == 3
     assert half.is_dir()
     checkpoints.save(2, state, {}, knn_top1=None)
   assert not half.exists() and (folder / "2").is_dir()
