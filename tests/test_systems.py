@@ -121,6 +121,8 @@ def launched(config, workdir, patch):
   patch.setattr(pretrain, "check_config", lambda config: None)
   patch.setattr(launch, "CONFIG", SimpleNamespace(value=Recorded(config, read)))
   patch.setattr(launch, "WORKDIR", SimpleNamespace(value=workdir))
+  for flag, value in (("COORDINATOR", ""), ("NUM_PROCESSES", 1), ("PROCESS_ID", None)):
+    patch.setattr(launch, flag, SimpleNamespace(value=value))
   patch.setattr(launch.logging, "set_verbosity", lambda level: None)
   launch.main(["launch.py"])
   return read
