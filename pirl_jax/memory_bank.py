@@ -120,7 +120,8 @@ def create(key: jax.Array, layout: Layout, *, dim: int, dtype=jnp.float32) -> tu
   number of processes; here every row starts with unit norm.
   """
   bound = (dim / 3) ** -0.5
-  bank = normalise(jax.random.uniform(key, (layout.num_rows, dim), jnp.float32, -bound, bound))
+  entries = jax.random.uniform(key, (layout.num_rows, dim), jnp.float32, -bound, bound)
+  bank = normalise(entries.astype(jnp.promote_types(dtype, jnp.float32)))
   stratum, position = jnp.divmod(jnp.arange(layout.num_rows), layout.rows_per_stratum)
   return bank.astype(dtype), position < _images_in_stratum(layout, stratum)
 

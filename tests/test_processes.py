@@ -19,10 +19,12 @@ from pirl_jax import mesh as mesh_lib
 from pirl_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 150  # seconds; most runs here take 10 to 20
+LIMIT = 400  # seconds, for processes that share two cores with other tests
+BOUND = 150  # seconds in which a process ends that has lost another
 STEPS = 20
 TRAINING = (
-  "--config=configs/pirl.py", "--config.data.num_images=128", "--config.num_negatives=64", "--config.batch_size=32",
+  "--config=configs/pirl.py", "--config.data.image_size=16", "--config.jigsaw.crop_size=18",
+  "--config.jigsaw.patch_size=5", "--config.data.num_images=128", "--config.num_negatives=64", "--config.batch_size=32",
   "--config.num_epochs=5", "--config.log.every_steps=1", "--config.checkpoint.every_steps=10",
   "--config.evaluate.split=", "--config.evaluate.learning=False")
 DOUBLE = ("--config.model.dtype=float64", "--config.bank.dtype=float64")
@@ -49,7 +51,8 @@ class Launch:
     for process in range(processes):
       flags, environment = [], os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_ENABLE_X64": str(int(double)),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        # Without optimisations a program compiles sooner, and in float64 runs a hundred times as long.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not double))}
       if slurm:
         environment |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(processes),
                         "SLURM_PROCID": str(process), "SLURM_LOCALID": str(process), "JAX_COORDINATOR_PORT": str(port)}
@@ -127,9 +130,8 @@ def one(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize("processes, devices", [
-  (1, 8), (2, 2), pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(1, 4, marks=pytest.mark.slow),
-  pytest.param(2, 4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, devices", [(1, 2), (1, 4), (1, 8), (2, 2), (2, 4)])
 def test_the_same_run_in_float64(tmp_path, one, processes, devices):
   """Twenty steps: what is left of a difference is the rounding of float64, so the rest of it in float32 is, too."""
   outputs = launch(*TRAINING, *DOUBLE, f"--workdir={tmp_path}", processes=processes, devices=devices, double=True)
@@ -140,7 +142,8 @@ def test_the_same_run_in_float64(tmp_path, one, processes, devices):
   assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 1
 
 
-@pytest.mark.parametrize("processes, devices", [(2, 1), pytest.param(1, 8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, devices", [(1, 8), (2, 1)])
 def test_the_loss_in_float32(tmp_path, processes, devices):
   folders = tmp_path / "one", tmp_path / "many"
   launch(*TRAINING, f"--workdir={folders[0]}")
@@ -149,6 +152,7 @@ def test_the_loss_in_float32(tmp_path, processes, devices):
     np.testing.assert_allclose(row["loss"], other["loss"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_moves_to_other_hosts_and_back(tmp_path, one):
   """From 2 x 2 to 1 x 1 devices, then to 1 x 4: as one that never moved; and judged on one."""
   command = *TRAINING, *DOUBLE, f"--workdir={tmp_path}"
@@ -172,7 +176,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(tmp_path, 
     started.kill(lost)
     killed = time.monotonic()
     codes, outputs = zip(*started.wait(), strict=True)
-  assert time.monotonic() - killed < LIMIT
+  assert time.monotonic() - killed < BOUND
   assert codes[1 - lost] not in (0, 2)
   assert "lost" in outputs[1 - lost] or "another task died" in outputs[1 - lost]
   reached = len(rows(tmp_path))
