@@ -64,8 +64,10 @@ def create_state(seed: int, network: Network, optimizer: optax.GradientTransform
     params_key, bank_key = jax.random.split(jax.random.key(seed))
     variables = network.init(params_key, *inputs, train=False)
     bank, usable = memory_bank.create(bank_key, layout, dim=dim, dtype=bank_dtype)
+    # Flax starts running statistics in float32; a step makes them as exact as the parameters.
+    batch_stats = optax.tree_utils.tree_cast(variables["batch_stats"], jax.tree.leaves(variables["params"])[0].dtype)
     return TrainState(
-      step=jnp.zeros((), jnp.int32), seed=seed, params=variables["params"], batch_stats=variables["batch_stats"],
+      step=jnp.zeros((), jnp.int32), seed=seed, params=variables["params"], batch_stats=batch_stats,
       opt_state=optimizer.init(variables["params"]), usable=usable, bank=bank if with_bank else None,
       normaliser=jnp.zeros(()) if with_bank else None)
 
