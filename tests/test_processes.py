@@ -165,8 +165,8 @@ def test_a_run_moves_to_other_hosts_and_back(tmp_path, one):
     (output,) = launch(*command, devices=devices, double=True)
     assert "goes on from step 10 of 20" in output
     assert_same_run(tmp_path, one)
-  judged, = launch("--config=configs/evaluate.py:knn", f"--config.checkpoint={tmp_path}", "--config.data.split=train",
-                   "--config.evaluate.split=train", double=True)
+  judged, = launch("--config=configs/evaluate.py:knn", f"--config.checkpoint={tmp_path}",
+                   "--config.data.test_split=test", "--config.data.test_num_images=64", double=True)
   assert "top-1" in judged
 
 
