@@ -27,13 +27,11 @@ AXIS = "data"
 SPLIT = PartitionSpec(AXIS)
 WHOLE = PartitionSpec()
 
-
 START_SECONDS = 300
 """How long the processes wait for one another at the start."""
 
 HEARTBEAT_SECONDS = 60
 """How long a process may be silent before the others take it for lost."""
-
 
 SHUTDOWN_SECONDS = 30
 """How long a process that has come to its end waits for the others."""
@@ -55,7 +53,8 @@ def processes(coordinator: str = "", num_processes: int | None = None, process_i
     UserError: the three do not fit together, or the other processes did not come.
   """
   _join(coordinator, num_processes, process_id)
-  if jax.process_count() == 1:
+  # Asked first: to count processes starts the devices, and a mistake in the config is to be answered before.
+  if not jax.distributed.is_initialized() or jax.process_count() == 1:
     yield
     return
   try:

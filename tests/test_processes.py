@@ -158,7 +158,7 @@ def test_the_loss_in_float32(tmp_path, processes, devices):
 def test_a_run_moves_to_other_hosts_and_back(tmp_path, one):
   """From 2 x 2 to 1 x 1 devices, then to 1 x 4: as one that never moved; and judged on one."""
   command = *TRAINING, *DOUBLE, f"--workdir={tmp_path}"
-  launch(*command, "--config.num_epochs=5", processes=2, devices=2, double=True)
+  launch(*command, processes=2, devices=2, double=True)
   for step, devices in ((20, 1), (20, 4)):
     lost = tmp_path / "checkpoints" / str(step)
     lost.rename(tmp_path / f"lost-{devices}")  # as if it had been stopped after step 10
