@@ -22,7 +22,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from pirl_jax.checksums import checksums, json_checksum
 from pirl_jax.errors import UserError
 from pirl_jax.formats import FIRST_CHECKED, FORMAT, upgrade
-from pirl_jax.memory_bank import Layout
+from pirl_jax.memory_bank import Layout, vectors
 from pirl_jax.mesh import first_failure, split, wait_for_all, whole
 from pirl_jax.state import TrainState, state_shardings
 
@@ -148,7 +148,8 @@ class Checkpoints:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     template = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in shapes.items()}
     found = self._read_item(step, "bank", template)
-    bank = np.where(np.asarray(found["usable"])[:, None], np.asarray(found["bank"], np.float32), 0)
+    rows = np.asarray(vectors(found["bank"]), np.float32)
+    bank = np.where(np.asarray(found["usable"])[:, None], rows, 0)
     return bank[layout.row_of(np.arange(layout.num_images))]
 
   def _stored(self, step, item):

@@ -6,7 +6,8 @@ from typing import Any
 FORMAT = 4
 """Of the items of a checkpoint and of the config in its `meta`.
 
-1: the first; 2: systems other than PIRL, the seed is part of the state; 3: parts of a batch; 4: checksums.
+1: the first; 2: systems other than PIRL, the seed is part of the state; 3: parts of a batch; 4: checksums,
+a bank of bfloat16 is stored as its bits.
 """
 
 FIRST_RESUMED = 2
@@ -14,6 +15,9 @@ FIRST_RESUMED = 2
 
 FIRST_CHECKED = 4
 """The first format with checksums."""
+
+FIRST_BITS = 4
+"""The first format with the bits of a bank of bfloat16."""
 
 
 def upgrade(meta: Mapping[str, Any]) -> dict[str, Any]:

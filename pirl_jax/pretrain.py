@@ -26,7 +26,7 @@ from pirl_jax.data import batches, contents, sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import features, knn, learning
 from pirl_jax.evaluation.inputs import Model, Pictures
-from pirl_jax.formats import FIRST_RESUMED, FORMAT, upgrade_config
+from pirl_jax.formats import FIRST_BITS, FIRST_RESUMED, FORMAT, upgrade_config
 from pirl_jax.health import NOT_FINITE, Guard
 from pirl_jax.logbook import Logbook, flatten, write_json
 from pirl_jax.models.network import Network
@@ -303,6 +303,9 @@ def restore(parts: Run, checkpoints: Checkpoints) -> TrainState:
     if meta["format"] < FIRST_RESUMED:
       raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a part of the state is "
                       "missing: it can be evaluated, not gone on with; choose another --workdir")
+    if meta["format"] < FIRST_BITS and parts.config.bank.dtype == "bfloat16":
+      raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a bank of bfloat16 was "
+                      "stored otherwise: it can be evaluated, not gone on with; choose another --workdir")
     for name, now in expected.items():
       if meta.get(name) != now:
         if name == "data" and (changes := contents.difference(parts.train, parts.workdir)):
