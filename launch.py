@@ -12,7 +12,8 @@ from ml_collections import config_flags
 
 from pirl_jax.errors import UserError
 
-JOBS = {"pretrain": "pirl_jax.pretrain", "evaluate": "pirl_jax.evaluate", "study": "pirl_jax.study"}
+JOBS = {"pretrain": "pirl_jax.pretrain", "evaluate": "pirl_jax.evaluate", "study": "pirl_jax.study",
+        "checkpoints": "pirl_jax.verify"}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, for example configs/pirl.py:imagenet.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; each job has a default of its own.")
@@ -69,12 +70,17 @@ def main(argv: list[str]) -> None:
 
 
 def start() -> None:
-  """Parses the flags, runs the job, and ends with exit code 2 and one line where the user can mend what is wrong."""
+  """Parses the flags, runs the job, and ends with exit code 2 and one line where the user can mend what is wrong, and
+  with 130 after Ctrl-C.
+  """
   try:
     app.run(main, flags_parser=parse_flags)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+  except KeyboardInterrupt:
+    print("interrupted; the same command goes on", file=sys.stderr)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

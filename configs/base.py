@@ -35,6 +35,7 @@ def get_base() -> ConfigDict:
   data.image_size = 224  # pixels, side of the image view
   data.image_scale = (0.08, 1.0)  # share of the picture's area that the image crop covers
   data.num_threads = 16  # that decode and crop
+  data.max_bad_fraction = 0.05  # of the pictures that may turn out broken; with more the run stops
 
   config.jigsaw = jigsaw = ConfigDict()  # of "jigsaw" and "rotation_jigsaw"; "rotation" turns a crop like the image's
   jigsaw.crop_size = 255  # pixels, side of the crop that is cut into patches

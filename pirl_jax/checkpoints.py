@@ -2,11 +2,14 @@
 
 A checkpoint is a folder STEP with one item for each use, so that an evaluation reads the model alone:
 `model` (params, batch_stats), `train` (opt_state, step, seed, normaliser), `bank` (bank, usable) and `meta` (JSON).
-What a system does not have (a bank, say) is missing from its item.
+What a system does not have (a bank, say) is missing from its item. `meta` holds the checksums of all arrays, and one of
+itself.
 """
 
 import contextlib
+import itertools
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -16,17 +19,22 @@ import numpy as np
 from orbax.checkpoint import CheckpointManager, CheckpointManagerOptions, StandardCheckpointer, args
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from pirl_jax.checksums import checksums, json_checksum
 from pirl_jax.errors import UserError
-from pirl_jax.memory_bank import Layout
-from pirl_jax.mesh import first_failure, wait_for_all, whole
+from pirl_jax.formats import FIRST_CHECKED, FORMAT, upgrade
+from pirl_jax.memory_bank import Layout, vectors
+from pirl_jax.mesh import first_failure, split, wait_for_all, whole
 from pirl_jax.state import TrainState, state_shardings
-
-FORMAT = 3
-"""Of the items above and of the config in `meta`; written there and checked before anything is read."""
 
 ITEMS = {"model": ("params", "batch_stats"), "train": ("opt_state", "step", "seed", "normaliser"),
          "bank": ("bank", "usable")}
 BEST_METRIC = "knn_top1"
+ASIDE = "unreadable-"
+"""Begins the name of a folder into which a damaged checkpoint has been moved."""
+
+RETRY_SECONDS = 20
+PATIENCE_SECONDS = 600
+"""How long the last checkpoint of a run is tried to be written, and how often."""
 
 
 class Checkpoints:
@@ -58,16 +66,21 @@ class Checkpoints:
     return sorted(self._open().all_steps()) if self._folder.is_dir() else []
 
   def read_meta(self, step: int) -> dict[str, Any]:
-    """Returns the `meta` of a checkpoint.
+    """Returns the `meta` of a checkpoint, that of an older format as this one has it.
 
     Raises:
-      UserError: written by a version of the program with another format.
+      UserError: written by a later version of the program, in a format that this one does not know.
+      Exception: Orbax's own errors, of many types, when the file is missing or damaged; ValueError where it is another
+        than was written.
     """
     meta = self._open().restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
-    if meta["format"] != FORMAT:
-      raise UserError(f"checkpoint {self._folder / str(step)} has format {meta['format']}, this program reads format "
-                      f"{FORMAT}; use the version of the program that wrote it")
-    return meta
+    checksum, version = meta.pop("checksum", None), meta["format"]
+    if checksum not in (None, json_checksum(meta)) or checksum is None and version in range(FIRST_CHECKED, FORMAT + 1):
+      raise ValueError("meta is not as it was written")
+    if version not in range(1, FORMAT + 1):
+      raise UserError(f"checkpoint {self._folder / str(step)} has format {version}, and this program reads formats 1 "
+                      f"to {FORMAT}; use the version of the program that wrote it, or a later one")
+    return upgrade(meta)
 
   def restore(self, step: int, like: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
     """Returns the state of a checkpoint, split over `mesh` whatever mesh it was saved from.
@@ -76,6 +89,8 @@ class Checkpoints:
       step: of the checkpoint.
       like: a state of the same shapes; its arrays are not read.
       mesh: where the state is to lie.
+
+    The checksums are not compared here, see `restore_newest`.
 
     Raises:
       Exception: Orbax's own errors, of many types, when files are missing or damaged.
@@ -98,7 +113,7 @@ class Checkpoints:
 
     Raises:
       UserError: a parameter or statistic is missing, is one too many or has another shape (all are compared by name
-        before anything is read), or the files cannot be read.
+        before anything is read), the files cannot be read, or hold other values than were saved.
     """
     where = self._folder / str(step)
     wanted = _shapes(dict(like))
@@ -121,7 +136,8 @@ class Checkpoints:
       layout: of the run that wrote it.
 
     Raises:
-      UserError: there is no bank, it is not of that layout, or the files cannot be read.
+      UserError: there is no bank, it is not of that layout, the files cannot be read, or hold other values than were
+        saved.
     """
     shapes = self._stored(step, "bank")
     if "bank" not in shapes:
@@ -132,7 +148,8 @@ class Checkpoints:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     template = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in shapes.items()}
     found = self._read_item(step, "bank", template)
-    bank = np.where(np.asarray(found["usable"])[:, None], np.asarray(found["bank"], np.float32), 0)
+    rows = np.asarray(vectors(found["bank"]), np.float32)
+    bank = np.where(np.asarray(found["usable"])[:, None], rows, 0)
     return bank[layout.row_of(np.arange(layout.num_images))]
 
   def _stored(self, step, item):
@@ -145,21 +162,53 @@ class Checkpoints:
 
   def _read_item(self, step, item, template):
     try:
-      return self._open().restore(step, args=args.Composite(**{item: args.StandardRestore(template)}))[item]
+      tree = self._open().restore(step, args=args.Composite(**{item: args.StandardRestore(template)}))[item]
+      changed = _changed(self.read_meta(step), {item: tree})
     except Exception as error:  # of many types, see restore
       raise self._unreadable(step, error) from error
+    if changed:
+      raise self._unreadable(step, changed)
+    return tree
+
+  def check(self, step: int, mesh: jax.sharding.Mesh) -> str:
+    """Returns what is wrong with a checkpoint, "" if it is whole: everything in it is read and its checksums compared.
+
+    Args:
+      step: of the checkpoint.
+      mesh: where its arrays are to lie meanwhile.
+    """
+    try:
+      meta = self.read_meta(step)
+      # A checkpoint without checksums does not say what should be there.
+      for item in meta.get("checksums") or [name for name in ITEMS if (self._folder / str(step) / name).is_dir()]:
+        stored = self._stored(step, item)
+        template = {field: _template(tree, split(mesh) if item == "bank" and _divides(tree, mesh) else whole(mesh))
+                    for field, tree in stored.items()}
+        tree = self._open().restore(step, args=args.Composite(**{item: args.StandardRestore(template)}))[item]
+        if changed := _changed(meta, {item: tree}):
+          return changed
+    except Exception as error:  # of many types, see restore
+      return _reason(error)
+    return ""
+
+  def best_metric(self, step: int) -> float | None:
+    """Returns the kNN accuracy by which the best checkpoint is chosen; None where it was not measured."""
+    try:
+      return (self._open().metrics(step) or {}).get(BEST_METRIC)
+    except Exception:  # of many types, see restore; what is damaged, `check` says
+      return None
 
   def _unreadable(self, step, error):
     others = ", ".join(str(other) for other in self.steps() if other != step)
-    return UserError(f"checkpoint {self._folder / str(step)} cannot be read ({' '.join(str(error).split())[:200]})"
+    return UserError(f"checkpoint {self._folder / str(step)} cannot be read ({_reason(error)})"
                      + (f"; choose another with --config.step, there are {others}" if others else ""))
 
   def restore_newest(self, check_meta: Callable[[dict[str, Any]], None], like: TrainState, mesh: jax.sharding.Mesh, *,
                      say: Callable[[str], None]) -> TrainState:
-    """Returns the state of the newest checkpoint that can be read.
+    """Returns the state of the newest checkpoint that can be read and has the values that were saved.
 
-    Newer ones that cannot are named and moved to `unreadable-STEP` beside it: left in their place, they would make
-    Orbax skip every later save up to their step without a word.
+    Newer ones that cannot, or have not, are named and moved to `unreadable-STEP` beside it: left in their place, they
+    would make Orbax skip every later save up to their step without a word.
 
     Args:
       check_meta: raises a UserError when a checkpoint belongs to another run.
@@ -174,41 +223,88 @@ class Checkpoints:
     for step in reversed(self.steps()):
       failure = ""
       try:
-        check_meta(self.read_meta(step))
+        meta = self.read_meta(step)
+        check_meta(meta)
         state = self.restore(step, like, mesh)
       except UserError:
         raise
       except Exception as error:  # Orbax raises Exception itself for a damaged data file
-        failure = " ".join(str(error).split())[:200] or type(error).__name__
-      if failure := first_failure(failure):
+        failure = _reason(error)
+      # Checksums are taken by all processes together, so only once each of them has read its part.
+      if failure := first_failure(failure) or _changed(meta, _items(state)):
         unreadable[step] = failure
         continue
       self.close()
       for bad_step, reason in unreadable.items():
-        say(f"checkpoint {bad_step} cannot be read, moved to unreadable-{bad_step}: {reason}")
+        say(f"checkpoint {bad_step} cannot be read, moved to {self._aside(bad_step).name}: {reason}")
         if jax.process_index() == 0:
-          (self._folder / str(bad_step)).rename(self._folder / f"unreadable-{bad_step}")
+          (self._folder / str(bad_step)).rename(self._aside(bad_step))
       if unreadable:
         wait_for_all("moving the checkpoints that cannot be read")  # before any process looks at the folder again
       return state
     raise UserError(f"none of the checkpoints in {self._folder} can be read ({unreadable}); "
                     "move the folder away to start anew, or choose another --workdir")
 
-  def save(self, step: int, state: TrainState, meta: Mapping[str, Any], *, knn_top1: float | None) -> None:
+  def _aside(self, step):
+    """Returns where a damaged checkpoint goes; an earlier one of the same step is never written over."""
+    names = itertools.chain([f"{ASIDE}{step}"], (f"{ASIDE}{step}-{number}" for number in itertools.count(2)))
+    return next(path for path in map(self._folder.joinpath, names) if not path.exists())
+
+  def save(self, step: int, state: TrainState, meta: Mapping[str, Any], *, knn_top1: float | None,
+           surely: bool = False, say: Callable[[str], None] = print) -> None:
     """Starts to write a checkpoint and returns before it is on disk; the state may be donated at once.
+
+    A disk that cannot take it is no reason to lose the run: that is said, what was begun is cleared away, and it is
+    tried once more at once and else at the next save. (Of several processes all end then: each would have to know of
+    the other's disk.)
 
     Args:
       step: steps taken.
       state: the whole state.
-      meta: JSON values, to which the format is added.
+      meta: JSON values, to which the format and the checksums are added.
       knn_top1: measured at this step, if it was; the best is kept.
+      surely: returns only once it is on disk, and tries for `PATIENCE_SECONDS`.
+      say: prints a line.
+
+    Raises:
+      UserError: asked to be sure, it could not be written.
     """
-    items = {item: args.StandardSave(fields) for item, fields in _items(state).items()}
+    begun = time.monotonic()
+    for attempt in itertools.count():
+      try:
+        self._start_save(step, state, meta, knn_top1)
+        if surely:
+          self._manager.wait_until_finished()
+        return
+      except Exception as error:  # of many types, see restore; of an earlier save, too, that ended meanwhile
+        if jax.process_count() > 1:
+          raise
+        self._abandon()
+        say(f"WARNING: a checkpoint could not be written, at step {step} ({_reason(error)})")
+        if not surely and attempt:
+          return
+        if surely and time.monotonic() - begun > PATIENCE_SECONDS:
+          raise UserError(f"the checkpoint of step {step} could not be written to {self._folder} ({_reason(error)}); "
+                          f"on disk are {self.steps()}; make room, and the same command goes on from there") from error
+        if attempt:
+          say(f"trying again in {RETRY_SECONDS} s")
+          time.sleep(RETRY_SECONDS)
+
+  def _start_save(self, step, state, meta, knn_top1):
+    items = _items(state)
+    meta = {**meta, "format": FORMAT, "checksums": {item: checksums(fields) for item, fields in items.items()}}
     saved = self._open(writing=True).save(
-      step, args=args.Composite(**items, meta=args.JsonSave({**meta, "format": FORMAT})),
+      step, args=args.Composite(**{item: args.StandardSave(fields) for item, fields in items.items()},
+                                meta=args.JsonSave({**meta, "checksum": json_checksum(meta)})),
       metrics=None if knn_top1 is None else {BEST_METRIC: knn_top1})
     if not saved:
       raise RuntimeError(f"Orbax skipped the checkpoint of step {step}; on disk are {self.steps()}")
+
+  def _abandon(self):
+    """Gives up what is being written; the next save clears it away."""
+    with contextlib.suppress(Exception):  # it says once more what went wrong
+      self._manager.close()
+    self._manager, self._writing = None, False
 
   def close(self) -> None:
     """Waits until everything is on disk. Another call opens the folder again."""
@@ -237,6 +333,28 @@ def _items(state):
   """Returns the fields of each item that this state has."""
   return {item: {field: getattr(state, field) for field in fields if getattr(state, field) is not None}
           for item, fields in ITEMS.items()}
+
+
+def _changed(meta, items):
+  """Returns which arrays of {item: tree} are not those that were saved, "" if none or nobody knows."""
+  if "checksums" not in meta:
+    return ""
+  wrong = []
+  for item, tree in items.items():
+    saved, found = meta["checksums"][item], checksums(tree)
+    wrong += [f"{item}/{name}" for name in sorted(saved.keys() | found.keys()) if saved.get(name) != found.get(name)]
+  more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+  return f"not as it was saved: {', '.join(wrong[:3])}{more}" if wrong else ""
+
+
+def _reason(error):
+  """Returns what an error says in one line: its beginning, and its end, where the disk's own words stand."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) < 300 else f"{text[:180]} ... {text[-100:]}"
+
+
+def _divides(tree, mesh):
+  return all(x.shape and x.shape[0] % mesh.size == 0 for x in jax.tree.leaves(tree))
 
 
 def _shapes(tree):
@@ -276,13 +394,17 @@ class Snapshots:
       for step in sorted(self._open().all_steps(), reverse=True):
         # Orbax raises Exception itself for a damaged file. What is lost is time: the evaluation starts anew.
         with contextlib.suppress(Exception):
-          return step, self._open().restore(step, args=args.StandardRestore(template))
+          found = self._open().restore(
+            step, args=args.Composite(tree=args.StandardRestore(template), checksums=args.JsonRestore()))
+          if found["checksums"] == checksums(found["tree"]):
+            return step, found["tree"]
         self._open().delete(step)  # else Orbax would skip every save up to this step without a word
     return 0, like
 
   def save(self, step: int, tree: Any) -> None:
     """Starts to write a tree of arrays under a step >= 1, higher than the last, and returns before it is on disk."""
-    if not self._open().save(step, args=args.StandardSave(tree)):
+    items = args.Composite(tree=args.StandardSave(tree), checksums=args.JsonSave(checksums(tree)))
+    if not self._open().save(step, args=items):
       raise RuntimeError(f"Orbax skipped the snapshot of step {step} in {self._folder}")
 
   def _open(self):

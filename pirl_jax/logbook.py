@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
@@ -33,7 +34,21 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
       because JSON knows no NaN.
   """
   text = json.dumps(_strict(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-  _replace(Path(path), text.encode())
+  write_file(Path(path), text.encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+  """Writes a file, whole or not at all; its folder is created."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    with open(temporary, "wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -91,20 +106,12 @@ class Logbook:
     self._file = self._tensorboard = None
     self._closed = False
 
-    path = Path(workdir) / "metrics.jsonl"
-    self._rows = [row for row in read_rows(path) if row["step"] <= start_step]
+    self._path = Path(workdir) / "metrics.jsonl"
+    self._rows = [row for row in read_rows(self._path) if row["step"] <= start_step]
+    self._behind = False  # whether rows are missing on disk, because it did not take them
     if enabled:
-      lines = [_line(row) for row in self._rows]
-      _replace(path, b"".join(lines))
-      self._file = open(path, "r+b")  # noqa: SIM115, open as long as the run
-      # The row being written begins here; it is written anew when figures are added to it.
-      self._row_offset = sum(map(len, lines[:-1]))
-      self._file_size = sum(map(len, lines))
-      # TensorBoard hides what is at or after the purge step, and the row of start_step is kept. Process and
-      # step in the name: two starts in the same second would otherwise write over each other's file.
-      self._tensorboard = SummaryWriter(os.fspath(workdir), purge_step=start_step + 1,
-                                        flush_secs=TENSORBOARD_FLUSH_SECONDS,
-                                        filename_suffix=f".{os.getpid()}.{start_step}")
+      self._write_all()
+      self._tensorboard = _TensorBoard(workdir, start_step)
 
     self._start_step = self._logged_step = start_step
     self._started = perf_counter()
@@ -158,11 +165,23 @@ class Logbook:
     if self._bar is not None:
       self._show_progress(max(step, self._logged_step))
 
+  def has(self, step: int, name: str) -> bool:
+    """Returns whether the row of a step has a figure of that name."""
+    return any(row["step"] == step and name in row for row in reversed(self._rows))
+
   def say(self, text: str) -> None:
     """Prints a message on lines of its own, above the progress line."""
     if self._enabled:
       tqdm.write(text, file=self._stream)
       self._stream.flush()
+
+  @contextlib.contextmanager
+  def tolerant(self, name: str) -> Iterator[None]:
+    """Within it a disk that is full or read-only is said, and not raised; `name` is what was to be written."""
+    try:
+      yield
+    except OSError as error:
+      self.say(f"WARNING: {name} could not be written ({error.strerror or error})")
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -207,7 +226,11 @@ class Logbook:
     if self._bar is not None:
       self._bar.close()
     if self._enabled:
-      self._file.close()
+      if self._behind:
+        with self.tolerant(self._path.name):
+          self._write_all()
+      with contextlib.suppress(OSError):
+        self._file.close()
       self._tensorboard.close()
 
   def _working_seconds(self):
@@ -226,6 +249,20 @@ class Logbook:
     self._rows.append(row)
     if not self._enabled:
       return
+    try:
+      if self._behind:
+        self._write_all()
+        self.say(f"{self._path.name} could be written again, nothing of it is missing")
+      else:
+        self._write_row(row, offset)
+    except OSError as error:
+      if not self._behind:
+        self.say(f"WARNING: {self._path} could not be written ({error.strerror or error}); the rows are kept in memory "
+                 "and written once it can")
+      self._behind = True
+    self._tensorboard.add(step, figures)
+
+  def _write_row(self, row, offset):
     # One write of a whole line. Figures added to a row lengthen it, so its old beginning is written over with
     # itself.
     line = _line(row)
@@ -234,9 +271,19 @@ class Logbook:
     self._file.flush()
     self._file.truncate()
     self._row_offset, self._file_size = offset, offset + len(line)
-    for name, value in figures.items():
-      if math.isfinite(value):  # tensorboardX prints a warning for each of the others
-        self._tensorboard.add_scalar(name, value, step)
+
+  def _write_all(self):
+    """Writes the file anew, whole or not at all."""
+    if self._file is not None:
+      with contextlib.suppress(OSError):  # what it could not write is in the rows
+        self._file.close()
+    lines = [_line(row) for row in self._rows]
+    write_file(self._path, b"".join(lines))
+    self._file = open(self._path, "r+b")  # noqa: SIM115, open as long as the run
+    # The row being written begins here; it is written anew when figures are added to it.
+    self._row_offset = sum(map(len, lines[:-1]))
+    self._file_size = sum(map(len, lines))
+    self._behind = False
 
   def _show_progress(self, step):
     if not self._enabled:
@@ -286,6 +333,42 @@ class Logbook:
     return None
 
 
+class _TensorBoard:
+  """TensorBoard's events. Its writer is a thread that a full disk kills without a word, and whoever hands it more waits
+  for ever: it is watched, and another takes its place."""
+
+  def __init__(self, workdir, start_step):
+    self._workdir, self._opened = workdir, 0
+    self._open(start_step)
+
+  def add(self, step, figures):
+    if not self._thread.is_alive():
+      try:
+        self._open(step - 1)
+      except OSError:
+        return
+    for name, value in figures.items():
+      if math.isfinite(value):  # tensorboardX prints a warning for each of the others
+        self._writer.add_scalar(name, value, step)
+
+  def close(self):
+    if self._thread.is_alive():
+      with contextlib.suppress(OSError):
+        self._writer.close()
+
+  def _open(self, start_step):
+    running = threading.enumerate()
+    self._opened += 1
+    # TensorBoard hides what is at or after the purge step, and the row of start_step is kept. Process, step and number
+    # in the name: two starts in the same second would otherwise write over each other's file. The queue is as long as
+    # it takes to find the thread dead before it is full.
+    self._writer = SummaryWriter(
+      os.fspath(self._workdir), purge_step=start_step + 1, flush_secs=TENSORBOARD_FLUSH_SECONDS, max_queue=10_000,
+      filename_suffix=f".{os.getpid()}.{start_step}.{self._opened}")
+    self._thread, = (thread for thread in threading.enumerate()
+                     if thread not in running and "EventLogger" in type(thread).__name__)  # its queue has one, too
+
+
 def _clock(seconds):
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
@@ -307,16 +390,3 @@ def _strict(obj):
   if isinstance(obj, float) and not math.isfinite(obj):
     return None
   return obj
-
-
-def _replace(path, content):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    with open(temporary, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)

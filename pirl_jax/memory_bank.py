@@ -18,11 +18,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.random import threefry2x32_p
 
 from pirl_jax.errors import UserError
 
 MAX_STRATA = 256
 """Divides 4,096, 32,000 and 65,536, the numbers of negatives in use."""
+
+CREATED_ROWS = 16_384
+"""That are drawn at a time when a bank is made: 8 MB of numbers with D = 128."""
 
 MAX_SHARE = 0.8
 """Of a device's memory, for its part of the bank: the network needs some, too."""
@@ -113,17 +118,61 @@ def normalise(x: jax.Array) -> jax.Array:
 
 
 def create(key: jax.Array, layout: Layout, *, dim: int, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
-  """Returns the bank dtype[S * R, D], unit rows, and `usable` bool[S * R], False on padding.
+  """Returns the bank [S * R, D], unit rows as `stored` has them, and `usable` bool[S * R], False on padding.
 
   Each entry is uniform in +-1/sqrt(D/3), then each row is normalised (vissl/losses/nce_loss.py, `norm_init`). There
   the processes' banks are averaged before the first step, which makes rows of norm 1/sqrt(processes) and ties Z to the
   number of processes; here every row starts with unit norm.
+
+  The rows come a few at a time, the same as all at once: else the numbers on the way would take several times the bank.
   """
-  bound = (dim / 3) ** -0.5
-  entries = jax.random.uniform(key, (layout.num_rows, dim), jnp.float32, -bound, bound)
-  bank = normalise(entries.astype(jnp.promote_types(dtype, jnp.float32)))
-  stratum, position = jnp.divmod(jnp.arange(layout.num_rows), layout.rows_per_stratum)
-  return bank.astype(dtype), position < _images_in_stratum(layout, stratum)
+  strata, rows = layout.num_strata, layout.rows_per_stratum
+  size = min(rows, max(1, CREATED_ROWS // strata))
+  stratum = jnp.arange(strata)[:, None]
+
+  def fill(number, bank):
+    first = jnp.minimum(number * size, rows - size)
+    entries = _uniform(key, stratum * rows + first + jnp.arange(size)[None], dim)
+    block = normalise(entries.astype(jnp.promote_types(dtype, jnp.float32)))
+    return jax.lax.dynamic_update_slice_in_dim(bank, stored(block, dtype), first, axis=1)
+
+  empty = jnp.zeros((strata, rows, dim), stored(jnp.zeros(()), dtype).dtype)
+  bank = jax.lax.fori_loop(0, -(-rows // size), fill, empty)
+  usable = jnp.arange(rows)[None] < _images_in_stratum(layout, stratum)
+  return jnp.reshape(bank, (-1, dim)), jnp.reshape(usable, -1)
+
+
+def _uniform(key, row, dim):
+  """Returns the entries f32[*row, D] in +-1/sqrt(D/3) of the given rows of the whole bank.
+
+  They are those that `jax.random.uniform` gives for the whole of it, entry i from the hash of i.
+  """
+  row = row.astype(jnp.uint32)[..., None]
+  low = row * dim  # the number of the row's first entry, modulo 2**32 ...
+  high = ((row >> 16) * dim + ((row & 0xFFFF) * dim >> 16)) >> 16  # ... and what is above
+  entry = low + jnp.arange(dim, dtype=jnp.uint32)[(None,) * (row.ndim - 1)]
+  high = jnp.broadcast_to(high, entry.shape) + (entry < low)
+  first, second = jax.random.key_data(key)
+  bits = jnp.bitwise_xor(*threefry2x32_p.bind(
+    jnp.broadcast_to(first, entry.shape), jnp.broadcast_to(second, entry.shape), high, entry))
+  unit = jax.lax.bitcast_convert_type(bits >> 9 | 0x3F800000, jnp.float32) - 1  # 23 bits, in [0, 1)
+  bound = np.float32((dim / 3) ** -0.5)
+  return jnp.maximum(-bound, unit * (bound - -bound) - bound)
+
+
+def stored(vectors: jax.Array, dtype: Any) -> jax.Array:
+  """Returns vectors as a bank of that type keeps them: bfloat16 as its bits, u16.
+
+  To read or write some rows of an array of bfloat16, a CPU first turns the whole of it into float32.
+  """
+  vectors = vectors.astype(dtype)
+  return jax.lax.bitcast_convert_type(vectors, jnp.uint16) if vectors.dtype == jnp.bfloat16 else vectors
+
+
+def vectors(rows: jax.Array) -> jax.Array:
+  """Returns rows of a bank, as `stored` has them, in the precision in which they are computed with: float32 or more."""
+  rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
+  return rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
 
 
 def _images_in_stratum(layout, stratum):
@@ -177,7 +226,7 @@ def read(bank: jax.Array, rows: jax.Array, *negatives: jax.Array, axis: str) -> 
   of them is over before a row moves, and copies the whole bank (an optimization barrier does not convince it).
 
   Args:
-    bank: dtype[rows of this device, D].
+    bank: [rows of this device, D], see `stored`.
     rows: i32[B], global rows; the vectors come out the same on every device.
     negatives: draws i32[K / devices] or i32[B, K / devices] of local rows; the vectors are this device's.
     axis: the mesh axis that splits the bank.
@@ -185,14 +234,9 @@ def read(bank: jax.Array, rows: jax.Array, *negatives: jax.Array, axis: str) -> 
   local, mine = local_rows(bank, rows, axis=axis)
   wanted = [jnp.where(mine, local, 0), *(draw.reshape(-1) for draw in negatives)]
   ends = list(itertools.accumulate(len(part) for part in wanted))
-  own, *others = jnp.split(_exact(bank[jnp.concatenate(wanted)]), ends[:-1])
+  own, *others = jnp.split(vectors(bank[jnp.concatenate(wanted)]), ends[:-1])
   others = (part.reshape(*draw.shape, -1) for part, draw in zip(others, negatives, strict=True))
   return jax.lax.psum(jnp.where(mine[:, None], own, 0), axis), *others
-
-
-def _exact(x):
-  """Returns vectors in the precision in which they are computed with: float32, however they are stored, or more."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def weights(usable: jax.Array, rows: jax.Array, negatives: jax.Array, *, axis: str) -> jax.Array:
@@ -234,7 +278,7 @@ def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Arr
   `momentum` weighs the old row (paper, section 2.2; vissl/losses/nce_loss.py, `update_memory`). No other row changes.
 
   Args:
-    bank: dtype[rows of this device, D].
+    bank: [rows of this device, D], see `stored`.
     rows: i32[B], no row twice.
     own: f32[B, D], these rows as they are.
     embeddings: f32[B, D], unit vectors f(v_I) of the whole batch.
@@ -244,7 +288,8 @@ def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Arr
   """
   local, mine = local_rows(bank, rows, axis=axis)
   new = normalise(momentum * own + (1 - momentum) * embeddings)
-  return bank.at[_own_or_dropped(bank, local, mine & valid)].set(new.astype(bank.dtype), mode="drop")
+  dtype = jnp.bfloat16 if bank.dtype == jnp.uint16 else bank.dtype
+  return bank.at[_own_or_dropped(bank, local, mine & valid)].set(stored(new, dtype), mode="drop")
 
 
 def retire(usable: jax.Array, rows: jax.Array, valid: jax.Array, *, axis: str) -> tuple[jax.Array, jax.Array]:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pirl_jax import memory_bank
+
 CHUNK_ROWS = 8_192
 """Rows of the bank that are scored at a time, at most: 32 MB of scores for 1,024 images."""
 
@@ -58,7 +60,7 @@ class EveryRow:
   and nothing has to be kept or computed again for the backward pass.
 
   Attributes:
-    bank: dtype[R, D], this device's rows; a constant.
+    bank: [R, D], this device's rows, see `memory_bank.stored`; a constant.
     usable: bool[R]; a row that is not has weight 0.
     own: i32[B], the images' own rows as this device numbers them; those of other devices are outside of [0, R).
     embeddings: f32[B, D], unit vectors.
@@ -93,7 +95,7 @@ def _chunk_sums(terms, temperature, shard, start, inputs):
   size = min(CHUNK_ROWS, len(bank))
   first = jnp.minimum(start, len(bank) - size)  # the last chunk begins early enough to be whole
   row = first + jnp.arange(size)
-  block = lax.dynamic_slice_in_dim(bank, first, size).astype(embeddings.dtype)
+  block = memory_bank.vectors(lax.dynamic_slice_in_dim(bank, first, size)).astype(embeddings.dtype)
   fresh = lax.dynamic_slice_in_dim(usable, first, size) & (row >= start)
   weight = (fresh[None] & (row[None] != own[:, None])).astype(embeddings.dtype)
   # Full float32 products, as in `memory_bank.scores`.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from pirl_jax import memory_bank
+from pirl_jax import health, memory_bank
 from pirl_jax.mesh import AXIS
 from pirl_jax.models.network import Network
 from pirl_jax.state import TrainState
@@ -23,7 +23,8 @@ def make_prediction_step(network: Network, optimizer: optax.GradientTransformati
   """Returns train_step(state, batch) -> (state, metrics), as `make_train_step`, for a state without a bank.
 
   The loss is the cross-entropy of the transform's label, where the views have one (paper, equation 2), else of the
-  batch's `label` i32[B]; a picture whose label is -1 has no weight. `metrics` holds loss and top1, f32[].
+  batch's `label` i32[B]; a picture whose label is -1 has no weight. `metrics` holds loss and top1, f32[], and
+  what `health.not_finite` returns.
 
   Args:
     network: one of its heads gives logits f32[B, L]; the other view is not there.
@@ -59,8 +60,11 @@ def make_prediction_step(network: Network, optimizer: optax.GradientTransformati
     grads, (metrics, batch_stats) = accumulate(
       jax.grad(objective, has_aux=True), state.params, (batch, share.reshape(micro_batches, -1)))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return state.replace(
+    state = state.replace(
       step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
-      batch_stats=whole_batch_stats(network, batch_stats), usable=usable), jax.tree.map(jnp.sum, metrics)
+      batch_stats=whole_batch_stats(network, batch_stats), usable=usable)
+    metrics = jax.tree.map(jnp.sum, metrics)
+    metrics[health.NOT_FINITE] = health.not_finite(metrics["loss"], grads, state.params, state.batch_stats)
+    return state, metrics
 
   return map_step(device_step, mesh, with_bank=False)

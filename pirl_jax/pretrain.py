@@ -21,11 +21,13 @@ from ml_collections import ConfigDict
 
 from pirl_jax import losses, memory_bank, pictures, system
 from pirl_jax import mesh as mesh_lib
-from pirl_jax.checkpoints import FORMAT, Checkpoints
-from pirl_jax.data import batches, sources
+from pirl_jax.checkpoints import Checkpoints
+from pirl_jax.data import batches, contents, sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import features, knn, learning
 from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.formats import FIRST_BITS, FIRST_RESUMED, FORMAT, upgrade_config
+from pirl_jax.health import NOT_FINITE, Guard
 from pirl_jax.logbook import Logbook, flatten, write_json
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
@@ -33,10 +35,11 @@ from pirl_jax.optimizer import cosine_schedule, create_optimizer, step_schedule
 from pirl_jax.prediction_step import make_prediction_step
 from pirl_jax.state import TrainState, create_state
 from pirl_jax.step import make_train_step, view_keys
+from pirl_jax.stopping import Stopped, Stopping
 from pirl_jax.views.permutations import SUBSETS
 from pirl_jax.views.two_views import denormalise
 
-FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "data.num_threads")
+FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "data.num_threads", "data.max_bad_fraction")
 """Fields that may change when a run goes on; a name that ends with a dot stands for its whole group."""
 
 STEPS_IN_FLIGHT = 2
@@ -89,8 +92,14 @@ def run(config: ConfigDict, workdir: str) -> None:
 
   Raises:
     UserError: the config, the data or what lies in `workdir` does not allow it. Nothing has been compiled or written.
+    Stopped: by SIGTERM or Ctrl-C, after the state was saved.
   """
-  workdir = Path(workdir or f"runs/{config.name}")
+  with Stopping() as stopping:
+    pretrain(config, Path(workdir or f"runs/{config.name}"), stopping)
+
+
+def pretrain(config: ConfigDict, workdir: Path, stopping: Stopping) -> None:
+  """Does what `run` says, until it is finished or asked to stop."""
   parts = mesh_lib.together(prepare, config, workdir)
   mesh_lib.check_alike({
     "the folder of the run": str(workdir), **flatten(config.to_dict()),
@@ -100,8 +109,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
     state = restore(parts, checkpoints) if checkpoints.steps() else parts.initial_state()
     start_step = int(state.step)
-    if jax.process_index() == 0:
-      write_json(workdir / "config.json", config.to_dict())
+    mesh_lib.together(begin, parts)
     print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
     with Logbook(workdir, start_step=start_step, total_steps=parts.total_steps,
                  steps_per_epoch=parts.steps_per_epoch, batch_size=config.batch_size,
@@ -109,12 +117,29 @@ def run(config: ConfigDict, workdir: str) -> None:
       if start_step:
         book.say(f"goes on from step {start_step} of {parts.total_steps}")
       if config.num_epochs:
-        state = train(parts, state, checkpoints, book)
+        with stopping.held():
+          state = train(parts, state, checkpoints, book, stopping)
+        stopping.check()
       elif not checkpoints.steps():
         state = calibrate(parts, state)
-        save(parts, state, checkpoints, knn_top1=None)
-      checkpoints.close()  # the last one shall be on disk before the run says what it has written
+        save(parts, state, checkpoints, knn_top1=None, surely=True, say=book.say)
       finish(parts, state, book)
+
+
+def begin(parts: Run) -> None:
+  """Writes down what the run is and with which pictures it begins.
+
+  Raises:
+    UserError: nothing can be written.
+  """
+  if jax.process_index() != 0:
+    return
+  try:
+    write_json(parts.workdir / "config.json", parts.config.to_dict())
+    contents.remember(parts.train, parts.workdir)
+  except OSError as error:
+    raise UserError(f"nothing can be written to {parts.workdir} ({error.strerror}); make room, or choose another "
+                    "--workdir") from error
 
 
 def prepare(config: ConfigDict, workdir: Path) -> Run:
@@ -142,7 +167,7 @@ def check_config(config: ConfigDict) -> None:
                       ("num_negatives", "every row"), ("data.num_images", "all"), ("evaluate.num_images", "all"),
                       ("jigsaw.num_permutations", "all")):
     require(_get(config, field) >= 0, field, f"0 ({zero}) or more is needed")
-  for field in ("pretext_weight", "bank.momentum", "optimizer.momentum"):
+  for field in ("pretext_weight", "bank.momentum", "optimizer.momentum", "data.max_bad_fraction"):
     require(0 <= _get(config, field) <= 1, field, "it lies in [0, 1]")
   for field in ("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.end_factor",
                 "optimizer.warmup_epochs", "optimizer.warmup_factor"):
@@ -179,14 +204,20 @@ def check_same_config(config: ConfigDict, workdir: Path) -> None:
   if not path.exists():
     return
   try:
-    stored = flatten(json.loads(path.read_text()))
-  except ValueError as error:
-    raise UserError(f"{path} is not readable as JSON ({error}); choose another --workdir") from error
-  now = flatten(json.loads(json.dumps(config.to_dict())))
-  for field in sorted(stored.keys() | now.keys()):
+    stored = upgrade_config(json.loads(path.read_text()))
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it to go on, the checkpoints hold "
+                    "the config, too; or choose another --workdir") from error
+  compare_configs(config, stored, workdir)
+
+
+def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -> None:
+  """Raises UserError if the config stored with the run in `workdir` differs in a field that may not change."""
+  before, now = flatten(stored), flatten(json.loads(json.dumps(config.to_dict())))
+  for field in sorted(before.keys() | now.keys()):
     free = any(field == name or (name.endswith(".") and field.startswith(name)) for name in FREE_ON_RESUME)
-    if not free and stored.get(field) != now.get(field):
-      raise UserError(f"{workdir} holds a run with {field}={stored.get(field)!r}, and now it is {now.get(field)!r}; "
+    if not free and before.get(field) != now.get(field):
+      raise UserError(f"{workdir} holds a run with {field}={before.get(field)!r}, and now it is {now.get(field)!r}; "
                       f"choose another --workdir, or give the old value to go on")
 
 
@@ -269,10 +300,20 @@ def restore(parts: Run, checkpoints: Checkpoints) -> TrainState:
   expected = run_meta(parts)
 
   def check(meta):
+    if meta["format"] < FIRST_RESUMED:
+      raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a part of the state is "
+                      "missing: it can be evaluated, not gone on with; choose another --workdir")
+    if meta["format"] < FIRST_BITS and parts.config.bank.dtype == "bfloat16":
+      raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a bank of bfloat16 was "
+                      "stored otherwise: it can be evaluated, not gone on with; choose another --workdir")
     for name, now in expected.items():
       if meta.get(name) != now:
+        if name == "data" and (changes := contents.difference(parts.train, parts.workdir)):
+          raise UserError(f"the training pictures are not those with which the run in {parts.workdir} began; "
+                          f"{changes}; restore them, or choose another --workdir")
         raise UserError(f"the checkpoint in {parts.workdir} has {name} {meta.get(name)!r}, and this run {now!r}; "
                         "choose another --workdir")
+    compare_configs(parts.config, meta["config"], parts.workdir)
     if meta["step"] > parts.total_steps:
       raise UserError(f"{parts.workdir} has already done {meta['step']} steps, and num_epochs="
                       f"{parts.config.num_epochs} is {parts.total_steps}; raise num_epochs")
@@ -287,8 +328,12 @@ def run_meta(parts: Run) -> dict[str, Any]:
     "model": parts.config.model.to_dict(), "num_classes": len(parts.train.class_names)}
 
 
-def train(parts: Run, state: TrainState, checkpoints: Checkpoints, book: Logbook) -> TrainState:
-  """Returns the state after the last step."""
+def train(parts: Run, state: TrainState, checkpoints: Checkpoints, book: Logbook, stopping: Stopping) -> TrainState:
+  """Returns the state after the last step.
+
+  Raises:
+    Stopped: see `run`.
+  """
   config, start_step = parts.config, int(state.step)
   train_step = make_step(parts)
   evaluate = make_evaluation(parts, book)
@@ -296,16 +341,30 @@ def train(parts: Run, state: TrainState, checkpoints: Checkpoints, book: Logbook
     parts.train, crops=system.crops_of(config), batch_size=config.batch_size, seed=config.seed, start_step=start_step,
     process_index=jax.process_index(), process_count=jax.process_count(), num_threads=config.data.num_threads)
 
-  waited, in_flight, broken = 0.0, deque(), Broken(parts.train, book)
+  def evaluates(step):
+    every_steps = config.evaluate.every_epochs * parts.steps_per_epoch
+    return evaluate is not None and (step == parts.total_steps or step % every_steps == 0)
+
+  def measure(step):
+    knn_top1 = evaluate(state)["top1"]
+    book.record(step, {"knn_top1": knn_top1})
+    return knn_top1
+
+  if start_step and evaluates(start_step) and not book.has(start_step, "knn_top1"):
+    with stopping.held(False), book.paused():
+      measure(start_step)
+  guard = Guard(parts.workdir, picture_name=parts.train.picture_name, say=book.say)
+  waited, in_flight, broken = 0.0, deque(), Broken(parts, book)
   for step in range(start_step + 1, parts.total_steps + 1):
     started = time.perf_counter()
     batch = next(stream)
     waited += time.perf_counter() - started
     broken.note(step, batch)
     if step == 1 and jax.process_index() == 0:
-      with book.paused():
+      with book.paused(), book.tolerant("views.png"):
         save_views(parts, batch)
     state, metrics = train_step(state, batches.place(batch, parts.mesh))
+    guard.note(step, batch["index"], metrics.pop(NOT_FINITE))
     in_flight.append(metrics)
     if len(in_flight) > STEPS_IN_FLIGHT:
       jax.block_until_ready(in_flight.popleft())
@@ -316,23 +375,35 @@ def train(parts: Run, state: TrainState, checkpoints: Checkpoints, book: Logbook
       figures = {**jax.device_get(metrics), "learning_rate": float(parts.schedule(step - 1))}
       book.log(step, figures, data_wait_seconds=waited)
       waited = 0.0
-      check_finite(parts, step, figures["loss"])
-    measured = evaluate is not None and (last or step % (config.evaluate.every_epochs * parts.steps_per_epoch) == 0)
-    if measured or last or step % config.checkpoint.every_steps == 0:
+      guard.check()
+      broken.check(step, state.usable)
+      if step > parts.steps_per_epoch:
+        guard.warn_of_collapse(step, figures)
+    stop = stopping.requested(step)
+    if evaluates(step) or last or stop or step % config.checkpoint.every_steps == 0:
       with book.paused():
-        check_finite(parts, step, jax.device_get(metrics["loss"]))  # never over a good checkpoint
-        knn_top1 = evaluate(state)["top1"] if measured else None
-        if measured:
-          book.record(step, {"knn_top1": knn_top1})
-        save(parts, state, checkpoints, knn_top1=knn_top1)
+        guard.check()  # never over a good checkpoint
+        knn_top1 = None
+        if evaluates(step) and not stop:
+          # It may take minutes, and whoever asks to stop has less: what is left out, the same command catches up on.
+          try:
+            with stopping.held(False):
+              knn_top1 = measure(step)
+          except Stopped:
+            stop = True
+        save(parts, state, checkpoints, knn_top1=knn_top1, surely=stop or last, say=book.say)
+    if stop:
+      book.say(f"stopped after step {step}, saved in {parts.workdir / 'checkpoints' / str(step)}; the same command "
+               "goes on")
+      stopping.stop()
   stream.close()
   return state
 
 
-def save(parts: Run, state: TrainState, checkpoints: Checkpoints, *, knn_top1: float | None) -> None:
+def save(parts: Run, state: TrainState, checkpoints: Checkpoints, **options: Any) -> None:
   """Starts to write a checkpoint of the state, see `Checkpoints.save`."""
   step = int(state.step)
-  checkpoints.save(step, state, {**run_meta(parts), "step": step, "config": parts.config.to_dict()}, knn_top1=knn_top1)
+  checkpoints.save(step, state, {**run_meta(parts), "step": step, "config": parts.config.to_dict()}, **options)
 
 
 def calibrate(parts: Run, state: TrainState) -> TrainState:
@@ -356,18 +427,15 @@ def make_step(parts: Run) -> Callable:
     bank_momentum=config.bank.momentum, micro_batches=config.micro_batches)
 
 
-def check_finite(parts: Run, step: int, loss: np.ndarray) -> None:
-  """Raises UserError when the loss f32[] is not a finite number."""
-  if not np.isfinite(loss):
-    raise UserError(f"the loss is {loss} at step {step}; checkpoints from before are in "
-                    f"{parts.workdir / 'checkpoints'}; a lower optimizer.learning_rate may help, in another --workdir")
-
-
 class Broken:
   """Counts and names the pictures that could not be read, each once."""
 
-  def __init__(self, source: sources.Source, book: Logbook):
-    self._source, self._book, self._seen = source, book, set()
+  def __init__(self, parts: Run, book: Logbook):
+    self._source, self._book, self._seen = parts.train, book, set()
+    self._layout, self._limit = parts.layout, parts.config.data.max_bad_fraction
+    self._path, self._count = parts.workdir / "broken_pictures.json", 0
+    self._num_usable = jax.jit(jnp.sum, out_shardings=mesh_lib.whole(parts.mesh))
+    self._on_every_device = jax.jit(lambda x: x, out_shardings=mesh_lib.whole(parts.mesh))
 
   def note(self, step: int, batch: dict[str, np.ndarray]) -> None:
     """Says in the log which pictures of the batch are broken and not yet named."""
@@ -379,6 +447,32 @@ class Broken:
                          f"weight ({len(self._seen)} broken so far)")
         elif len(self._seen) % 100 == 0:
           self._book.say(f"step {step}: {len(self._seen)} pictures cannot be read so far")
+
+  def check(self, step: int, usable: jax.Array) -> None:
+    """Writes the list of all that were found broken, by any process and before any restart.
+
+    Args:
+      step: the last one.
+      usable: bool[S * R], see `TrainState`.
+
+    Raises:
+      UserError: they are more than `data.max_bad_fraction` of the pictures.
+    """
+    count = self._layout.num_images - int(self._num_usable(usable))
+    if count == self._count:
+      return
+    self._count = count
+    rows = np.asarray(self._on_every_device(usable))
+    index = np.flatnonzero(~rows[self._layout.row_of(np.arange(self._layout.num_images))])
+    if jax.process_index() == 0:
+      with self._book.tolerant(self._path.name):
+        write_json(self._path, {"step": step, "count": len(index), "pictures": [
+          {"index": int(i), "name": self._source.picture_name(int(i))} for i in index]})
+    if len(index) > self._limit * self._layout.num_images:
+      raise UserError(
+        f"{count} of {self._layout.num_images} training pictures cannot be read, more than data.max_bad_fraction="
+        f"{self._limit}; they are listed in {self._path}; where a disk or a network is at fault, the same command goes "
+        "on from the newest checkpoint once it is back; else allow more, or start anew without them")
 
 
 def save_views(parts: Run, batch: dict[str, np.ndarray]) -> None:

@@ -29,7 +29,7 @@ class TrainState(flax.struct.PyTreeNode):
   usable: Any
   """bool[S * R], split over the devices: False on padding and on the rows of pictures found broken."""
   bank: Any
-  """[S * R, D], unit rows, split likewise; None for a system without a bank."""
+  """[S * R, D], unit rows, see `memory_bank.stored`, split likewise; None for a system without a bank."""
   normaliser: Any
   """f32[], Z of the `nce` loss; 0 until the first batch has set it, and with other losses; None without a bank."""
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from pirl_jax import losses, memory_bank
+from pirl_jax import health, losses, memory_bank
 from pirl_jax.mesh import AXIS, SPLIT, WHOLE
 from pirl_jax.models.network import Network
 from pirl_jax.negatives import EveryRow, Scores
@@ -27,7 +27,8 @@ def make_train_step(
 
   The state given in is donated: its memory becomes that of the state returned, so there is never a second bank.
   `batch` holds `image_crop` u8[B, H, W, 3], `pretext_crop` u8[B, S, S, 3], `index` i32[B] and `valid` bool[B], split
-  over the devices; `metrics` is a flat dict of f32[]. Paper, sections 2.1-2.3, equation 5.
+  over the devices; `metrics` is a flat dict of f32[], but for that of `health.not_finite`. Paper, sections 2.1-2.3,
+  equation 5.
 
   Args:
     network: its batch norm may take statistics over the mesh axis, or over each device.
@@ -124,6 +125,8 @@ def make_train_step(
     state = state.replace(
       step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
       batch_stats=whole_batch_stats(network, batch_stats), usable=usable, normaliser=normaliser)
+    metrics[health.NOT_FINITE] = health.not_finite(
+      metrics["loss"], grads, state.params, state.batch_stats, (own, image_emb))
     return state, (rows.reshape(-1), own, image_emb.reshape(own.shape), valid), metrics
 
   return (_in_one_program if num_negatives else _in_two_programs)(

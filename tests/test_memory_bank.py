@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 
 from pirl_jax import memory_bank
@@ -192,7 +193,8 @@ def test_update_moves_the_rows_of_the_batch_and_no_others(num_devices, dtype, to
   emb = unit(rng.normal(size=(16, D))).astype(np.float32)
   update = on_mesh(partial(read_and_update, momentum=0.5), mesh, (P(AXIS), P(), P(), P()), P(AXIS))
   new = update(bank, jnp.asarray(rows), emb, valid)
-  old, new = np.asarray(bank, np.float64), np.asarray(new, np.float64)
+  assert new.dtype == bank.dtype and new.dtype.itemsize == jnp.dtype(dtype).itemsize
+  old, new = (np.asarray(memory_bank.vectors(x), np.float64) for x in (bank, new))
   np.testing.assert_allclose(new, oracles.bank_update(old, rows, emb, valid, momentum=0.5), atol=tolerance)
   untouched = np.setdiff1d(np.arange(layout.num_rows), rows[valid])
   np.testing.assert_array_equal(new[untouched], old[untouched])
@@ -220,3 +222,51 @@ def test_retire_switches_off_the_broken_pictures_for_good(num_devices):
   again, counts = retire(after, jnp.asarray(layout.row_of(index)), np.ones(4, bool))
   np.testing.assert_array_equal(again, after)
   np.testing.assert_array_equal(counts, valid)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_there_is_no_second_bank_however_it_is_stored(dtype):
+  bank = memory_bank.stored(jnp.ones((100_000, 128)), dtype)
+  update = jax.jit(jax.shard_map(partial(read_and_update, momentum=0.5), mesh=create_mesh(1),
+                                 in_specs=(P(AXIS), P(), P(), P()), out_specs=P(AXIS)), donate_argnums=0)
+  memory = update.lower(bank, jnp.arange(64), jnp.ones((64, 128)), jnp.ones(64, bool)).compile().memory_analysis()
+  assert memory.alias_size_in_bytes == bank.nbytes and memory.temp_size_in_bytes < bank.nbytes / 20
+
+
+def test_a_bank_of_bfloat16_is_rounded_as_numpy_rounds_it_and_nothing_else():
+  x = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+  kept = memory_bank.stored(jnp.asarray(x), jnp.bfloat16)
+  assert kept.dtype == jnp.uint16
+  np.testing.assert_array_equal(memory_bank.vectors(kept), x.astype(jnp.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize("num_images, created_rows", [(103, 10_000), (103, 16), (5_003, 1_000)])
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_a_bank_made_a_few_rows_at_a_time_is_that_made_at_once(monkeypatch, num_images, created_rows, num_devices):
+  monkeypatch.setattr(memory_bank, "CREATED_ROWS", created_rows)
+  layout, _, bank, _ = create(num_images, num_devices, num_negatives=0)
+  bound = (D / 3) ** -0.5
+  whole = jax.random.uniform(jax.random.key(3), (layout.num_rows, D), jnp.float32, -bound, bound)
+  np.testing.assert_allclose(bank, memory_bank.normalise(whole), rtol=1e-6, atol=1e-7)
+
+
+def test_the_entries_of_rows_far_out_are_those_of_jax():
+  """Beyond 2**32 entries, where the number of an entry has two words: compared with JAX's own hash of it."""
+  key, rows = jax.random.key(5), np.array([0, 2**25 - 1, 2**25, 2**28 + 77])
+  found = memory_bank._uniform(key, jnp.asarray(rows, jnp.uint32), 128)
+  bound = (128 / 3) ** -0.5
+  for row, entries in zip(rows.tolist(), np.asarray(found), strict=True):
+    numbers = [row * 128 + d for d in range(128)]
+    high, low = (jnp.asarray([f(number) for number in numbers], jnp.uint32) for f in
+                 (lambda number: number >> 32, lambda number: number % 2**32))
+    first, second = jnp.split(threefry_2x32(jax.random.key_data(key), jnp.concatenate([high, low])), 2)
+    unit = (np.asarray(first ^ second) >> 9) / 2**23
+    np.testing.assert_allclose(entries, (2 * unit - 1) * bound, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_making_a_bank_takes_little_more_memory_than_the_bank(dtype):
+  layout = memory_bank.create_layout(1_000_000, num_devices=1, num_negatives=0)
+  make = jax.jit(partial(memory_bank.create, layout=layout, dim=128, dtype=dtype))
+  memory = make.lower(jax.random.key(0)).compile().memory_analysis()
+  assert memory.output_size_in_bytes > 2 * 128 * 1_000_000 and memory.temp_size_in_bytes < 2**27

@@ -3,11 +3,14 @@
 import json
 import shutil
 
+import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import pirl
+from pirl_jax import mesh as mesh_lib
 from pirl_jax import pretrain
 from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.errors import UserError
@@ -129,12 +132,51 @@ def test_learning_table_of_a_run(whole_run, tmp_path, capsys):
   assert "trained network" in capsys.readouterr().out
 
 
-def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_numbers_that_are_not_finite_stop_the_run_and_are_never_saved(tmp_path):
   changes = {"optimizer.learning_rate": 1e30, "log.every_steps": 100, "checkpoint.every_steps": 1}
-  with pytest.raises(UserError, match="loss is (nan|inf) at step [23];"):
+  with pytest.raises(UserError, match=r"in step [23], the \w+ held numbers that are not finite") as error:
     pretrain.run(tiny(**changes), str(tmp_path / "run"))
   with Checkpoints(tmp_path / "run" / "checkpoints", keep=20) as checkpoints:
     assert checkpoints.steps()[0] == 1 and len(checkpoints.steps()) < 3
+    assert not any(checkpoints.check(step, mesh_lib.create_mesh()) for step in checkpoints.steps())
+  dump = json.loads((tmp_path / "run" / "not_finite.json").read_text())
+  assert f"in step {dump['step']}, {dump['not_finite'][0]} held" in str(error.value)
+  assert len(dump["pictures"]) == 16 and dump["pictures"][0].keys() == {"index", "name"}
+
+
+@pytest.mark.parametrize("every_steps", [1, 4])
+def test_the_first_bad_step_and_quantity_are_named_within_one_interval(tmp_path, monkeypatch, every_steps):
+  """Step 6 gets an infinite gradient in the middle of an interval; the loss is still finite."""
+  real = pretrain.create_optimizer
+  monkeypatch.setattr(pretrain, "create_optimizer", lambda schedule, **options: real(
+    lambda count: jnp.where(count == 5, jnp.inf, schedule(count)), **options))
+  with pytest.raises(UserError, match="in step 6, the parameters held numbers"):
+    pretrain.run(tiny(**{"log.every_steps": every_steps, "checkpoint.every_steps": 5}), str(tmp_path / "run"))
+  assert rows(tmp_path / "run")[-1]["step"] in (6, 8)
+  with Checkpoints(tmp_path / "run" / "checkpoints", keep=20) as checkpoints:
+    assert checkpoints.steps()[-1] == 5
+
+
+def test_too_many_broken_pictures_stop_the_run_and_are_listed(tmp_path):
+  root = tmp_path / "pictures"
+  root.mkdir()
+  for i in range(72):
+    picture = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    content = cv2.imencode(".png", picture)[1].tobytes()
+    (root / f"{i:02}.png").write_bytes(content if i > 4 else content[:200])
+  changes = {"data.source": "folder", "data.root": str(root), "data.split": "", "evaluate.split": "",
+             "data.num_images": 0, "num_epochs": 6}
+  with pytest.raises(UserError, match=r"[45] of 72 training pictures cannot be read, more than .*=0.05"):
+    pretrain.run(tiny(**changes), str(tmp_path / "run"))
+  pretrain.run(tiny(**changes, **{"data.max_bad_fraction": 0.1}), str(tmp_path / "run"))
+  broken = json.loads((tmp_path / "run" / "broken_pictures.json").read_text())
+  assert broken["count"] == 5
+  assert [picture["name"] for picture in broken["pictures"]] == [f"{i:02}.png" for i in range(5)]
+  (root / "05.png").unlink()
+  (root / "new.png").write_bytes(b"123")
+  (root / "06.png").write_bytes((root / "06.png").read_bytes() + b"1")
+  with pytest.raises(UserError, match=r"gone: 1 \(05.png\); new: 1 \(new.png\); of another size: 1 \(06.png\)"):
+    pretrain.run(tiny(**changes, **{"data.max_bad_fraction": 0.1}), str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("field, value, said", [

@@ -1,112 +1,17 @@
 """The same run on any number of devices and processes, started as users start it: launch.py, and gloo between them."""
 
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from orbax.checkpoint import PyTreeCheckpointer, RestoreArgs
-from orbax.checkpoint.args import PyTreeRestore
+from launching import STEPS, TRAINING, Launch, launch, rows, stored, wait_for
 
 from pirl_jax import mesh as mesh_lib
 from pirl_jax.errors import UserError
 
-ROOT = Path(__file__).parents[1]
-LIMIT = 400  # seconds, for processes that share two cores with other tests
 BOUND = 150  # seconds in which a process ends that has lost another
-STEPS = 20
-TRAINING = (
-  "--config=configs/pirl.py", "--config.data.image_size=16", "--config.jigsaw.crop_size=18",
-  "--config.jigsaw.patch_size=5", "--config.data.num_images=128", "--config.num_negatives=64", "--config.batch_size=32",
-  "--config.num_epochs=5", "--config.log.every_steps=1", "--config.checkpoint.every_steps=10",
-  "--config.evaluate.split=", "--config.evaluate.learning=False")
 DOUBLE = ("--config.model.dtype=float64", "--config.bank.dtype=float64")
-
-
-class Launch:
-  """launch.py in one or several processes, as started; a context manager that leaves none of them behind."""
-
-  def __init__(self, *arguments, processes=1, devices=1, other=None, slurm=False, double=False):
-    """Starts them.
-
-    Args:
-      arguments: of all.
-      processes: how many.
-      devices: virtual ones of each.
-      other: {process: arguments of this one alone}.
-      slurm: they are told of each other as srun tells them, not by flags.
-      double: JAX may compute in float64.
-    """
-    with socket.socket() as free:
-      free.bind(("127.0.0.1", 0))
-      port = free.getsockname()[1]
-    self._started = []
-    for process in range(processes):
-      flags, environment = [], os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_ENABLE_X64": str(int(double)),
-        # Without optimisations a program compiles sooner, and in float64 runs a hundred times as long.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not double))}
-      if slurm:
-        environment |= {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(processes),
-                        "SLURM_PROCID": str(process), "SLURM_LOCALID": str(process), "JAX_COORDINATOR_PORT": str(port)}
-      elif processes > 1:
-        flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={process}"]
-      command = [sys.executable, "launch.py", *flags, *arguments, *(other or {}).get(process, ())]
-      self._started.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
-                                            stderr=subprocess.STDOUT, start_new_session=True))
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exc_info):
-    for started in self._started:
-      if started.poll() is None:
-        os.killpg(started.pid, signal.SIGKILL)
-      started.communicate()
-
-  def kill(self, process):
-    os.killpg(self._started[process].pid, signal.SIGKILL)
-
-  def wait(self):
-    """Returns the exit code and the output of each."""
-    end, ended = time.monotonic() + LIMIT, []
-    for started in self._started:
-      output, _ = started.communicate(timeout=max(1, end - time.monotonic()))
-      ended.append((started.returncode, output))
-    return ended
-
-
-def launch(*arguments, **options):
-  """Returns the outputs of processes that all end well."""
-  with Launch(*arguments, **options) as started:
-    ended = started.wait()
-  for code, output in ended:
-    assert code == 0, output[-3000:]
-  return [output for _, output in ended]
-
-
-def rows(folder):
-  return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def stored(folder, step):
-  """Returns {name: array} of everything in a checkpoint, as it was written."""
-  found = {}
-  for item in ("model", "train", "bank"):
-    path = folder / "checkpoints" / str(step) / item
-    reader = PyTreeCheckpointer()
-    as_written = jax.tree.map(lambda _: RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree)
-    for name, value in jax.tree_util.tree_leaves_with_path(
-        reader.restore(path, args=PyTreeRestore(restore_args=as_written))):
-      found[item + jax.tree_util.keystr(name)] = np.asarray(value)
-  return found
 
 
 def assert_same_run(found, expected, *, step=STEPS, tolerance=1e-9):
@@ -185,18 +90,6 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(tmp_path, 
   with Launch(*endless, processes=2) as started:
     wait_for(lambda: len(rows(tmp_path)) > reached + 5)
   assert [row["step"] for row in rows(tmp_path)] == list(range(1, len(rows(tmp_path)) + 1))
-
-
-def wait_for(condition):
-  end = time.monotonic() + LIMIT
-  while time.monotonic() < end:
-    try:
-      if condition():
-        return
-    except FileNotFoundError:
-      pass
-    time.sleep(0.2)
-  pytest.fail(f"not within {LIMIT} s")
 
 
 @pytest.mark.parametrize("other, said", [

@@ -95,6 +95,19 @@ def test_step_compiles_once():
     jax.monitoring.clear_event_listeners()
 
 
+@pytest.mark.parametrize("num_negatives", [K, 0])
+def test_no_step_moves_anything_between_host_and_device_unasked(num_negatives):
+  mesh, _, _, make_state, step = build(8, loss="infonce", num_negatives=num_negatives)
+  batches = [jax.device_put(make_batch(i), mesh_lib.split(mesh)) for i in range(2)]
+  state = make_state()
+  with jax.transfer_guard("disallow"):
+    for batch in batches:
+      state, metrics = step(state, batch)
+    with pytest.raises(Exception, match="[Dd]isallowed"):
+      step(state, make_batch(2))
+  assert np.isfinite(metrics["loss"])
+
+
 @pytest.mark.parametrize("loss", ["nce", "infonce", "eq4"])
 def test_step_is_the_same_on_one_device_and_on_eight(loss):
   broken = (make_batch(0)["index"][5],)

@@ -45,7 +45,7 @@ class FolderSource(Source):
         f"no pictures in {shown}{_left_out_text(left_out, separator='; ')}: "
         f"files ending in {', '.join(ENDINGS)} are read; point data.root (and data.split) at them"
       )
-    self._paths = [path for path, _ in found]
+    self._paths, self._sizes = zip(*found, strict=True)
     digest = hashlib.sha256()
     for path, size in found:
       digest.update(os.fsencode(path) + b"\0%d\0" % size)
@@ -79,6 +79,10 @@ class FolderSource(Source):
   def picture_name(self, index: int) -> str:
     """Returns the path below the split's folder."""
     return printable(self._paths[index])
+
+  def listing(self) -> list[str] | None:
+    """Returns "SIZE PATH" of every picture, the size in bytes."""
+    return [f"{size} {printable(path)}" for size, path in zip(self._sizes, self._paths, strict=True)]
 
   def labels(self) -> np.ndarray | None:
     """Returns i32[N] or, without class folders, None."""

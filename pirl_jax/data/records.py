@@ -51,6 +51,10 @@ class Source(abc.ABC):
     May read every record the first time.
     """
 
+  def listing(self) -> list[str] | None:
+    """Returns a line for each record, by which two states of a set can be compared; None where there is none."""
+    return None
+
   def targets(self) -> np.ndarray | None:
     """Returns i8[N, C], by picture and class, or None when the set has no labels.
 

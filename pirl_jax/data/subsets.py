@@ -34,6 +34,10 @@ class Subset(Source):
     """Returns the name that the picture has in the source."""
     return self._source.picture_name(int(self._index[index]))
 
+  def listing(self) -> list[str] | None:
+    """Returns that of the whole source."""
+    return self._source.listing()
+
   def labels(self) -> np.ndarray | None:
     """Returns i32[n] or None."""
     labels = self._source.labels()

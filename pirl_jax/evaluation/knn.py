@@ -21,6 +21,7 @@ from pirl_jax.evaluation.features import extract_features, stream_features, unit
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import check_layers, layer_features
 from pirl_jax.evaluation.outcome import Curve, Outcome
+from pirl_jax.memory_bank import vectors
 from pirl_jax.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.progress import Progress
 
@@ -96,7 +97,8 @@ class Nearest:
     """Takes more references into account; another M compiles again.
 
     Args:
-      references: f32 or bf16[M, D], unit norm; split over "data" by rows (as the memory bank lies) or in one place.
+      references: f32[M, D], or as a bank stores them, unit norm; split over "data" by rows (as the memory bank lies) or
+        in one place.
       ids: i32[M], by which `result` names them; -1: never a neighbour.
     """
     # The host may gather one block while another is searched, and no more: each holds its memory until then.
@@ -243,8 +245,8 @@ def predict(references: jax.Array | np.ndarray, reference_labels: np.ndarray, qu
   precision.
 
   Args:
-    references: f32 or bf16[M, D], unit norm; split over "data" by rows (as the memory bank lies) or in one
-      place.
+    references: f32[M, D], or as a bank stores them, unit norm; split over "data" by rows (as the memory bank lies) or
+      in one place.
     reference_labels: i32[M], >= 0; -1: never a neighbour (padding, broken, unlabelled).
     queries: f32[Q, D], unit norm.
     mesh: the devices; each searches its own rows.
@@ -311,7 +313,7 @@ def _make_search(mesh, k, chunk):
       # The last chunk begins early enough to be whole; what it shares with the one before is masked.
       first = jnp.minimum(start, num_rows - size)
       row = first + jnp.arange(size)
-      block = lax.dynamic_slice_in_dim(references, first, size).astype(jnp.float32)  # a bank may be bfloat16
+      block = vectors(lax.dynamic_slice_in_dim(references, first, size)).astype(jnp.float32)
       block_ids = lax.dynamic_slice_in_dim(ids, first, size)
       block_ids = jnp.where(row >= start, block_ids, -1)
       scores = jnp.matmul(queries, block.T, precision=lax.Precision.HIGHEST)

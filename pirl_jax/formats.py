@@ -1,0 +1,50 @@
+"""The format of what a run stores about itself, and how older ones are read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+FORMAT = 4
+"""Of the items of a checkpoint and of the config in its `meta`.
+
+1: the first; 2: systems other than PIRL, the seed is part of the state; 3: parts of a batch; 4: checksums,
+a bank of bfloat16 is stored as its bits.
+"""
+
+FIRST_RESUMED = 2
+"""The first format from which a run goes on; what is older can be evaluated."""
+
+FIRST_CHECKED = 4
+"""The first format with checksums."""
+
+FIRST_BITS = 4
+"""The first format with the bits of a bank of bfloat16."""
+
+
+def upgrade(meta: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the `meta` of a checkpoint of any format up to `FORMAT` as this version of the program has it.
+
+  `format` stays what it was. The classes were not counted in the first one: its networks do not predict any.
+  """
+  upgraded = {"num_classes": 0, **meta}
+  if "config" in meta:
+    upgraded["config"] = upgrade_config(meta["config"])
+    upgraded["model"] = upgraded["config"]["model"]
+  return upgraded
+
+
+def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the config of a run of any format with the fields of today: those that it lacks say what was then done."""
+  config = dict(config)
+  data, jigsaw = dict(config["data"]), dict(config["jigsaw"])
+  for old, new in (("pretext_size", "crop_size"), ("pretext_scale", "crop_scale")):
+    if old in data:
+      jigsaw[new] = data.pop(old)
+  defaults = {"objective": "invariant", "micro_batches": 1, "negative_sampling": "shared",
+              "pretext_photometric": config["photometric"]}
+  groups = {
+    "jigsaw": {"augment": "patches", "num_permutations": 0, "permutation_subset": "max_avg", **jigsaw},
+    "model": {"remat": False, **config["model"]},
+    "optimizer": {"warmup_factor": 0.0, "schedule": "cosine", "milestones": [0.6, 0.8], "decay_factor": 0.1,
+                  "decay_biases": False, **config["optimizer"]},
+  }
+  return {**defaults, **config, "data": {"max_bad_fraction": 0.05, **data}, **groups}

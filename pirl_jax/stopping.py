@@ -1,0 +1,99 @@
+"""SIGTERM and Ctrl-C: the step in hand is finished and saved before the program ends."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Self
+
+import jax
+from jax.experimental import multihost_utils
+
+EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+
+
+class Stopped(SystemExit):
+  """Ends the program, with the exit code of its signal; what there was to save is saved."""
+
+
+class Stopping:
+  """A context manager in which SIGTERM and SIGINT ask a run to stop, and a second SIGINT ends it at once.
+
+  Where there is nothing to save, `Stopped` is raised as soon as Python has a say; `held` is for where there is. Of
+  several processes all stop after the same step, whichever of them was asked: JAX's own engine agrees on it.
+  """
+
+  def __init__(self):
+    """Has not been asked."""
+    self._asked, self._held = None, False
+    # Asked first: to count processes starts the devices, and a mistake in the config is to be answered before.
+    self._alone = not jax.distributed.is_initialized() or jax.process_count() == 1
+
+  def __enter__(self) -> Self:
+    self._in_main = threading.current_thread() is threading.main_thread()
+    if not self._in_main:  # Python hands signals to the main thread alone
+      return self
+    # SIGTERM of several processes belongs to JAX, which would not see it any more.
+    signals = EXIT_CODES if self._alone else (signal.SIGINT,)
+    # The handlers have to wait until the main thread is back from the devices, the watch has not.
+    self._watched, self._signalled = socket.socketpair()
+    self._signalled.setblocking(False)
+    self._old_fd = signal.set_wakeup_fd(self._signalled.fileno(), warn_on_full_buffer=False)
+    self._old_handlers = {number: signal.signal(number, self._handle) for number in signals}
+    self._watch = threading.Thread(target=self._listen, daemon=True)
+    self._watch.start()
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    if self._in_main:
+      for number, handler in self._old_handlers.items():
+        signal.signal(number, handler)
+      signal.set_wakeup_fd(self._old_fd)
+      self._signalled.close()
+      self._watch.join()
+      self._watched.close()
+
+  @contextlib.contextmanager
+  def held(self, hold: bool = True) -> Iterator[None]:
+    """Within it a signal raises nothing and waits to be asked for by `requested`; with `hold` False it does again."""
+    before, self._held = self._held, hold
+    try:
+      if not hold:
+        self.check()
+      yield
+    finally:
+      self._held = before
+
+  def check(self) -> None:
+    """Raises `Stopped` if this process by itself has been asked to stop."""
+    if self._asked is not None and self._alone:
+      raise Stopped(EXIT_CODES[self._asked])
+
+  def requested(self, step: int) -> bool:
+    """Returns whether to stop after this step, the same in all processes; to be called after every step by all."""
+    return self._asked is not None if self._alone else multihost_utils.reached_preemption_sync_point(step)
+
+  def stop(self) -> None:
+    """Raises `Stopped`, after everything has been saved."""
+    raise Stopped(EXIT_CODES[self._asked or signal.SIGTERM])  # asked for by another process: SIGTERM
+
+  def _handle(self, number, frame):
+    del frame
+    self._asked = signal.Signals(number)
+    if not self._held:
+      self.check()
+
+  def _listen(self):
+    interrupts = 0
+    while number := self._watched.recv(1):
+      if number[0] != signal.SIGINT:
+        continue
+      interrupts += 1
+      if interrupts > 1:
+        os.write(2, b"\nended at once, by a second Ctrl-C\n")
+        os._exit(EXIT_CODES[signal.SIGINT])
+      os.write(2, b"\nCtrl-C: finishes the step and saves; once more ends at once\n")
+      if not self._alone:
+        os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the others

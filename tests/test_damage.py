@@ -1,0 +1,114 @@
+"""Checkpoints whose files were damaged: found out, set aside, and the newest whole one taken in their place."""
+
+import shutil
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_checkpoints import make_state, nothing
+
+from pirl_jax import mesh as mesh_lib
+from pirl_jax.checkpoints import Checkpoints, Snapshots
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+KINDS = ("deleted", "emptied", "cut", "flipped", "overwritten")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, quick_compile):
+  """Returns a folder with the checkpoints of steps 1 and 2, and their states."""
+  folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+  states = {}
+  with Checkpoints(folder, keep=3) as checkpoints:
+    for step in (1, 2):
+      state = make_state(4).replace(step=jnp.int32(step), normaliser=jnp.float32(step / 7))
+      states[step] = jax.device_get(state)
+      checkpoints.save(step, state, {"step": step}, knn_top1=step / 10)
+  return folder, states
+
+
+def damage(path, kind, rng):
+  content = bytearray(path.read_bytes())
+  if kind == "deleted":
+    path.unlink()
+    return
+  if kind == "emptied":
+    content = b""
+  elif kind == "cut":
+    content = content[:rng.integers(len(content))]
+  elif kind == "flipped":
+    content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+  else:
+    start = rng.integers(len(content))
+    content[start:start + 60] = rng.bytes(len(content[start:start + 60]))
+  path.write_bytes(content)
+
+
+def files(folder):
+  return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def restore(folder):
+  """Returns the state that a run would go on with, and what it says."""
+  said = []
+  with Checkpoints(folder, keep=3) as checkpoints:
+    state = checkpoints.restore_newest(nothing, jax.eval_shape(partial(make_state, 2)), mesh_lib.create_mesh(2),
+                                       say=said.append)
+  return jax.device_get(state), said
+
+
+def check_one(tmp_path, saved, file, kind, rng):
+  """Returns whether the damage was of any consequence, after checking that what is restored is what was saved."""
+  folder, states = saved
+  copy = tmp_path / "copy"
+  shutil.copytree(folder, copy)
+  damage(copy / "2" / file, kind, rng)
+  with Checkpoints(copy, keep=3) as checkpoints:
+    reason = checkpoints.check(2, mesh_lib.create_mesh(2))
+  state, said = restore(copy)
+  found = int(state.step)
+  jax.tree.map(np.testing.assert_array_equal, state, states[found])
+  assert (found == 1) == (copy / "unreadable-2").is_dir() == bool(said)
+  assert bool(reason) or found == 2, said  # what is set aside, the list of checkpoints has called damaged
+  with Checkpoints(copy, keep=3) as checkpoints:
+    checkpoints.save(3 if found == 2 else 2, make_state(2), {"step": 3}, knn_top1=None)
+  shutil.rmtree(copy)
+  return found == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_damage_to_any_file_passes(tmp_path, saved, kind, seed):
+  rng = np.random.default_rng(seed)
+  found = {file: check_one(tmp_path, saved, file, kind, rng) for file in files(saved[0] / "2")}
+  assert sum(found.values()) >= 3
+
+
+@pytest.mark.parametrize("item", ["model", "train", "bank"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_to_the_data_is_found(tmp_path, saved, kind, item):
+  """One file at a time of those that hold arrays; some of them, Orbax has no more use for."""
+  rng = np.random.default_rng(0)
+  data = [file for file in files(saved[0] / "2") if file.parts[0] == item and file.parent.name == "d"]
+  assert any([check_one(tmp_path, saved, file, kind, rng) for file in data])
+
+
+def test_a_flipped_bit_of_the_meta_is_found(tmp_path, saved):
+  rng = np.random.default_rng(1)
+  for _ in range(5):
+    assert check_one(tmp_path, saved, "meta/metadata", "flipped", rng)
+
+
+def test_a_snapshot_with_other_values_is_not_taken(tmp_path):
+  mesh = mesh_lib.create_mesh(1)
+  tree = {"weights": jax.device_put(np.arange(4_000, dtype=np.float32), mesh_lib.whole(mesh))}
+  with Snapshots(tmp_path) as snapshots:
+    snapshots.save(5, tree)
+  largest = max(tmp_path.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+  damage(largest, "overwritten", np.random.default_rng(0))
+  with Snapshots(tmp_path) as snapshots:
+    assert snapshots.restore(tree, mesh)[0] == 0

@@ -1,0 +1,61 @@
+"""SIGTERM and Ctrl-C, as a user or a scheduler sends them."""
+
+import signal
+import time
+
+import pytest
+from launching import TRAINING, Launch, launch, rows, wait_for
+
+BOUND = 60  # seconds in which a run ends that was asked to, with other tests beside it
+ENDLESS = *TRAINING, "--config.num_epochs=5_000", "--config.checkpoint.every_steps=1_000_000"
+
+
+def newest(folder):
+  return max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def steps(folder):
+  return [row["step"] for row in rows(folder)]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_run_saves_before_it_ends_and_goes_on(tmp_path, number, code):
+  with Launch(*ENDLESS, f"--workdir={tmp_path}") as running:
+    wait_for(lambda: len(rows(tmp_path)) > 3)
+    running.signal(0, number)
+    sent = time.monotonic()
+    (found, output), = running.wait()
+  assert found == code and time.monotonic() - sent < BOUND
+  last = newest(tmp_path)
+  assert last == rows(tmp_path)[-1]["step"]
+  assert f"stopped after step {last}, saved in {tmp_path / 'checkpoints' / str(last)}" in output
+  with Launch(*ENDLESS, f"--workdir={tmp_path}") as running:
+    wait_for(lambda: len(rows(tmp_path)) > last + 3)
+  assert steps(tmp_path) == list(range(1, len(rows(tmp_path)) + 1))
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path):
+  slow = "--config.num_negatives=0", "--config.batch_size=128", "--config.micro_batches=16"  # a step takes a while
+  with Launch(*ENDLESS, *slow, f"--workdir={tmp_path}") as running:
+    wait_for(lambda: rows(tmp_path))
+    running.signal(0, signal.SIGINT)
+    time.sleep(0.02)
+    running.signal(0, signal.SIGINT)
+    sent = time.monotonic()
+    (code, output), = running.wait()
+  assert code == 130 and "ended at once" in output and "stopped after step" not in output
+  assert time.monotonic() - sent < 5
+
+
+def test_one_of_two_processes_is_asked_and_both_save_the_same_step(tmp_path):
+  with Launch(*ENDLESS, f"--workdir={tmp_path}", processes=2) as running:
+    wait_for(lambda: len(rows(tmp_path)) > 3)
+    running.signal(1, signal.SIGTERM)
+    sent = time.monotonic()
+    ended = running.wait()
+  assert [code for code, _ in ended] == [0, 0], ended[0][1][-2000:] + ended[1][1][-2000:]
+  assert time.monotonic() - sent < BOUND
+  last = newest(tmp_path)
+  assert f"stopped after step {last}," in ended[0][1]
+  output = launch(*TRAINING, f"--config.num_epochs={last // 4 + 1}", f"--workdir={tmp_path}")[0]
+  assert f"goes on from step {last} of" in output
