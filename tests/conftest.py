@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(
 # Subsets of permutations, too, and not among the user's own.
 os.environ.setdefault("XDG_CACHE_HOME", os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".cache")))
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

@@ -122,7 +122,7 @@ def wait_for(condition):
     try:
       if condition():
         return
-    except FileNotFoundError:
+    except (FileNotFoundError, json.JSONDecodeError):  # a row that is just being written
       pass
     time.sleep(0.2)
   pytest.fail(f"not within {LIMIT} s")

@@ -9,8 +9,9 @@ import pytest
 
 from pirl_jax import memory_bank
 from pirl_jax import mesh as mesh_lib
-from pirl_jax.checkpoints import FORMAT, Checkpoints, Snapshots
+from pirl_jax.checkpoints import Checkpoints, Snapshots
 from pirl_jax.errors import UserError
+from pirl_jax.formats import FORMAT
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
@@ -43,7 +44,8 @@ def test_restores_on_another_number_of_devices(tmp_path, state, num_devices):
   with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
     like = jax.eval_shape(partial(make_state, num_devices))
     restored = checkpoints.restore_newest(nothing, like, mesh, say=print)
-    assert checkpoints.read_meta(7) == {"note": "x", "format": FORMAT}
+    meta = checkpoints.read_meta(7)
+    assert meta["note"] == "x" and meta["format"] == FORMAT and set(meta["checksums"]) == {"model", "train", "bank"}
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
   assert restored.bank.sharding.is_equivalent_to(mesh_lib.split(mesh), 2)
   assert restored.bank.addressable_shards[0].data.shape[0] == state.bank.shape[0] // num_devices
@@ -111,7 +113,7 @@ def test_what_a_killed_run_left_goes_with_the_next_save_and_not_before(tmp_path,
   half = folder / "2.orbax-checkpoint-tmp"
   shutil.copytree(folder / "1", half)
   with Checkpoints(folder, keep=3) as checkpoints:
-    assert checkpoints.steps() == [1] and checkpoints.read_meta(1)["format"] == 3
+    assert checkpoints.steps() == [1] and checkpoints.read_meta(1)["format"] == FORMAT
     assert half.is_dir()
     checkpoints.save(2, state, {}, knn_top1=None)
   assert not half.exists() and (folder / "2").is_dir()

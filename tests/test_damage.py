@@ -80,7 +80,7 @@ def check_one(tmp_path, saved, file, kind, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_damage_to_any_file_passes(tmp_path, saved, kind, seed):
   rng = np.random.default_rng(seed)
@@ -88,9 +88,8 @@ def test_no_damage_to_any_file_passes(tmp_path, saved, kind, seed):
   assert sum(found.values()) >= 3
 
 
-@pytest.mark.parametrize("item", ["model", "train", "bank"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_damage_to_the_data_is_found(tmp_path, saved, kind, item):
+@pytest.mark.parametrize("item, kind", [("bank", "flipped"), ("train", "deleted"), ("model", "cut")])
+def test_damage_to_the_data_is_found(tmp_path, saved, item, kind):
   """One file at a time of those that hold arrays; some of them, Orbax has no more use for."""
   rng = np.random.default_rng(0)
   data = [file for file in files(saved[0] / "2") if file.parts[0] == item and file.parent.name == "d"]

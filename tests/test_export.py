@@ -271,6 +271,7 @@ def test_progress_is_told(model, tmp_path, capsys):
   assert "features of pooled: 37 of 37 pictures" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_both_rates_and_their_ratio():
   command = [sys.executable, "-m", "benchmarks.features", "--embedded=256", "--num=4", "--size=32", "--rounds=2",
              "--seconds=0.1"]

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from launching import CLOCKS, LIMIT, Launch, launch, rows, stored
 
+from pirl_jax.logbook import read_rows
+
 STEPS = 120
 
 
@@ -42,14 +44,14 @@ def expected(command, tmp_path_factory):
 
 def kill_once(command, folder, moment, rng):
   """Starts the run and kills it at such a moment; returns whether it was still running."""
-  reached = len(rows(folder)) if (folder / "metrics.jsonl").exists() else 0
+  reached = len(read_rows(folder / "metrics.jsonl"))
 
   def at_the_moment():
     if moment == "start":
       return time.monotonic() - started > delay
     if moment == "save":
       return list((folder / "checkpoints").glob("*tmp*"))
-    now = rows(folder) if (folder / "metrics.jsonl").exists() else []
+    now = read_rows(folder / "metrics.jsonl")
     if moment == "evaluation":
       return len(now) > reached and now[-1]["step"] % 20 == 0 and "knn_top1" not in now[-1]
     return len(now) > reached + progress

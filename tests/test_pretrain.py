@@ -144,15 +144,14 @@ def test_numbers_that_are_not_finite_stop_the_run_and_are_never_saved(tmp_path):
   assert len(dump["pictures"]) == 16 and dump["pictures"][0].keys() == {"index", "name"}
 
 
-@pytest.mark.parametrize("every_steps", [1, 4])
-def test_the_first_bad_step_and_quantity_are_named_within_one_interval(tmp_path, monkeypatch, every_steps):
+def test_the_first_bad_step_and_quantity_are_named_within_one_interval(tmp_path, monkeypatch):
   """Step 6 gets an infinite gradient in the middle of an interval; the loss is still finite."""
   real = pretrain.create_optimizer
   monkeypatch.setattr(pretrain, "create_optimizer", lambda schedule, **options: real(
     lambda count: jnp.where(count == 5, jnp.inf, schedule(count)), **options))
   with pytest.raises(UserError, match="in step 6, the parameters held numbers"):
-    pretrain.run(tiny(**{"log.every_steps": every_steps, "checkpoint.every_steps": 5}), str(tmp_path / "run"))
-  assert rows(tmp_path / "run")[-1]["step"] in (6, 8)
+    pretrain.run(tiny(**{"log.every_steps": 4, "checkpoint.every_steps": 5}), str(tmp_path / "run"))
+  assert rows(tmp_path / "run")[-1]["step"] == 8
   with Checkpoints(tmp_path / "run" / "checkpoints", keep=20) as checkpoints:
     assert checkpoints.steps()[-1] == 5
 

@@ -23,7 +23,7 @@ from pirl_jax.negatives import Scores
 from pirl_jax.views import jigsaw, photometric, rotation
 
 # The same examples at every run, and no folder of them left behind.
-few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=8, deadline=None, derandomize=True, database=None)
 many = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
 

@@ -206,7 +206,7 @@ def test_without_a_pretext_term_it_is_the_image_term_alone_by_hand():
                                         loss="nce", pretext_weight=0)
   states, metrics = run(1, pretext_weight=0, broken=broken)
   assert set(metrics[0]) == {"loss", "loss_image", "similarity_own", "similarity_negatives", "negatives_beaten",
-                             "embedding_spread"}
+                             "embedding_spread", "not_finite"}
   np.testing.assert_allclose(metrics[0]["loss"], terms["loss"], rtol=1e-4)
   assert metrics[0]["loss"] == metrics[0]["loss_image"]
   np.testing.assert_allclose(states[1].normaliser, normaliser, rtol=1e-4)
@@ -384,7 +384,8 @@ def test_health_figures_by_hand():
   _, metrics = run(1)
   figures = metrics[0]
   assert set(figures) == {"loss", "loss_image", "loss_pretext", "similarity_own", "similarity_own_pretext",
-                          "similarity_negatives", "negatives_beaten", "embedding_spread"}
+                          "similarity_negatives", "negatives_beaten", "embedding_spread", "not_finite"}
+  assert not figures["not_finite"].any()
   batch = make_batch(0)
   mesh, layout, network, make_state, _ = build(1)
   start = make_state()

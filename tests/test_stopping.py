@@ -18,7 +18,8 @@ def steps(folder):
   return [row["step"] for row in rows(folder)]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [
+  (signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_run_saves_before_it_ends_and_goes_on(tmp_path, number, code):
   with Launch(*ENDLESS, f"--workdir={tmp_path}") as running:
     wait_for(lambda: len(rows(tmp_path)) > 3)
@@ -34,6 +35,7 @@ def test_a_run_saves_before_it_ends_and_goes_on(tmp_path, number, code):
   assert steps(tmp_path) == list(range(1, len(rows(tmp_path)) + 1))
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_at_once(tmp_path):
   slow = "--config.num_negatives=0", "--config.batch_size=128", "--config.micro_batches=16"  # a step takes a while
   with Launch(*ENDLESS, *slow, f"--workdir={tmp_path}") as running:
@@ -47,6 +49,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
   assert time.monotonic() - sent < 5
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_asked_and_both_save_the_same_step(tmp_path):
   with Launch(*ENDLESS, f"--workdir={tmp_path}", processes=2) as running:
     wait_for(lambda: len(rows(tmp_path)) > 3)
