@@ -116,8 +116,8 @@ class Checkpoints:
         before anything is read), the files cannot be read, or hold other values than were saved.
     """
     where = self._folder / str(step)
-    wanted = _shapes(dict(like))
-    stored = _shapes(self._stored(step, "model"))
+    as_stored = self._stored(step, "model")
+    wanted, stored = _shapes(dict(like)), _shapes(as_stored)
     wrong = ([f"{name} is missing" for name in sorted(wanted.keys() - stored.keys())]
              + [f"{name} is one too many" for name in sorted(stored.keys() - wanted.keys())]
              + [f"{name} has shape {stored[name]}, not {wanted[name]}" for name in sorted(wanted.keys() & stored.keys())
@@ -125,8 +125,8 @@ class Checkpoints:
     if wrong:
       raise UserError(f"the parameters in {where} do not fit the network of their config: "
                       f"{'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}")
-    template = {name: _template(tree, whole(mesh)) for name, tree in like.items()}
-    return self._read_item(step, "model", template)
+    found = self._read_item(step, "model", as_stored, lambda _: whole(mesh))
+    return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), found, dict(like))
 
   def restore_bank(self, step: int, layout: Layout) -> np.ndarray:
     """Returns the memory bank in the order of the images, f32[N, D], on the host; rows of broken pictures are zero.
@@ -146,8 +146,7 @@ class Checkpoints:
       raise UserError(f"the bank in {self._folder / str(step)} has {shapes['bank'].shape[0]} rows, and the config asks "
                       f"for {layout.num_rows}")
     here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    template = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in shapes.items()}
-    found = self._read_item(step, "bank", template)
+    found = self._read_item(step, "bank", shapes, lambda _: here)
     rows = np.asarray(vectors(found["bank"]), np.float32)
     bank = np.where(np.asarray(found["usable"])[:, None], rows, 0)
     return bank[layout.row_of(np.arange(layout.num_images))]
@@ -160,15 +159,22 @@ class Checkpoints:
     except Exception as error:  # of many types, see restore
       raise self._unreadable(step, error) from error
 
-  def _read_item(self, step, item, template):
+  def _read_item(self, step, item, as_stored, sharding_of):
+    """Returns an item with the types in which it was saved, compared with its checksums."""
     try:
-      tree = self._open().restore(step, args=args.Composite(**{item: args.StandardRestore(template)}))[item]
-      changed = _changed(self.read_meta(step), {item: tree})
+      tree, changed = self._read_and_compare(step, item, as_stored, sharding_of)
     except Exception as error:  # of many types, see restore
       raise self._unreadable(step, error) from error
     if changed:
       raise self._unreadable(step, changed)
     return tree
+
+  def _read_and_compare(self, step, item, as_stored, sharding_of):
+    if not jax.config.jax_enable_x64 and any(x.dtype == np.float64 for x in jax.tree.leaves(as_stored)):
+      raise ValueError("it holds float64, which JAX reads with JAX_ENABLE_X64=1 in the environment alone")
+    template = {field: _template(tree, sharding_of(tree)) for field, tree in as_stored.items()}
+    tree = self._open().restore(step, args=args.Composite(**{item: args.StandardRestore(template)}))[item]
+    return tree, _changed(self.read_meta(step), {item: tree})
 
   def check(self, step: int, mesh: jax.sharding.Mesh) -> str:
     """Returns what is wrong with a checkpoint, "" if it is whole: everything in it is read and its checksums compared.
@@ -181,11 +187,10 @@ class Checkpoints:
       meta = self.read_meta(step)
       # A checkpoint without checksums does not say what should be there.
       for item in meta.get("checksums") or [name for name in ITEMS if (self._folder / str(step) / name).is_dir()]:
-        stored = self._stored(step, item)
-        template = {field: _template(tree, split(mesh) if item == "bank" and _divides(tree, mesh) else whole(mesh))
-                    for field, tree in stored.items()}
-        tree = self._open().restore(step, args=args.Composite(**{item: args.StandardRestore(template)}))[item]
-        if changed := _changed(meta, {item: tree}):
+        _, changed = self._read_and_compare(
+          step, item, self._stored(step, item),
+          lambda tree, item=item: split(mesh) if item == "bank" and _divides(tree, mesh) else whole(mesh))
+        if changed:
           return changed
     except Exception as error:  # of many types, see restore
       return _reason(error)

@@ -193,3 +193,13 @@ def test_after_a_damaged_snapshot_the_evaluation_starts_anew_and_can_save(tmp_pa
     snapshots.save(1, snapshot_tree(mesh, 1))
   with Snapshots(tmp_path) as snapshots:
     assert snapshots.restore(snapshot_tree(mesh, 0), mesh)[0] == 1
+
+
+def test_a_model_of_another_type_is_compared_as_it_was_saved_and_comes_back_as_asked_for(tmp_path, state):
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    checkpoints.save(7, state, {}, knn_top1=None)
+  like = {"params": state.params, "batch_stats": state.batch_stats}
+  other = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), like)
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    restored = checkpoints.restore_model(7, other, mesh_lib.create_mesh(1))
+  jax.tree.map(lambda x, saved: np.testing.assert_array_equal(x, saved.astype(jnp.bfloat16)), restored, like)
