@@ -162,19 +162,19 @@ class Checkpoints:
   def _read_item(self, step, item, as_stored, sharding_of):
     """Returns an item with the types in which it was saved, compared with its checksums."""
     try:
-      tree, changed = self._read_and_compare(step, item, as_stored, sharding_of)
+      tree, changed = self._read_and_compare(step, self.read_meta(step), item, as_stored, sharding_of)
     except Exception as error:  # of many types, see restore
       raise self._unreadable(step, error) from error
     if changed:
       raise self._unreadable(step, changed)
     return tree
 
-  def _read_and_compare(self, step, item, as_stored, sharding_of):
+  def _read_and_compare(self, step, meta, item, as_stored, sharding_of):
     if not jax.config.jax_enable_x64 and any(x.dtype == np.float64 for x in jax.tree.leaves(as_stored)):
       raise ValueError("it holds float64, which JAX reads with JAX_ENABLE_X64=1 in the environment alone")
     template = {field: _template(tree, sharding_of(tree)) for field, tree in as_stored.items()}
     tree = self._open().restore(step, args=args.Composite(**{item: args.StandardRestore(template)}))[item]
-    return tree, _changed(self.read_meta(step), {item: tree})
+    return tree, _changed(meta, {item: tree})
 
   def check(self, step: int, mesh: jax.sharding.Mesh) -> str:
     """Returns what is wrong with a checkpoint, "" if it is whole: everything in it is read and its checksums compared.
@@ -188,7 +188,7 @@ class Checkpoints:
       # A checkpoint without checksums does not say what should be there.
       for item in meta.get("checksums") or [name for name in ITEMS if (self._folder / str(step) / name).is_dir()]:
         _, changed = self._read_and_compare(
-          step, item, self._stored(step, item),
+          step, meta, item, self._stored(step, item),
           lambda tree, item=item: split(mesh) if item == "bank" and _divides(tree, mesh) else whole(mesh))
         if changed:
           return changed

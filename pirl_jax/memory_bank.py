@@ -157,7 +157,7 @@ def _uniform(key, row, dim):
     jnp.broadcast_to(first, entry.shape), jnp.broadcast_to(second, entry.shape), high, entry))
   unit = jax.lax.bitcast_convert_type(bits >> 9 | 0x3F800000, jnp.float32) - 1  # 23 bits, in [0, 1)
   bound = np.float32((dim / 3) ** -0.5)
-  return jnp.maximum(-bound, unit * (bound - -bound) - bound)
+  return jnp.maximum(-bound, unit * (2 * bound) - bound)
 
 
 def stored(vectors: jax.Array, dtype: Any) -> jax.Array:

@@ -53,8 +53,7 @@ def processes(coordinator: str = "", num_processes: int | None = None, process_i
     UserError: the three do not fit together, or the other processes did not come.
   """
   _join(coordinator, num_processes, process_id)
-  # Asked first: to count processes starts the devices, and a mistake in the config is to be answered before.
-  if not jax.distributed.is_initialized() or jax.process_count() == 1:
+  if alone():
     yield
     return
   try:
@@ -68,6 +67,12 @@ def processes(coordinator: str = "", num_processes: int | None = None, process_i
     print(f"error: process {jax.process_index()} of {jax.process_count()} ends here. {_reason(error)} The same command "
           "in all processes goes on from the newest checkpoint.", file=sys.stderr, flush=True)
     os._exit(1)  # the way out that Python knows waits for the others, which may be gone
+
+
+def alone() -> bool:
+  """Returns whether this process is the only one of the run, without starting the devices to find out."""
+  # Asked first: to count processes starts the devices, and a mistake in the config is to be answered before.
+  return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def _reason(error):

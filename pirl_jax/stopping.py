@@ -8,8 +8,9 @@ import threading
 from collections.abc import Iterator
 from typing import Self
 
-import jax
 from jax.experimental import multihost_utils
+
+from pirl_jax.mesh import alone
 
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
@@ -28,8 +29,7 @@ class Stopping:
   def __init__(self):
     """Has not been asked."""
     self._asked, self._held = None, False
-    # Asked first: to count processes starts the devices, and a mistake in the config is to be answered before.
-    self._alone = not jax.distributed.is_initialized() or jax.process_count() == 1
+    self._alone = alone()
 
   def __enter__(self) -> Self:
     self._in_main = threading.current_thread() is threading.main_thread()
