@@ -5,9 +5,12 @@ that `config.job` names.
 """
 
 import importlib
+import logging
 import sys
+import warnings
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from pirl_jax.errors import UserError
@@ -56,10 +59,28 @@ def _one_line(error):
   return UserError(" ".join(str(error).split()))
 
 
+def quiet() -> None:
+  """Keeps the libraries' own notes from being printed; a run speaks for itself.
+
+  Where a disk is full, Orbax logs a thousand lines of tracebacks for each checkpoint, and TensorStore as many: all of
+  them say what the error says that is raised.
+  """
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+  shown = sys.unraisablehook
+
+  def unraisablehook(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      shown(unraisable)
+
+  sys.unraisablehook = unraisablehook
+
+
 def main(argv: list[str]) -> None:
   """Runs the job of the config."""
   del argv
-  logging.set_verbosity(logging.ERROR)  # the libraries' own notes; a run speaks for itself
+  quiet()
   config = CONFIG.value
   if config.job not in JOBS:
     raise UserError(f"job={config.job!r} is unknown; choose from {', '.join(JOBS)}")

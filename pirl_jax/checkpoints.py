@@ -9,6 +9,7 @@ itself.
 import contextlib
 import itertools
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any, Self
 import jax
 import numpy as np
 from orbax.checkpoint import CheckpointManager, CheckpointManagerOptions, StandardCheckpointer, args
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
 from pirl_jax.checksums import checksums, json_checksum
 from pirl_jax.errors import UserError
+from pirl_jax.files import read_json
 from pirl_jax.formats import FIRST_CHECKED, FORMAT, upgrade
 from pirl_jax.memory_bank import Layout, vectors
 from pirl_jax.mesh import first_failure, split, wait_for_all, whole
@@ -54,6 +56,7 @@ class Checkpoints:
     self._folder = Path(folder).absolute()
     self._keep = keep
     self._manager, self._writing = None, False
+    self._knn_top1 = {}  # by step, of what this program has saved
 
   def __enter__(self) -> Self:
     return self
@@ -197,11 +200,20 @@ class Checkpoints:
     return ""
 
   def best_metric(self, step: int) -> float | None:
-    """Returns the kNN accuracy by which the best checkpoint is chosen; None where it was not measured."""
-    try:
-      return (self._open().metrics(step) or {}).get(BEST_METRIC)
-    except Exception:  # of many types, see restore; what is damaged, `check` says
-      return None
+    """Returns the kNN accuracy by which the best checkpoint is chosen; None where it was not measured, or cannot be
+    read."""
+    if step in self._knn_top1:
+      return self._knn_top1[step]
+    # Read past Orbax, which asks for it in the middle of saving.
+    meta = read_json(self._folder / str(step) / "meta" / "metadata") or {}
+    checksum = meta.pop("checksum", None)
+    if BEST_METRIC in meta:
+      return meta[BEST_METRIC] if checksum == json_checksum(meta) else None
+    return (read_json(self._legacy_metrics(step)) or {}).get(BEST_METRIC)
+
+  def _legacy_metrics(self, step):
+    """Returns the file in which Orbax kept the kNN accuracy of older formats."""
+    return self._folder / str(step) / "metrics" / "metrics"
 
   def _unreadable(self, step, error):
     others = ", ".join(str(other) for other in self.steps() if other != step)
@@ -297,11 +309,12 @@ class Checkpoints:
 
   def _start_save(self, step, state, meta, knn_top1):
     items = _items(state)
-    meta = {**meta, "format": FORMAT, "checksums": {item: checksums(fields) for item, fields in items.items()}}
+    self._knn_top1[step] = knn_top1
+    meta = {**meta, "format": FORMAT, BEST_METRIC: knn_top1,
+            "checksums": {item: checksums(fields) for item, fields in items.items()}}
     saved = self._open(writing=True).save(
       step, args=args.Composite(**{item: args.StandardSave(fields) for item, fields in items.items()},
-                                meta=args.JsonSave({**meta, "checksum": json_checksum(meta)})),
-      metrics=None if knn_top1 is None else {BEST_METRIC: knn_top1})
+                                meta=args.JsonSave({**meta, "checksum": json_checksum(meta)})))
     if not saved:
       raise RuntimeError(f"Orbax skipped the checkpoint of step {step}; on disk are {self.steps()}")
 
@@ -323,15 +336,28 @@ class Checkpoints:
     if writing and not self._writing:
       self.close()
     if self._manager is None:
-      def best_fn(metrics):
-        return metrics[BEST_METRIC]
-      policy = AnyPreservationPolicy([
-        LatestN(self._keep), BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False)])
+      for path in self._folder.glob(str(self._legacy_metrics("*").relative_to(self._folder))):
+        if read_json(path) is None:  # Orbax reads all of them, and one that it cannot read keeps it from the others
+          raise UserError(f"{path} is damaged; move {path.parent} away: without it the checkpoint is whole, but not "
+                          "known as the one with the best kNN")
       self._manager = CheckpointManager(self._folder, options=CheckpointManagerOptions(
-        preservation_policy=policy, best_fn=best_fn,  # without best_fn Orbax does not write the metrics at all
+        preservation_policy=AnyPreservationPolicy([LatestN(self._keep), _Best(self.best_metric)]),
         cleanup_tmp_directories=writing))
       self._writing = writing
     return self._manager
+
+
+class _Best(PreservationPolicy):
+  """Keeps the one with the best kNN. Orbax's own reads it from a file that no checksum guards."""
+
+  def __init__(self, metric_of):
+    self._metric_of = metric_of
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    found = {info.step: metric for info in checkpoints if (metric := self._metric_of(info.step)) is not None}
+    best = max(found, key=lambda step: (found[step], step), default=None)
+    return [info.step == best for info in checkpoints]
 
 
 def _items(state):
@@ -353,9 +379,11 @@ def _changed(meta, items):
 
 
 def _reason(error):
-  """Returns what an error says in one line: its beginning, and its end, where the disk's own words stand."""
+  """Returns what an error says in one line, the disk's own words ahead of TensorStore's, which are long."""
   text = " ".join(str(error).split()) or type(error).__name__
-  return text if len(text) < 300 else f"{text[:180]} ... {text[-100:]}"
+  if of_the_disk := re.search(r"([^:]+) \[os_error_code=", text):
+    text = f"{of_the_disk[1].strip()}: {text}"
+  return text if len(text) < 200 else f"{text[:200]} ..."
 
 
 def _divides(tree, mesh):
@@ -383,12 +411,15 @@ class Snapshots:
     return self
 
   def __exit__(self, *exc_info) -> None:
-    if self._manager is not None:
-      self._manager.close()
-      self._manager = None
+    with self._tolerant("the last one"):
+      manager, self._manager = self._manager, None
+      if manager is not None:
+        manager.close()
 
   def restore(self, like: Any, mesh: jax.sharding.Mesh) -> tuple[int, Any]:
     """Returns (step, tree) as last saved, or (0, `like`) where nothing that can be read was.
+
+    One that cannot be read is named and thrown away: what is lost is time.
 
     Args:
       like: the tree at the start, of arrays whole on every device.
@@ -397,20 +428,42 @@ class Snapshots:
     if self._folder.is_dir():
       template = _template(like, whole(mesh))
       for step in sorted(self._open().all_steps(), reverse=True):
-        # Orbax raises Exception itself for a damaged file. What is lost is time: the evaluation starts anew.
-        with contextlib.suppress(Exception):
+        failure = ""
+        try:
           found = self._open().restore(
             step, args=args.Composite(tree=args.StandardRestore(template), checksums=args.JsonRestore()))
-          if found["checksums"] == checksums(found["tree"]):
-            return step, found["tree"]
+        except Exception as error:  # Orbax raises Exception itself for a damaged file
+          failure = _reason(error)
+        failure = first_failure(failure)  # checksums are taken by all processes together
+        if not failure and found["checksums"] == checksums(found["tree"]):
+          return step, found["tree"]
+        print(f"snapshot {self._folder / str(step)} cannot be read, thrown away: {failure or 'not as it was saved'}")
         self._open().delete(step)  # else Orbax would skip every save up to this step without a word
     return 0, like
 
   def save(self, step: int, tree: Any) -> None:
-    """Starts to write a tree of arrays under a step >= 1, higher than the last, and returns before it is on disk."""
+    """Starts to write a tree of arrays under a step >= 1, higher than the last, and returns before it is on disk.
+
+    A disk that cannot take it is no reason to end the evaluation: that is said. (Of several processes all end.)
+    """
     items = args.Composite(tree=args.StandardSave(tree), checksums=args.JsonSave(checksums(tree)))
-    if not self._open().save(step, args=items):
-      raise RuntimeError(f"Orbax skipped the snapshot of step {step} in {self._folder}")
+    with self._tolerant(f"that of step {step}"):
+      if not self._open().save(step, args=items):
+        raise RuntimeError("Orbax skipped it")
+
+  @contextlib.contextmanager
+  def _tolerant(self, which):
+    try:
+      yield
+    except Exception as error:  # of many types, see restore; of an earlier save, too, that ended meanwhile
+      if jax.process_count() > 1:
+        raise
+      print(f"WARNING: a snapshot could not be written to {self._folder}, {which} ({_reason(error)}); the evaluation "
+            "goes on without it")
+      manager, self._manager = self._manager, None
+      with contextlib.suppress(Exception):  # it says once more what went wrong
+        if manager is not None:
+          manager.close()
 
   def _open(self):
     if self._manager is None:

@@ -27,7 +27,8 @@ from pirl_jax.evaluation import export, invariance, knn, linear, low_shot, retri
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers, check_maps, layer_names
 from pirl_jax.evaluation.outcome import Outcome, format_table, save_plot
-from pirl_jax.logbook import flatten, write_json
+from pirl_jax.files import read_json, write_json
+from pirl_jax.logbook import flatten
 from pirl_jax.memory_bank import Layout
 from pirl_jax.runs import Run, Subject, open_subjects
 from pirl_jax.views.two_views import make_views
@@ -339,9 +340,9 @@ def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int 
 def measure(evaluation: Evaluation) -> Outcome:
   """Returns what the protocol finds; read again where an interrupted comparison of several runs has done it before."""
   done = evaluation.snapshots / "outcome.json"
-  if done.exists():
+  if (stored := read_json(done)) is not None:
     print("done before the interruption")
-    return Outcome.from_json(json.loads(done.read_text()))
+    return Outcome.from_json(stored)
   started = time.perf_counter()
   outcome = PROTOCOLS[evaluation.config.protocol].measure(evaluation)
   outcome = dataclasses.replace(

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT = 4
+FORMAT = 5
 """Of the items of a checkpoint and of the config in its `meta`.
 
 1: the first; 2: systems other than PIRL, the seed is part of the state; 3: parts of a batch; 4: checksums,
-a bank of bfloat16 is stored as its bits.
+a bank of bfloat16 is stored as its bits; 5: the kNN accuracy stands in `meta`.
 """
 
 FIRST_RESUMED = 2
@@ -18,7 +18,6 @@ FIRST_CHECKED = 4
 
 FIRST_BITS = 4
 """The first format with the bits of a bank of bfloat16."""
-
 
 def upgrade(meta: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the `meta` of a checkpoint of any format up to `FORMAT` as this version of the program has it.

@@ -19,36 +19,15 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from pirl_jax.files import strict, write_file
+
 PLAIN_SECONDS = 10.0
 """Least seconds between two progress lines where there is no terminal: five minutes stay on one page."""
 
 TENSORBOARD_FLUSH_SECONDS = 10
 
-
-def write_json(path: str | os.PathLike, obj: Any) -> None:
-  """Writes `obj` as JSON, whole or not at all (a temporary file takes the place of the old one).
-
-  Args:
-    path: the file; its folder is created.
-    obj: dicts, sequences, strings, numbers (numpy's too), None. Numbers that are not finite become null,
-      because JSON knows no NaN.
-  """
-  text = json.dumps(_strict(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-  write_file(Path(path), text.encode())
-
-
-def write_file(path: Path, content: bytes) -> None:
-  """Writes a file, whole or not at all; its folder is created."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    with open(temporary, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())  # else a power cut may leave the new name with nothing in it
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+TENSORBOARD_REOPEN_SECONDS = 60.0
+"""Least seconds between two writers, so that a disk that stays full does not fill with their empty files."""
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -111,7 +90,7 @@ class Logbook:
     self._behind = False  # whether rows are missing on disk, because it did not take them
     if enabled:
       self._write_all()
-      self._tensorboard = _TensorBoard(workdir, start_step)
+      self._tensorboard = _TensorBoard(workdir, start_step, self.say)
 
     self._start_step = self._logged_step = start_step
     self._started = perf_counter()
@@ -164,6 +143,11 @@ class Logbook:
     self._write(step, {name: float(value) for name, value in metrics.items()})
     if self._bar is not None:
       self._show_progress(max(step, self._logged_step))
+
+  @property
+  def rows(self) -> list[dict[str, Any]]:
+    """Returns the rows of metrics.jsonl, those that the disk did not take among them."""
+    return list(self._rows)
 
   def has(self, step: int, name: str) -> bool:
     """Returns whether the row of a step has a figure of that name."""
@@ -241,10 +225,10 @@ class Logbook:
     if step < last_step:
       raise ValueError(f"figures of step {step} come after those of step {last_step}")
     if step == last_step:
-      row = {**self._rows.pop(), **_strict(figures)}
+      row = {**self._rows.pop(), **strict(figures)}
       offset = self._row_offset if self._enabled else 0
     else:
-      row = {"step": step, "epoch": step / self._steps_per_epoch, **_strict(figures)}
+      row = {"step": step, "epoch": step / self._steps_per_epoch, **strict(figures)}
       offset = self._file_size if self._enabled else 0
     self._rows.append(row)
     if not self._enabled:
@@ -334,15 +318,18 @@ class Logbook:
 
 
 class _TensorBoard:
-  """TensorBoard's events. Its writer is a thread that a full disk kills without a word, and whoever hands it more waits
-  for ever: it is watched, and another takes its place."""
+  """TensorBoard's events. Its writer is a thread that a full disk kills, and whoever hands it more waits for ever: it
+  is watched, and after a while another takes its place."""
 
-  def __init__(self, workdir, start_step):
-    self._workdir, self._opened = workdir, 0
+  def __init__(self, workdir, start_step, say):
+    self._workdir, self._opened, self._say = workdir, 0, say
+    self._excepthook, threading.excepthook = threading.excepthook, self._ended
     self._open(start_step)
 
   def add(self, step, figures):
     if not self._thread.is_alive():
+      if perf_counter() - self._opened_at < TENSORBOARD_REOPEN_SECONDS:
+        return
       try:
         self._open(step - 1)
       except OSError:
@@ -355,10 +342,20 @@ class _TensorBoard:
     if self._thread.is_alive():
       with contextlib.suppress(OSError):
         self._writer.close()
+    threading.excepthook = self._excepthook
+
+  def _ended(self, args):
+    """Says in a line what Python would show as a traceback, when it is the writer that a disk has ended."""
+    if _is_writer(args.thread) and issubclass(args.exc_type, OSError):
+      self._say(f"WARNING: TensorBoard's events could not be written ({args.exc_value.strerror}); some will be missing "
+                "there, none in metrics.jsonl")
+    else:
+      self._excepthook(args)
 
   def _open(self, start_step):
     running = threading.enumerate()
     self._opened += 1
+    self._opened_at = perf_counter()
     # TensorBoard hides what is at or after the purge step, and the row of start_step is kept. Process, step and number
     # in the name: two starts in the same second would otherwise write over each other's file. The queue is as long as
     # it takes to find the thread dead before it is full.
@@ -366,7 +363,11 @@ class _TensorBoard:
       os.fspath(self._workdir), purge_step=start_step + 1, flush_secs=TENSORBOARD_FLUSH_SECONDS, max_queue=10_000,
       filename_suffix=f".{os.getpid()}.{start_step}.{self._opened}")
     self._thread, = (thread for thread in threading.enumerate()
-                     if thread not in running and "EventLogger" in type(thread).__name__)  # its queue has one, too
+                     if thread not in running and _is_writer(thread))  # its queue has one, too
+
+
+def _is_writer(thread):
+  return "EventLogger" in type(thread).__name__
 
 
 def _clock(seconds):
@@ -377,16 +378,3 @@ def _clock(seconds):
 
 def _line(row):
   return (json.dumps(row, allow_nan=False) + "\n").encode()
-
-
-def _strict(obj):
-  """Returns `obj` in JSON's own types, numbers that are not finite as None."""
-  if isinstance(obj, Mapping):
-    return {str(key): _strict(value) for key, value in obj.items()}
-  if isinstance(obj, list | tuple):
-    return [_strict(value) for value in obj]
-  if isinstance(obj, np.ndarray | np.generic):
-    return _strict(obj.tolist())
-  if isinstance(obj, float) and not math.isfinite(obj):
-    return None
-  return obj

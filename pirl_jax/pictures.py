@@ -1,15 +1,17 @@
 """Pictures of a run: a batch as the network sees it, the curves of its metrics, pictures and their neighbours."""
 
-import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+
+from pirl_jax.files import replacing
 
 SIDE = 192
 """Pixels to which the side of a small picture is scaled up (by a whole factor); larger ones stay."""
@@ -71,18 +73,17 @@ def save_views_picture(path: str | os.PathLike, image: np.ndarray | None, pretex
     row, column = divmod(i, columns)
     canvas.paste(Image.fromarray(example), (MARGIN + column * (example_width + 2 * MARGIN),
                                             top + row * (example_height + MARGIN)))
-  Path(path).parent.mkdir(parents=True, exist_ok=True)
-  canvas.save(path, format="PNG")
+  with replacing(path) as file:
+    canvas.save(file, format="PNG")
 
 
-def save_curves(path: str | os.PathLike, metrics_jsonl: str | os.PathLike) -> None:
+def save_curves(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
   """Writes a figure of loss, learning rate and (where it was measured) kNN accuracy over epochs.
 
   Args:
     path: the file, its ending says the format; its folder is created.
-    metrics_jsonl: the rows of a run, one JSON object a line.
+    rows: of a run, see `Logbook.rows`.
   """
-  rows = [json.loads(line) for line in Path(metrics_jsonl).read_text().splitlines()]
   panels = [("loss", {"loss": "loss", "loss_image": "image", "loss_pretext": "pretext"}),
             ("learning rate", {"learning_rate": "learning rate"}), ("kNN top-1", {"knn_top1": "kNN top-1"})]
   panels = [(title, curves) for title, curves in panels
@@ -99,8 +100,8 @@ def save_curves(path: str | os.PathLike, metrics_jsonl: str | os.PathLike) -> No
     axes.grid(alpha=0.3)
     if len(axes.lines) > 1:
       axes.legend()
-  Path(path).parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=120)
+  with replacing(path) as file:
+    figure.savefig(file, dpi=120, format=Path(path).suffix[1:])
 
 
 def save_neighbours(path: str | os.PathLike, queries: np.ndarray, neighbours: np.ndarray, *, title: str,
@@ -146,8 +147,8 @@ def save_neighbours(path: str | os.PathLike, queries: np.ndarray, neighbours: np
       for line, text in enumerate(lines):
         draw.text((x, y + height + FRAME + line * (TEXT_HEIGHT - GAP)), _fitting(text, font, width), fill="black",
                   font=font)
-  Path(path).parent.mkdir(parents=True, exist_ok=True)
-  canvas.save(path, format="PNG")
+  with replacing(path) as file:
+    canvas.save(file, format="PNG")
 
 
 def _fitting(text, font, width):

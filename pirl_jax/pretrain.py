@@ -26,9 +26,10 @@ from pirl_jax.data import batches, contents, sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import features, knn, learning
 from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.files import write_json
 from pirl_jax.formats import FIRST_BITS, FIRST_RESUMED, FORMAT, upgrade_config
 from pirl_jax.health import NOT_FINITE, Guard
-from pirl_jax.logbook import Logbook, flatten, write_json
+from pirl_jax.logbook import Logbook, flatten
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
 from pirl_jax.optimizer import cosine_schedule, create_optimizer, step_schedule
@@ -550,11 +551,17 @@ def make_evaluation(parts: Run, book: Logbook) -> Callable | None:
 def finish(parts: Run, state: TrainState, book: Logbook) -> None:
   """Ends the run: the table of what was learnt, the curves, and a list of everything written."""
   config = parts.config
-  if jax.process_index() == 0:
-    pictures.save_curves(parts.workdir / "curves.png", parts.workdir / "metrics.jsonl")
+  first = jax.process_index() == 0
+  if first:
+    with book.tolerant("curves.png"):
+      pictures.save_curves(parts.workdir / "curves.png", book.rows)
   book.say(book.summary())
   if config.evaluate.learning and not unlabelled(parts):
-    book.say(learning.format_table(measure_learning(parts, state)))
+    table = measure_learning(parts, state)
+    book.say(learning.format_table(table))
+    if first:
+      with book.tolerant("learning.json"):
+        write_json(parts.workdir / "results" / "learning.json", table)
   book.say("written:")
   for path in sorted(parts.workdir.iterdir()):
     names = ", ".join(sorted(child.name for child in path.iterdir())) if path.is_dir() else ""
@@ -562,7 +569,7 @@ def finish(parts: Run, state: TrainState, book: Logbook) -> None:
 
 
 def measure_learning(parts: Run, state: TrainState) -> dict[str, Any]:
-  """Returns, and writes to results/learning.json, kNN on raw pixels, the untrained and the trained network."""
+  """Returns kNN on raw pixels, the untrained and the trained network."""
   config = parts.config
   initial = parts.initial_state()
 
@@ -574,7 +581,7 @@ def measure_learning(parts: Run, state: TrainState) -> dict[str, Any]:
     test_pictures(parts, parts.train).test_batches, test_pictures(parts, parts.test).test_batches, forward_fn=pooled,
     stats_fn=batch_stats_fn(parts),
     untrained=variables[0], trained=variables[1], momentum=BATCH_NORM_MOMENTUM, mesh=parts.mesh, k=config.evaluate.k,
-    temperature=config.evaluate.temperature, path=parts.workdir / "results" / "learning.json",
+    temperature=config.evaluate.temperature,
     settings={"seed": config.seed, "step": int(state.step), "image_size": config.data.image_size,
               "crop_fraction": config.evaluate.crop_fraction, "train": parts.train.description,
               "test": parts.test.description, "train_fingerprint": parts.train.fingerprint,

@@ -30,7 +30,7 @@ from configs import evaluate as evaluations
 from pirl_jax import evaluate, pretrain, study_figures
 from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.errors import UserError
-from pirl_jax.logbook import write_json
+from pirl_jax.files import read_json, write_file, write_json
 from pirl_jax.study_figures import PAPER, Cell, Panel
 
 PLOTS = ("lines", "bars", "layers", "distances")
@@ -110,7 +110,7 @@ class Run:
   @property
   def step(self) -> int | None:
     """Returns the last step of the training, or None before it has ended."""
-    return _read_json(self.folder / MARK).get("step")
+    return (read_json(self.folder / MARK) or {}).get("step")
 
   @property
   def trained(self) -> bool:
@@ -123,7 +123,7 @@ class Run:
     asked = json.loads(json.dumps(self.evaluation[protocol].to_dict()))
     # Pictures other than the run's own give the file a longer name.
     for path in sorted((self.folder / "results").glob(f"{self.evaluation.name}*.json")):
-      stored = _read_json(path)
+      stored = read_json(path) or {}
       settings = stored.get("settings", {})
       if (stored.get("step"), settings.get(protocol), settings.get("seed")) == (self.step, asked, self.evaluation.seed):
         return stored
@@ -422,7 +422,6 @@ def report(config: ConfigDict, runs: Sequence[Run], folder: Path) -> None:
   cells = create_cells(runs, results, config.reference)
   shown = [cell for cell in cells if bool(cell.layer) == (config.plot == "layers")]
   share = evaluate.PROTOCOLS[runs[0].evaluation.protocol].share
-  folder.mkdir(parents=True, exist_ok=True)
   write_rows(folder / "study.csv", config.study, runs, cells)
   write_json(folder / "study.json", {
     "study": config.study, "evaluation": config.evaluation, "seeds": config.seeds, "reference": config.reference,
@@ -486,12 +485,13 @@ def write_rows(path: Path, study: str, runs: Sequence[Run], cells: Sequence[Cell
   of_point = {}
   for run in runs:
     of_point.setdefault(run.point.label, []).append(run)
-  with open(path, "w", newline="") as file:
-    writer = csv.writer(file)
-    writer.writerow(["study", "series", "x", "seed", "figure", "layer", "value", "run"])
-    for cell in cells:
-      for run, value in zip(of_point[cell.label], cell.values, strict=True):
-        writer.writerow([study, cell.series, cell.x, run.config.seed, cell.figure, cell.layer, value, run.folder])
+  table = io.StringIO(newline="")
+  writer = csv.writer(table)
+  writer.writerow(["study", "series", "x", "seed", "figure", "layer", "value", "run"])
+  for cell in cells:
+    for run, value in zip(of_point[cell.label], cell.values, strict=True):
+      writer.writerow([study, cell.series, cell.x, run.config.seed, cell.figure, cell.layer, value, run.folder])
+  write_file(path, table.getvalue().encode())
 
 
 def create_panels(config: ConfigDict, runs: Sequence[Run], results: Mapping[Path, dict[str, Any]],
@@ -521,11 +521,3 @@ def create_panels(config: ConfigDict, runs: Sequence[Run], results: Mapping[Path
     panels = [study_figures.distances_panel(matched, title=title, x_label=config.x_label)]
   return [*panels, PAPER[config.study]] if config.study in PAPER else panels
 
-
-def _read_json(path):
-  """Returns the object in a file of JSON, {} where there is none that can be read."""
-  try:
-    stored = json.loads(path.read_text())
-  except (OSError, ValueError):
-    return {}
-  return stored if isinstance(stored, dict) else {}

@@ -18,6 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
+from pirl_jax.files import replacing
+
 CONFIDENCE = 0.95
 UNSHOWN = "no difference shown"
 
@@ -298,8 +300,8 @@ def save_panels(path: str | os.PathLike, title: str, panels: Sequence[Panel]) ->
     _draw(axes, panel)
     if panel.kind == "lines" and all(len(line.x) == 1 for line in panel.lines.values()):
       axes.sharex(all_axes[0])  # so that a point alone has its place
-  Path(path).parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=120)
+  with replacing(path) as file:
+    figure.savefig(file, dpi=120, format=Path(path).suffix[1:])
 
 
 def _draw(axes: Axes, panel: Panel) -> None:

@@ -180,7 +180,7 @@ def test_a_snapshot_comes_back_and_only_the_newest_is_kept(tmp_path):
   assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["5"]
 
 
-def test_after_a_damaged_snapshot_the_evaluation_starts_anew_and_can_save(tmp_path):
+def test_after_a_damaged_snapshot_the_evaluation_starts_anew_and_can_save(tmp_path, capsys):
   mesh = mesh_lib.create_mesh(1)
   with Snapshots(tmp_path) as snapshots:
     snapshots.save(5, snapshot_tree(mesh, 5))
@@ -190,9 +190,23 @@ def test_after_a_damaged_snapshot_the_evaluation_starts_anew_and_can_save(tmp_pa
   with Snapshots(tmp_path) as snapshots:
     step, tree = snapshots.restore(snapshot_tree(mesh, 0), mesh)
     assert step == 0 and (np.asarray(tree["weights"]) == 0).all()
+    assert f"snapshot {tmp_path / '5'} cannot be read, thrown away: " in capsys.readouterr().out
     snapshots.save(1, snapshot_tree(mesh, 1))
   with Snapshots(tmp_path) as snapshots:
     assert snapshots.restore(snapshot_tree(mesh, 0), mesh)[0] == 1
+
+
+def test_an_evaluation_goes_on_without_a_snapshot_that_the_disk_did_not_take(tmp_path, capsys):
+  mesh = mesh_lib.create_mesh(1)
+  folder = tmp_path / "unfinished" / "snapshots"
+  folder.parent.write_bytes(b"a file stands in the way of the folder")
+  with Snapshots(folder) as snapshots:
+    snapshots.save(3, snapshot_tree(mesh, 3))
+    assert "WARNING: a snapshot could not be written" in capsys.readouterr().out
+    folder.parent.unlink()
+    snapshots.save(5, snapshot_tree(mesh, 5))
+  with Snapshots(folder) as snapshots:
+    assert snapshots.restore(snapshot_tree(mesh, 0), mesh)[0] == 5
 
 
 def test_a_model_of_another_type_is_compared_as_it_was_saved_and_comes_back_as_asked_for(tmp_path, state):

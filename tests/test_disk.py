@@ -3,18 +3,19 @@
 import errno
 import io
 import json
+import threading
 import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from launching import STEPS, TRAINING, Launch, launch, rows, wait_for
+from launching import LIMIT, STEPS, TRAINING, Launch, launch, rows, wait_for
 from test_checkpoints import make_state
 
 from configs import pirl
 from pirl_jax import checkpoints as checkpoints_lib
+from pirl_jax import logbook, pictures, pretrain
 from pirl_jax import mesh as mesh_lib
-from pirl_jax import pretrain
 from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.errors import UserError
 from pirl_jax.logbook import Logbook
@@ -51,13 +52,31 @@ def test_rows_that_the_disk_did_not_take_are_written_later(tmp_path):
   assert "nothing of it is missing" in said.getvalue()
 
 
-def test_a_dead_writer_of_tensorboard_never_blocks_the_run(tmp_path):
+def test_curves_are_drawn_of_the_rows_that_the_disk_did_not_take_too(tmp_path):
   with open_book(tmp_path, io.StringIO()) as book:
-    book._tensorboard._writer.file_writer.event_writer._worker.stop()
-    assert not book._tensorboard._thread.is_alive()
-    for step in range(1, 9):
+    book.log(1, {"loss": 1.0}, data_wait_seconds=0)
+    book._file.write(b'{"step": 2, "los')  # as far as the disk took it
+    book._file.close()
+    book._file = FullDisk()
+    book.log(2, {"loss": 2.0}, data_wait_seconds=0)
+    assert [row["loss"] for row in book.rows] == [1, 2]
+    pictures.save_curves(tmp_path / "curves.png", book.rows)
+
+
+@pytest.mark.parametrize("seconds, writers", [(0, 2), (60, 1)])
+def test_a_writer_of_tensorboard_that_a_full_disk_ends_never_blocks_the_run(tmp_path, monkeypatch, seconds, writers):
+  monkeypatch.setattr(logbook, "TENSORBOARD_REOPEN_SECONDS", seconds)
+  said, hook = io.StringIO(), threading.excepthook
+  with open_book(tmp_path, said) as book:
+    first = book._tensorboard._thread
+    monkeypatch.setattr(first._record_writer._py_recordio_writer, "_writer", FullDisk())
+    book.log(1, {"loss": 1.0}, data_wait_seconds=0)
+    first.join(LIMIT)
+    for step in range(2, 9):
       book.log(step, {f"figure{i}": 0.0 for i in range(10)}, data_wait_seconds=0)
-  assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
+  assert len(list(tmp_path.glob("events.out.tfevents.*"))) == writers
+  assert said.getvalue().count("WARNING: TensorBoard's events could not be written (No space left on device)") == 1
+  assert threading.excepthook is hook
 
 
 @pytest.mark.parametrize("failures", [1, 2])

@@ -9,7 +9,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from pirl_jax import logbook
-from pirl_jax.logbook import Logbook, read_rows, write_json
+from pirl_jax.logbook import Logbook, read_rows
 
 
 class Clock:
@@ -114,19 +114,6 @@ def test_numbers_that_are_not_finite_become_null(tmp_path, clock):
   row, = lines(tmp_path)
   assert (row["loss"], row["a"], row["b"]) == (None, None, 1.0)
   assert "loss" not in {tag for tag, _, _ in events(tmp_path)[0]}
-  path = tmp_path / "x" / "y.json"
-  write_json(path, {"a": [np.nan, np.int32(3), (1.5, None)], "b": np.array([1.0, -np.inf])})
-  assert json.loads(path.read_text()) == {"a": [None, 3, [1.5, None]], "b": [1.0, None]}
-  assert list(path.parent.iterdir()) == [path]
-
-
-def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
-  path = tmp_path / "config.json"
-  write_json(path, {"a": 1})
-  with pytest.raises(TypeError):
-    write_json(path, {"a": object()})
-  assert json.loads(path.read_text()) == {"a": 1}
-  assert list(tmp_path.iterdir()) == [path]
 
 
 def test_resume_cuts_what_comes_after_the_checkpoint(tmp_path, clock):

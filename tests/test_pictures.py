@@ -1,6 +1,5 @@
 """Pictures of a run: what was put in is found in the PNG."""
 
-import json
 
 import numpy as np
 import pytest
@@ -58,10 +57,9 @@ def test_curves(tmp_path, knn, monkeypatch):
            "loss_pretext": 0.75, "learning_rate": 0.1} for i in range(1, 8)]
   if knn is not None:
     rows.append({"step": 8, "epoch": 0.8, "knn_top1": knn})
-  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   drawn = []
   monkeypatch.setattr(pictures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
-  pictures.save_curves(tmp_path / "curves.png", tmp_path / "metrics.jsonl")
+  pictures.save_curves(tmp_path / "curves.png", rows)
   axes = {ax.get_title(): ax for ax in drawn[0].axes}
   assert list(axes) == ["loss", "learning rate"] + ["kNN top-1"] * (knn is not None)
   loss = {line.get_label(): line.get_xydata() for line in axes["loss"].lines}
@@ -72,8 +70,7 @@ def test_curves(tmp_path, knn, monkeypatch):
 
 
 def test_curves_of_a_run_without_rows_are_a_picture_too(tmp_path):
-  (tmp_path / "metrics.jsonl").write_text("")
-  pictures.save_curves(tmp_path / "pictures" / "curves.png", tmp_path / "metrics.jsonl")
+  pictures.save_curves(tmp_path / "pictures" / "curves.png", [])
   assert Image.open(tmp_path / "pictures" / "curves.png").width > 300
 
 

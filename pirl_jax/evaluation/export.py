@@ -12,7 +12,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
-from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from pirl_jax.evaluation.features import IN_FLIGHT, stream_features
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import check_layers, layer_features
 from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.files import replacing
 from pirl_jax.progress import Progress
 
 NAMES_SHOWN = 10
@@ -126,20 +126,6 @@ def _write_nothing(*_) -> None:
   pass
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-  """Yields a file that takes the name `path` if all goes well, and is gone otherwise."""
-  temporary = path.with_name(f".{path.name}.unfinished")  # always the same: a killed one is written over
-  try:
-    with open(temporary, "wb") as file:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())  # else a power cut may leave the new name with half of it
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
 def _names(source: Source, index: np.ndarray) -> list[str]:
   return [source.picture_name(i) for i in index.tolist()]
 
@@ -147,7 +133,7 @@ def _names(source: Source, index: np.ndarray) -> list[str]:
 @contextlib.contextmanager
 def _npz(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Write]:
   indices, labels = [], []
-  with _replacing(path) as file, tempfile.TemporaryFile(dir=path.parent) as rows:
+  with replacing(path) as file, tempfile.TemporaryFile(dir=path.parent) as rows:
     def write(features, index, label):
       rows.write(features)
       indices.append(index)
@@ -185,7 +171,7 @@ def _parquet(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Writ
     "layer": layer, "class_names": json.dumps(source.class_names, ensure_ascii=False)})
   block = []
 
-  with (_replacing(path) as file,
+  with (replacing(path) as file,
         parquet.ParquetWriter(file, schema, compression="none", use_dictionary=["label", "class"],
                               write_statistics=["index", "label"]) as writer):
     def flush():

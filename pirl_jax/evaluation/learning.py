@@ -4,7 +4,6 @@ All three judge the same held-out pictures after the same test transform, with t
 cosine similarity, against the training pictures.
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pirl_jax import logbook
 from pirl_jax.evaluation import features as features_lib
 from pirl_jax.evaluation import knn
 
@@ -25,11 +23,10 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
                      forward_fn: Callable[[Any, jax.Array], jax.Array],
                      stats_fn: Callable[[Any, jax.Array], Any],
                      untrained: Mapping[str, Any], trained: Mapping[str, Any], momentum: float, mesh: Mesh,
-                     k: int, temperature: float, settings: Mapping[str, Any],
-                     path: str | os.PathLike) -> dict[str, Any]:
-  """Returns the table, and writes it to `path` as JSON.
+                     k: int, temperature: float, settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the table, JSON values.
 
-  The table holds `raw_pixels` (the network's normalised input, flattened), `untrained` and `trained` (pooled
+  It holds `raw_pixels` (the network's normalised input, flattened), `untrained` and `trained` (pooled
   trunk features; the untrained network's batch statistics are first calibrated on the training pictures):
   top-1 in [0, 1]. Besides: `protocol`, `similarity`, `features`, `k` as asked, `k_used` (fewer training
   pictures allow no more), `temperature`, `num_train` and `num_test` (labelled pictures that voted and were
@@ -50,7 +47,6 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
     temperature: tau.
     settings: what the reader needs to repeat it: seed, checkpoint step, descriptions and fingerprints of both
       sets of pictures, image size and crop fraction of the test transform.
-    path: the result file.
 
   Raises:
     UserError: no labels, no readable pictures, or an impossible k or temperature.
@@ -72,7 +68,7 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
     found[name] = knn.accuracy(references, train.labels, queries, test.labels, mesh=mesh, k=k,
                                temperature=temperature)
   counts = found["trained"]
-  table = {
+  return {
     "protocol": "learning",
     **{name: figures["top1"] for name, figures in found.items()},
     "similarity": "cosine",
@@ -86,9 +82,6 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
     "num_broken_test": test.num_broken,
     **settings,
   }
-  if jax.process_index() == 0:
-    logbook.write_json(path, table)
-  return table
 
 
 def format_table(table: Mapping[str, Any]) -> str:

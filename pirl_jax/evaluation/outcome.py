@@ -9,6 +9,8 @@ from typing import Any, Self
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pirl_jax.files import replacing
+
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
@@ -102,5 +104,5 @@ def save_plot(path: str | os.PathLike, title: str, outcomes: Mapping[str, Outcom
   axes.set(title=title, xlabel=curve.x_label, ylabel=curve.y_label, xscale="log" if curve.log_x else "linear")
   axes.grid(alpha=0.3)
   axes.legend()
-  Path(path).parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=120)
+  with replacing(path) as file:
+    figure.savefig(file, dpi=120, format=Path(path).suffix[1:])

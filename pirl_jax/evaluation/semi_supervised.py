@@ -14,7 +14,6 @@ Letters: B batch of all devices, b this device's part, N pictures, L classes, H 
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import time
@@ -39,7 +38,7 @@ from pirl_jax.evaluation import classification
 from pirl_jax.evaluation.features import extract_features
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.outcome import Curve, Outcome
-from pirl_jax.logbook import write_json
+from pirl_jax.files import read_json, write_json
 from pirl_jax.mesh import AXIS, SPLIT, WHOLE, whole
 from pirl_jax.models.classifier import Classifier, on_trunk
 from pirl_jax.models.resnet import ResNet
@@ -128,8 +127,8 @@ def measure_semi_supervised(model: Model, train: Pictures, test: Pictures, *, me
   for fraction, indices in subsets.items():
     folder = Path(snapshot_folder) / f"fraction-{fraction}"
     finished = folder.with_name(f"{folder.name}.json")
-    if finished.exists():
-      found[str(fraction)] = json.loads(finished.read_text())
+    if (done := read_json(finished)) is not None:
+      found[str(fraction)] = done
       continue
     num_seen = len(np.unique(labels[indices]))
     print(f"{_share(fraction)}: {len(indices):,} pictures, {num_seen:,} of {num_classes:,} classes")
