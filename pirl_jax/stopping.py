@@ -69,6 +69,7 @@ class Stopping:
   def check(self) -> None:
     """Raises `Stopped` if this process by itself has been asked to stop."""
     if self._asked is not None and self._alone:
+      os.write(2, b"\nstopped; the same command goes on\n")  # print may be at work below a handler
       raise Stopped(EXIT_CODES[self._asked])
 
   def requested(self, step: int) -> bool:
@@ -94,6 +95,7 @@ class Stopping:
       if interrupts > 1:
         os.write(2, b"\nended at once, by a second Ctrl-C\n")
         os._exit(EXIT_CODES[signal.SIGINT])
-      os.write(2, b"\nCtrl-C: finishes the step and saves; once more ends at once\n")
+      if self._held:
+        os.write(2, b"\nCtrl-C: finishes the step and saves; once more ends at once\n")
       if not self._alone:
         os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the others

@@ -34,7 +34,7 @@ from pirl_jax.files import read_json, write_file, write_json
 from pirl_jax.study_figures import PAPER, Cell, Panel
 
 PLOTS = ("lines", "bars", "layers", "distances")
-NO_SYSTEMS = ("__init__", "base", "data_sets", "evaluate", "study")
+NO_SYSTEMS = ("__init__", "base", "checkpoints", "data_sets", "evaluate", "study")
 """Files of configs/ that describe no pre-training."""
 
 OWN_FIELDS = ("job", "name", "seed")

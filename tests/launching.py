@@ -29,7 +29,8 @@ TRAINING = (
 class Launch:
   """launch.py in one or several processes, as started; a context manager that leaves none of them behind."""
 
-  def __init__(self, *arguments, processes=1, devices=1, other=None, slurm=False, double=False, largest_file=None):
+  def __init__(self, *arguments, processes=1, devices=1, other=None, slurm=False, double=False, largest_file=None,
+               changed=None):
     """Starts them.
 
     Args:
@@ -40,6 +41,7 @@ class Launch:
       slurm: they are told of each other as srun tells them, not by flags.
       double: JAX may compute in float64.
       largest_file: in bytes; a longer one meets what it would on a full disk.
+      changed: {module: {constant: value}} to set before.
     """
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
@@ -55,7 +57,7 @@ class Launch:
                         "SLURM_PROCID": str(process), "SLURM_LOCALID": str(process), "JAX_COORDINATOR_PORT": str(port)}
       elif processes > 1:
         flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={process}"]
-      command = [sys.executable, "launch.py", *flags, *arguments, *(other or {}).get(process, ())]
+      command = [sys.executable, *_program(changed), *flags, *arguments, *(other or {}).get(process, ())]
       if largest_file:
         environment["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # nor is it to be damaged
         command = ["prlimit", f"--fsize={largest_file}", *command]
@@ -88,6 +90,15 @@ class Launch:
       output, _ = started.communicate(timeout=max(1, end - time.monotonic()))
       ended.append((started.returncode, output))
     return ended
+
+
+def _program(changed):
+  if not changed:
+    return ["launch.py"]
+  lines = ["import sys, importlib", "sys.path.insert(0, '')"]
+  lines += [f"importlib.import_module({module!r}).{name} = {value!r}"
+            for module, constants in changed.items() for name, value in constants.items()]
+  return ["-c", "; ".join([*lines, "import launch", "launch.start()"])]
 
 
 def launch(*arguments, **options):

@@ -165,7 +165,7 @@ def test_a_failing_disk_is_no_broken_picture():
     def __getitem__(self, index):
       raise OSError(5, "Input/output error")
 
-  with pytest.raises(OSError, match="Input/output"):
+  with pytest.raises(UserError, match=r"texture \d+ .* cannot be read because the disk .*\(Input/output error\)"):
     take(1, Failing(NUM_IMAGES, size=32, split="train"), num_threads=2)
 
 

@@ -1,11 +1,15 @@
-"""A run that is killed at any moment, again and again, ends as one that never was."""
+"""What is killed at any moment, again and again, ends as if it never was: runs, evaluations, preparations of data."""
 
+import json
+import shutil
 import time
+from glob import glob
 
 import cv2
 import numpy as np
 import pytest
-from launching import CLOCKS, LIMIT, Launch, launch, rows, stored
+from launching import CLOCKS, LIMIT, TRAINING, Launch, launch, rows, stored
+from test_builders import cifar_archive
 
 from pirl_jax.logbook import read_rows
 
@@ -96,3 +100,66 @@ def test_twenty_kills(tmp_path, command, expected, seed):
   kills = check_kills(command, tmp_path / "run", expected, moments, rng)
   print(f"{len(kills)} kills: {', '.join(kills)}")
   assert len(kills) >= 15
+
+
+def kill_after(pattern, arguments, rng, **options):
+  """Starts a command and kills it within two seconds of a new file of that pattern; returns whether it was running."""
+  started, before = time.monotonic(), set(glob(pattern, recursive=True))
+  with Launch(*arguments, **options) as running:
+    while set(glob(pattern, recursive=True)) <= before:
+      if running.ended() or time.monotonic() - started > LIMIT:
+        return False
+      time.sleep(0.002)
+    time.sleep(rng.uniform(0, 2))
+    if running.ended():
+      return False
+    running.kill(0)
+  return True
+
+
+def without_clocks(tree):
+  if isinstance(tree, dict):
+    return {name: without_clocks(value) for name, value in tree.items()
+            if "second" not in name and name != "checkpoint"}
+  return tree
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol, settings, module", [
+  ("linear", ("--config.linear.num_epochs=600", "--config.linear.batch_size=8"), "linear"),
+  ("semi_supervised", ("--config.semi_supervised.num_epochs=60", "--config.semi_supervised.fractions=(0.5,1.0)",
+                       "--config.semi_supervised.batch_size=8"), "semi_supervised")])
+def test_an_evaluation_that_is_killed_gives_the_same_figures(tmp_path, expected, protocol, settings, module):
+  """A snapshot is saved whenever it may be, and it is killed after another one, or two, of them."""
+  rng = np.random.default_rng(0)
+  figures = []
+  for kills in (0, 5):
+    run = tmp_path / f"{kills}" / "run"
+    shutil.copytree(expected, run)
+    command = (f"--config=configs/evaluate.py:{protocol}", f"--config.checkpoint={run}", *settings)
+    options = dict(changed={f"pirl_jax.evaluation.{module}": {"SNAPSHOT_SECONDS": 0.5}})
+    unfinished = run / "results" / "unfinished"
+    killed = sum(kill_after(f"{unfinished}/**/_CHECKPOINT_METADATA", command, rng, **options) for _ in range(kills))
+    output, = launch(*command, **options)
+    assert killed >= min(kills, 3) and ("goes on from step" in output) == bool(kills), (killed, output[-2000:])
+    assert not unfinished.exists()
+    result, = (run / "results").glob("*.json")
+    figures.append(without_clocks(json.loads(result.read_text())))
+  assert figures[0] == figures[1]
+
+
+@pytest.mark.slow
+def test_a_preparation_of_data_that_is_killed_begins_anew(tmp_path):
+  rng = np.random.default_rng(0)
+  found = []
+  for kills in (0, 4):
+    root = tmp_path / f"{kills}"
+    cifar_archive(root, per_file=1_000)
+    command = (*TRAINING, "--config.data.source=tfds", "--config.data.name=cifar10", f"--config.data.root={root}",
+               "--config.data.split=train[:128]", "--config.data.num_images=0", f"--workdir={root / 'run'}")
+    killed = sum(kill_after(f"{root}/cifar10/*", command, rng) for _ in range(kills))
+    assert killed >= min(kills, 3) and (not kills or not (root / "run").exists())
+    output, = launch(*command)
+    assert ("unfinished preparations, which can be deleted" in output) == bool(kills)
+    found.append([row["loss"] for row in rows(root / "run")])
+  assert found[0] == found[1] and len(found[0]) == 20

@@ -178,6 +178,46 @@ def test_too_many_broken_pictures_stop_the_run_and_are_listed(tmp_path):
     pretrain.run(tiny(**changes, **{"data.max_bad_fraction": 0.1}), str(tmp_path / "run"))
 
 
+def test_bad_pictures_of_every_kind_are_left_out_and_named_also_those_that_go_bad_in_the_middle(
+    tmp_path, monkeypatch, capsys):
+  root, rng = tmp_path / "pictures", np.random.default_rng(0)
+  root.mkdir()
+
+  def encoded(ending, shape=(20, 20, 3), dtype=np.uint8):
+    return cv2.imencode(ending, rng.integers(0, 256, shape).astype(dtype))[1].tobytes()
+
+  bomb = encoded(".png")
+  bomb = bomb[:16] + (70_000).to_bytes(4, "big") * 2 + bomb[24:]
+  at_first = {"a.png": b"no picture", "b.jpg": b"GIF89a" + bytes(100), "c.png": bomb, "d.webp": encoded(".webp")[:100],
+              "e.jpeg": encoded(".jpg")[:-40], "f.bmp": b"\0" * 500}
+  later = {"g.png": None, "h.png": b"", "i.png": encoded(".png")[:80], "j.jpg": b"<html>404</html>", "k.png": bomb}
+  odd_but_whole = {"l.jpg": encoded(".png"), "m.png": encoded(".png", dtype=np.uint16),
+                   "n.bmp": encoded(".bmp", (20, 20)), "o.png": encoded(".png", (1, 1, 3)),
+                   "p.png": encoded(".png", (3, 400, 3))}
+  whole = {f"{name[0]}.{name[2:]}": encoded(f".{name[2:]}") for name in later} | {"q.png": encoded(".png")}
+  for name, content in {**at_first, **odd_but_whole, **whole}.items():
+    (root / name).write_bytes(content)
+  for i in range(32):
+    (root / f"z{i}.png").write_bytes(encoded(".png"))
+  real = pretrain.begin
+
+  def begin(parts):
+    real(parts)
+    for name, content in later.items():
+      (root / name).unlink() if content is None else (root / name).write_bytes(content)
+    (root / "q.png").unlink()
+    (root / "q.png").mkdir()
+
+  monkeypatch.setattr(pretrain, "begin", begin)
+  pretrain.run(tiny(**{"data.source": "folder", "data.root": str(root), "data.split": "", "evaluate.split": "",
+                       "data.num_images": 0, "num_epochs": 6, "data.max_bad_fraction": 0.4}), str(tmp_path / "run"))
+  broken = json.loads((tmp_path / "run" / "broken_pictures.json").read_text())
+  expected = sorted([*at_first, *later, "q.png"])
+  assert [picture["name"] for picture in broken["pictures"]] == expected and broken["count"] == 12
+  output = capsys.readouterr().out
+  assert all(f"{name} cannot be read" in output for name in expected)
+
+
 @pytest.mark.parametrize("field, value, said", [
   ("objective", "contrastive", "invariant, covariant, supervised"), ("negative_sampling", "each", "shared, per_image"),
   ("num_negatives", -16, "every row"), ("num_epochs", -1, "untrained network"), ("pretext_weight", 1.5, "[0, 1]"),

@@ -228,17 +228,28 @@ def _close_all() -> None:
       stream.close()
 
 
+_NO_PICTURE = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
+"""What there is instead of a file that was there when the run began."""
+
+
 def _read(source: Source, index: int) -> tuple[np.ndarray | None, int]:
-  """Returns (u8[H, W, 3] or None for a picture that cannot be read, label)."""
+  """Returns (u8[H, W, 3] or None for a picture that cannot be read, label).
+
+  Raises:
+    UserError: not the picture is at fault but the disk or the network.
+  """
   label = -1
   try:
     record = source[index]
     label = record.label
     return decode(record.image), label
-  # Any other error (a disk that fails, say) is no property of the picture and must not drop it from the
-  # training.
-  except (BrokenPicture, FileNotFoundError, PermissionError):
+  except (BrokenPicture, *_NO_PICTURE):
     return None, label
+  # A disk that fails is no property of the picture and must not drop it from the training.
+  except OSError as error:
+    raise UserError(f"{source.picture_name(index)} cannot be read because the disk or the network fails "
+                    f"({error.strerror or error}); once it is back, or the file is there again from a copy, the same "
+                    "command goes on") from error
 
 
 def _crops(source: Source, index: int, rng: np.random.Generator, *, crops) -> dict[str, np.ndarray]:

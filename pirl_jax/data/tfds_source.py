@@ -7,8 +7,10 @@ order belongs to the files on disk and is fingerprinted by them.
 import concurrent.futures
 import contextlib
 import difflib
+import fcntl
 import hashlib
 import os
+import pathlib
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -41,6 +43,7 @@ class TfdsSource(Source):
     builder = _builder(name, data_dir)
     if not os.path.exists(builder.data_dir):
       _prepare(builder, name)
+      builder = _builder(name, data_dir)  # whoever prepared it, this is what lies there
     _check_format(builder)
     self._split = split
     num_records = _num_records(builder, split)
@@ -139,18 +142,39 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
+  """Prepares it, unless another process does at the same time; then it waits for that one."""
   try:
-    builder.download_and_prepare(file_format="array_record")
+    with _alone_at(pathlib.Path(builder.data_dir).parent):
+      if not os.path.exists(builder.data_dir):
+        builder.download_and_prepare(file_format="array_record")
   except UserError:
     raise
   except ImportError as error:
     raise UserError(_needs_tensorflow(name, builder.data_dir_root, error)) from error
   except Exception as error:  # no network, no space, files to be fetched by hand: the words say which
+    if os.path.exists(builder.data_dir):  # by a process of another machine, on a disk that knows no locks
+      return
     raise UserError(
       f"TFDS set {builder.info.full_name} is not in {builder.data_dir_root} and cannot be prepared there "
       f"({type(error).__name__}: {' '.join(str(error).split())[:600]}); "
       f"prepare it where that is possible: {_build_command(name, builder.data_dir_root)}"
     ) from error
+
+
+@contextlib.contextmanager
+def _alone_at(folder: pathlib.Path):
+  """Waits until no other process is in here for this folder, and says what killed ones have left in it."""
+  folder.mkdir(parents=True, exist_ok=True)
+  lock = os.open(folder, os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError):  # a disk that knows no locks
+      fcntl.flock(lock, fcntl.LOCK_EX)  # the system frees it when the process dies
+    left = sorted(path.name for path in folder.glob("incomplete.*"))
+    if left:
+      print(f"unfinished preparations, which can be deleted, lie in {printable(str(folder))}: {', '.join(left)}")
+    yield
+  finally:
+    os.close(lock)
 
 
 def _build_command(name: str, data_dir) -> str:
