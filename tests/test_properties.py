@@ -2,6 +2,9 @@
 
 import contextlib
 import functools
+import itertools
+import math
+import re
 
 import cv2
 import jax
@@ -9,21 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from configs import pirl
-from pirl_jax import losses, memory_bank, pretrain
+from pirl_jax import losses, memory_bank, negatives, pretrain
 from pirl_jax import mesh as mesh_lib
 from pirl_jax.data import crops
 from pirl_jax.errors import UserError
 from pirl_jax.logbook import flatten
 from pirl_jax.mesh import AXIS, SPLIT, WHOLE
 from pirl_jax.negatives import Scores
-from pirl_jax.views import jigsaw, photometric, rotation
+from pirl_jax.views import jigsaw, permutations, photometric, rotation, two_views
 
 # The same examples at every run, and no folder of them left behind.
-few = settings(max_examples=8, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=8, deadline=None, derandomize=True, database=None,
+               phases=[Phase.explicit, Phase.generate])  # to shrink an example would compile hundreds of programs
 many = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -85,6 +89,129 @@ def test_bank(seed, num_images, dim, num_devices, batch, momentum):
 
 
 @few
+@given(seed=seeds, num_images=st.integers(32, 300), dim=st.integers(1, 9),
+       dtype=st.sampled_from(["float32", "bfloat16"]))
+def test_a_new_bank(seed, num_images, dim, dtype):
+  layout = memory_bank.create_layout(num_images, num_devices=1, num_negatives=0)
+  bank, usable = memory_bank.create(jax.random.key(seed), layout, dim=dim, dtype=jnp.dtype(dtype))
+  rows = np.asarray(memory_bank.vectors(bank))
+  assert rows.shape == (layout.num_rows, dim) and rows.dtype == np.float32
+  np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6 if dtype == "float32" else 2e-2)
+  assert set(np.flatnonzero(usable)) == set(layout.row_of(np.arange(num_images)))
+  np.testing.assert_array_equal(memory_bank.stored(jnp.asarray(rows), jnp.dtype(dtype)), bank)
+
+
+@few
+@given(seed=seeds, num_images=st.integers(32, 300), num_devices=st.sampled_from([1, 2, 4, 8]), each=st.integers(1, 3),
+       batch=st.integers(1, 6), draws_each=st.booleans(), temperature=st.floats(0.05, 2))
+def test_negatives_are_images_and_never_the_own_or_a_broken_one(
+    seed, num_images, num_devices, each, batch, draws_each, temperature):
+  rng = np.random.default_rng(seed)
+  strata = memory_bank.create_layout(num_images, num_devices=1, num_negatives=0).num_strata
+  layout = memory_bank.create_layout(num_images, num_devices=num_devices,
+                                     num_negatives=min(each, num_images // strata) * strata)
+  num_negatives, per_device = min(each, num_images // strata) * strata, layout.num_rows // num_devices
+  bank, usable = memory_bank.create(jax.random.key(seed), layout, dim=4)
+  rows = layout.row_of(rng.permutation(num_images)[:batch])
+  valid = rng.random(batch) < 0.6
+  emb = np.asarray(memory_bank.normalise(jnp.asarray(rng.normal(size=(batch, 4)), jnp.float32)))
+
+  def step(bank, usable, rows, valid, emb):
+    usable, counts = memory_bank.retire(usable, rows, valid, axis=AXIS)
+    drawn = memory_bank.draw(jax.random.key(seed), layout, num_negatives=num_negatives, axis=AXIS,
+                             num_draws=batch if draws_each else None)
+    own, others = memory_bank.read(bank, rows, drawn, axis=AXIS)
+    weight = memory_bank.weights(usable, rows, drawn, axis=AXIS)
+    score = memory_bank.negative_scores(others, emb, temperature=temperature)
+    globally = jnp.atleast_2d(drawn) + jax.lax.axis_index(AXIS) * per_device
+    return usable, counts, own, globally, weight, score
+
+  parts = jax.sharding.PartitionSpec(None, AXIS)
+  mapped = jax.jit(jax.shard_map(step, mesh=mesh_lib.create_mesh(num_devices),
+                                 in_specs=(SPLIT, SPLIT, WHOLE, WHOLE, WHOLE),
+                                 out_specs=(SPLIT, WHOLE, WHOLE, parts, parts, parts)))
+  usable, counts, own, drawn, weight, score = map(np.asarray, mapped(bank, usable, rows, valid, emb))
+  np.testing.assert_array_equal(counts, valid)
+  assert usable.sum() == num_images - (~valid).sum() and not usable[rows[~valid]].any()
+  assert drawn.shape == (batch if draws_each else 1, num_negatives) and weight.shape == (batch, num_negatives)
+  image_rows = layout.row_of(np.arange(num_images))
+  assert np.isin(drawn, image_rows).all()
+  for draw in drawn:
+    counted = np.bincount(draw // layout.rows_per_stratum, minlength=strata)
+    np.testing.assert_array_equal(counted, num_negatives // strata)
+  np.testing.assert_array_equal(weight, (drawn != rows[:, None]) & usable[drawn])
+  np.testing.assert_allclose(score, np.einsum("bd,bkd->bk", emb, np.broadcast_to(
+    np.asarray(bank)[drawn], (batch, num_negatives, 4))) / temperature, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(memory_bank.positive_scores(own, emb, temperature=temperature),
+                             (np.asarray(bank)[rows] * emb).sum(1) / temperature, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["nce", "infonce", "eq4"])
+@settings(few, max_examples=4)
+@given(seed=seeds, num_images=st.integers(32, 120), num_devices=st.sampled_from([1, 2, 4]), batch=st.integers(1, 4),
+       chunk=st.integers(1, 40))
+def test_every_row_in_chunks_is_every_row_at_once(name, seed, num_images, num_devices, batch, chunk):
+  rng = np.random.default_rng(seed)
+  layout = memory_bank.create_layout(num_images, num_devices=num_devices, num_negatives=0)
+  bank, usable = memory_bank.create(jax.random.key(seed), layout, dim=4)
+  rows = layout.row_of(rng.permutation(num_images)[:batch])
+  emb = jnp.asarray(rng.normal(size=(batch, 4)), jnp.float32)
+  loss = losses.make_loss(name, temperature=0.2, num_images=num_images, num_negatives=num_images)
+
+  def whole_loss(emb):
+    score = memory_bank.negative_scores(bank, emb, temperature=0.2)
+    weight = (usable[None] & (jnp.arange(layout.num_rows)[None] != rows[:, None])).astype(jnp.float32)
+    positive = memory_bank.positive_scores(bank[rows], emb, temperature=0.2)
+    return jnp.sum(loss(positive, Scores(score, weight), normaliser=jnp.float32(num_images))[0])
+
+  def split_loss(bank, usable, emb):
+    local, _ = memory_bank.local_rows(bank, jnp.asarray(rows), axis=AXIS)
+    own, = memory_bank.read(bank, jnp.asarray(rows), axis=AXIS)
+    every = negatives.EveryRow(bank, usable, local, emb, 0.2, AXIS)
+    positive = memory_bank.positive_scores(own, emb, temperature=0.2)
+    return jnp.sum(loss(positive, every, normaliser=jnp.float32(num_images))[0])
+
+  mapped = jax.shard_map(split_loss, mesh=mesh_lib.create_mesh(num_devices), in_specs=(SPLIT, SPLIT, WHOLE),
+                         out_specs=WHOLE)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(negatives, "CHUNK_ROWS", chunk)
+    found, slope = jax.jit(jax.value_and_grad(mapped, argnums=2))(bank, usable, emb)
+  expected, expected_slope = jax.value_and_grad(whole_loss)(emb)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  np.testing.assert_allclose(slope, expected_slope, rtol=1e-3, atol=1e-4)
+
+
+@few
+@given(seed=seeds, batch=st.integers(1, 6), num_negatives=st.integers(1, 30), kept=st.floats(0, 1))
+def test_normaliser(seed, batch, num_negatives, kept):
+  rng = np.random.default_rng(seed)
+  positive, negative = rng.uniform(-9, 9, batch), rng.uniform(-9, 9, (batch, num_negatives))
+  weight, counts = rng.random(negative.shape) < kept, rng.random(batch) < 0.7
+  sums = losses.nce_normaliser_sums(jnp.asarray(positive, jnp.float32), Scores(
+    jnp.asarray(negative, jnp.float32), jnp.asarray(weight, jnp.float32)), jnp.asarray(counts))
+  expected = oracles.nce_normaliser(positive, negative, weight, counts, num_images=500) if counts.any() else 0
+  np.testing.assert_allclose(losses.nce_normaliser(*sums, num_images=500), expected, rtol=1e-4)
+
+
+@many
+@given(num_images=st.integers(-1, 2_000_000), num_devices=st.integers(1, 600), num_negatives=st.integers(-5, 70_000),
+       dim=st.integers(1, 4_096), dtype=st.sampled_from(["float32", "bfloat16"]), memory=st.integers(1, 10**12))
+def test_a_layout_is_possible_or_refused_with_one_that_is(num_images, num_devices, num_negatives, dim, dtype, memory):
+  try:
+    layout = memory_bank.create_layout(num_images, num_devices=num_devices, num_negatives=num_negatives)
+  except UserError as error:
+    better = re.search(r"--config.num_negatives=(\d+)", str(error))
+    if better and num_images >= 2:
+      memory_bank.create_layout(num_images, num_devices=1, num_negatives=int(better[1]))
+    return
+  assert layout.num_strata % num_devices == 0 and num_negatives % layout.num_strata == 0
+  assert num_images <= layout.num_rows < num_images + layout.num_strata
+  with contextlib.suppress(UserError):
+    memory_bank.check_fits(layout, dim=dim, dtype=jnp.dtype(dtype), num_devices=num_devices, device_bytes=memory)
+    assert layout.num_rows * dim * jnp.dtype(dtype).itemsize <= memory * num_devices
+
+
+@few
 @given(seed=seeds, grid=st.integers(1, 4), cell=st.integers(2, 9), spare=st.integers(0, 5), data=st.data())
 def test_patches_are_parts_of_their_cells(seed, grid, cell, spare, data):
   size, patch_size = grid * cell + min(spare, grid - 1), data.draw(st.integers(1, cell))
@@ -124,6 +251,73 @@ def test_augmented_pictures_stay_pictures(seed, strength, blur, contents, side):
            "one pixel": np.eye(3 * side * side)[0].reshape(3, side, side) * 255}[contents].astype(np.float32)
   found = np.asarray(augment(strength, blur)(jax.random.key(seed), image))
   assert found.shape == image.shape and np.isfinite(found).all() and found.min() >= 0 and found.max() <= 255
+
+
+OPERATIONS = {  # with the numbers that they take, and the one of them that changes nothing
+  "adjust_brightness": (st.floats(0, 3), 1.0), "adjust_contrast": (st.floats(0, 3), 1.0),
+  "adjust_saturation": (st.floats(0, 3), 1.0), "adjust_sharpness": (st.floats(0, 3), 1.0),
+  "adjust_hue": (st.floats(-0.5, 0.5), 0.0), "posterize": (st.integers(1, 8), 8),
+  "solarize": (st.floats(0, 256), 256.0), "gaussian_blur": (st.floats(0, 2.4), 0.0),
+  "autocontrast": (None, None), "grayscale": (None, None)}
+
+
+@functools.cache
+def operation(name):
+  return jax.jit(getattr(photometric, name))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@few
+@given(seed=seeds, data=st.data(), height=st.sampled_from([1, 2, 5]), width=st.sampled_from([1, 4]),
+       contents=st.sampled_from(["noise", "one colour"]))
+def test_operations_on_pixels(name, seed, data, height, width, contents):
+  rng = np.random.default_rng(seed)
+  shape = (3, height, width) if contents == "noise" else (3, 1, 1)
+  image = np.broadcast_to(rng.integers(0, 256, shape), (3, height, width)).astype(np.float32)
+  numbers, identity = OPERATIONS[name]
+  kind = np.int32 if isinstance(identity, int) else np.float32
+  found = np.asarray(operation(name)(image, *([] if numbers is None else [kind(data.draw(numbers))])))
+  assert found.shape == image.shape and np.isfinite(found).all() and found.min() >= 0 and found.max() <= 255
+  if identity is not None:
+    tolerance = 1.01 if name == "adjust_hue" else 1e-3  # through HSV in whole steps
+    np.testing.assert_allclose(operation(name)(image, kind(identity)), image, atol=tolerance)
+
+
+@few
+@given(seed=seeds, name=st.sampled_from(["jigsaw", "rotation", "rotation_jigsaw"]), batch=st.integers(1, 4),
+       side=st.sampled_from([6, 12]), num_permutations=st.sampled_from([0, 5]))
+def test_views_have_the_shapes_and_labels_they_say(seed, name, batch, side, num_permutations):
+  rng = np.random.default_rng(seed)
+  recipe = photometric.Recipe(brightness=0.4, flip_probability=0.5)
+  group = {"crop_size": side, "crop_scale": (0.5, 1.0), "grid": 2, "patch_size": 3,
+           "num_permutations": num_permutations}
+  pretext = two_views.create_pretext(name, image_size=side, image_scale=(0.5, 1.0), settings={"jigsaw": group})
+  views_fn = jax.jit(two_views.make_views(pretext, recipe=recipe, pretext_recipe=recipe))
+  image, crop = (rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8) for _ in range(2))
+  keys = jax.random.split(jax.random.key(seed), batch)
+  views, pretext_views, label = views_fn(keys, image, crop)
+  assert views.shape == image.shape and pretext_views.shape == (batch, *pretext.view_shape)
+  assert two_views.denormalise(pretext_views).dtype == np.uint8 and np.isfinite(views).all()
+  label = np.asarray(label)
+  assert ((label >= 0) & (label < pretext.num_labels)).all() if pretext.num_labels else (label == -1).all()
+  order = rng.permutation(batch)
+  for moved, first in zip(views_fn(keys[order], image[order], crop[order]), (views, pretext_views, label), strict=True):
+    np.testing.assert_array_equal(moved, np.asarray(first)[order])
+
+
+@few
+@given(data=st.data(), num_patches=st.integers(1, 6), subset=st.sampled_from(permutations.SUBSETS))
+def test_subsets_of_permutations(data, num_patches, subset):
+  count = data.draw(st.integers(1, min(60, math.factorial(num_patches))))
+  found = permutations.permutation_subset.__wrapped__(count, num_patches=num_patches, subset=subset)
+  assert found.shape == (count, num_patches) and len(set(map(tuple, found))) == count
+  np.testing.assert_array_equal(np.sort(found, axis=1), np.broadcast_to(np.arange(num_patches), found.shape))
+  np.testing.assert_array_equal(found[0], np.arange(num_patches))
+  fewer = permutations.permutation_subset.__wrapped__(max(1, count // 2), num_patches=num_patches, subset=subset)
+  np.testing.assert_array_equal(found[:len(fewer)], fewer)
+  if count > 1:
+    distances = [np.sum(a != b) for a, b in itertools.combinations(found, 2)]
+    assert permutations.hamming_statistics(found) == (min(distances), pytest.approx(np.mean(distances)))
 
 
 @many
