@@ -28,6 +28,7 @@ from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers, check_maps, layer_names
 from pirl_jax.evaluation.outcome import Outcome, format_table, save_plot
 from pirl_jax.files import read_json, write_json
+from pirl_jax.formats import upgrade_config
 from pirl_jax.logbook import flatten
 from pirl_jax.memory_bank import Layout
 from pirl_jax.runs import Run, Subject, open_subjects
@@ -318,7 +319,8 @@ def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int 
   way_out = f"--config.name=NAME keeps both, or move {path} away"
   try:
     stored = json.loads(path.read_text())
-    found = {label: result["settings"] for label, result in stored.get("runs", {next(iter(settings)): stored}).items()}
+    found = {label: _as_now(result["settings"])
+             for label, result in stored.get("runs", {next(iter(settings)): stored}).items()}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{path} is not a result of this program; {way_out}") from error
   if found.keys() != settings.keys():
@@ -335,6 +337,13 @@ def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int 
         raise UserError(f"{path} holds a result with {field}={old.get(field)!r}, and now it is {new.get(field)!r}; "
                         f"{way_out}")
   return older
+
+
+def _as_now(settings):
+  """Returns the settings of a stored result with the configs of the runs as this version of the program has them."""
+  stored = settings["run_config"]
+  return {**settings, "run_config": {run: upgrade_config(config) for run, config in stored.items()}
+          if "ensemble" in settings else upgrade_config(stored)}
 
 
 def measure(evaluation: Evaluation) -> Outcome:

@@ -294,7 +294,7 @@ def save_panels(path: str | os.PathLike, title: str, panels: Sequence[Panel]) ->
   """
   figure = Figure(figsize=(5.6 * len(panels), 4.6), layout="constrained")
   FigureCanvasAgg(figure)  # draws without a display and without pyplot's list of open figures
-  figure.suptitle(title)
+  figure.suptitle(title, parse_math=False)
   all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
   for axes, panel in zip(all_axes, panels, strict=True):
     _draw(axes, panel)
@@ -324,14 +324,15 @@ def _draw(axes: Axes, panel: Panel) -> None:
         axes.annotate(f"{line.y[0]:g}", (line.x[0], line.y[0]), textcoords="offset points", xytext=(-8, 5),
                       ha="right")
   if panel.kind in ("bars", "intervals"):
-    axes.set_xticks(range(len(panel.lines)), panel.lines, rotation=30, ha="right")
+    axes.set_xticks(range(len(panel.lines)), panel.lines, rotation=30, ha="right", parse_math=False)
   else:
-    axes.legend()
+    for text in axes.legend().get_texts():
+      text.set_parse_math(False)  # names of settings may hold dollars, and are no formulas
   if panel.kind == "intervals":
     axes.axhline(0, color="black", linewidth=0.8)
   if panel.log_x:
     axes.set_xscale("log")
-  axes.set_title(panel.title)
+  axes.set_title(panel.title, parse_math=False)
   axes.set_ylabel(panel.y_label)
   axes.set_xlabel("\n".join(filter(None, (panel.x_label, panel.note))))
   axes.grid(alpha=0.3)

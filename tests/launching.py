@@ -127,6 +127,17 @@ def stored(folder, step):
   return found
 
 
+def assert_same(folder, expected, step):
+  """Two runs have the same rows, but for the clocks, and in the checkpoint of that step the same bits."""
+  found, others = ([{name: value for name, value in row.items() if name not in CLOCKS} for row in rows(run)]
+                   for run in (folder, expected))
+  assert found == others
+  arrays, others = stored(folder, step), stored(expected, step)
+  assert arrays.keys() == others.keys() and len(arrays) > 50
+  for name, value in arrays.items():
+    np.testing.assert_array_equal(value, others[name], err_msg=name)
+
+
 def wait_for(condition):
   end = time.monotonic() + LIMIT
   while time.monotonic() < end:

@@ -279,6 +279,20 @@ def test_no_network_and_no_archive(tmp_path, monkeypatch):
   assert str(tmp_path / "downloads" / "manual" / "stl10_binary.tar.gz") in message
 
 
+def test_an_archive_cannot_write_outside(tmp_path):
+  """Only members of the known names are read, and none is unpacked."""
+  root = tmp_path / "root" / "data"
+  cifar_archive(root)
+  path = root / "downloads" / "manual" / "cifar-10-binary.tar.gz"
+  with tarfile.open(path) as archive:
+    members = {entry.name: archive.extractfile(entry).read() for entry in archive}
+  evil = "../../../evil.txt", str(tmp_path / "absolute.txt"), "cifar-10-batches-bin/../../evil.bin"
+  write_archive(path, {**dict.fromkeys(evil, b"x"), **members})
+  assert len(opened(root, "cifar10")) == 100
+  outside = [path for path in tmp_path.rglob("*") if path.is_file() and root not in path.parents]
+  assert not outside and not list(tmp_path.rglob("evil*"))
+
+
 @pytest.mark.parametrize("damage", ["cut inside a record", "member missing", "archive cut", "no archive"])
 def test_damaged_archives_leave_no_half_prepared_set(tmp_path, damage):
   path = tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz"

@@ -1,3 +1,4 @@
+import json
 import shutil
 from functools import partial
 
@@ -10,7 +11,9 @@ import pytest
 from pirl_jax import memory_bank
 from pirl_jax import mesh as mesh_lib
 from pirl_jax.checkpoints import Checkpoints, Snapshots
+from pirl_jax.checksums import json_checksum
 from pirl_jax.errors import UserError
+from pirl_jax.files import write_json
 from pirl_jax.formats import FORMAT
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
@@ -60,6 +63,36 @@ def test_keeps_the_last_ones_and_the_best_also_after_a_restart(tmp_path, state):
         checkpoints.save(step, state, {}, knn_top1=knn_top1)
   with Checkpoints(folder, keep=2) as checkpoints:
     assert checkpoints.steps() == [2, 5, 6]
+
+
+def as_of_format_4(folder, step, knn_top1):
+  """The kNN stood in a file of Orbax's own, which no checksum guarded."""
+  path = folder / str(step) / "meta" / "metadata"
+  meta = json.loads(path.read_text())
+  meta.pop("checksum")
+  meta.pop("knn_top1")
+  meta["format"] = 4
+  path.write_text(json.dumps({**meta, "checksum": json_checksum(meta)}))
+  write_json(folder / str(step) / "metrics" / "metrics", {"knn_top1": knn_top1})
+
+
+def test_the_best_is_known_in_all_formats_and_is_not_believed_where_it_was_changed(tmp_path, state):
+  with Checkpoints(tmp_path, keep=5) as checkpoints:
+    for step in (1, 2, 3):
+      checkpoints.save(step, state, {}, knn_top1=step / 10)
+  as_of_format_4(tmp_path, 1, 0.75)
+  path = tmp_path / "3" / "meta" / "metadata"
+  path.write_text(path.read_text().replace('"knn_top1": 0.3', '"knn_top1": 0.9'))
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    assert [checkpoints.best_metric(step) for step in (1, 2, 3, 4)] == [0.75, 0.2, None, None]
+    assert checkpoints.read_meta(1)["format"] == 4
+    checkpoints.save(4, state, {}, knn_top1=0.74)
+    checkpoints.save(5, state, {}, knn_top1=None)
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    assert checkpoints.steps() == [1, 5]
+  (tmp_path / "1" / "metrics" / "metrics").write_text("")
+  with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(UserError, match="metrics is damaged; move "):
+    checkpoints.steps()
 
 
 @pytest.mark.parametrize("damage", ["emptied", "item", "truncated"])

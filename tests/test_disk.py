@@ -3,13 +3,16 @@
 import errno
 import io
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from launching import LIMIT, STEPS, TRAINING, Launch, launch, rows, wait_for
+from launching import LIMIT, ROOT, STEPS, TRAINING, Launch, assert_same, launch, rows, wait_for
 from test_checkpoints import make_state
 
 from configs import pirl
@@ -136,8 +139,8 @@ def test_a_run_on_a_full_disk_goes_on_to_its_end_and_is_saved_once_there_is_room
     time.sleep(2 * checkpoints_lib.RETRY_SECONDS)
     running.kill(0)
     (_, output), = running.wait()
-  assert "a checkpoint could not be written, at step 10" in output and "File too large" in output
-  assert "at step 20" in output and "trying again in 20 s" in output
+  # That of step 10 is written while the run goes on, so its failure is known at the next one.
+  assert "a checkpoint could not be written, at step 20 (File too large: " in output and "trying again in 20 s" in output
   assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
   assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
   launch(*TRAINING, f"--workdir={tmp_path}")
@@ -145,3 +148,31 @@ def test_a_run_on_a_full_disk_goes_on_to_its_end_and_is_saved_once_there_is_room
     assert STEPS in checkpoints.steps() and not checkpoints.check(STEPS, mesh_lib.create_mesh())
   assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == STEPS
   assert np.isfinite(rows(tmp_path)[-1]["loss"])
+
+
+SMALL_DISK = """
+mount -t tmpfs -o size=4m tmpfs "$0/disk" && head -c 4040k /dev/zero > "$0/disk/filler" || exit 99
+(until grep -q "trying again" "$0/output"; do sleep 0.2; done; sleep 1; rm "$0/disk/filler") &
+"$@" --workdir="$0/disk/run" > "$0/output" 2>&1
+code=$?
+cp -r "$0/disk/run" "$0/run"
+exit $code
+"""
+"""In a name space of its own mounts a disk and fills it; it has room again once the run waits for that at its end."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(subprocess.run(["unshare", "-rm", "true"]).returncode, reason="nothing may be mounted here")
+def test_a_disk_that_is_full_until_the_end_changes_nothing(tmp_path):
+  launch(*TRAINING, f"--workdir={tmp_path / 'expected'}")
+  (tmp_path / "disk").mkdir()
+  (tmp_path / "output").touch()
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+                              "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  ended = subprocess.run(["unshare", "-rm", "bash", "-c", SMALL_DISK, tmp_path, sys.executable, "launch.py", *TRAINING],
+                         cwd=ROOT, env=environment, timeout=LIMIT)
+  output = (tmp_path / "output").read_text()
+  assert not ended.returncode, output[-3000:]
+  assert "at step 20 (No space left on device" in output and "metrics.jsonl could not be written" in output
+  assert len(output.splitlines()) < 150 and "Traceback" not in output
+  assert_same(tmp_path / "run", tmp_path / "expected", STEPS)

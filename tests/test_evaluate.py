@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import cv2
@@ -91,6 +92,16 @@ def test_every_protocol_writes_its_result_and_gives_the_same_on_one_device(run, 
   for name, value in eight.items():
     if isinstance(value, float) and "second" not in name:
       assert one[name] == pytest.approx(value, rel=1e-3, abs=TOLERANCE.get(protocol, 1e-3)), name
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/etc/passwd", "..", "a/../../b", "c\0d", "e\nf", "~"])
+def test_names_of_data_sets_stay_in_the_folder_of_the_results(name, tmp_path):
+  for data in ({"name": name, "root": "", "source": "tfds"},
+               {"name": "", "root": f"/pictures/{name}", "source": "folder"}):
+    path = tmp_path / "results" / f"{evaluate.dated_name(config_of('knn', 'x'), data, 7)}.json"
+    assert os.path.normpath(path) == str(path) and path.parent == tmp_path / "results"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
 
 
 def test_several_runs_give_one_table_and_one_plot_and_leave_their_folders_alone(runs, tmp_path, capsys):

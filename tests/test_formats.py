@@ -44,6 +44,13 @@ def test_a_run_of_an_old_format_is_evaluated_as_by_its_own_version(run):
   result, = [json.loads(path.read_text()) for path in (run / "results").glob("*.json")]
   assert result["figures"]["top1"] == 0.11328125
   assert abs(result["figures"]["top5"] - 0.520) < 0.0005
+  # A result that was written before these fields were there is the same evaluation.
+  path, = (run / "results").glob("*.json")
+  for group, field in (("model", "remat"), ("data", "max_bad_fraction")):
+    del result["settings"]["run_config"][group][field]
+  path.write_text(json.dumps(result))
+  evaluate.run(changed, "")
+  assert json.loads(path.read_text())["settings"]["run_config"]["model"]["remat"] is False
 
 
 @pytest.mark.parametrize("run", [2], indirect=True)

@@ -8,7 +8,7 @@ from glob import glob
 import cv2
 import numpy as np
 import pytest
-from launching import CLOCKS, LIMIT, TRAINING, Launch, launch, rows, stored
+from launching import LIMIT, TRAINING, Launch, assert_same, launch, rows
 from test_builders import cifar_archive
 
 from pirl_jax.logbook import read_rows
@@ -71,19 +71,10 @@ def kill_once(command, folder, moment, rng):
   return True
 
 
-def assert_same(folder, expected):
-  assert [{name: value for name, value in row.items() if name not in CLOCKS} for row in rows(folder)] == [
-    {name: value for name, value in row.items() if name not in CLOCKS} for row in rows(expected)]
-  arrays, others = stored(folder, STEPS), stored(expected, STEPS)
-  assert arrays.keys() == others.keys() and len(arrays) > 50
-  for name, value in arrays.items():
-    np.testing.assert_array_equal(value, others[name], err_msg=name)
-
-
 def check_kills(command, folder, expected, moments, rng):
   kills = [moment for moment in moments if kill_once(command, folder, moment, rng)]
   launch(*command, f"--workdir={folder}")
-  assert_same(folder, expected)
+  assert_same(folder, expected, STEPS)
   return kills
 
 

@@ -40,6 +40,11 @@ def test_plot_has_a_line_and_a_band_for_each_run(tmp_path):
   assert not ((one[..., 2] > 200) & (one[..., 1] < 160) & (one[..., 0] < 60)).any()
 
 
+def test_names_with_dollars_are_no_formulas(tmp_path):
+  save_plot(tmp_path / "plot.png", "$x_{$", {"$y_{$": FIRST, "$": SECOND})
+  assert (tmp_path / "plot.png").stat().st_size > 1_000
+
+
 def test_plot_over_names(tmp_path):
   layers = Outcome({}, {}, Curve("layer", "top-1", ["conv1", "res2"], [0.1, 0.2]))
   save_plot(tmp_path / "layers.png", "linear", {"a": layers})

@@ -101,8 +101,11 @@ def save_plot(path: str | os.PathLike, title: str, outcomes: Mapping[str, Outcom
     (line,) = axes.plot(curve.x, curve.y, label=name, marker="." if len(curve.x) < 40 else None)
     if curve.low is not None:
       axes.fill_between(curve.x, curve.low, curve.high, alpha=0.2, color=line.get_color())
-  axes.set(title=title, xlabel=curve.x_label, ylabel=curve.y_label, xscale="log" if curve.log_x else "linear")
+  axes.set(xlabel=curve.x_label, ylabel=curve.y_label, xscale="log" if curve.log_x else "linear")
+  # Names of data and runs may hold dollars, and are no formulas.
+  axes.set_title(title, parse_math=False)
   axes.grid(alpha=0.3)
-  axes.legend()
+  for text in axes.legend().get_texts():
+    text.set_parse_math(False)
   with replacing(path) as file:
     figure.savefig(file, dpi=120, format=Path(path).suffix[1:])
