@@ -140,7 +140,8 @@ def test_a_run_on_a_full_disk_goes_on_to_its_end_and_is_saved_once_there_is_room
     running.kill(0)
     (_, output), = running.wait()
   # That of step 10 is written while the run goes on, so its failure is known at the next one.
-  assert "a checkpoint could not be written, at step 20 (File too large: " in output and "trying again in 20 s" in output
+  assert "a checkpoint could not be written, at step 20 (File too large: " in output
+  assert "trying again in 20 s" in output
   assert [row["step"] for row in rows(tmp_path)] == list(range(1, STEPS + 1))
   assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
   launch(*TRAINING, f"--workdir={tmp_path}")
