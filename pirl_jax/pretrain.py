@@ -8,7 +8,7 @@ import functools
 import json
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -337,7 +337,7 @@ def train(parts: Run, state: TrainState, checkpoints: Checkpoints, book: Logbook
   """
   config, start_step = parts.config, int(state.step)
   train_step = make_step(parts)
-  evaluate = make_evaluation(parts, book)
+  evaluate = make_evaluation(parts, book, stopping)
   stream = batches.train_batches(
     parts.train, crops=system.crops_of(config), batch_size=config.batch_size, seed=config.seed, start_step=start_step,
     process_index=jax.process_index(), process_count=jax.process_count(), num_threads=config.data.num_threads)
@@ -380,7 +380,7 @@ def train(parts: Run, state: TrainState, checkpoints: Checkpoints, book: Logbook
       broken.check(step, state.usable)
       if step > parts.steps_per_epoch:
         guard.warn_of_collapse(step, figures)
-    stop = stopping.requested(step)
+    stop = stopping.requested()
     if evaluates(step) or last or stop or step % config.checkpoint.every_steps == 0:
       with book.paused():
         guard.check()  # never over a good checkpoint
@@ -504,10 +504,25 @@ def unlabelled(parts: Run) -> str:
   return ""
 
 
-def make_evaluation(parts: Run, book: Logbook) -> Callable | None:
+@dataclasses.dataclass(frozen=True)
+class StoppablePictures(Pictures):
+  """Pictures that are read no further once the run is asked to stop, in all processes alike."""
+
+  stopping: Stopping
+
+  def test_batches(self, **options: Any) -> Iterator[dict[str, np.ndarray]]:
+    """Returns every picture once, see `Pictures.test_batches`; raises Stopped in between."""
+    for batch in super().test_batches(**options):
+      if self.stopping.requested():
+        self.stopping.stop()
+      yield batch
+
+
+def make_evaluation(parts: Run, book: Logbook, stopping: Stopping) -> Callable | None:
   """Returns evaluate(state) -> kNN figures of the held-out pictures; None where it cannot be done.
 
-  The neighbours are the rows of the bank; without a bank, the trunk's features of the training pictures.
+  The neighbours are the rows of the bank; without a bank, the trunk's features of the training pictures. It raises
+  Stopped where it is asked to.
   """
   config = parts.config
   if not config.evaluate.every_epochs:
@@ -515,12 +530,13 @@ def make_evaluation(parts: Run, book: Logbook) -> Callable | None:
   if missing := unlabelled(parts):
     book.say(f"no kNN during the run: {missing}")
     return None
-  test_set = test_pictures(parts, parts.test)
+  train_set, test_set = (StoppablePictures(**vars(test_pictures(parts, source)), stopping=stopping)
+                         for source in (parts.train, parts.test))
 
   def evaluate_features(state):
     model = Model(parts.network, {"params": state.params, "batch_stats": state.batch_stats})
-    return knn.measure_knn(model, test_pictures(parts, parts.train), test_set, mesh=parts.mesh, layer="pooled",
-                           k=config.evaluate.k, temperature=config.evaluate.temperature).figures
+    return knn.measure_knn(model, train_set, test_set, mesh=parts.mesh, layer="pooled", k=config.evaluate.k,
+                           temperature=config.evaluate.temperature).figures
 
   if not system.has_bank(config):
     return evaluate_features

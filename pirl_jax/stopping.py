@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Self
@@ -29,6 +30,7 @@ class Stopping:
   def __init__(self):
     """Has not been asked."""
     self._asked, self._held = None, False
+    self._questions = 0
     self._alone = alone()
 
   def __enter__(self) -> Self:
@@ -72,9 +74,13 @@ class Stopping:
       os.write(2, b"\nstopped; the same command goes on\n")  # print may be at work below a handler
       raise Stopped(EXIT_CODES[self._asked])
 
-  def requested(self, step: int) -> bool:
-    """Returns whether to stop after this step, the same in all processes; to be called after every step by all."""
-    return self._asked is not None if self._alone else multihost_utils.reached_preemption_sync_point(step)
+  def requested(self) -> bool:
+    """Returns whether to stop here, the same in all processes; all ask this equally often, at least once a step.
+
+    Of several processes it is True a single time.
+    """
+    self._questions += 1
+    return self._asked is not None if self._alone else multihost_utils.reached_preemption_sync_point(self._questions)
 
   def stop(self) -> None:
     """Raises `Stopped`, after everything has been saved."""
@@ -89,13 +95,22 @@ class Stopping:
   def _listen(self):
     interrupts = 0
     while number := self._watched.recv(1):
+      if self._alone and self._held and not self._questions:
+        # The first step compiles, which may take minutes, and there is nothing that is not saved.
+        _end("stopped before the first step; the same command goes on", number[0])
       if number[0] != signal.SIGINT:
         continue
       interrupts += 1
       if interrupts > 1:
-        os.write(2, b"\nended at once, by a second Ctrl-C\n")
-        os._exit(EXIT_CODES[signal.SIGINT])
+        _end("ended at once, by a second Ctrl-C", signal.SIGINT)
       if self._held:
         os.write(2, b"\nCtrl-C: finishes the step and saves; once more ends at once\n")
       if not self._alone:
         os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the others
+
+
+def _end(text, number):
+  """Ends the program though its main thread is busy, with what it has printed until now."""
+  sys.stdout.flush()
+  os.write(2, f"\n{text}\n".encode())
+  os._exit(EXIT_CODES[number])

@@ -35,6 +35,34 @@ def test_a_run_saves_before_it_ends_and_goes_on(tmp_path, number, code):
   assert steps(tmp_path) == list(range(1, len(rows(tmp_path)) + 1))
 
 
+def test_while_the_first_step_compiles_there_is_nothing_to_wait_for(tmp_path):
+  with Launch(*ENDLESS, f"--workdir={tmp_path}") as running:
+    wait_for(lambda: (tmp_path / "config.json").exists())
+    time.sleep(1)
+    running.signal(0, signal.SIGTERM)
+    sent = time.monotonic()
+    (code, output), = running.wait()
+  assert code == 0 and time.monotonic() - sent < 5 and "the same command goes on" in output
+  assert not (tmp_path / "checkpoints").exists() and output.startswith("training pictures: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_measurement_is_broken_off(tmp_path, processes):
+  """Of so many pictures it takes minutes; the checkpoint is that of the step before it."""
+  long = ("--config.evaluate.split=test", "--config.evaluate.num_images=400_000", "--config.evaluate.batch_size=64",
+          "--config.evaluate.every_epochs=1")
+  with Launch(*TRAINING, *long, f"--workdir={tmp_path}", processes=processes) as running:
+    wait_for(lambda: len(rows(tmp_path)) == 4)  # the first epoch is over
+    time.sleep(10)
+    running.signal(0, signal.SIGTERM)
+    sent = time.monotonic()
+    ended = running.wait()
+  assert [code for code, _ in ended] == [0] * processes, ended[0][1][-2000:]
+  assert time.monotonic() - sent < BOUND / 2 and "stopped after step 4," in ended[0][1]
+  assert newest(tmp_path) == 4 and "knn_top1" not in rows(tmp_path)[-1]
+
+
 @pytest.mark.slow
 def test_a_second_interrupt_ends_at_once(tmp_path):
   slow = "--config.num_negatives=0", "--config.batch_size=128", "--config.micro_batches=16"  # a step takes a while
