@@ -123,7 +123,7 @@ def launched(config, workdir, patch):
   patch.setattr(launch, "WORKDIR", SimpleNamespace(value=workdir))
   for flag, value in (("COORDINATOR", ""), ("NUM_PROCESSES", 1), ("PROCESS_ID", None)):
     patch.setattr(launch, flag, SimpleNamespace(value=value))
-  patch.setattr(launch.logging, "set_verbosity", lambda level: None)
+  patch.setattr(launch, "quiet", lambda: None)
   launch.main(["launch.py"])
   return read
 
