@@ -1,9 +1,11 @@
-"""Files that are there whole or not at all: a temporary one takes the place of the old one once it is on disk."""
+"""Files that are there whole or not at all, and folders that one process has to itself."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,8 +17,8 @@ import numpy as np
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
   """Yields a file, open for writing bytes, that takes the name `path` if all goes well and is gone otherwise.
 
-  Its folder is created. One writer at a time: the temporary file always has the same name, so that what a killed
-  program left is written over and does not pile up.
+  Until it is on disk, an old one stays. Its folder is created. One writer at a time: the temporary file always has the
+  same name, so that what a killed program left is written over and does not pile up.
 
   Raises:
     OSError: the disk does not take it.
@@ -71,3 +73,40 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
   except (OSError, ValueError):
     return None
   return stored if isinstance(stored, dict) else None
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike, *, patience: float = math.inf) -> Iterator[None]:
+  """Holds a folder, which is created, against every other process that asks for it; one that dies lets go of it.
+
+  Where a disk knows no locks there is none.
+
+  Args:
+    folder: to hold.
+    patience: seconds to wait for a process that holds it.
+
+  Raises:
+    TimeoutError: it is still held.
+    OSError: the folder cannot be created.
+  """
+  Path(folder).mkdir(parents=True, exist_ok=True)
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    began = time.monotonic()
+    while _is_held(handle):
+      if time.monotonic() - began >= patience:
+        raise TimeoutError(f"{folder} is held by another process")
+      time.sleep(0.2)
+    yield
+  finally:
+    os.close(handle)
+
+
+def _is_held(handle):
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return True
+  except OSError:  # a disk that knows no locks
+    pass
+  return False

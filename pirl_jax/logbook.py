@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from pirl_jax.files import strict, write_file
 
+METRICS = "metrics.jsonl"
+
 PLAIN_SECONDS = 10.0
 """Least seconds between two progress lines where there is no terminal: five minutes stay on one page."""
 
@@ -85,7 +87,7 @@ class Logbook:
     self._file = self._tensorboard = None
     self._closed = False
 
-    self._path = Path(workdir) / "metrics.jsonl"
+    self._path = Path(workdir) / METRICS
     self._rows = [row for row in read_rows(self._path) if row["step"] <= start_step]
     self._behind = False  # whether rows are missing on disk, because it did not take them
     if enabled:

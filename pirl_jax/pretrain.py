@@ -3,6 +3,7 @@
 The config stops here: the rooms below are handed plain values.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -26,10 +27,10 @@ from pirl_jax.data import batches, contents, sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import features, knn, learning
 from pirl_jax.evaluation.inputs import Model, Pictures
-from pirl_jax.files import write_json
+from pirl_jax.files import locked, read_json, write_json
 from pirl_jax.formats import FIRST_BITS, FIRST_RESUMED, FORMAT, upgrade_config
 from pirl_jax.health import NOT_FINITE, Guard
-from pirl_jax.logbook import Logbook, flatten
+from pirl_jax.logbook import METRICS, Logbook, flatten, read_rows
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
 from pirl_jax.optimizer import cosine_schedule, create_optimizer, step_schedule
@@ -45,6 +46,9 @@ FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "data.num_th
 
 STEPS_IN_FLIGHT = 2
 """Steps that the devices may be behind the host: enough to keep them busy, and no pile of batches in memory."""
+
+PATIENCE_SECONDS = 20
+"""How long a run that is still ending in the same folder is waited for."""
 
 NAMED_BROKEN = 20
 """Broken pictures named in the log one by one; beyond them only the count goes on."""
@@ -107,8 +111,13 @@ def pretrain(config: ConfigDict, workdir: Path, stopping: Stopping) -> None:
     "the training pictures": parts.train.fingerprint,
     "the held-out pictures": parts.test and parts.test.fingerprint,
     "the version of jax": jax.__version__, "the format of checkpoints": FORMAT})
-  with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-    state = restore(parts, checkpoints) if checkpoints.steps() else parts.initial_state()
+  with mesh_lib.together(hold, workdir), Checkpoints(
+      workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    if checkpoints.steps():
+      state = restore(parts, checkpoints)
+    else:
+      mesh_lib.together(check_new, parts)
+      state = parts.initial_state()
     start_step = int(state.step)
     mesh_lib.together(begin, parts)
     print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
@@ -127,6 +136,37 @@ def pretrain(config: ConfigDict, workdir: Path, stopping: Stopping) -> None:
       finish(parts, state, book)
 
 
+def hold(workdir: Path) -> contextlib.ExitStack:
+  """Returns what keeps other runs out of the folder until it is closed.
+
+  Raises:
+    UserError: another run is in it, or it cannot be made.
+  """
+  held = contextlib.ExitStack()
+  if jax.process_index() == 0:
+    try:
+      held.enter_context(locked(workdir, patience=PATIENCE_SECONDS))
+    except TimeoutError as error:
+      raise UserError(f"another process is training in {workdir}; let it end, or choose another --workdir") from error
+    except OSError as error:
+      raise _unwritable(workdir, error) from error
+  return held
+
+
+def _unwritable(workdir, error):
+  return UserError(f"nothing can be written to {workdir} ({error.strerror}); make room, or choose another --workdir")
+
+
+def check_new(parts: Run) -> None:
+  """Raises UserError where a run has come so far that it had checkpoints: to begin anew would lose its rows, too."""
+  rows, before = read_rows(parts.workdir / METRICS), read_json(parts.workdir / "config.json") or parts.config.to_dict()
+  # The first is on disk before the second is begun.
+  if rows and rows[-1]["step"] > 2 * before["checkpoint"]["every_steps"]:
+    raise UserError(f"{parts.workdir / METRICS} reaches step {rows[-1]['step']}, but {parts.workdir / 'checkpoints'} "
+                    "holds no checkpoint; bring them back, or choose another --workdir, or delete that file to start "
+                    "anew")
+
+
 def begin(parts: Run) -> None:
   """Writes down what the run is and with which pictures it begins.
 
@@ -139,8 +179,7 @@ def begin(parts: Run) -> None:
     write_json(parts.workdir / "config.json", parts.config.to_dict())
     contents.remember(parts.train, parts.workdir)
   except OSError as error:
-    raise UserError(f"nothing can be written to {parts.workdir} ({error.strerror}); make room, or choose another "
-                    "--workdir") from error
+    raise _unwritable(parts.workdir, error) from error
 
 
 def prepare(config: ConfigDict, workdir: Path) -> Run:

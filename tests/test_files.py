@@ -2,12 +2,15 @@
 
 import errno
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
 from pirl_jax.evaluation.outcome import Curve, Outcome, save_plot
-from pirl_jax.files import read_json, replacing, write_file, write_json
+from pirl_jax.files import locked, read_json, replacing, write_file, write_json
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
@@ -63,3 +66,21 @@ def test_what_is_no_object_is_read_as_none(tmp_path, content):
   if content is not None:
     (tmp_path / "x.json").write_bytes(content)
   assert read_json(tmp_path / "x.json") is None
+
+
+def test_a_folder_is_held_by_one_and_let_go_by_one_that_is_killed(tmp_path):
+  folder = tmp_path / "new" / "folder"
+  holding = ("import sys, time; from pirl_jax.files import locked\n"
+             "with locked(sys.argv[1]): print(flush=True), time.sleep(99)")
+  with subprocess.Popen([sys.executable, "-c", holding, folder], stdout=subprocess.PIPE) as other:
+    other.stdout.readline()
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="folder is held by another process"), locked(folder, patience=0.5):
+      pass
+    assert 0.5 <= time.monotonic() - began < 5
+    other.kill()
+  with locked(folder, patience=0), pytest.raises(TimeoutError), locked(folder, patience=0):
+    pass
+  with locked(folder, patience=0):
+    pass
+  assert not list(folder.iterdir())

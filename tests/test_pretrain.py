@@ -14,6 +14,7 @@ from pirl_jax import mesh as mesh_lib
 from pirl_jax import pretrain
 from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.errors import UserError
+from pirl_jax.files import locked
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -154,6 +155,23 @@ def test_the_first_bad_step_and_quantity_are_named_within_one_interval(tmp_path,
   assert rows(tmp_path / "run")[-1]["step"] == 8
   with Checkpoints(tmp_path / "run" / "checkpoints", keep=20) as checkpoints:
     assert checkpoints.steps()[-1] == 5
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(whole_run, tmp_path):
+  shutil.copytree(whole_run, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints")
+  before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+  with pytest.raises(UserError, match=r"metrics.jsonl reaches step 12, but .*checkpoints holds no checkpoint; bring"):
+    pretrain.run(tiny(**{"checkpoint.every_steps": 1_000}), str(tmp_path / "run"))
+  assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_two_runs_at_once_in_a_folder_are_refused(whole_run, monkeypatch):
+  monkeypatch.setattr(pretrain, "PATIENCE_SECONDS", 0.1)
+  with locked(whole_run), pytest.raises(UserError, match=f"another process is training in {whole_run}; let it end"):
+    pretrain.run(tiny(), str(whole_run))
+  with locked(whole_run, patience=0):  # refused, it has let go of it
+    pass
 
 
 def test_too_many_broken_pictures_stop_the_run_and_are_listed(tmp_path):

@@ -7,7 +7,6 @@ order belongs to the files on disk and is fingerprinted by them.
 import concurrent.futures
 import contextlib
 import difflib
-import fcntl
 import hashlib
 import os
 import pathlib
@@ -19,6 +18,7 @@ from pirl_jax.data.builders import OWN_BUILDERS
 from pirl_jax.data.crops import BrokenPicture, decode
 from pirl_jax.data.records import Record, Source, printable
 from pirl_jax.errors import UserError
+from pirl_jax.files import locked
 
 _LABEL_THREADS = 8
 _SAMPLED_RECORDS = 16  # whose pixels go into the fingerprint
@@ -144,7 +144,11 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
   """Prepares it, unless another process does at the same time; then it waits for that one."""
   try:
-    with _alone_at(pathlib.Path(builder.data_dir).parent):
+    folder = pathlib.Path(builder.data_dir).parent
+    with locked(folder):
+      left = sorted(path.name for path in folder.glob("incomplete.*"))
+      if left:
+        print(f"unfinished preparations, which can be deleted, lie in {printable(str(folder))}: {', '.join(left)}")
       if not os.path.exists(builder.data_dir):
         builder.download_and_prepare(file_format="array_record")
   except UserError:
@@ -159,22 +163,6 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
       f"({type(error).__name__}: {' '.join(str(error).split())[:600]}); "
       f"prepare it where that is possible: {_build_command(name, builder.data_dir_root)}"
     ) from error
-
-
-@contextlib.contextmanager
-def _alone_at(folder: pathlib.Path):
-  """Waits until no other process is in here for this folder, and says what killed ones have left in it."""
-  folder.mkdir(parents=True, exist_ok=True)
-  lock = os.open(folder, os.O_RDONLY)
-  try:
-    with contextlib.suppress(OSError):  # a disk that knows no locks
-      fcntl.flock(lock, fcntl.LOCK_EX)  # the system frees it when the process dies
-    left = sorted(path.name for path in folder.glob("incomplete.*"))
-    if left:
-      print(f"unfinished preparations, which can be deleted, lie in {printable(str(folder))}: {', '.join(left)}")
-    yield
-  finally:
-    os.close(lock)
 
 
 def _build_command(name: str, data_dir) -> str:
