@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -85,27 +86,26 @@ def main(argv: list[str]) -> None:
   config = CONFIG.value
   if config.job not in JOBS:
     raise UserError(f"job={config.job!r} is unknown; choose from {', '.join(JOBS)}")
+  # A job that trains ends with 0 after SIGTERM. A verification that is broken off must not pass for one that found
+  # nothing.
+  trains = config.job in ("pretrain", "study")
+  if trains:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
   # Imported by name, so that a mistyped flag is answered before JAX has loaded.
   jax, mesh = importlib.import_module("jax"), importlib.import_module("pirl_jax.mesh")
-  # Of several processes JAX takes SIGTERM for itself, for jobs that ask it whether they are to stop.
-  asks = config.job in ("pretrain", "study")
-  jax.config.update("jax_enable_preemption_service", asks)
+  # Of several processes JAX takes the signal for itself and tells the others.
+  jax.config.update("jax_enable_preemption_service", trains)
   with mesh.processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value):
     run = importlib.import_module(JOBS[config.job]).run
-    if mesh.alone():
-      with importlib.import_module("pirl_jax.stopping").Stopping():
-        run(config, WORKDIR.value)
-    else:
-      if not asks:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an orderly end would wait for processes that wait for this one
+    stopping = importlib.import_module("pirl_jax.stopping").Stopping() if trains and mesh.alone() else nullcontext()
+    with stopping:
       run(config, WORKDIR.value)
 
 
 def start() -> None:
   """Parses the flags, runs the job, and ends with exit code 2 and one line where the user can mend what is wrong, with
-  130 after Ctrl-C, and of a single process with 0 after SIGTERM.
+  130 after Ctrl-C, and where it trains with 0 after SIGTERM.
   """
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # while nothing has begun
   try:
     app.run(main, flags_parser=parse_flags)
   except UserError as error:
