@@ -336,8 +336,8 @@ class Checkpoints:
     if writing and not self._writing:
       self.close()
     if self._manager is None:
-      for path in self._folder.glob(str(self._legacy_metrics("*").relative_to(self._folder))):
-        if read_json(path) is None:  # Orbax reads all of them, and one that it cannot read keeps it from the others
+      for path in map(self._legacy_metrics, filter(str.isdigit, (child.name for child in self._folder.glob("*")))):
+        if path.exists() and read_json(path) is None:  # Orbax reads all, and one that it cannot keeps it from the rest
           raise UserError(f"{path} is damaged; move {path.parent} away: without it the checkpoint is whole, but not "
                           "known as the one with the best kNN")
       self._manager = CheckpointManager(self._folder, options=CheckpointManagerOptions(

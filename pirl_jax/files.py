@@ -53,7 +53,7 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
   write_file(path, (json.dumps(strict(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def strict(obj):
+def strict(obj: Any) -> Any:
   """Returns `obj` in JSON's own types, numbers that are not finite as None."""
   if isinstance(obj, Mapping):
     return {str(key): strict(value) for key, value in obj.items()}

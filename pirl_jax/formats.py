@@ -19,6 +19,7 @@ FIRST_CHECKED = 4
 FIRST_BITS = 4
 """The first format with the bits of a bank of bfloat16."""
 
+
 def upgrade(meta: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the `meta` of a checkpoint of any format up to `FORMAT` as this version of the program has it.
 

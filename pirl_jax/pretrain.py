@@ -551,10 +551,11 @@ class StoppablePictures(Pictures):
 
   def test_batches(self, **options: Any) -> Iterator[dict[str, np.ndarray]]:
     """Returns every picture once, see `Pictures.test_batches`; raises Stopped in between."""
-    for batch in super().test_batches(**options):
-      if self.stopping.requested():
-        self.stopping.stop()
-      yield batch
+    with contextlib.closing(super().test_batches(**options)) as test_batches:
+      for batch in test_batches:
+        if self.stopping.requested():
+          self.stopping.stop()
+        yield batch
 
 
 def make_evaluation(parts: Run, book: Logbook, stopping: Stopping) -> Callable | None:
