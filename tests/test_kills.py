@@ -132,6 +132,7 @@ def test_an_evaluation_that_is_killed_gives_the_same_figures(tmp_path, expected,
     unfinished = run / "results" / "unfinished"
     killed = sum(kill_after(f"{unfinished}/**/_CHECKPOINT_METADATA", command, rng, **options) for _ in range(kills))
     output, = launch(*command, **options)
+    print(f"{protocol}: {killed} kills")
     assert killed >= min(kills, 3) and ("goes on from step" in output) == bool(kills), (killed, output[-2000:])
     assert not unfinished.exists()
     result, = (run / "results").glob("*.json")
@@ -149,6 +150,7 @@ def test_a_preparation_of_data_that_is_killed_begins_anew(tmp_path):
     command = (*TRAINING, "--config.data.source=tfds", "--config.data.name=cifar10", f"--config.data.root={root}",
                "--config.data.split=train[:128]", "--config.data.num_images=0", f"--workdir={root / 'run'}")
     killed = sum(kill_after(f"{root}/cifar10/*", command, rng) for _ in range(kills))
+    print(f"preparation: {killed} kills")
     assert killed >= min(kills, 3) and (not kills or not (root / "run").exists())
     output, = launch(*command)
     assert ("unfinished preparations, which can be deleted" in output) == bool(kills)
