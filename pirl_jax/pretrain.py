@@ -203,6 +203,9 @@ def check_config(config: ConfigDict) -> None:
                 "jigsaw.patch_size", "model.dim", "checkpoint.every_steps", "checkpoint.keep", "evaluate.k",
                 "evaluate.batch_size", "log.every_steps"):
     require(_get(config, field) >= 1, field, "a whole number from 1 is needed")
+  for field, most in (("data.image_size", 10_000), ("jigsaw.crop_size", 10_000), ("jigsaw.patch_size", 10_000),
+                      ("model.dim", 65_536)):
+    require(_get(config, field) <= most, field, f"at most {most:,} is possible")
   for field, zero in (("num_epochs", "the untrained network"), ("evaluate.every_epochs", "never"),
                       ("num_negatives", "every row"), ("data.num_images", "all"), ("evaluate.num_images", "all"),
                       ("jigsaw.num_permutations", "all")):
@@ -282,6 +285,9 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   train, test = open_data(config)
   network = system.network_of(config, num_classes=0 if train.multi_label else len(train.class_names))
   steps_per_epoch = batches.steps_per_epoch(len(train), config.batch_size)
+  if config.num_epochs * steps_per_epoch >= 2**31:
+    raise UserError(f"num_epochs={config.num_epochs} of {steps_per_epoch:,} steps: steps are counted up to 2**31; take "
+                    "fewer")
   layout = memory_bank.create_layout(
     len(train), num_devices=num_devices, num_negatives=config.num_negatives if system.has_bank(config) else 0)
   if system.has_bank(config):

@@ -202,7 +202,7 @@ def test_what_fails_on_the_way_leaves_the_old_file_and_nothing_else(model, tmp_p
   path = tmp_path / f"f.{ending}"
   exported(model, path)
   before = path.read_bytes()
-  with pytest.raises(OSError, match="Input/output"):
+  with pytest.raises(UserError, match=r"33.jpg cannot be read because the disk .*\(Input/output error\)"):
     exported(model, path, source=Failing(NUM, size=16, split="train"))
   with pytest.raises(UserError, match="none of the 3 pictures"):
     source = Odd(3, size=16, split="train")

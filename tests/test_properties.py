@@ -2,9 +2,12 @@
 
 import contextlib
 import functools
+import importlib
+import io
 import itertools
 import math
 import re
+from pathlib import Path
 
 import cv2
 import jax
@@ -15,10 +18,9 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from configs import pirl
 from pirl_jax import losses, memory_bank, negatives, pretrain
 from pirl_jax import mesh as mesh_lib
-from pirl_jax.data import crops
+from pirl_jax.data import crops, embedded
 from pirl_jax.errors import UserError
 from pirl_jax.logbook import flatten
 from pirl_jax.mesh import AXIS, SPLIT, WHOLE
@@ -360,19 +362,34 @@ def test_any_bytes_are_broken_or_a_picture(content, magic):
     assert crops.decode(magic + content).shape[2] == 3
 
 
-FIELDS = flatten(pirl.get_config().to_dict())
+SYSTEMS = {name: importlib.import_module(f"configs.{name}").get_config()
+           for name in ("pirl", "npid", "jigsaw", "rotnet", "supervised", "random_init")}
+SMALL = {"data.num_images": 64, "evaluate.num_images": 16, "num_negatives": 16, "batch_size": 16,
+         "evaluate.batch_size": 16, "jigsaw.num_permutations": 0}
 STRANGE = {
-  bool: st.booleans(), int: st.integers(-3, 10**12), float: st.floats(),
-  str: st.sampled_from(["", "x", "../..", "float16", "none", "\n"]),
-  tuple: st.tuples(st.floats(), st.floats())}
+  bool: st.booleans(), int: st.sampled_from([-3, 0, 1, 2, 7, 17, 10**6, 10**12, 2**63]),
+  float: st.sampled_from([np.nan, np.inf, -1.0, 0.0, 1e-30, 0.5, 1.0, 3.0, 1e30]),
+  str: st.sampled_from(["", "x", "../..", "float16", "none", "\n", "tfds", "folder", "train", "mlp", "rotation"]),
+  tuple: st.lists(st.sampled_from([np.nan, -1.0, 0.0, 0.3, 0.9, 1.0, 2.0]), max_size=3).map(tuple)}
 
 
-@many
-@given(data=st.data(), name=st.sampled_from(sorted(FIELDS)))
-def test_a_strange_value_is_refused_in_one_line_or_possible(data, name):
-  config = pirl.get_config()
-  config.update_from_flattened_dict({name: data.draw(STRANGE[type(FIELDS[name])])})
-  try:
-    pretrain.check_config(config)
-  except UserError as error:
-    assert name.split(".")[-1] in str(error)
+@settings(many, max_examples=200)
+@given(data=st.data(), system=st.sampled_from(sorted(SYSTEMS)), count=st.integers(1, 3))
+def test_strange_values_are_refused_in_one_line_or_possible(data, system, count):
+  """Before anything is compiled or written: the pictures are opened, and the state and the step are planned."""
+  config = SYSTEMS[system].copy_and_resolve_references()
+  fields = flatten(config.to_dict())
+  config.update_from_flattened_dict({name: value for name, value in SMALL.items() if name in fields})
+  for name in data.draw(st.lists(st.sampled_from(sorted(fields)), min_size=count, max_size=count)):
+    config.update_from_flattened_dict({name: data.draw(STRANGE[type(fields[name])])})
+  with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+    patch.setattr(embedded, "MAX_BYTES", 10**7)  # more would be possible, and take a minute
+    try:
+      parts = pretrain.prepare(config, Path("nowhere"))
+    except UserError as error:
+      assert len(str(error).splitlines()) == 1
+      return
+    jax.eval_shape(parts.initial_state)
+    pretrain.make_step(parts)
+    assert np.isfinite([parts.schedule(0), parts.schedule(parts.total_steps)]).all()
+  assert not Path("nowhere").exists()

@@ -53,7 +53,9 @@ def test_embedded():
   np.testing.assert_array_equal(again[7].image, source[7].image)
 
 
-@pytest.mark.parametrize("changes, words", [({"num_images": 0}, "num_images"), ({"image_size": 4}, "4 px")])
+@pytest.mark.parametrize("changes, words", [
+  ({"num_images": 0}, "num_images"), ({"image_size": 4}, "4 px"),
+  ({"num_images": 10**12}, "2,861,023 GiB.* take fewer"), ({"image_size": 10**6}, "held in memory")])
 def test_impossible_embedded_sets(changes, words):
   with pytest.raises(UserError, match=words):
     opened("embedded", **changes)

@@ -10,6 +10,10 @@ from pirl_jax.errors import UserError
 _VERSION = 1
 
 
+MAX_BYTES = 4 * 2**30
+"""Of all pictures of a split; to draw as many takes a minute."""
+
+
 class TextureSource(Source):
   """`num_images` textures of a split, drawn once and held in memory (3 kB each at 32 x 32)."""
 
@@ -18,6 +22,10 @@ class TextureSource(Source):
       raise UserError(f"data.num_images is {num_images}; the embedded data set needs at least 1 picture")
     if size < 8:
       raise UserError(f"the embedded textures are {size} px wide; below 8 px nothing can be seen of them")
+    if 3 * num_images * size**2 > MAX_BYTES:
+      raise UserError(f"{num_images:,} embedded textures of {size} x {size} px would take "
+                      f"{3 * num_images * size**2 / 2**30:,.0f} GiB, and they are held in memory: take fewer "
+                      "(data.num_images, evaluate.num_images) or smaller ones (data.image_size)")
     self._images, self._labels = textures.create_textures(num_images, size=size, split=split)
     self.class_names = textures.FAMILIES
     self.fingerprint = f"textures:{_VERSION}:{split}:size={size}:{num_images}"
