@@ -95,7 +95,7 @@ class Stopping:
   def _listen(self):
     interrupts = 0
     while number := self._watched.recv(1):
-      if self._alone and self._held and not self._questions:
+      if number[0] in EXIT_CODES and self._alone and self._held and not self._questions:
         # The first step compiles, which may take minutes, and there is nothing that is not saved.
         _end("stopped before the first step; the same command goes on", number[0])
       if number[0] != signal.SIGINT:
