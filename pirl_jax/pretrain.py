@@ -47,7 +47,7 @@ FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "data.num_th
 STEPS_IN_FLIGHT = 2
 """Steps that the devices may be behind the host: enough to keep them busy, and no pile of batches in memory."""
 
-PATIENCE_SECONDS = 20
+HANDOVER_SECONDS = 20
 """How long a run that is still ending in the same folder is waited for."""
 
 NAMED_BROKEN = 20
@@ -145,7 +145,7 @@ def hold(workdir: Path) -> contextlib.ExitStack:
   held = contextlib.ExitStack()
   if jax.process_index() == 0:
     try:
-      held.enter_context(locked(workdir, patience=PATIENCE_SECONDS))
+      held.enter_context(locked(workdir, patience=HANDOVER_SECONDS))
     except TimeoutError as error:
       raise UserError(f"another process is training in {workdir}; let it end, or choose another --workdir") from error
     except OSError as error:

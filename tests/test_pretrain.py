@@ -167,7 +167,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(whole_run, tmp_path)
 
 
 def test_two_runs_at_once_in_a_folder_are_refused(whole_run, monkeypatch):
-  monkeypatch.setattr(pretrain, "PATIENCE_SECONDS", 0.1)
+  monkeypatch.setattr(pretrain, "HANDOVER_SECONDS", 0.1)
   with locked(whole_run), pytest.raises(UserError, match=f"another process is training in {whole_run}; let it end"):
     pretrain.run(tiny(), str(whole_run))
   with locked(whole_run, patience=0):  # refused, it has let go of it
