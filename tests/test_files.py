@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from launching import ROOT
 
 from pirl_jax.evaluation.outcome import Curve, Outcome, save_plot
 from pirl_jax.files import locked, read_json, replacing, write_file, write_json
@@ -72,7 +73,7 @@ def test_a_folder_is_held_by_one_and_let_go_by_one_that_is_killed(tmp_path):
   folder = tmp_path / "new" / "folder"
   holding = ("import sys, time; from pirl_jax.files import locked\n"
              "with locked(sys.argv[1]): print(flush=True), time.sleep(99)")
-  with subprocess.Popen([sys.executable, "-c", holding, folder], stdout=subprocess.PIPE) as other:
+  with subprocess.Popen([sys.executable, "-c", holding, folder], cwd=ROOT, stdout=subprocess.PIPE) as other:
     other.stdout.readline()
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="folder is held by another process"), locked(folder, patience=0.5):
