@@ -158,6 +158,7 @@ def classify(folder, model, *, num_devices=8, **changes):
                                snapshot_folder=folder, **(settings | changes)).figures
 
 
+@pytest.mark.slow
 def test_one_device_finds_what_eight_find(tmp_path):
   one, eight = (classify(tmp_path, two(), num_devices=num) for num in (1, 8))
   for layer, dim in (("res4", 2 * 256), ("pooled", 2 * 64)):

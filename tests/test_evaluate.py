@@ -281,6 +281,7 @@ def test_a_result_with_other_settings_is_not_lost(run):
   assert result_of(run, "knn")["settings"]["knn"]["k"] == 20
 
 
+@pytest.mark.slow
 def test_when_the_run_has_gone_on_the_result_of_the_earlier_step_keeps_a_name_of_its_own(tmp_path):
   folder = small_run(tmp_path / "run")
   evaluate.run(config_of("knn", folder, knn__k=20), "")

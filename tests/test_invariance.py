@@ -125,6 +125,7 @@ def test_trunks_of_networks_without_heads_are_those_of_a_plain_loop(model):
     assert outcome.figures["representation"] == "trunk" and "trunk" in outcome.curve.x_label
 
 
+@pytest.mark.slow
 def test_devices_batches_and_the_number_of_pictures_asked_change_nothing(model):
   one = measure(model).figures
   for changes in ({"num_devices": 8}, {"num_devices": 2, "batch_size": 4}, {"batch_size": 13}):

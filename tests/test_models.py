@@ -164,6 +164,7 @@ def test_unknown_architecture_stem_and_width_are_refused(options):
     create_resnet(**options)
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_memory_alone():
   """By the stage: same names, values and gradients; of a stage of four blocks its input is kept, and no block's."""
   plain = ResNet(blocks=(4, 4), bottleneck=False, channels=8, stem="3x3s2")

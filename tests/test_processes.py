@@ -75,7 +75,8 @@ def test_a_run_moves_to_other_hosts_and_back(tmp_path, one):
   assert "top-1" in judged
 
 
-@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
 def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(tmp_path, lost):
   endless = *TRAINING, "--config.num_epochs=2_000", f"--workdir={tmp_path}"
   with Launch(*endless, processes=2) as started:

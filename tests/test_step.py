@@ -427,7 +427,7 @@ def compile_big_step(num_devices, *, num_negatives):
   return [program.compile() for program in (lowered if isinstance(lowered, tuple) else (lowered,))]
 
 
-@pytest.mark.parametrize("num_negatives", [256, 0])
+@pytest.mark.parametrize("num_negatives", [256, pytest.param(0, marks=pytest.mark.slow)])
 def test_step_holds_one_bank_and_never_gathers_it(full_compile, num_negatives):
   """With a bank that dwarfs all else: donated, not copied; and what travels between devices does not grow with it."""
   bank_bytes = 4 * 128 * BIG

@@ -28,7 +28,8 @@ def jigsaw_views(recipe, *, patch_size, size=27):
 KEYS = jax.random.split(jax.random.key(0), B)
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), GBLUR], ids=["base", "gblur"])
+@pytest.mark.parametrize("recipe", [pytest.param(Recipe(), id="base"),
+                                    pytest.param(GBLUR, id="gblur", marks=pytest.mark.slow)])
 def test_views_depend_on_their_own_key_and_pixels_alone(recipe):
   views = jigsaw_views(recipe, patch_size=7)
   image, pretext, _ = views(KEYS, IMAGES, CROPS)
