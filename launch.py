@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
   if trains:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
   # Imported by name, so that a mistyped flag is answered before JAX has loaded.
-  jax, mesh = importlib.import_module("jax"), importlib.import_module("pirl_jax.mesh")
+  jax, mesh = importlib.import_module("jax"), importlib.import_module("pirl_jax.runtime.mesh")
   # Of several processes JAX takes the signal for itself and tells the others.
   jax.config.update("jax_enable_preemption_service", trains)
   with mesh.processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value):

@@ -21,9 +21,9 @@ import optax
 
 from benchmarks.collectives import sent_bytes
 from pirl_jax import losses, memory_bank
-from pirl_jax import mesh as mesh_lib
 from pirl_jax.models.heads import ImageHead
 from pirl_jax.models.network import Network
+from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.state import create_state
 from pirl_jax.step import make_train_step
 

@@ -30,10 +30,10 @@ from pirl_jax.data.subsets import Subset
 from pirl_jax.evaluation.export import export_features
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import layer_features
-from pirl_jax.mesh import create_mesh, split, whole
 from pirl_jax.models.heads import ImageHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
+from pirl_jax.runtime.mesh import create_mesh, split, whole
 from pirl_jax.views.two_views import normalise
 
 

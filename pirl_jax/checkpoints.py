@@ -25,7 +25,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.files import read_json
 from pirl_jax.formats import FIRST_CHECKED, FORMAT, upgrade
 from pirl_jax.memory_bank import Layout, vectors
-from pirl_jax.mesh import first_failure, split, wait_for_all, whole
+from pirl_jax.runtime.mesh import first_failure, split, wait_for_all, whole
 from pirl_jax.state import TrainState, state_shardings
 
 ITEMS = {"model": ("params", "batch_stats"), "train": ("opt_state", "step", "seed", "normaliser"),

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from pirl_jax import mesh as mesh_lib
 from pirl_jax import system
 from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.data import sources
@@ -32,6 +31,7 @@ from pirl_jax.formats import upgrade_config
 from pirl_jax.logbook import flatten
 from pirl_jax.memory_bank import Layout
 from pirl_jax.runs import Run, Subject, open_subjects
+from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.views.two_views import make_views
 
 SMALL_PICTURES = 96

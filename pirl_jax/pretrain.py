@@ -21,7 +21,6 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from pirl_jax import losses, memory_bank, pictures, system
-from pirl_jax import mesh as mesh_lib
 from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.data import batches, contents, sources
 from pirl_jax.errors import UserError
@@ -35,6 +34,7 @@ from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
 from pirl_jax.optimizer import cosine_schedule, create_optimizer, step_schedule
 from pirl_jax.prediction_step import make_prediction_step
+from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.state import TrainState, create_state
 from pirl_jax.step import make_train_step, view_keys
 from pirl_jax.stopping import Stopped, Stopping

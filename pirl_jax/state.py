@@ -9,8 +9,8 @@ import optax
 from jax.sharding import Mesh
 
 from pirl_jax import memory_bank
-from pirl_jax import mesh as mesh_lib
 from pirl_jax.models.network import Network
+from pirl_jax.runtime import mesh as mesh_lib
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -12,9 +12,9 @@ import optax
 from jax.sharding import Mesh
 
 from pirl_jax import health, losses, memory_bank
-from pirl_jax.mesh import AXIS, SPLIT, WHOLE
 from pirl_jax.models.network import Network
 from pirl_jax.negatives import EveryRow, Scores
+from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE
 from pirl_jax.state import TrainState, state_specs
 
 

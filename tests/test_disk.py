@@ -18,10 +18,10 @@ from test_checkpoints import make_state
 from configs import pirl
 from pirl_jax import checkpoints as checkpoints_lib
 from pirl_jax import logbook, pictures, pretrain
-from pirl_jax import mesh as mesh_lib
 from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.errors import UserError
 from pirl_jax.logbook import Logbook
+from pirl_jax.runtime import mesh as mesh_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -14,11 +14,11 @@ from pirl_jax.evaluation import linear
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.knn import measure_knn
 from pirl_jax.evaluation.layers import check_layers, check_maps, layer_features, layer_names
-from pirl_jax.mesh import create_mesh
 from pirl_jax.models.ensemble import Ensemble
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
+from pirl_jax.runtime.mesh import create_mesh
 from pirl_jax.views.two_views import normalise
 
 SIZE = 16

@@ -17,10 +17,10 @@ from pirl_jax.data.embedded import TextureSource
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import export
 from pirl_jax.evaluation.inputs import Model, Pictures
-from pirl_jax.mesh import create_mesh
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
+from pirl_jax.runtime.mesh import create_mesh
 
 NUM = 37
 

@@ -20,10 +20,10 @@ from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import layer_features
 from pirl_jax.evaluation.linear import Recipe, create_optimizer, create_schedule, create_state, make_train_step
 from pirl_jax.evaluation.outcome import Outcome
-from pirl_jax.mesh import create_mesh, split, whole
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
+from pirl_jax.runtime.mesh import create_mesh, split, whole
 from pirl_jax.views.two_views import normalise
 
 SIZE = 16

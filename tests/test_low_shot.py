@@ -13,7 +13,7 @@ from pirl_jax.data.embedded import TextureSource
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import low_shot
 from pirl_jax.evaluation.low_shot import draw_examples
-from pirl_jax.mesh import create_mesh
+from pirl_jax.runtime.mesh import create_mesh
 
 COSTS = (1.0, 0.01, 30.0)
 

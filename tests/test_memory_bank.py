@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from pirl_jax import memory_bank
 from pirl_jax.errors import UserError
-from pirl_jax.mesh import AXIS, create_mesh, split
+from pirl_jax.runtime.mesh import AXIS, create_mesh, split
 
 D = 16
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pirl_jax import losses, memory_bank, negatives
-from pirl_jax.mesh import AXIS, create_mesh
+from pirl_jax.runtime.mesh import AXIS, create_mesh
 
 N, B, D, TAU, Z = 203, 6, 16, 0.2, 900.0
 LAYOUT = memory_bank.create_layout(N, num_devices=1, num_negatives=0)  # 32 strata of 7 rows, 21 of them padding

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from launching import STEPS, TRAINING, Launch, launch, rows, stored, wait_for
 
-from pirl_jax import mesh as mesh_lib
 from pirl_jax.errors import UserError
+from pirl_jax.runtime import mesh as mesh_lib
 
 BOUND = 150  # seconds in which a process ends that has lost another
 DOUBLE = ("--config.model.dtype=float64", "--config.bank.dtype=float64")

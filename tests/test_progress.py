@@ -2,8 +2,8 @@ import io
 
 import pytest
 
-from pirl_jax import progress
-from pirl_jax.progress import Progress
+from pirl_jax.runtime import progress
+from pirl_jax.runtime.progress import Progress
 
 
 class Terminal(io.StringIO):

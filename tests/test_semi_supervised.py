@@ -19,11 +19,11 @@ from pirl_jax.evaluation import semi_supervised
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.semi_supervised import Recipe, create_optimizer, create_schedule, make_train_step
-from pirl_jax.mesh import AXIS, create_mesh, split, whole
 from pirl_jax.models.classifier import Classifier, on_trunk
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
+from pirl_jax.runtime.mesh import AXIS, create_mesh, split, whole
 from pirl_jax.views.two_views import normalise
 
 SIZE, CLASSES = 16, 10

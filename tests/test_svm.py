@@ -16,10 +16,10 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation import svm
 from pirl_jax.evaluation.average_precision import average_precision
 from pirl_jax.evaluation.inputs import Model, Pictures
-from pirl_jax.mesh import create_mesh
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
+from pirl_jax.runtime.mesh import create_mesh
 from pirl_jax.views.two_views import normalise
 
 COSTS = (1.0, 0.01, 10.0, 0.1)

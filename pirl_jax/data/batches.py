@@ -155,7 +155,7 @@ def place(batch: dict[str, np.ndarray], mesh) -> dict:
   """
   import jax  # here alone: the rest of the data room works without
 
-  from pirl_jax.mesh import split
+  from pirl_jax.runtime.mesh import split
 
   rows, num_devices = len(batch["index"]), len(mesh.local_devices)
   if rows % num_devices:

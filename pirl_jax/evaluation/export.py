@@ -25,7 +25,7 @@ from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import check_layers, layer_features
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.files import replacing
-from pirl_jax.progress import Progress
+from pirl_jax.runtime.progress import Progress
 
 NAMES_SHOWN = 10
 """Broken pictures that are named in the figures."""

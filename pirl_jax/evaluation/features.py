@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from pirl_jax.errors import UserError
-from pirl_jax.mesh import AXIS, SPLIT, WHOLE, split, whole
+from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.views.two_views import normalise
 
 IN_FLIGHT = 2

@@ -22,8 +22,8 @@ from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import check_layers, layer_features
 from pirl_jax.evaluation.outcome import Curve, Outcome
 from pirl_jax.memory_bank import vectors
-from pirl_jax.mesh import AXIS, SPLIT, WHOLE, split, whole
-from pirl_jax.progress import Progress
+from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
+from pirl_jax.runtime.progress import Progress
 
 QUERIES = 256
 """Queries scored at a time; the last ones are padded to as many, so that one program serves all."""

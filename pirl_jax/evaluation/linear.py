@@ -41,10 +41,10 @@ from pirl_jax.evaluation.features import stream_features
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import EMBEDDING, check_layers, layer_features, layer_names
 from pirl_jax.evaluation.outcome import Curve, Outcome
-from pirl_jax.mesh import AXIS, SPLIT, WHOLE, whole
 from pirl_jax.models.ensemble import Ensemble
 from pirl_jax.models.network import Network
-from pirl_jax.progress import Progress
+from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, whole
+from pirl_jax.runtime.progress import Progress
 from pirl_jax.views.two_views import normalise
 
 BASE_BATCH = 256

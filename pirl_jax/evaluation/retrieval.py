@@ -26,8 +26,8 @@ from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.knn import Nearest, Neighbours, gather_blocks, ladder
 from pirl_jax.evaluation.layers import EMBEDDING, check_layers, layer_features
 from pirl_jax.evaluation.outcome import Curve, Outcome
-from pirl_jax.mesh import AXIS, SPLIT, WHOLE, split, whole
-from pirl_jax.progress import Progress
+from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
+from pirl_jax.runtime.progress import Progress
 
 DEPTH = 50
 """Neighbours up to which precision is told."""

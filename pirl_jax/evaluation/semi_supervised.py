@@ -39,10 +39,10 @@ from pirl_jax.evaluation.features import extract_features
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.outcome import Curve, Outcome
 from pirl_jax.files import read_json, write_json
-from pirl_jax.mesh import AXIS, SPLIT, WHOLE, whole
 from pirl_jax.models.classifier import Classifier, on_trunk
 from pirl_jax.models.resnet import ResNet
-from pirl_jax.progress import Progress
+from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, whole
+from pirl_jax.runtime.progress import Progress
 from pirl_jax.views.two_views import normalise
 
 BASE_BATCH = 256

@@ -1,0 +1,1 @@
+"""Devices and processes, and what a program shows while it works."""
