@@ -19,19 +19,19 @@ import jax
 from ml_collections import ConfigDict
 
 from pirl_jax import system
-from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.data import sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import export, invariance, knn, linear, low_shot, retrieval, semi_supervised, svm
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers, check_maps, layer_names
 from pirl_jax.evaluation.outcome import Outcome, format_table, save_plot
-from pirl_jax.files import read_json, write_json
-from pirl_jax.formats import upgrade_config
-from pirl_jax.logbook import flatten
 from pirl_jax.memory_bank import Layout
 from pirl_jax.runs import Run, Subject, open_subjects
 from pirl_jax.runtime import mesh as mesh_lib
+from pirl_jax.storage.checkpoints import Checkpoints
+from pirl_jax.storage.files import read_json, write_json
+from pirl_jax.storage.formats import upgrade_config
+from pirl_jax.storage.logbook import flatten
 from pirl_jax.views.two_views import make_views
 
 SMALL_PICTURES = 96

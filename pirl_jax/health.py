@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pirl_jax.errors import UserError
-from pirl_jax.files import write_json
+from pirl_jax.storage.files import write_json
 
 QUANTITIES = ("the loss", "the gradients", "the parameters", "the batch statistics", "the rows of the memory bank")
 """Looked at in each step, in the order in which a number that is not finite passes from one to the next."""

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from pirl_jax.files import replacing
+from pirl_jax.storage.files import replacing
 
 SIDE = 192
 """Pixels to which the side of a small picture is scaled up (by a whole factor); larger ones stay."""

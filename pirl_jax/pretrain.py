@@ -21,15 +21,11 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from pirl_jax import losses, memory_bank, pictures, system
-from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.data import batches, contents, sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import features, knn, learning
 from pirl_jax.evaluation.inputs import Model, Pictures
-from pirl_jax.files import locked, read_json, write_json
-from pirl_jax.formats import FIRST_BITS, FIRST_RESUMED, FORMAT, upgrade_config
 from pirl_jax.health import NOT_FINITE, Guard
-from pirl_jax.logbook import METRICS, Logbook, flatten, read_rows
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
 from pirl_jax.optimizer import cosine_schedule, create_optimizer, step_schedule
@@ -38,6 +34,10 @@ from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.state import TrainState, create_state
 from pirl_jax.step import make_train_step, view_keys
 from pirl_jax.stopping import Stopped, Stopping
+from pirl_jax.storage.checkpoints import Checkpoints
+from pirl_jax.storage.files import locked, read_json, write_json
+from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, FORMAT, upgrade_config
+from pirl_jax.storage.logbook import METRICS, Logbook, flatten, read_rows
 from pirl_jax.views.permutations import SUBSETS
 from pirl_jax.views.two_views import denormalise
 

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from pirl_jax import system
-from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Model
 from pirl_jax.evaluation.layers import layer_names
 from pirl_jax.models.ensemble import Ensemble
+from pirl_jax.storage.checkpoints import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,9 +28,9 @@ from ml_collections import ConfigDict
 import configs
 from configs import evaluate as evaluations
 from pirl_jax import evaluate, pretrain, study_figures
-from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.errors import UserError
-from pirl_jax.files import read_json, write_file, write_json
+from pirl_jax.storage.checkpoints import Checkpoints
+from pirl_jax.storage.files import read_json, write_file, write_json
 from pirl_jax.study_figures import PAPER, Cell, Panel
 
 PLOTS = ("lines", "bars", "layers", "distances")

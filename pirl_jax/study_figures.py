@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
-from pirl_jax.files import replacing
+from pirl_jax.storage.files import replacing
 
 CONFIDENCE = 0.95
 UNSHOWN = "no difference shown"

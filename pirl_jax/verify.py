@@ -4,11 +4,11 @@ from datetime import datetime
 
 from ml_collections import ConfigDict
 
-from pirl_jax.checkpoints import ASIDE, Checkpoints
 from pirl_jax.errors import UserError
-from pirl_jax.formats import FIRST_CHECKED
 from pirl_jax.runs import run_folder
 from pirl_jax.runtime import mesh as mesh_lib
+from pirl_jax.storage.checkpoints import ASIDE, Checkpoints
+from pirl_jax.storage.formats import FIRST_CHECKED
 
 
 def run(config: ConfigDict, workdir: str) -> None:

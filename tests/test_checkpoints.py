@@ -9,17 +9,17 @@ import optax
 import pytest
 
 from pirl_jax import memory_bank
-from pirl_jax.checkpoints import Checkpoints, Snapshots
-from pirl_jax.checksums import json_checksum
 from pirl_jax.errors import UserError
-from pirl_jax.files import write_json
-from pirl_jax.formats import FORMAT
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.optimizer import create_optimizer
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.state import create_state
+from pirl_jax.storage.checkpoints import Checkpoints, Snapshots
+from pirl_jax.storage.checksums import json_checksum
+from pirl_jax.storage.files import write_json
+from pirl_jax.storage.formats import FORMAT
 
 
 def make_state(num_devices, num_images=103):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pirl_jax.checksums import _sums, checksums, json_checksum
 from pirl_jax.runtime import mesh as mesh_lib
+from pirl_jax.storage.checksums import _sums, checksums, json_checksum
 
 RNG = np.random.default_rng(0)
 ARRAYS = {

@@ -17,8 +17,8 @@ from configs import data_sets
 from pirl_jax import evaluate, memory_bank, pretrain, system
 from pirl_jax.data.batches import steps_per_epoch
 from pirl_jax.errors import UserError
-from pirl_jax.logbook import flatten
 from pirl_jax.optimizer import create_optimizer
+from pirl_jax.storage.logbook import flatten
 
 MODULES = {}
 for path in sorted((Path(__file__).parents[1] / "configs").glob("*.py")):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from test_checkpoints import make_state, nothing
 
-from pirl_jax.checkpoints import Checkpoints, Snapshots
 from pirl_jax.runtime import mesh as mesh_lib
+from pirl_jax.storage.checkpoints import Checkpoints, Snapshots
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -16,12 +16,13 @@ from launching import LIMIT, ROOT, STEPS, TRAINING, Launch, assert_same, launch,
 from test_checkpoints import make_state
 
 from configs import pirl
-from pirl_jax import checkpoints as checkpoints_lib
-from pirl_jax import logbook, pictures, pretrain
-from pirl_jax.checkpoints import Checkpoints
+from pirl_jax import pictures, pretrain
 from pirl_jax.errors import UserError
-from pirl_jax.logbook import Logbook
 from pirl_jax.runtime import mesh as mesh_lib
+from pirl_jax.storage import checkpoints as checkpoints_lib
+from pirl_jax.storage import logbook
+from pirl_jax.storage.checkpoints import Checkpoints
+from pirl_jax.storage.logbook import Logbook
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

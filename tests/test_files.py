@@ -11,7 +11,7 @@ import pytest
 from launching import ROOT
 
 from pirl_jax.evaluation.outcome import Curve, Outcome, save_plot
-from pirl_jax.files import locked, read_json, replacing, write_file, write_json
+from pirl_jax.storage.files import locked, read_json, replacing, write_file, write_json
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
@@ -71,7 +71,7 @@ def test_what_is_no_object_is_read_as_none(tmp_path, content):
 
 def test_a_folder_is_held_by_one_and_let_go_by_one_that_is_killed(tmp_path):
   folder = tmp_path / "new" / "folder"
-  holding = ("import sys, time; from pirl_jax.files import locked\n"
+  holding = ("import sys, time; from pirl_jax.storage.files import locked\n"
              "with locked(sys.argv[1]): print(flush=True), time.sleep(99)")
   with subprocess.Popen([sys.executable, "-c", holding, folder], cwd=ROOT, stdout=subprocess.PIPE) as other:
     other.stdout.readline()

@@ -10,9 +10,9 @@ import pytest
 from configs import evaluate as evaluate_configs
 from configs import pirl
 from pirl_jax import evaluate, pretrain
-from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.errors import UserError
-from pirl_jax.formats import FORMAT
+from pirl_jax.storage.checkpoints import Checkpoints
+from pirl_jax.storage.formats import FORMAT
 
 STORED = Path(__file__).parent / "stored"
 

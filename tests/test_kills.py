@@ -11,7 +11,7 @@ import pytest
 from launching import LIMIT, TRAINING, Launch, assert_same, launch, rows
 from test_builders import cifar_archive
 
-from pirl_jax.logbook import read_rows
+from pirl_jax.storage.logbook import read_rows
 
 STEPS = 120
 

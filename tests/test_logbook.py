@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from pirl_jax import logbook
-from pirl_jax.logbook import Logbook, read_rows
+from pirl_jax.storage import logbook
+from pirl_jax.storage.logbook import Logbook, read_rows
 
 
 class Clock:

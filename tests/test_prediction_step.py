@@ -12,7 +12,6 @@ import optax
 import pytest
 
 from pirl_jax import memory_bank
-from pirl_jax.checkpoints import Checkpoints
 from pirl_jax.errors import UserError
 from pirl_jax.models.heads import ClassHead, PatchesClassHead
 from pirl_jax.models.network import Network
@@ -22,6 +21,7 @@ from pirl_jax.prediction_step import make_prediction_step
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.state import create_state
 from pirl_jax.step import view_keys
+from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.views.jigsaw import Jigsaw
 from pirl_jax.views.photometric import Recipe
 from pirl_jax.views.two_views import make_views

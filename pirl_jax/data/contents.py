@@ -4,7 +4,7 @@ import gzip
 from pathlib import Path
 
 from pirl_jax.data.records import Source
-from pirl_jax.files import write_file
+from pirl_jax.storage.files import write_file
 
 FILE = "pictures.txt.gz"
 NAMED = 3

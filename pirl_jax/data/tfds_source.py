@@ -18,7 +18,7 @@ from pirl_jax.data.builders import OWN_BUILDERS
 from pirl_jax.data.crops import BrokenPicture, decode
 from pirl_jax.data.records import Record, Source, printable
 from pirl_jax.errors import UserError
-from pirl_jax.files import locked
+from pirl_jax.storage.files import locked
 
 _LABEL_THREADS = 8
 _SAMPLED_RECORDS = 16  # whose pixels go into the fingerprint

@@ -24,8 +24,8 @@ from pirl_jax.evaluation.features import IN_FLIGHT, stream_features
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import check_layers, layer_features
 from pirl_jax.evaluation.outcome import Outcome
-from pirl_jax.files import replacing
 from pirl_jax.runtime.progress import Progress
+from pirl_jax.storage.files import replacing
 
 NAMES_SHOWN = 10
 """Broken pictures that are named in the figures."""

@@ -33,7 +33,6 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from pirl_jax.checkpoints import Snapshots
 from pirl_jax.data import batches
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import classification
@@ -45,6 +44,7 @@ from pirl_jax.models.ensemble import Ensemble
 from pirl_jax.models.network import Network
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, whole
 from pirl_jax.runtime.progress import Progress
+from pirl_jax.storage.checkpoints import Snapshots
 from pirl_jax.views.two_views import normalise
 
 BASE_BATCH = 256

@@ -9,7 +9,7 @@ from typing import Any, Self
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pirl_jax.files import replacing
+from pirl_jax.storage.files import replacing
 
 
 @dataclasses.dataclass(frozen=True)

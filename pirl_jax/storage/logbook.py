@@ -19,7 +19,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from pirl_jax.files import strict, write_file
+from pirl_jax.storage.files import strict, write_file
 
 METRICS = "metrics.jsonl"
 
