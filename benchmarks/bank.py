@@ -20,12 +20,12 @@ import numpy as np
 import optax
 
 from benchmarks.collectives import sent_bytes
-from pirl_jax import losses, memory_bank
+from pirl_jax.method import losses, memory_bank
+from pirl_jax.method.state import create_state
+from pirl_jax.method.step import make_train_step
 from pirl_jax.models.heads import ImageHead
 from pirl_jax.models.network import Network
 from pirl_jax.runtime import mesh as mesh_lib
-from pirl_jax.state import create_state
-from pirl_jax.step import make_train_step
 
 DIM = 128
 ROUNDS = 5

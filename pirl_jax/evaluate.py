@@ -25,7 +25,7 @@ from pirl_jax.evaluation import export, invariance, knn, linear, low_shot, retri
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers, check_maps, layer_names
 from pirl_jax.evaluation.outcome import Outcome, format_table, save_plot
-from pirl_jax.memory_bank import Layout
+from pirl_jax.method.memory_bank import Layout
 from pirl_jax.runs import Run, Subject, open_subjects
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints

@@ -20,19 +20,21 @@ import optax
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from pirl_jax import losses, memory_bank, pictures, system
+from pirl_jax import system
 from pirl_jax.data import batches, contents, sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import features, knn, learning
 from pirl_jax.evaluation.inputs import Model, Pictures
-from pirl_jax.health import NOT_FINITE, Guard
+from pirl_jax.figures import pictures
+from pirl_jax.method import losses, memory_bank
+from pirl_jax.method.health import NOT_FINITE, Guard
+from pirl_jax.method.optimizer import cosine_schedule, create_optimizer, step_schedule
+from pirl_jax.method.prediction_step import make_prediction_step
+from pirl_jax.method.state import TrainState, create_state
+from pirl_jax.method.step import make_train_step, view_keys
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
-from pirl_jax.optimizer import cosine_schedule, create_optimizer, step_schedule
-from pirl_jax.prediction_step import make_prediction_step
 from pirl_jax.runtime import mesh as mesh_lib
-from pirl_jax.state import TrainState, create_state
-from pirl_jax.step import make_train_step, view_keys
 from pirl_jax.stopping import Stopped, Stopping
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import locked, read_json, write_json

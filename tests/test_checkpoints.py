@@ -8,14 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from pirl_jax import memory_bank
 from pirl_jax.errors import UserError
+from pirl_jax.method import memory_bank
+from pirl_jax.method.optimizer import create_optimizer
+from pirl_jax.method.state import create_state
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
-from pirl_jax.optimizer import create_optimizer
 from pirl_jax.runtime import mesh as mesh_lib
-from pirl_jax.state import create_state
 from pirl_jax.storage.checkpoints import Checkpoints, Snapshots
 from pirl_jax.storage.checksums import json_checksum
 from pirl_jax.storage.files import write_json

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from configs import data_sets
-from pirl_jax import evaluate, memory_bank, pretrain, system
+from pirl_jax import evaluate, pretrain, system
 from pirl_jax.data.batches import steps_per_epoch
 from pirl_jax.errors import UserError
-from pirl_jax.optimizer import create_optimizer
+from pirl_jax.method import memory_bank
+from pirl_jax.method.optimizer import create_optimizer
 from pirl_jax.storage.logbook import flatten
 
 MODULES = {}

@@ -16,8 +16,9 @@ from launching import LIMIT, ROOT, STEPS, TRAINING, Launch, assert_same, launch,
 from test_checkpoints import make_state
 
 from configs import pirl
-from pirl_jax import pictures, pretrain
+from pirl_jax import pretrain
 from pirl_jax.errors import UserError
+from pirl_jax.figures import pictures
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage import checkpoints as checkpoints_lib
 from pirl_jax.storage import logbook

@@ -12,11 +12,11 @@ from pirl_jax.data.subsets import shuffled
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.invariance import NO_AUGMENTATION, measure_invariance
+from pirl_jax.method.step import view_keys
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh
-from pirl_jax.step import view_keys
 from pirl_jax.views.jigsaw import Jigsaw
 from pirl_jax.views.two_views import make_views, normalise
 

@@ -7,9 +7,9 @@ import oracles
 import pytest
 from scipy import special
 
-from pirl_jax import losses
 from pirl_jax.errors import UserError
-from pirl_jax.negatives import Scores
+from pirl_jax.method import losses
+from pirl_jax.method.negatives import Scores
 
 N = 5_000
 

@@ -8,8 +8,8 @@ import pytest
 from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 
-from pirl_jax import memory_bank
 from pirl_jax.errors import UserError
+from pirl_jax.method import memory_bank
 from pirl_jax.runtime.mesh import AXIS, create_mesh, split
 
 D = 16

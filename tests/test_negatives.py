@@ -9,7 +9,7 @@ import oracles
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pirl_jax import losses, memory_bank, negatives
+from pirl_jax.method import losses, memory_bank, negatives
 from pirl_jax.runtime.mesh import AXIS, create_mesh
 
 N, B, D, TAU, Z = 203, 6, 16, 0.2, 900.0

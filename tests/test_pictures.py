@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pirl_jax import pictures
+from pirl_jax.figures import pictures
 
 
 def find(canvas, picture, factor):

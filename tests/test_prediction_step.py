@@ -11,16 +11,16 @@ import numpy as np
 import optax
 import pytest
 
-from pirl_jax import memory_bank
 from pirl_jax.errors import UserError
+from pirl_jax.method import memory_bank
+from pirl_jax.method.optimizer import create_optimizer
+from pirl_jax.method.prediction_step import make_prediction_step
+from pirl_jax.method.state import create_state
+from pirl_jax.method.step import view_keys
 from pirl_jax.models.heads import ClassHead, PatchesClassHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ResNet
-from pirl_jax.optimizer import create_optimizer
-from pirl_jax.prediction_step import make_prediction_step
 from pirl_jax.runtime import mesh as mesh_lib
-from pirl_jax.state import create_state
-from pirl_jax.step import view_keys
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.views.jigsaw import Jigsaw
 from pirl_jax.views.photometric import Recipe

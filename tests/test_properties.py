@@ -18,10 +18,11 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from pirl_jax import losses, memory_bank, negatives, pretrain
+from pirl_jax import pretrain
 from pirl_jax.data import crops, embedded
 from pirl_jax.errors import UserError
-from pirl_jax.negatives import Scores
+from pirl_jax.method import losses, memory_bank, negatives
+from pirl_jax.method.negatives import Scores
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE
 from pirl_jax.storage.logbook import flatten

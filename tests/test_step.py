@@ -11,14 +11,14 @@ import oracles
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pirl_jax import losses, memory_bank
+from pirl_jax.method import losses, memory_bank
+from pirl_jax.method.optimizer import create_optimizer
+from pirl_jax.method.state import create_state
+from pirl_jax.method.step import make_train_step, view_keys
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ResNet, create_resnet
-from pirl_jax.optimizer import create_optimizer
 from pirl_jax.runtime import mesh as mesh_lib
-from pirl_jax.state import create_state
-from pirl_jax.step import make_train_step, view_keys
 
 N, B, K, D, TAU = 103, 16, 32, 16, 0.2
 BIG = 65_536

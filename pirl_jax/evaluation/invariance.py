@@ -19,11 +19,11 @@ from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.outcome import Curve, Outcome
-from pirl_jax.memory_bank import normalise
+from pirl_jax.method.memory_bank import normalise
+from pirl_jax.method.step import view_keys
 from pirl_jax.models.network import Network
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.runtime.progress import Progress
-from pirl_jax.step import view_keys
 from pirl_jax.views.photometric import Recipe
 
 NO_AUGMENTATION = Recipe(brightness=0, contrast=0, saturation=0, hue=0, jitter_probability=0, group_probability=0,

@@ -21,7 +21,7 @@ from pirl_jax.evaluation.features import extract_features, stream_features, unit
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import check_layers, layer_features
 from pirl_jax.evaluation.outcome import Curve, Outcome
-from pirl_jax.memory_bank import vectors
+from pirl_jax.method.memory_bank import vectors
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.runtime.progress import Progress
 

@@ -17,7 +17,6 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from pirl_jax import pictures
 from pirl_jax.data.records import Source
 from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
@@ -26,6 +25,7 @@ from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.knn import Nearest, Neighbours, gather_blocks, ladder
 from pirl_jax.evaluation.layers import EMBEDDING, check_layers, layer_features
 from pirl_jax.evaluation.outcome import Curve, Outcome
+from pirl_jax.figures import pictures
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.runtime.progress import Progress
 

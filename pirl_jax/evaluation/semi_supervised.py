@@ -29,7 +29,6 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from pirl_jax import optimizer as optimizer_lib
 from pirl_jax.data import batches
 from pirl_jax.data.subsets import draw_subset, subset_digest
 from pirl_jax.errors import UserError
@@ -37,6 +36,7 @@ from pirl_jax.evaluation import classification
 from pirl_jax.evaluation.features import extract_features
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.outcome import Curve, Outcome
+from pirl_jax.method import optimizer as optimizer_lib
 from pirl_jax.models.classifier import Classifier, on_trunk
 from pirl_jax.models.resnet import ResNet
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, whole

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from pirl_jax import health, memory_bank
+from pirl_jax.method import health, memory_bank
+from pirl_jax.method.state import TrainState
+from pirl_jax.method.step import accumulate, map_step, split_batch, view_keys, whole_batch_stats
 from pirl_jax.models.network import Network
 from pirl_jax.runtime.mesh import AXIS
-from pirl_jax.state import TrainState
-from pirl_jax.step import accumulate, map_step, split_batch, view_keys, whole_batch_stats
 
 
 def make_prediction_step(network: Network, optimizer: optax.GradientTransformation, views_fn: Callable,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from pirl_jax import memory_bank
+from pirl_jax.method import memory_bank
 from pirl_jax.models.network import Network
 from pirl_jax.runtime import mesh as mesh_lib
 

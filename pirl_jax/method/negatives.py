@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pirl_jax import memory_bank
+from pirl_jax.method import memory_bank
 
 CHUNK_ROWS = 8_192
 """Rows of the bank that are scored at a time, at most: 32 MB of scores for 1,024 images."""

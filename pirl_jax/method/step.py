@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from pirl_jax import health, losses, memory_bank
+from pirl_jax.method import health, losses, memory_bank
+from pirl_jax.method.negatives import EveryRow, Scores
+from pirl_jax.method.state import TrainState, state_specs
 from pirl_jax.models.network import Network
-from pirl_jax.negatives import EveryRow, Scores
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE
-from pirl_jax.state import TrainState, state_specs
 
 
 def make_train_step(

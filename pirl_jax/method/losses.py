@@ -4,8 +4,9 @@ Letters: B batch, K negatives, N images in the data set. Scores are cosine simil
 they lie in [-1/tau, 1/tau].
 
 A loss is made of sums over the negatives, and says only what is summed: the negatives may stand in memory, be split
-over devices or pass by in chunks (`pirl_jax/negatives.py`). Two scores differ by `2 / temperature` at most, so the
-softmax losses are written in exp(negative - positive), which float32 holds for tau >= 0.03: no maximum has to travel.
+over devices or pass by in chunks (`pirl_jax/method/negatives.py`). Two scores differ by `2 / temperature` at most, so
+the softmax losses are written in exp(negative - positive), which float32 holds for tau >= 0.03: no maximum has to
+travel.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pirl_jax.errors import UserError
-from pirl_jax.negatives import Negatives
+from pirl_jax.method.negatives import Negatives
 
 EPS = 2.0**-23
 """Added to the denominators of `nce`: the float32 machine epsilon, as in vissl/losses/nce_loss.py."""

@@ -1,0 +1,1 @@
+"""The figures of runs and evaluations, drawn without a display."""

@@ -1,0 +1,1 @@
+"""PIRL on arrays: no config, no disk, no clock."""
