@@ -17,8 +17,8 @@ from ml_collections import config_flags
 
 from pirl_jax.errors import UserError
 
-JOBS = {"pretrain": "pirl_jax.pretrain", "evaluate": "pirl_jax.evaluate", "study": "pirl_jax.study",
-        "checkpoints": "pirl_jax.verify"}
+JOBS = {"pretrain": "pirl_jax.training.pretrain", "evaluate": "pirl_jax.evaluation.evaluate",
+        "study": "pirl_jax.studies.study", "checkpoints": "pirl_jax.verify"}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, for example configs/pirl.py:imagenet.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; each job has a default of its own.")
@@ -97,8 +97,8 @@ def main(argv: list[str]) -> None:
   jax.config.update("jax_enable_preemption_service", trains)
   with mesh.processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value):
     run = importlib.import_module(JOBS[config.job]).run
-    stopping = importlib.import_module("pirl_jax.stopping").Stopping() if trains and mesh.alone() else nullcontext()
-    with stopping:
+    stopping = importlib.import_module("pirl_jax.training.stopping")
+    with stopping.Stopping() if trains and mesh.alone() else nullcontext():
       run(config, WORKDIR.value)
 
 

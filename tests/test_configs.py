@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from configs import data_sets
-from pirl_jax import evaluate, pretrain, system
+from pirl_jax import system
 from pirl_jax.data.batches import steps_per_epoch
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation import evaluate
 from pirl_jax.method import memory_bank
 from pirl_jax.method.optimizer import create_optimizer
 from pirl_jax.storage.logbook import flatten
+from pirl_jax.training import pretrain
 
 MODULES = {}
 for path in sorted((Path(__file__).parents[1] / "configs").glob("*.py")):
@@ -154,11 +156,11 @@ def test_the_table_of_systems_names_every_imagenet_config():
 
 
 @pytest.mark.parametrize("name, rooms", [
-  ("evaluate", ["evaluate.py"]), ("study", ["study.py", "study_figures.py"]),
+  ("evaluate", ["evaluation/evaluate.py"]), ("study", ["studies/study.py", "studies/figures.py"]),
   ("checkpoints", ["verify.py"])])
 def test_every_field_of_an_evaluation_or_a_study_is_read_by_its_job(name, rooms):
   """By its name in the job's file; a group that is handed on as keywords is a TypeError where nothing takes one."""
-  package = Path(pretrain.__file__).parent
+  package = Path(system.__file__).parent
   source = "".join((package / room).read_text() for room in rooms) + (package.parent / "launch.py").read_text()
   handed_on = {"linear", "semi_supervised"}
   fields = {field for variant in MODULES[name].VARIANTS

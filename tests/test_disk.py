@@ -16,7 +16,6 @@ from launching import LIMIT, ROOT, STEPS, TRAINING, Launch, assert_same, launch,
 from test_checkpoints import make_state
 
 from configs import pirl
-from pirl_jax import pretrain
 from pirl_jax.errors import UserError
 from pirl_jax.figures import pictures
 from pirl_jax.runtime import mesh as mesh_lib
@@ -24,6 +23,7 @@ from pirl_jax.storage import checkpoints as checkpoints_lib
 from pirl_jax.storage import logbook
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.logbook import Logbook
+from pirl_jax.training import pretrain
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

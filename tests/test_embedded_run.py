@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import pirl
-from pirl_jax import pretrain
+from pirl_jax.training import pretrain
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ from sklearn.linear_model import LogisticRegression
 
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation import linear
 from pirl_jax.evaluation.inputs import Model, Pictures
-from pirl_jax.evaluation.knn import measure_knn
 from pirl_jax.evaluation.layers import check_layers, check_maps, layer_features, layer_names
+from pirl_jax.evaluation.protocols import linear
+from pirl_jax.evaluation.protocols.knn import measure_knn
 from pirl_jax.models.ensemble import Ensemble
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network

@@ -13,8 +13,8 @@ from orbax.checkpoint import CheckpointManager, args
 
 import configs.evaluate
 from configs import pirl
-from pirl_jax import evaluate, pretrain
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation import evaluate
 from pirl_jax.evaluation.inputs import Model
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
@@ -22,6 +22,7 @@ from pirl_jax.runs import Run, Subject, check_same_layers, open_subjects
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.formats import FORMAT
+from pirl_jax.training import pretrain
 
 
 def small_run(folder, *, seed=0, num_epochs=2, **data):

@@ -15,8 +15,8 @@ from pyarrow import parquet
 
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation import export
 from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.protocols import export
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet

@@ -9,10 +9,11 @@ import pytest
 
 from configs import evaluate as evaluate_configs
 from configs import pirl
-from pirl_jax import evaluate, pretrain
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation import evaluate
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.formats import FORMAT
+from pirl_jax.training import pretrain
 
 STORED = Path(__file__).parent / "stored"
 

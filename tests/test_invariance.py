@@ -11,7 +11,7 @@ from pirl_jax.data.records import Record
 from pirl_jax.data.subsets import shuffled
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Model, Pictures
-from pirl_jax.evaluation.invariance import NO_AUGMENTATION, measure_invariance
+from pirl_jax.evaluation.protocols.invariance import NO_AUGMENTATION, measure_invariance
 from pirl_jax.method.step import view_keys
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network

@@ -128,7 +128,7 @@ def test_an_evaluation_that_is_killed_gives_the_same_figures(tmp_path, expected,
     run = tmp_path / f"{kills}" / "run"
     shutil.copytree(expected, run)
     command = (f"--config=configs/evaluate.py:{protocol}", f"--config.checkpoint={run}", *settings)
-    options = dict(changed={f"pirl_jax.evaluation.{module}": {"SNAPSHOT_SECONDS": 0.5}})
+    options = dict(changed={f"pirl_jax.evaluation.protocols.{module}": {"SNAPSHOT_SECONDS": 0.5}})
     unfinished = run / "results" / "unfinished"
     killed = sum(kill_after(f"{unfinished}/**/_CHECKPOINT_METADATA", command, rng, **options) for _ in range(kills))
     output, = launch(*command, **options)

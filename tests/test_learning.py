@@ -9,7 +9,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.learning import format_table, measure_learning
+from pirl_jax.evaluation.protocols.learning import format_table, measure_learning
 from pirl_jax.runtime.mesh import create_mesh
 from pirl_jax.views.two_views import normalise
 

@@ -15,11 +15,17 @@ from sklearn.linear_model import LogisticRegression
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation import linear
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import layer_features
-from pirl_jax.evaluation.linear import Recipe, create_optimizer, create_schedule, create_state, make_train_step
 from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.evaluation.protocols import linear
+from pirl_jax.evaluation.protocols.linear import (
+  Recipe,
+  create_optimizer,
+  create_schedule,
+  create_state,
+  make_train_step,
+)
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet

@@ -11,8 +11,8 @@ from test_svm import Damaged, Objects, Scarce, curve_area, features_by_hand, pic
 from pirl_jax.data import batches
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation import low_shot
-from pirl_jax.evaluation.low_shot import draw_examples
+from pirl_jax.evaluation.protocols import low_shot
+from pirl_jax.evaluation.protocols.low_shot import draw_examples
 from pirl_jax.runtime.mesh import create_mesh
 
 COSTS = (1.0, 0.01, 30.0)
@@ -117,7 +117,7 @@ def test_every_picture_is_drawn_equally_often():
 def test_devices_and_threads_change_nothing(model, monkeypatch):
   train, test = pictures(Damaged, 80, "train"), pictures(Damaged, 40, "test")
   one = measure(model, train, test)
-  monkeypatch.setattr("pirl_jax.evaluation.svm.joblib.cpu_count", lambda: 1)
+  monkeypatch.setattr("pirl_jax.evaluation.protocols.svm.joblib.cpu_count", lambda: 1)
   assert measure(model, train, test).to_json() == one.to_json()
   eight = measure(model, pictures(Damaged, 80, "train", batch_size=16), test, num_devices=8)
   assert eight.table == pytest.approx(one.table, abs=1e-3)

@@ -7,12 +7,12 @@ import optax
 import pytest
 
 from configs import jigsaw
-from pirl_jax import pretrain
 from pirl_jax.errors import UserError
 from pirl_jax.method.optimizer import cosine_schedule, create_optimizer, step_schedule
 from pirl_jax.models.heads import PatchesClassHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
+from pirl_jax.training import pretrain
 
 
 def test_cosine_of_the_paper_from_012_to_a_thousandth():

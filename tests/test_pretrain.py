@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from configs import pirl
-from pirl_jax import pretrain
 from pirl_jax.errors import UserError
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import locked
+from pirl_jax.training import pretrain
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -18,7 +18,6 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from pirl_jax import pretrain
 from pirl_jax.data import crops, embedded
 from pirl_jax.errors import UserError
 from pirl_jax.method import losses, memory_bank, negatives
@@ -26,6 +25,7 @@ from pirl_jax.method.negatives import Scores
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE
 from pirl_jax.storage.logbook import flatten
+from pirl_jax.training import pretrain
 from pirl_jax.views import jigsaw, permutations, photometric, rotation, two_views
 
 # The same examples at every run, and no folder of them left behind.

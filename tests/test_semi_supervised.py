@@ -15,10 +15,10 @@ from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.data.subsets import draw_subset
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation import semi_supervised
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.outcome import Outcome
-from pirl_jax.evaluation.semi_supervised import Recipe, create_optimizer, create_schedule, make_train_step
+from pirl_jax.evaluation.protocols import semi_supervised
+from pirl_jax.evaluation.protocols.semi_supervised import Recipe, create_optimizer, create_schedule, make_train_step
 from pirl_jax.models.classifier import Classifier, on_trunk
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network

@@ -17,9 +17,11 @@ from PIL import Image
 import configs.evaluate
 from configs import pirl
 from configs import study as studies
-from pirl_jax import evaluate, pretrain, study
 from pirl_jax.errors import UserError
-from pirl_jax.study_figures import PAPER, Cell, Difference, format_table, lines_panel, paired_difference
+from pirl_jax.evaluation import evaluate
+from pirl_jax.studies import study
+from pirl_jax.studies.figures import PAPER, Cell, Difference, format_table, lines_panel, paired_difference
+from pirl_jax.training import pretrain
 
 
 def config_of(name="lambda", **fields):

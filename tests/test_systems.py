@@ -20,13 +20,15 @@ from ml_collections import ConfigDict
 import launch
 from configs import evaluate as evaluate_config
 from configs.base import get_base
-from pirl_jax import evaluate, pretrain, runs, system
+from pirl_jax import runs, system
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation import evaluate
 from pirl_jax.models import resnet
 from pirl_jax.models.heads import ClassHead, ImageHead
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.logbook import flatten, read_rows
+from pirl_jax.training import pretrain
 from pirl_jax.views import two_views
 from pirl_jax.views.pretext import Pretext
 

@@ -27,11 +27,13 @@ from ml_collections import ConfigDict
 
 import configs
 from configs import evaluate as evaluations
-from pirl_jax import evaluate, pretrain, study_figures
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation import evaluate
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import read_json, write_file, write_json
-from pirl_jax.study_figures import PAPER, Cell, Panel
+from pirl_jax.studies import figures as study_figures
+from pirl_jax.studies.figures import PAPER, Cell, Panel
+from pirl_jax.training import pretrain
 
 PLOTS = ("lines", "bars", "layers", "distances")
 NO_SYSTEMS = ("__init__", "base", "checkpoints", "data_sets", "evaluate", "study")

@@ -23,8 +23,9 @@ from ml_collections import ConfigDict
 from pirl_jax import system
 from pirl_jax.data import batches, contents, sources
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation import features, knn, learning
+from pirl_jax.evaluation import features
 from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.protocols import knn, learning
 from pirl_jax.figures import pictures
 from pirl_jax.method import losses, memory_bank
 from pirl_jax.method.health import NOT_FINITE, Guard
@@ -35,11 +36,11 @@ from pirl_jax.method.step import make_train_step, view_keys
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
 from pirl_jax.runtime import mesh as mesh_lib
-from pirl_jax.stopping import Stopped, Stopping
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import locked, read_json, write_json
 from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, FORMAT, upgrade_config
 from pirl_jax.storage.logbook import METRICS, Logbook, flatten, read_rows
+from pirl_jax.training.stopping import Stopped, Stopping
 from pirl_jax.views.permutations import SUBSETS
 from pirl_jax.views.two_views import denormalise
 

@@ -15,7 +15,15 @@ from pirl_jax.evaluation.average_precision import average_precision
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.layers import check_layers
 from pirl_jax.evaluation.outcome import Curve, Outcome
-from pirl_jax.evaluation.svm import check_costs, check_labels, choose_classes, fit, read_examples, run_fits, unit_rows
+from pirl_jax.evaluation.protocols.svm import (
+  check_costs,
+  check_labels,
+  choose_classes,
+  fit,
+  read_examples,
+  run_fits,
+  unit_rows,
+)
 from pirl_jax.runtime.progress import Progress
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pirl_jax.evaluation import features as features_lib
-from pirl_jax.evaluation import knn
+from pirl_jax.evaluation.protocols import knn
 
 NAMES = {"raw_pixels": "raw pixels", "untrained": "untrained network", "trained": "trained network"}
 

@@ -1,6 +1,6 @@
 """An evaluation from its config: restore the networks, open the pictures, run the protocol, write what it found.
 
-The config stops here: the protocols in `pirl_jax/evaluation/` are handed plain values.
+The config stops here: the protocols in `pirl_jax/evaluation/protocols/` are handed plain values.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from ml_collections import ConfigDict
 from pirl_jax import system
 from pirl_jax.data import sources
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation import export, invariance, knn, linear, low_shot, retrieval, semi_supervised, svm
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers, check_maps, layer_names
 from pirl_jax.evaluation.outcome import Outcome, format_table, save_plot
+from pirl_jax.evaluation.protocols import export, invariance, knn, linear, low_shot, retrieval, semi_supervised, svm
 from pirl_jax.method.memory_bank import Layout
 from pirl_jax.runs import Run, Subject, open_subjects
 from pirl_jax.runtime import mesh as mesh_lib

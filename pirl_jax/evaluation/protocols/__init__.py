@@ -1,0 +1,1 @@
+"""The protocols that judge a network: one file each."""

@@ -1,0 +1,1 @@
+"""Studies: many runs, judged alike, and their figures side by side."""
