@@ -5,17 +5,15 @@ that `config.job` names.
 """
 
 import importlib
-import logging
 import signal
 import sys
-import warnings
 from contextlib import nullcontext
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from pirl_jax.errors import UserError
+from pirl_jax.runtime.quieting import quiet
 
 JOBS = {"pretrain": "pirl_jax.training.pretrain", "evaluate": "pirl_jax.evaluation.evaluate",
         "study": "pirl_jax.studies.study", "checkpoints": "pirl_jax.verify"}
@@ -61,24 +59,6 @@ def _one_line(error):
   return UserError(" ".join(str(error).split()))
 
 
-def quiet() -> None:
-  """Keeps the libraries' own notes from being printed; a run speaks for itself.
-
-  Where a disk is full, Orbax logs a thousand lines of tracebacks for each checkpoint, and TensorStore as many: all of
-  them say what the error says that is raised.
-  """
-  absl_logging.set_verbosity(absl_logging.FATAL)
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-  warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-  shown = sys.unraisablehook
-
-  def unraisablehook(unraisable):
-    if str(unraisable.exc_value) != "Event loop is closed":
-      shown(unraisable)
-
-  sys.unraisablehook = unraisablehook
-
-
 def main(argv: list[str]) -> None:
   """Runs the job of the config."""
   del argv
@@ -92,13 +72,13 @@ def main(argv: list[str]) -> None:
   if trains:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
   # Imported by name, so that a mistyped flag is answered before JAX has loaded.
-  jax, mesh = importlib.import_module("jax"), importlib.import_module("pirl_jax.runtime.mesh")
+  jax, processes = importlib.import_module("jax"), importlib.import_module("pirl_jax.runtime.processes")
   # Of several processes JAX takes the signal for itself and tells the others.
   jax.config.update("jax_enable_preemption_service", trains)
-  with mesh.processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value):
+  with processes.processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value):
     run = importlib.import_module(JOBS[config.job]).run
     stopping = importlib.import_module("pirl_jax.training.stopping")
-    with stopping.Stopping() if trains and mesh.alone() else nullcontext():
+    with stopping.Stopping() if trains and processes.alone() else nullcontext():
       run(config, WORKDIR.value)
 
 

@@ -8,7 +8,7 @@ import pytest
 from launching import STEPS, TRAINING, Launch, launch, rows, stored, wait_for
 
 from pirl_jax.errors import UserError
-from pirl_jax.runtime import mesh as mesh_lib
+from pirl_jax.runtime import processes
 
 BOUND = 150  # seconds in which a process ends that has lost another
 DOUBLE = ("--config.model.dtype=float64", "--config.bank.dtype=float64")
@@ -114,10 +114,10 @@ def test_processes_that_do_not_agree_all_end_before_anything_is_written(tmp_path
   (dict(coordinator="localhost:1", num_processes=2, process_id=2), "process_id=2 of --num_processes=2"),
 ])
 def test_flags_that_do_not_fit_together(given, said):
-  with pytest.raises(UserError, match=said), mesh_lib.processes(**given):
+  with pytest.raises(UserError, match=said), processes.processes(**given):
     pass
 
 
 def test_a_process_can_be_kept_by_itself():
-  with mesh_lib.processes(num_processes=1):
+  with processes.processes(num_processes=1):
     assert jax.process_count() == 1

@@ -23,7 +23,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN,
 from pirl_jax.errors import UserError
 from pirl_jax.method.memory_bank import Layout, vectors
 from pirl_jax.method.state import TrainState, state_shardings
-from pirl_jax.runtime.mesh import first_failure, split, wait_for_all, whole
+from pirl_jax.runtime.mesh import split, whole
+from pirl_jax.runtime.processes import first_failure, wait_for_all
 from pirl_jax.storage.checksums import checksums, json_checksum
 from pirl_jax.storage.files import read_json
 from pirl_jax.storage.formats import FIRST_CHECKED, FORMAT, upgrade

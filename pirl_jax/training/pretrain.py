@@ -36,6 +36,7 @@ from pirl_jax.method.step import make_train_step, view_keys
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
 from pirl_jax.runtime import mesh as mesh_lib
+from pirl_jax.runtime import processes
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import locked, read_json, write_json
 from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, FORMAT, upgrade_config
@@ -108,21 +109,21 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def pretrain(config: ConfigDict, workdir: Path, stopping: Stopping) -> None:
   """Does what `run` says, until it is finished or asked to stop."""
-  parts = mesh_lib.together(prepare, config, workdir)
-  mesh_lib.check_alike({
+  parts = processes.together(prepare, config, workdir)
+  processes.check_alike({
     "the folder of the run": str(workdir), **flatten(config.to_dict()),
     "the training pictures": parts.train.fingerprint,
     "the held-out pictures": parts.test and parts.test.fingerprint,
     "the version of jax": jax.__version__, "the format of checkpoints": FORMAT})
-  with mesh_lib.together(hold, workdir), Checkpoints(
+  with processes.together(hold, workdir), Checkpoints(
       workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
     if checkpoints.steps():
       state = restore(parts, checkpoints)
     else:
-      mesh_lib.together(check_new, parts)
+      processes.together(check_new, parts)
       state = parts.initial_state()
     start_step = int(state.step)
-    mesh_lib.together(begin, parts)
+    processes.together(begin, parts)
     print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
     with Logbook(workdir, start_step=start_step, total_steps=parts.total_steps,
                  steps_per_epoch=parts.steps_per_epoch, batch_size=config.batch_size,

@@ -11,7 +11,7 @@ from typing import Self
 
 from jax.experimental import multihost_utils
 
-from pirl_jax.runtime.mesh import alone
+from pirl_jax.runtime.processes import alone
 
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
