@@ -16,10 +16,11 @@ from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime import mesh as mesh_lib
-from pirl_jax.storage.checkpoints import Checkpoints, Snapshots
+from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.checksums import json_checksum
 from pirl_jax.storage.files import write_json
 from pirl_jax.storage.formats import FORMAT
+from pirl_jax.storage.snapshots import Snapshots
 
 
 def make_state(num_devices, num_images=103):

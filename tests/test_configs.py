@@ -20,7 +20,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.method import memory_bank
 from pirl_jax.method.optimizer import create_optimizer
-from pirl_jax.storage.logbook import flatten
+from pirl_jax.storage.settings import flatten
 from pirl_jax.training import pretrain
 
 MODULES = {}

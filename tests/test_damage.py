@@ -10,7 +10,8 @@ import pytest
 from test_checkpoints import make_state, nothing
 
 from pirl_jax.runtime import mesh as mesh_lib
-from pirl_jax.storage.checkpoints import Checkpoints, Snapshots
+from pirl_jax.storage.checkpoints import Checkpoints
+from pirl_jax.storage.snapshots import Snapshots
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

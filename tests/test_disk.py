@@ -20,7 +20,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.figures import pictures
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage import checkpoints as checkpoints_lib
-from pirl_jax.storage import logbook
+from pirl_jax.storage import tensorboard
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.logbook import Logbook
 from pirl_jax.training import pretrain
@@ -70,7 +70,7 @@ def test_curves_are_drawn_of_the_rows_that_the_disk_did_not_take_too(tmp_path):
 
 @pytest.mark.parametrize("seconds, writers", [(0, 2), (60, 1)])
 def test_a_writer_of_tensorboard_that_a_full_disk_ends_never_blocks_the_run(tmp_path, monkeypatch, seconds, writers):
-  monkeypatch.setattr(logbook, "TENSORBOARD_REOPEN_SECONDS", seconds)
+  monkeypatch.setattr(tensorboard, "TENSORBOARD_REOPEN_SECONDS", seconds)
   said, hook = io.StringIO(), threading.excepthook
   with open_book(tmp_path, said) as book:
     first = book._tensorboard._thread

@@ -24,7 +24,7 @@ from pirl_jax.method import losses, memory_bank, negatives
 from pirl_jax.method.negatives import Scores
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE
-from pirl_jax.storage.logbook import flatten
+from pirl_jax.storage.settings import flatten
 from pirl_jax.training import pretrain
 from pirl_jax.views import jigsaw, permutations, photometric, rotation, two_views
 

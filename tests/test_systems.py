@@ -27,7 +27,8 @@ from pirl_jax.models import resnet
 from pirl_jax.models.heads import ClassHead, ImageHead
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
-from pirl_jax.storage.logbook import flatten, read_rows
+from pirl_jax.storage.logbook import read_rows
+from pirl_jax.storage.settings import flatten
 from pirl_jax.training import pretrain
 from pirl_jax.views import two_views
 from pirl_jax.views.pretext import Pretext

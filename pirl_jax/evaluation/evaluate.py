@@ -31,7 +31,7 @@ from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import read_json, write_json
 from pirl_jax.storage.formats import upgrade_config
-from pirl_jax.storage.logbook import flatten
+from pirl_jax.storage.settings import flatten
 from pirl_jax.views.two_views import make_views
 
 SMALL_PICTURES = 96

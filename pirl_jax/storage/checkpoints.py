@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the only file that knows Orbax.
+"""Checkpoints of a run: with snapshots.py the only file that knows Orbax.
 
 A checkpoint is a folder STEP with one item for each use, so that an evaluation reads the model alone:
 `model` (params, batch_stats), `train` (opt_state, step, seed, normaliser), `bank` (bank, usable) and `meta` (JSON).
@@ -101,7 +101,7 @@ class Checkpoints:
     """
     shardings = state_shardings(mesh, with_bank=like.bank is not None)
     items = {
-      item: args.StandardRestore({field: _template(value, getattr(shardings, field))
+      item: args.StandardRestore({field: template_of(value, getattr(shardings, field))
                                   for field, value in fields.items()})
       for item, fields in _items(like).items()}
     restored = self._open().restore(step, args=args.Composite(**items))
@@ -176,7 +176,7 @@ class Checkpoints:
   def _read_and_compare(self, step, meta, item, as_stored, sharding_of):
     if not jax.config.jax_enable_x64 and any(x.dtype == np.float64 for x in jax.tree.leaves(as_stored)):
       raise ValueError("it holds float64, which JAX reads with JAX_ENABLE_X64=1 in the environment alone")
-    template = {field: _template(tree, sharding_of(tree)) for field, tree in as_stored.items()}
+    template = {field: template_of(tree, sharding_of(tree)) for field, tree in as_stored.items()}
     tree = self._open().restore(step, args=args.Composite(**{item: args.StandardRestore(template)}))[item]
     return tree, _changed(meta, {item: tree})
 
@@ -197,7 +197,7 @@ class Checkpoints:
         if changed:
           return changed
     except Exception as error:  # of many types, see restore
-      return _reason(error)
+      return reason_of(error)
     return ""
 
   def best_metric(self, step: int) -> float | None:
@@ -218,7 +218,7 @@ class Checkpoints:
 
   def _unreadable(self, step, error):
     others = ", ".join(str(other) for other in self.steps() if other != step)
-    return UserError(f"checkpoint {self._folder / str(step)} cannot be read ({_reason(error)})"
+    return UserError(f"checkpoint {self._folder / str(step)} cannot be read ({reason_of(error)})"
                      + (f"; choose another with --config.step, there are {others}" if others else ""))
 
   def restore_newest(self, check_meta: Callable[[dict[str, Any]], None], like: TrainState, mesh: jax.sharding.Mesh, *,
@@ -247,7 +247,7 @@ class Checkpoints:
       except UserError:
         raise
       except Exception as error:  # Orbax raises Exception itself for a damaged data file
-        failure = _reason(error)
+        failure = reason_of(error)
       # Checksums are taken by all processes together, so only once each of them has read its part.
       if failure := first_failure(failure) or _changed(meta, _items(state)):
         unreadable[step] = failure
@@ -298,11 +298,11 @@ class Checkpoints:
         if jax.process_count() > 1:
           raise
         self._abandon()
-        say(f"WARNING: a checkpoint could not be written, at step {step} ({_reason(error)})")
+        say(f"WARNING: a checkpoint could not be written, at step {step} ({reason_of(error)})")
         if not surely and attempt:
           return
         if surely and time.monotonic() - begun > PATIENCE_SECONDS:
-          raise UserError(f"the checkpoint of step {step} could not be written to {self._folder} ({_reason(error)}); "
+          raise UserError(f"the checkpoint of step {step} could not be written to {self._folder} ({reason_of(error)}); "
                           f"on disk are {self.steps()}; make room, and the same command goes on from there") from error
         if attempt:
           say(f"trying again in {RETRY_SECONDS} s")
@@ -379,7 +379,7 @@ def _changed(meta, items):
   return f"not as it was saved: {', '.join(wrong[:3])}{more}" if wrong else ""
 
 
-def _reason(error):
+def reason_of(error: Exception) -> str:
   """Returns what an error says in one line, the disk's own words ahead of TensorStore's, which are long."""
   text = " ".join(str(error).split()) or type(error).__name__
   if of_the_disk := re.search(r"([^:]+) \[os_error_code=", text):
@@ -397,81 +397,6 @@ def _shapes(tree):
           for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-class Snapshots:
-  """Where a long evaluation stands, so that the same command goes on; a context manager.
-
-  Only the newest one is kept. What lies in the folder belongs to one evaluation: the caller names the folder by it.
-  """
-
-  def __init__(self, folder: str | os.PathLike):
-    """Opens `folder`; it is made by the first save."""
-    self._folder = Path(folder).absolute()
-    self._manager = None
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *exc_info) -> None:
-    with self._tolerant("the last one"):
-      manager, self._manager = self._manager, None
-      if manager is not None:
-        manager.close()
-
-  def restore(self, like: Any, mesh: jax.sharding.Mesh) -> tuple[int, Any]:
-    """Returns (step, tree) as last saved, or (0, `like`) where nothing that can be read was.
-
-    One that cannot be read is named and thrown away: what is lost is time.
-
-    Args:
-      like: the tree at the start, of arrays whole on every device.
-      mesh: where the arrays are to lie.
-    """
-    if self._folder.is_dir():
-      template = _template(like, whole(mesh))
-      for step in sorted(self._open().all_steps(), reverse=True):
-        failure = ""
-        try:
-          found = self._open().restore(
-            step, args=args.Composite(tree=args.StandardRestore(template), checksums=args.JsonRestore()))
-        except Exception as error:  # Orbax raises Exception itself for a damaged file
-          failure = _reason(error)
-        failure = first_failure(failure)  # checksums are taken by all processes together
-        if not failure and found["checksums"] == checksums(found["tree"]):
-          return step, found["tree"]
-        print(f"snapshot {self._folder / str(step)} cannot be read, thrown away: {failure or 'not as it was saved'}")
-        self._open().delete(step)  # else Orbax would skip every save up to this step without a word
-    return 0, like
-
-  def save(self, step: int, tree: Any) -> None:
-    """Starts to write a tree of arrays under a step >= 1, higher than the last, and returns before it is on disk.
-
-    A disk that cannot take it is no reason to end the evaluation: that is said. (Of several processes all end.)
-    """
-    items = args.Composite(tree=args.StandardSave(tree), checksums=args.JsonSave(checksums(tree)))
-    with self._tolerant(f"that of step {step}"):
-      if not self._open().save(step, args=items):
-        raise RuntimeError("Orbax skipped it")
-
-  @contextlib.contextmanager
-  def _tolerant(self, which):
-    try:
-      yield
-    except Exception as error:  # of many types, see restore; of an earlier save, too, that ended meanwhile
-      if jax.process_count() > 1:
-        raise
-      print(f"WARNING: a snapshot could not be written to {self._folder}, {which} ({_reason(error)}); the evaluation "
-            "goes on without it")
-      manager, self._manager = self._manager, None
-      with contextlib.suppress(Exception):  # it says once more what went wrong
-        if manager is not None:
-          manager.close()
-
-  def _open(self):
-    if self._manager is None:
-      self._manager = CheckpointManager(self._folder, options=CheckpointManagerOptions(
-        max_to_keep=1, cleanup_tmp_directories=True))
-    return self._manager
-
-
-def _template(tree, sharding):
+def template_of(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+  """Returns the shapes and types of a tree of arrays, to be restored with this sharding."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -9,35 +9,21 @@ import json
 import math
 import os
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Self, TextIO
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from pirl_jax.storage.files import strict, write_file
+from pirl_jax.storage.tensorboard import TensorBoard
 
 METRICS = "metrics.jsonl"
 
 PLAIN_SECONDS = 10.0
 """Least seconds between two progress lines where there is no terminal: five minutes stay on one page."""
-
-TENSORBOARD_FLUSH_SECONDS = 10
-
-TENSORBOARD_REOPEN_SECONDS = 60.0
-"""Least seconds between two writers, so that a disk that stays full does not fill with their empty files."""
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Returns {"group.field": value} of nested dicts."""
-  flat = {}
-  for name, value in tree.items():
-    flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-  return flat
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -92,7 +78,7 @@ class Logbook:
     self._behind = False  # whether rows are missing on disk, because it did not take them
     if enabled:
       self._write_all()
-      self._tensorboard = _TensorBoard(workdir, start_step, self.say)
+      self._tensorboard = TensorBoard(workdir, start_step, self.say)
 
     self._start_step = self._logged_step = start_step
     self._started = perf_counter()
@@ -317,59 +303,6 @@ class Logbook:
       images, seconds, _ = self._rates[-1]
       return remaining * self._batch_size * seconds / images
     return None
-
-
-class _TensorBoard:
-  """TensorBoard's events. Its writer is a thread that a full disk kills, and whoever hands it more waits for ever: it
-  is watched, and after a while another takes its place."""
-
-  def __init__(self, workdir, start_step, say):
-    self._workdir, self._opened, self._say = workdir, 0, say
-    self._excepthook, threading.excepthook = threading.excepthook, self._ended
-    self._open(start_step)
-
-  def add(self, step, figures):
-    if not self._thread.is_alive():
-      if perf_counter() - self._opened_at < TENSORBOARD_REOPEN_SECONDS:
-        return
-      try:
-        self._open(step - 1)
-      except OSError:
-        return
-    for name, value in figures.items():
-      if math.isfinite(value):  # tensorboardX prints a warning for each of the others
-        self._writer.add_scalar(name, value, step)
-
-  def close(self):
-    if self._thread.is_alive():
-      with contextlib.suppress(OSError):
-        self._writer.close()
-    threading.excepthook = self._excepthook
-
-  def _ended(self, args):
-    """Says in a line what Python would show as a traceback, when it is the writer that a disk has ended."""
-    if _is_writer(args.thread) and issubclass(args.exc_type, OSError):
-      self._say(f"WARNING: TensorBoard's events could not be written ({args.exc_value.strerror}); some will be missing "
-                "there, none in metrics.jsonl")
-    else:
-      self._excepthook(args)
-
-  def _open(self, start_step):
-    running = threading.enumerate()
-    self._opened += 1
-    self._opened_at = perf_counter()
-    # TensorBoard hides what is at or after the purge step, and the row of start_step is kept. Process, step and number
-    # in the name: two starts in the same second would otherwise write over each other's file. The queue is as long as
-    # it takes to find the thread dead before it is full.
-    self._writer = SummaryWriter(
-      os.fspath(self._workdir), purge_step=start_step + 1, flush_secs=TENSORBOARD_FLUSH_SECONDS, max_queue=10_000,
-      filename_suffix=f".{os.getpid()}.{start_step}.{self._opened}")
-    self._thread, = (thread for thread in threading.enumerate()
-                     if thread not in running and _is_writer(thread))  # its queue has one, too
-
-
-def _is_writer(thread):
-  return "EventLogger" in type(thread).__name__
 
 
 def _clock(seconds):

@@ -40,7 +40,8 @@ from pirl_jax.runtime import processes
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import locked, read_json, write_json
 from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, FORMAT, upgrade_config
-from pirl_jax.storage.logbook import METRICS, Logbook, flatten, read_rows
+from pirl_jax.storage.logbook import METRICS, Logbook, read_rows
+from pirl_jax.storage.settings import flatten
 from pirl_jax.training.stopping import Stopped, Stopping
 from pirl_jax.views.permutations import SUBSETS
 from pirl_jax.views.two_views import denormalise

@@ -44,7 +44,7 @@ from pirl_jax.models.ensemble import Ensemble
 from pirl_jax.models.network import Network
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, whole
 from pirl_jax.runtime.progress import Progress
-from pirl_jax.storage.checkpoints import Snapshots
+from pirl_jax.storage.snapshots import Snapshots
 from pirl_jax.views.two_views import normalise
 
 BASE_BATCH = 256

@@ -41,8 +41,8 @@ from pirl_jax.models.classifier import Classifier, on_trunk
 from pirl_jax.models.resnet import ResNet
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, whole
 from pirl_jax.runtime.progress import Progress
-from pirl_jax.storage.checkpoints import Snapshots
 from pirl_jax.storage.files import read_json, write_json
+from pirl_jax.storage.snapshots import Snapshots
 from pirl_jax.views.two_views import normalise
 
 BASE_BATCH = 256
