@@ -21,7 +21,7 @@ from pirl_jax.evaluation import evaluate
 from pirl_jax.method import memory_bank
 from pirl_jax.method.optimizer import create_optimizer
 from pirl_jax.storage.settings import flatten
-from pirl_jax.training import pretrain
+from pirl_jax.training import parts as parts_lib
 
 MODULES = {}
 for path in sorted((Path(__file__).parents[1] / "configs").glob("*.py")):
@@ -82,7 +82,7 @@ def test_every_variant_of_a_pre_training_run_can_be_built(key):
   config = config_of(key)
   name, variant = CONFIGS[key]
   assert config.name == (f"{name}-{variant}" if variant else name)
-  pretrain.check_config(config)
+  parts_lib.check_config(config)
 
   image, pretext, label = view_shapes(used_for(config, "photometric", "pretext_photometric"))
   side, transform = config.data.image_size, system.pretext_of(config)
@@ -106,9 +106,9 @@ def test_every_variant_of_a_pre_training_run_can_be_built(key):
   num_images = config.data.num_images or NUM_IMAGES.get(config.data.name, 1_281_167)
   layout = memory_bank.create_layout(num_images, num_devices=8,
                                      num_negatives=config.num_negatives if system.has_bank(config) else 0)
-  assert callable(pretrain.make_loss(config, layout))
+  assert callable(parts_lib.make_loss(config, layout))
   epoch = steps_per_epoch(num_images, config.batch_size)
-  schedule = pretrain.make_schedule(config, epoch)
+  schedule = parts_lib.make_schedule(config, epoch)
   rates = np.array([schedule(round(share * max(1, config.num_epochs) * epoch)) for share in (0, 0.02, 0.3, 0.999)])
   base = config.optimizer.learning_rate * config.batch_size / 1024
   assert np.isfinite(rates).all() and (rates >= 0).all() and 0.3 * base < rates[:3].max() <= base * (1 + 1e-6)

@@ -23,7 +23,7 @@ from pirl_jax.storage import checkpoints as checkpoints_lib
 from pirl_jax.storage import tensorboard
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.logbook import Logbook
-from pirl_jax.training import pretrain
+from pirl_jax.training import pretrain, resuming
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, monke
 
   config = pirl.get_config()
   config.update_from_flattened_dict({"data.num_images": 256, "evaluate.num_images": 64, "num_negatives": 64})
-  monkeypatch.setattr(pretrain, "write_json", fail)
+  monkeypatch.setattr(resuming, "write_json", fail)
   with pytest.raises(UserError, match="nothing can be written to .*Read-only file system.*--workdir"):
     pretrain.run(config, str(tmp_path / "run"))
 

@@ -13,6 +13,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.formats import FORMAT
+from pirl_jax.training import parts as parts_lib
 from pirl_jax.training import pretrain
 
 STORED = Path(__file__).parent / "stored"
@@ -91,7 +92,7 @@ def test_a_damaged_config_can_be_deleted_and_that_of_the_checkpoint_still_counts
 
 @pytest.mark.parametrize("run", [2], indirect=True)
 def test_the_bank_of_an_old_format(run):
-  parts = pretrain.build(config(), run)
+  parts = parts_lib.build(config(), run)
   with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
     bank = checkpoints.restore_bank(4, parts.layout)
   np.testing.assert_allclose(np.linalg.norm(bank, axis=1), 1, rtol=1e-5)

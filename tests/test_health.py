@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pirl_jax.errors import UserError
-from pirl_jax.method.health import QUANTITIES, Guard, not_finite
+from pirl_jax.method.health import QUANTITIES, not_finite
+from pirl_jax.training.guards import Guard
 
 SOUND = jnp.float32(1), {"w": jnp.ones(3)}, {"w": jnp.ones((2, 2))}, {"mean": jnp.zeros(2)}, (jnp.ones((4, 2)),)
 

@@ -12,7 +12,7 @@ from pirl_jax.data.subsets import shuffled
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.protocols.invariance import NO_AUGMENTATION, measure_invariance
-from pirl_jax.method.step import view_keys
+from pirl_jax.method.randomness import view_keys
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet

@@ -12,7 +12,7 @@ from pirl_jax.method.optimizer import cosine_schedule, create_optimizer, step_sc
 from pirl_jax.models.heads import PatchesClassHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
-from pirl_jax.training import pretrain
+from pirl_jax.training import parts as parts_lib
 
 
 def test_cosine_of_the_paper_from_012_to_a_thousandth():
@@ -45,7 +45,7 @@ def test_steps_are_vissls_of_the_jigsaw():
   for schedule in (
       step_schedule(base_rate=0.1, milestones=(30 / 105, 60 / 105, 90 / 105, 100 / 105), decay_factor=0.1,
                     num_steps=105 * steps_per_epoch, warmup_steps=5 * steps_per_epoch, warmup_factor=0.25),
-      pretrain.make_schedule(config, steps_per_epoch)):
+      parts_lib.make_schedule(config, steps_per_epoch)):
     for epoch, rate in ((0, 0.025), (1, 0.04), (2.5, 0.0625), (5, 0.1), (29, 0.1), (30, 0.01), (59, 0.01), (60, 1e-3),
                         (89, 1e-3), (90, 1e-4), (99, 1e-4), (100, 1e-5), (104, 1e-5)):
       np.testing.assert_allclose(schedule(round(epoch * steps_per_epoch)), rate, rtol=1e-5, err_msg=str(epoch))

@@ -15,8 +15,8 @@ from pirl_jax.errors import UserError
 from pirl_jax.method import memory_bank
 from pirl_jax.method.optimizer import create_optimizer
 from pirl_jax.method.prediction_step import make_prediction_step
+from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import create_state
-from pirl_jax.method.step import view_keys
 from pirl_jax.models.heads import ClassHead, PatchesClassHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ResNet

@@ -14,7 +14,8 @@ from pirl_jax.errors import UserError
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import locked
-from pirl_jax.training import pretrain
+from pirl_jax.training import guards, pretrain, resuming
+from pirl_jax.training import parts as parts_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -33,7 +34,7 @@ def tiny(**changes):
 
 def final_state(workdir):
   """Returns every array of the newest checkpoint by name, and its meta."""
-  parts = pretrain.build(tiny(), workdir)
+  parts = parts_lib.build(tiny(), workdir)
   with Checkpoints(workdir / "checkpoints", keep=20) as checkpoints:
     step = checkpoints.steps()[-1]
     state = checkpoints.restore(step, jax.eval_shape(parts.initial_state), parts.mesh)
@@ -60,7 +61,7 @@ class Killed(BaseException):
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole_run, tmp_path, monkeypatch):
   """Killed between two checkpoints and in the middle of an epoch, twice."""
   for step_of_death in (5, 11):
-    class Deadly(pretrain.Broken):
+    class Deadly(guards.Broken):
       def note(self, step, batch, step_of_death=step_of_death):
         if step == step_of_death:
           raise Killed
@@ -147,8 +148,8 @@ def test_numbers_that_are_not_finite_stop_the_run_and_are_never_saved(tmp_path):
 
 def test_the_first_bad_step_and_quantity_are_named_within_one_interval(tmp_path, monkeypatch):
   """Step 6 gets an infinite gradient in the middle of an interval; the loss is still finite."""
-  real = pretrain.create_optimizer
-  monkeypatch.setattr(pretrain, "create_optimizer", lambda schedule, **options: real(
+  real = parts_lib.create_optimizer
+  monkeypatch.setattr(parts_lib, "create_optimizer", lambda schedule, **options: real(
     lambda count: jnp.where(count == 5, jnp.inf, schedule(count)), **options))
   with pytest.raises(UserError, match="in step 6, the parameters held numbers"):
     pretrain.run(tiny(**{"log.every_steps": 4, "checkpoint.every_steps": 5}), str(tmp_path / "run"))
@@ -167,7 +168,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(whole_run, tmp_path)
 
 
 def test_two_runs_at_once_in_a_folder_are_refused(whole_run, monkeypatch):
-  monkeypatch.setattr(pretrain, "HANDOVER_SECONDS", 0.1)
+  monkeypatch.setattr(resuming, "HANDOVER_SECONDS", 0.1)
   with locked(whole_run), pytest.raises(UserError, match=f"another process is training in {whole_run}; let it end"):
     pretrain.run(tiny(), str(whole_run))
   with locked(whole_run, patience=0):  # refused, it has let go of it
@@ -269,7 +270,7 @@ def test_a_covariant_task_of_one_label_is_refused(tmp_path):
 
 
 def test_a_bank_that_cannot_fit_is_refused_before_anything_is_made(tmp_path, monkeypatch):
-  monkeypatch.setattr(pretrain.mesh_lib, "device_bytes", lambda: 5_000)  # 80 rows of 128 numbers, on eight devices
+  monkeypatch.setattr(parts_lib.mesh_lib, "device_bytes", lambda: 5_000)  # 80 rows of 128 numbers, on eight devices
   with pytest.raises(UserError, match="the bank of 72 images takes .* on each of 8 device.*; use 16 such devices"):
     pretrain.run(tiny(), str(tmp_path / "run"))
   assert not (tmp_path / "run").exists()

@@ -25,6 +25,7 @@ from pirl_jax.method.negatives import Scores
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE
 from pirl_jax.storage.settings import flatten
+from pirl_jax.training import parts as parts_lib
 from pirl_jax.training import pretrain
 from pirl_jax.views import jigsaw, permutations, photometric, rotation, two_views
 
@@ -391,6 +392,6 @@ def test_strange_values_are_refused_in_one_line_or_possible(data, system, count)
       assert len(str(error).splitlines()) == 1
       return
     jax.eval_shape(parts.initial_state)
-    pretrain.make_step(parts)
+    parts_lib.make_step(parts)
     assert np.isfinite([parts.schedule(0), parts.schedule(parts.total_steps)]).all()
   assert not Path("nowhere").exists()

@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from pirl_jax.method import losses, memory_bank
 from pirl_jax.method.optimizer import create_optimizer
+from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import create_state
-from pirl_jax.method.step import make_train_step, view_keys
+from pirl_jax.method.step import make_train_step
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ResNet, create_resnet

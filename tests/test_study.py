@@ -21,6 +21,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.studies import study
 from pirl_jax.studies.figures import PAPER, Cell, Difference, format_table, lines_panel, paired_difference
+from pirl_jax.training import parts as parts_lib
 from pirl_jax.training import pretrain
 
 
@@ -468,7 +469,7 @@ def test_every_run_of_every_study_is_possible_as_far_as_its_config_tells(name, t
   points = study.read_points(config)
   runs = [study.create_run(config, point, seed, tmp_path) for point in points for seed in config.seeds]
   for run in runs:
-    pretrain.check_config(run.config)
+    parts_lib.check_config(run.config)
   assert len({run.folder for run in runs}) == len(points) * len(config.seeds)
 
 

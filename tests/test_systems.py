@@ -29,7 +29,8 @@ from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.logbook import read_rows
 from pirl_jax.storage.settings import flatten
-from pirl_jax.training import pretrain
+from pirl_jax.training import guards, pretrain
+from pirl_jax.training import parts as parts_lib
 from pirl_jax.views import two_views
 from pirl_jax.views.pretext import Pretext
 
@@ -119,7 +120,7 @@ def launched(config, workdir, patch):
 
   The checks of the values do not count: what is only checked has no effect.
   """
-  pretrain.check_config(config)
+  parts_lib.check_config(config)
   read = set()
   patch.setattr(pretrain, "check_config", lambda config: None)
   patch.setattr(launch, "CONFIG", SimpleNamespace(value=Recorded(config, read)))
@@ -201,7 +202,7 @@ class Killed(BaseException):
 
 def newest_state(config, workdir):
   """Returns the state of the newest checkpoint and its meta."""
-  parts = pretrain.build(config, workdir)
+  parts = parts_lib.build(config, workdir)
   with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
     step = checkpoints.steps()[-1]
     state = checkpoints.restore(step, jax.eval_shape(parts.initial_state), parts.mesh)
@@ -211,7 +212,7 @@ def newest_state(config, workdir):
 def test_resumed_covariant_run_is_the_uninterrupted_one_bit_for_bit(run_of, tmp_path, monkeypatch):
   config, workdir, _ = run_of("jigsaw")
 
-  class Deadly(pretrain.Broken):
+  class Deadly(guards.Broken):
     def note(self, step, batch):
       if step == 2:
         raise Killed
@@ -232,14 +233,14 @@ def test_resumed_covariant_run_is_the_uninterrupted_one_bit_for_bit(run_of, tmp_
 
 def test_without_epochs_it_is_the_initial_network_with_measured_statistics(run_of):
   config, workdir, _ = run_of("random_init")
-  initial = jax.device_get(pretrain.build(config, workdir).initial_state())
+  initial = jax.device_get(parts_lib.build(config, workdir).initial_state())
   state, meta = newest_state(config, workdir)
   assert state.step == meta["step"] == 0
   jax.tree.map(np.testing.assert_array_equal, state.params, initial.params)
   measured, fresh = (jax.tree.leaves(x.batch_stats["trunk"]) for x in (state, initial))
   assert all(np.isfinite(x).all() and (x != y).all() for x, y in zip(measured, fresh, strict=True))
   # Of the first layer they can be said by hand: the mean of what it gives for the pictures as the test sees them.
-  batches = pretrain.test_pictures(SimpleNamespace(config=config), pretrain.open_data(config)[0]).test_batches()
+  batches = parts_lib.test_pictures(SimpleNamespace(config=config), parts_lib.open_data(config)[0]).test_batches()
   pictures = np.concatenate([batch["image"][batch["valid"]] for batch in batches])[:60]  # what fills whole batches
   conv = jax.lax.conv_general_dilated(
     two_views.normalise(jnp.asarray(pictures)), state.params["trunk"]["conv1"]["kernel"], (2, 2), ((1, 1), (1, 1)),
@@ -292,7 +293,7 @@ def test_a_new_transform_needs_its_class_and_its_name_and_nothing_else(system_na
   config = tiny(system_name, folder, pretext="upside_down", batch_size=NUM_IMAGES)
   with config.unlocked():
     config.upside_down = ConfigDict({"share": 0.25})
-  pretrain.check_config(config)
+  parts_lib.check_config(config)
   pretrain.run(config, str(tmp_path / "run"))
   (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
   assert row["loss"] is not None and ("loss_pretext" in row) == (system_name == "pirl")

@@ -11,17 +11,30 @@ travel.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from pirl_jax.errors import UserError
-from pirl_jax.method.negatives import Negatives
 
 EPS = 2.0**-23
 """Added to the denominators of `nce`: the float32 machine epsilon, as in vissl/losses/nce_loss.py."""
 
 MIN_TEMPERATURE = 0.03
+
+
+class Negatives(Protocol):
+  """The negatives of each image of a batch."""
+
+  def sum(self, terms: Callable, *per_image: jax.Array) -> Any:
+    """Returns the sums over the negatives of all devices, with their gradient: f32[B] in the place of f32[B, K].
+
+    Args:
+      terms: terms(score f32[B, K], weight f32[B, K], *per_image, each f32[B, 1]) -> a tree of f32[B, K], each entry of
+        the own image alone. Weights are 1 and 0; what has weight 0 is to add nothing.
+      per_image: f32[B] each.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

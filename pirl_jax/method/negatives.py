@@ -7,7 +7,7 @@ D embedding. Everything here runs inside `jax.shard_map` over the mesh axis that
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,6 @@ from pirl_jax.method import memory_bank
 
 CHUNK_ROWS = 8_192
 """Rows of the bank that are scored at a time, at most: 32 MB of scores for 1,024 images."""
-
-
-class Negatives(Protocol):
-  """The negatives of each image of a batch."""
-
-  def sum(self, terms: Callable, *per_image: jax.Array) -> Any:
-    """Returns the sums over the negatives of all devices, with their gradient: f32[B] in the place of f32[B, K].
-
-    Args:
-      terms: terms(score f32[B, K], weight f32[B, K], *per_image, each f32[B, 1]) -> a tree of f32[B, K], each entry of
-        the own image alone. Weights are 1 and 0; what has weight 0 is to add nothing.
-      per_image: f32[B] each.
-    """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,10 @@ import optax
 from jax.sharding import Mesh
 
 from pirl_jax.method import health, memory_bank
+from pirl_jax.method.micro_batches import accumulate, split_batch, whole_batch_stats
+from pirl_jax.method.programs import map_step
+from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import TrainState
-from pirl_jax.method.step import accumulate, map_step, split_batch, view_keys, whole_batch_stats
 from pirl_jax.models.network import Network
 from pirl_jax.runtime.mesh import AXIS
 

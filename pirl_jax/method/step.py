@@ -1,10 +1,8 @@
 """One step of training. Letters: B batch of all devices, M its parts, b this device's images of a part, P patches,
 K negatives held by this device, D embedding."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +10,12 @@ import optax
 from jax.sharding import Mesh
 
 from pirl_jax.method import health, losses, memory_bank
+from pirl_jax.method.micro_batches import accumulate, positions, split_batch, whole_batch_stats
 from pirl_jax.method.negatives import EveryRow, Scores
-from pirl_jax.method.state import TrainState, state_specs
+from pirl_jax.method.programs import in_one_program, in_two_programs
+from pirl_jax.method.randomness import step_keys, view_keys
 from pirl_jax.models.network import Network
-from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE
+from pirl_jax.runtime.mesh import AXIS
 
 
 def make_train_step(
@@ -55,11 +55,11 @@ def make_train_step(
     #    changes it. The two terms have a draw of negatives each.
     batch = split_batch(batch, micro_batches)  # [M, b, ...]
     rows = gather(layout.row_of(batch["index"]))  # [M, B / M]
-    keys = _step_keys(state.seed, state.step)
+    keys = step_keys(state.seed, state.step)
     draw = partial(memory_bank.draw, layout=layout, num_negatives=num_negatives, axis=AXIS)
     negatives = {}
     if negative_sampling == "per_image":
-      position = gather(split_batch(_positions(rows.size), micro_batches))
+      position = gather(split_batch(positions(rows.size), micro_batches))
       negatives = {term: draw(keys[term], num_draws=rows.size)[position] for term in terms}  # [M, B / M, K]
     elif num_negatives:
       negatives = {term: draw(keys[term]) for term in terms}  # [K]
@@ -106,19 +106,19 @@ def make_train_step(
 
     def objective(params, part):
       embs, batch_stats = embed(params, part)
-      mean = partial(_sum_of_shares, part["share"])
+      mean = partial(health.sum_of_shares, part["share"])
       each, watched = {}, {}
       for term, emb in embs.items():
         positive, others = compare(term, emb, part)
-        loss, sums = loss_fn(positive, others, normaliser=normaliser, watch=_watch)
+        loss, sums = loss_fn(positive, others, normaliser=normaliser, watch=health.watch)
         each[term], watched[term] = mean(loss), (positive, *sums)
       loss = sum(weight * each[term] for term, weight in terms.items())
       metrics = {"loss": loss, **{f"loss_{term}": value for term, value in each.items()}}
-      metrics |= _health(watched, mean=mean, temperature=temperature)
+      metrics |= health.health(watched, mean=mean, temperature=temperature)
       return loss, (metrics, embs["image"], batch_stats)
 
     grads, (metrics, image_emb, batch_stats) = accumulate(jax.grad(objective, has_aux=True), state.params, parts)
-    metrics = jax.tree.map(jnp.sum, metrics) | {"embedding_spread": _spread(image_emb, parts["share"])}
+    metrics = jax.tree.map(jnp.sum, metrics) | {"embedding_spread": health.spread(image_emb, parts["share"])}
 
     # 5. The parameters move; then this batch's rows of the bank, and no others.
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -129,144 +129,5 @@ def make_train_step(
       metrics["loss"], grads, state.params, state.batch_stats, (own, image_emb))
     return state, (rows.reshape(-1), own, image_emb.reshape(own.shape), valid), metrics
 
-  return (_in_one_program if num_negatives else _in_two_programs)(
+  return (in_one_program if num_negatives else in_two_programs)(
     device_step, partial(memory_bank.update, momentum=bank_momentum, axis=AXIS), mesh)
-
-
-def _in_one_program(device_step, update, mesh):
-  def step(state, batch):
-    rest, moved, metrics = device_step(state.replace(bank=None), state.bank, batch)
-    return rest.replace(bank=update(state.bank, *moved)), metrics
-
-  return map_step(step, mesh)
-
-
-@dataclasses.dataclass(frozen=True)
-class TwoPrograms:
-  """A step whose bank is written by a program of its own: where all rows are read, XLA would copy the bank in one.
-
-  Attributes:
-    look: look(state without bank, bank, batch) -> (state without bank, what `write` takes, metrics).
-    write: write(bank, ...) -> bank.
-  """
-
-  look: Callable
-  write: Callable
-
-  def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Returns the state after the step, and its metrics; the state given in is donated."""
-    rest, moved, metrics = self.look(state.replace(bank=None), state.bank, batch)
-    return rest.replace(bank=self.write(state.bank, *moved)), metrics
-
-  def lower(self, state: TrainState, batch: Any) -> tuple[Any, Any]:
-    """Returns both programs, lowered for these shapes."""
-    given = state.replace(bank=None), state.bank, batch
-    return self.look.lower(*given), self.write.lower(state.bank, *jax.eval_shape(self.look, *given)[1])
-
-
-def _in_two_programs(device_step, update, mesh):
-  rest = state_specs().replace(bank=None)
-  look = jax.shard_map(device_step, mesh=mesh, in_specs=(rest, SPLIT, SPLIT), out_specs=(rest, WHOLE, WHOLE))
-  write = jax.shard_map(update, mesh=mesh, in_specs=(SPLIT, *[WHOLE] * 4), out_specs=SPLIT)
-  return TwoPrograms(jax.jit(look, donate_argnums=0), jax.jit(write, donate_argnums=0))
-
-
-def map_step(device_step: Callable, mesh: Mesh, *, with_bank: bool = True) -> Callable:
-  """Returns device_step(state, batch) -> (state, metrics), mapped over the devices, compiled, its state donated."""
-  specs = state_specs(with_bank=with_bank)
-  mapped = jax.shard_map(device_step, mesh=mesh, in_specs=(specs, SPLIT), out_specs=(specs, WHOLE))
-  return jax.jit(mapped, donate_argnums=0)
-
-
-def split_batch(batch: Any, micro_batches: int) -> Any:
-  """Returns a tree of this device's [b, ...] as [M, b / M, ...], M parts.
-
-  Part j takes every Mth image from the jth on, so that over all devices it has the same images on any number of them.
-  """
-  return jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
-
-
-def accumulate(grad_fn: Callable, params: Any, parts: Any) -> tuple[Any, Any]:
-  """Returns the gradients summed over the parts of a batch and over the devices, and the rest of each part, [M, ...].
-
-  Args:
-    grad_fn: grad_fn(params, part) -> (gradients, rest).
-    params: the same on every device.
-    parts: a tree of [M, ...].
-  """
-  # As "varying" the parameters have gradients of this device's images: they are summed over the devices once.
-  params = jax.lax.pcast(params, AXIS, to="varying")
-
-  def add(total, part):
-    grads, rest = grad_fn(params, part)
-    return jax.tree.map(jnp.add, total, grads), rest
-
-  if len(jax.tree.leaves(parts)[0]) == 1:  # no loop: on a CPU, XLA's convolutions are 5 to 8 times as slow in one
-    total, rest = grad_fn(params, jax.tree.map(lambda x: x[0], parts))
-    rest = jax.tree.map(lambda x: x[None], rest)
-  else:
-    total, rest = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
-  return jax.lax.psum(total, AXIS), rest
-
-
-def whole_batch_stats(network: Network, batch_stats: Any) -> Any:
-  """Returns the batch statistics to keep, of those after each part of the batch [M, ...]: their mean.
-
-  Where each device has its own, it is the mean over the devices, too; evaluation uses it.
-  """
-  mean = jax.tree.map(partial(jnp.mean, axis=0), batch_stats)
-  return mean if network.trunk.batch_norm_axis else jax.lax.pmean(mean, AXIS)
-
-
-def view_keys(seed: jax.Array | int, step: jax.Array | int, index: jax.Array) -> jax.Array:
-  """Returns the keys of the images' views in a step, key[B]: from the seed, the step and the image's index i32[B]."""
-  return jax.vmap(jax.random.fold_in, (None, 0))(_step_keys(seed, step)["views"], index)
-
-
-def _step_keys(seed, step):
-  """Returns the keys of a step: of the views, and of the negatives of the pretext and of the image term."""
-  keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
-  return dict(zip(("views", "pretext", "image"), keys, strict=True))
-
-
-def _positions(batch_size):
-  """Returns where this device's images stand in the batch, i32[b]."""
-  num_local = batch_size // jax.lax.axis_size(AXIS)
-  return jax.lax.axis_index(AXIS) * num_local + jnp.arange(num_local)
-
-
-def _sum_of_shares(share, x):
-  return jnp.sum(x * share)
-
-
-def _watch(score, weight, positive):
-  """Returns what `_health` needs of the negatives: which are less similar than the own row, the similarities, all."""
-  return (score < positive) * weight, score * weight, weight
-
-
-def _health(watched, *, mean, temperature):
-  """Returns figures that need no label and show whether the network learns, f32[] each.
-
-  similarity_own, similarity_own_pretext: cosine of the image's, and the pretext view's, embedding with its own row;
-  similarity_negatives: mean cosine of the image's embedding with the negatives; negatives_beaten: share of them that
-  are less similar than the own row, for the pretext view (the image where there is none).
-  """
-  own, _, similarity, count = watched["image"]
-  _, beaten, _, first_count = next(iter(watched.values()))
-  return {
-    "similarity_own": mean(own) * temperature,
-    **({"similarity_own_pretext": mean(watched["pretext"][0]) * temperature} if "pretext" in watched else {}),
-    "similarity_negatives": mean(similarity / jnp.maximum(count, 1)) * temperature,
-    "negatives_beaten": mean(beaten / jnp.maximum(first_count, 1)),
-  }
-
-
-def _spread(emb, share):
-  """Returns the spread of embeddings f[M, B / M, D], a health figure, f32[].
-
-  It is the standard deviation of each dimension over the batch, averaged and times sqrt(D): 1 when the embeddings fill
-  the sphere, 0 when they have collapsed to a point.
-  """
-  def mean(x):
-    return jnp.sum(x * share[..., None], axis=(0, 1), keepdims=True)
-  return jnp.mean(jnp.sqrt(mean((emb - mean(emb)) ** 2))) * emb.shape[-1] ** 0.5

@@ -34,6 +34,7 @@ from pirl_jax.storage.files import read_json, write_file, write_json
 from pirl_jax.studies import figures as study_figures
 from pirl_jax.studies.figures import PAPER, Cell, Panel
 from pirl_jax.training import pretrain
+from pirl_jax.training.parts import build, check_config
 
 PLOTS = ("lines", "bars", "layers", "distances")
 NO_SYSTEMS = ("__init__", "base", "checkpoints", "data_sets", "evaluate", "study")
@@ -331,10 +332,10 @@ def check_runs(runs: Iterable[Run], waiting: Iterable[Run]) -> None:
       first.setdefault(run.point, run)
   for run in runs:
     with _named(run):
-      pretrain.check_config(run.config)
+      check_config(run.config)
       if first.get(run.point) is run:
         with contextlib.redirect_stdout(io.StringIO()):  # the pictures found are told when the run begins
-          parts = pretrain.build(run.config, run.folder)
+          parts = build(run.config, run.folder)
         _check_labels(run, parts)
 
 

@@ -20,7 +20,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Model, Pictures
 from pirl_jax.evaluation.outcome import Curve, Outcome
 from pirl_jax.method.memory_bank import normalise
-from pirl_jax.method.step import view_keys
+from pirl_jax.method.randomness import view_keys
 from pirl_jax.models.network import Network
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.runtime.progress import Progress

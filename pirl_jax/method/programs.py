@@ -1,0 +1,64 @@
+"""A step as one compiled program or two, mapped over the devices."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from pirl_jax.method.state import TrainState, state_specs
+from pirl_jax.runtime.mesh import SPLIT, WHOLE
+
+
+def in_one_program(device_step: Callable, update: Callable, mesh: Mesh) -> Callable:
+  """Returns step(state, batch) -> (state, metrics), whose bank is written in the same program.
+
+  Args:
+    device_step: device_step(state without bank, bank, batch) -> (state without bank, what `update` takes, metrics).
+    update: update(bank, ...) -> bank.
+    mesh: the devices.
+  """
+  def step(state, batch):
+    rest, moved, metrics = device_step(state.replace(bank=None), state.bank, batch)
+    return rest.replace(bank=update(state.bank, *moved)), metrics
+
+  return map_step(step, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoPrograms:
+  """A step whose bank is written by a program of its own: where all rows are read, XLA would copy the bank in one.
+
+  Attributes:
+    look: look(state without bank, bank, batch) -> (state without bank, what `write` takes, metrics).
+    write: write(bank, ...) -> bank.
+  """
+
+  look: Callable
+  write: Callable
+
+  def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the state after the step, and its metrics; the state given in is donated."""
+    rest, moved, metrics = self.look(state.replace(bank=None), state.bank, batch)
+    return rest.replace(bank=self.write(state.bank, *moved)), metrics
+
+  def lower(self, state: TrainState, batch: Any) -> tuple[Any, Any]:
+    """Returns both programs, lowered for these shapes."""
+    given = state.replace(bank=None), state.bank, batch
+    return self.look.lower(*given), self.write.lower(state.bank, *jax.eval_shape(self.look, *given)[1])
+
+
+def in_two_programs(device_step: Callable, update: Callable, mesh: Mesh) -> TwoPrograms:
+  """Returns the same step with the bank written in a program of its own, see `TwoPrograms` and `in_one_program`."""
+  rest = state_specs().replace(bank=None)
+  look = jax.shard_map(device_step, mesh=mesh, in_specs=(rest, SPLIT, SPLIT), out_specs=(rest, WHOLE, WHOLE))
+  write = jax.shard_map(update, mesh=mesh, in_specs=(SPLIT, *[WHOLE] * 4), out_specs=SPLIT)
+  return TwoPrograms(jax.jit(look, donate_argnums=0), jax.jit(write, donate_argnums=0))
+
+
+def map_step(device_step: Callable, mesh: Mesh, *, with_bank: bool = True) -> Callable:
+  """Returns device_step(state, batch) -> (state, metrics), mapped over the devices, compiled, its state donated."""
+  specs = state_specs(with_bank=with_bank)
+  mapped = jax.shard_map(device_step, mesh=mesh, in_specs=(specs, SPLIT), out_specs=(specs, WHOLE))
+  return jax.jit(mapped, donate_argnums=0)

@@ -1,0 +1,14 @@
+"""The keys of a step: they depend on the seed, the step and the image alone. Letters: B batch."""
+
+import jax
+
+
+def view_keys(seed: jax.Array | int, step: jax.Array | int, index: jax.Array) -> jax.Array:
+  """Returns the keys of the images' views in a step, key[B]: from the seed, the step and the image's index i32[B]."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(step_keys(seed, step)["views"], index)
+
+
+def step_keys(seed: jax.Array | int, step: jax.Array | int) -> dict[str, jax.Array]:
+  """Returns the keys of a step: of the views, and of the negatives of the pretext and of the image term."""
+  keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
+  return dict(zip(("views", "pretext", "image"), keys, strict=True))

@@ -1,0 +1,134 @@
+"""What is measured of a run while it trains, and at its end: kNN, by the protocols of evaluations."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from pirl_jax import system
+from pirl_jax.evaluation import features
+from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.protocols import knn, learning
+from pirl_jax.method import memory_bank
+from pirl_jax.method.state import TrainState
+from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
+from pirl_jax.runtime import mesh as mesh_lib
+from pirl_jax.storage.logbook import Logbook
+from pirl_jax.training.parts import Run, test_pictures
+from pirl_jax.training.stopping import Stopping
+
+
+def calibrate(parts: Run, state: TrainState) -> TrainState:
+  """Returns the untrained state with the batch statistics of the training pictures: random initialisation."""
+  variables = features.calibrate_batch_stats(
+    batch_stats_fn(parts), {"params": state.params, "batch_stats": state.batch_stats},
+    test_pictures(parts, parts.train).test_batches(), parts.mesh, momentum=BATCH_NORM_MOMENTUM)
+  trunk = jax.device_put(variables["batch_stats"]["trunk"], mesh_lib.whole(parts.mesh))
+  return state.replace(batch_stats={**state.batch_stats, "trunk": trunk})
+
+
+def unlabelled(parts: Run) -> str:
+  """Returns which pictures have no labels, so that kNN cannot be measured; "" if it can."""
+  for name, source in (("training", parts.train), ("held-out", parts.test)):
+    if source is None:
+      return f"there are no {name} pictures (--config.evaluate.split)"
+    if not source.class_names:
+      return f"the {name} pictures have no labels (for folders of classes: --config.data.labels=folder)"
+    if source.multi_label:
+      return f"the {name} pictures may show several classes each"
+  return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoppablePictures(Pictures):
+  """Pictures that are read no further once the run is asked to stop, in all processes alike."""
+
+  stopping: Stopping
+
+  def test_batches(self, **options: Any) -> Iterator[dict[str, np.ndarray]]:
+    """Returns every picture once, see `Pictures.test_batches`; raises Stopped in between."""
+    with contextlib.closing(super().test_batches(**options)) as test_batches:
+      for batch in test_batches:
+        if self.stopping.requested():
+          self.stopping.stop()
+        yield batch
+
+
+def make_evaluation(parts: Run, book: Logbook, stopping: Stopping) -> Callable | None:
+  """Returns evaluate(state) -> kNN figures of the held-out pictures; None where it cannot be done.
+
+  The neighbours are the rows of the bank; without a bank, the trunk's features of the training pictures. It raises
+  Stopped where it is asked to.
+  """
+  config = parts.config
+  if not config.evaluate.every_epochs:
+    return None
+  if missing := unlabelled(parts):
+    book.say(f"no kNN during the run: {missing}")
+    return None
+  train_set, test_set = (StoppablePictures(**vars(test_pictures(parts, source)), stopping=stopping)
+                         for source in (parts.train, parts.test))
+
+  def evaluate_features(state):
+    model = Model(parts.network, {"params": state.params, "batch_stats": state.batch_stats})
+    return knn.measure_knn(model, train_set, test_set, mesh=parts.mesh, layer="pooled", k=config.evaluate.k,
+                           temperature=config.evaluate.temperature).figures
+
+  if not system.has_bank(config):
+    return evaluate_features
+  on_every_device = jax.jit(lambda x: x, out_shardings=mesh_lib.whole(parts.mesh))
+
+  @functools.cache  # at the first evaluation: a TFDS set has to be read once from end to end for its labels
+  def row_labels():
+    if config.data.source == "tfds":
+      book.say(f"reading the labels of {len(parts.train):,} pictures, once")
+    labels = parts.train.labels()
+    by_row = np.full(parts.layout.num_rows, -1, np.int32)
+    by_row[parts.layout.row_of(np.arange(len(labels)))] = labels
+    return by_row
+
+  def embed(variables, image):
+    return memory_bank.normalise(parts.network.apply(variables, image, method="embed_image"))
+
+  def evaluate(state):
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    test = features.extract_features(embed, variables, test_set.test_batches(), parts.mesh)
+    voting = np.where(np.asarray(on_every_device(state.usable)), row_labels(), -1)
+    return knn.accuracy(state.bank, voting, test.features, test.labels, mesh=parts.mesh, k=config.evaluate.k,
+                        temperature=config.evaluate.temperature)
+
+  return evaluate
+
+
+def measure_learning(parts: Run, state: TrainState) -> dict[str, Any]:
+  """Returns kNN on raw pixels, the untrained and the trained network."""
+  config = parts.config
+  initial = parts.initial_state()
+
+  def pooled(variables, image):
+    return parts.network.apply(variables, image, method="features")["pooled"]
+
+  variables = [{"params": s.params, "batch_stats": s.batch_stats} for s in (initial, state)]
+  return learning.measure_learning(
+    test_pictures(parts, parts.train).test_batches, test_pictures(parts, parts.test).test_batches, forward_fn=pooled,
+    stats_fn=batch_stats_fn(parts),
+    untrained=variables[0], trained=variables[1], momentum=BATCH_NORM_MOMENTUM, mesh=parts.mesh, k=config.evaluate.k,
+    temperature=config.evaluate.temperature,
+    settings={"seed": config.seed, "step": int(state.step), "image_size": config.data.image_size,
+              "crop_fraction": config.evaluate.crop_fraction, "train": parts.train.description,
+              "test": parts.test.description, "train_fingerprint": parts.train.fingerprint,
+              "test_fingerprint": parts.test.fingerprint})
+
+
+def batch_stats_fn(parts: Run) -> Callable:
+  """Returns stats_fn(variables, image) -> batch statistics, for `calibrate_batch_stats`."""
+  def batch_stats(variables, image):
+    _, updated = parts.parallel_network.apply(variables, image, train=True, method="features",
+                                              mutable=["batch_stats"])
+    # Those of a head stay as they are: whoever takes features does not see it.
+    return {**variables["batch_stats"], **updated["batch_stats"]}
+  return batch_stats

@@ -1,0 +1,199 @@
+"""What a run is made of, from its config: every check comes before anything compiles."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from pirl_jax import system
+from pirl_jax.data import batches, sources
+from pirl_jax.errors import UserError
+from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.method import losses, memory_bank
+from pirl_jax.method.optimizer import cosine_schedule, create_optimizer, step_schedule
+from pirl_jax.method.prediction_step import make_prediction_step
+from pirl_jax.method.state import TrainState, create_state
+from pirl_jax.method.step import make_train_step
+from pirl_jax.models.network import Network
+from pirl_jax.runtime import mesh as mesh_lib
+from pirl_jax.views.permutations import SUBSETS
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a run is made of, built before anything compiles or is written."""
+
+  config: ConfigDict
+  workdir: Path
+  mesh: jax.sharding.Mesh
+  train: sources.Source
+  test: sources.Source | None
+  layout: memory_bank.Layout
+  network: Network
+  optimizer: optax.GradientTransformation
+  schedule: optax.Schedule
+  views_fn: Callable
+  steps_per_epoch: int
+
+  @property
+  def total_steps(self) -> int:
+    """Returns the number of steps of the whole run."""
+    return self.config.num_epochs * self.steps_per_epoch
+
+  @property
+  def parallel_network(self) -> Network:
+    """Returns the network as the step maps it: batch norm over all devices, unless each is to have its own."""
+    return self.network.with_batch_norm_axis(mesh_lib.AXIS if self.config.model.batch_norm == "global" else None)
+
+  def initial_state(self) -> TrainState:
+    """Returns the state before the first step; the same at every call."""
+    config = self.config
+    return create_state(
+      config.seed, self.network, self.optimizer, self.layout, mesh=self.mesh, dim=config.model.dim,
+      bank_dtype=DTYPES[config.bank.dtype], inputs=system.network_inputs(config), with_bank=system.has_bank(config))
+
+
+def check_config(config: ConfigDict) -> None:
+  """Raises UserError for a value that no data could make possible."""
+  def require(holds, field, rule):
+    if not holds:
+      raise UserError(f"{field}={_get(config, field)!r} is not possible: {rule}")
+
+  for field in ("batch_size", "micro_batches", "data.image_size", "data.num_threads", "jigsaw.crop_size", "jigsaw.grid",
+                "jigsaw.patch_size", "model.dim", "checkpoint.every_steps", "checkpoint.keep", "evaluate.k",
+                "evaluate.batch_size", "log.every_steps"):
+    require(_get(config, field) >= 1, field, "a whole number from 1 is needed")
+  for field, most in (("data.image_size", 10_000), ("jigsaw.crop_size", 10_000), ("jigsaw.patch_size", 10_000),
+                      ("model.dim", 65_536)):
+    require(_get(config, field) <= most, field, f"at most {most:,} is possible")
+  for field, zero in (("num_epochs", "the untrained network"), ("evaluate.every_epochs", "never"),
+                      ("num_negatives", "every row"), ("data.num_images", "all"), ("evaluate.num_images", "all"),
+                      ("jigsaw.num_permutations", "all")):
+    require(_get(config, field) >= 0, field, f"0 ({zero}) or more is needed")
+  for field in ("pretext_weight", "bank.momentum", "optimizer.momentum", "data.max_bad_fraction"):
+    require(0 <= _get(config, field) <= 1, field, "it lies in [0, 1]")
+  for field in ("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.end_factor",
+                "optimizer.warmup_epochs", "optimizer.warmup_factor"):
+    require(0 <= _get(config, field) < float("inf"), field, "a finite number from 0 is needed")
+  require(0 < config.evaluate.temperature < float("inf"), "evaluate.temperature", "a number above 0 is needed")
+  require(0 < config.evaluate.crop_fraction <= 1, "evaluate.crop_fraction", "it lies in (0, 1]")
+  require(0 < config.optimizer.decay_factor <= 1, "optimizer.decay_factor", "it lies in (0, 1]")
+  for field in ("data.image_scale", "jigsaw.crop_scale"):
+    scale = _get(config, field)
+    require(len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, field, "it is (smallest, largest), within (0, 1]")
+  for field, choices in (("objective", system.OBJECTIVES), ("negative_sampling", ("shared", "per_image")),
+                         ("jigsaw.permutation_subset", SUBSETS),
+                         ("optimizer.schedule", ("cosine", "steps")), ("model.dtype", DTYPES),
+                         ("bank.dtype", DTYPES), ("model.head", ("linear", "mlp")),
+                         ("model.batch_norm", ("global", "device")),
+                         ("optimizer.update_interval", ("step", "epoch"))):
+    require(_get(config, field) in choices, field, f"choose from {', '.join(choices)}")
+  for field in ("model.dtype", "bank.dtype"):
+    require(_get(config, field) != "float64" or jax.config.jax_enable_x64, field,
+            "JAX computes in it only with JAX_ENABLE_X64=1 in the environment")
+  require(config.num_negatives or config.negative_sampling == "shared", "negative_sampling",
+          "num_negatives=0 takes every row for every image, there is nothing to draw")
+
+
+def _get(config, field):
+  for part in field.split("."):
+    config = config[part]
+  return config
+
+
+def build(config: ConfigDict, workdir: Path) -> Run:
+  """Returns the parts of the run: opens the data and checks that all fits, without compiling or writing anything.
+
+  Raises:
+    UserError: something does not fit.
+  """
+  mesh = mesh_lib.create_mesh()
+  num_devices = mesh.size
+  for field in ("batch_size", "evaluate.batch_size"):
+    if _get(config, field) % num_devices:
+      raise UserError(f"{field}={_get(config, field)} does not divide among {num_devices} devices; "
+                      f"try --config.{field}={max(1, _get(config, field) // num_devices) * num_devices}")
+  images = config.batch_size // num_devices
+  if images % config.micro_batches:
+    raise UserError(f"micro_batches={config.micro_batches} does not divide the {images} images of a batch on each of "
+                    f"{num_devices} devices; choose a divisor of {images}")
+  views_fn = system.views_of(config)
+
+  train, test = open_data(config)
+  network = system.network_of(config, num_classes=0 if train.multi_label else len(train.class_names))
+  steps_per_epoch = batches.steps_per_epoch(len(train), config.batch_size)
+  if config.num_epochs * steps_per_epoch >= 2**31:
+    raise UserError(f"num_epochs={config.num_epochs} of {steps_per_epoch:,} steps: steps are counted up to 2**31; take "
+                    "fewer")
+  layout = memory_bank.create_layout(
+    len(train), num_devices=num_devices, num_negatives=config.num_negatives if system.has_bank(config) else 0)
+  if system.has_bank(config):
+    memory_bank.check_fits(layout, dim=config.model.dim, dtype=DTYPES[config.bank.dtype], num_devices=num_devices,
+                           device_bytes=mesh_lib.device_bytes())
+  make_loss(config, layout)
+  schedule = make_schedule(config, steps_per_epoch)
+  optimizer = create_optimizer(schedule, momentum=config.optimizer.momentum, weight_decay=config.optimizer.weight_decay,
+                               decay_biases=config.optimizer.decay_biases)
+  return Run(config, workdir, mesh, train, test, layout, network, optimizer, schedule, views_fn, steps_per_epoch)
+
+
+def make_loss(config: ConfigDict, layout: memory_bank.Layout) -> Callable:
+  """Returns the contrastive loss, see `losses.make_loss`."""
+  return losses.make_loss(config.loss, temperature=config.temperature, num_images=layout.num_images,
+                          num_negatives=config.num_negatives or layout.num_images)
+
+
+def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
+  """Returns step -> learning rate. A run without epochs has the schedule of one: its optimizer is never asked.
+
+  Raises:
+    UserError: the warm-up or the milestones do not fit.
+  """
+  given = config.optimizer
+  common = dict(
+    base_rate=given.learning_rate * config.batch_size / 1024, num_steps=max(1, config.num_epochs) * steps_per_epoch,
+    warmup_steps=round(given.warmup_epochs * steps_per_epoch) if config.num_epochs else 0,
+    warmup_factor=given.warmup_factor)
+  if given.schedule == "steps":
+    return step_schedule(milestones=given.milestones, decay_factor=given.decay_factor, **common)
+  return cosine_schedule(end_factor=given.end_factor,
+                         hold_steps=steps_per_epoch if given.update_interval == "epoch" else 1, **common)
+
+
+def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source | None]:
+  """Returns the training pictures and the held-out ones (None without `evaluate.split`), and prints what was found."""
+  data = config.data
+  common = dict(name=data.name, root=data.root, labels=data.labels, image_size=data.image_size)
+  train = sources.open_source(data.source, split=data.split, num_images=data.num_images, **common)
+  print(f"training pictures: {train.description}")
+  if not config.evaluate.split:
+    return train, None
+  test = sources.open_source(data.source, split=config.evaluate.split, num_images=config.evaluate.num_images,
+                             class_names=train.class_names, **common)
+  print(f"held-out pictures: {test.description}")
+  return train, test
+
+
+def make_step(parts: Run) -> Callable:
+  """Returns train_step(state, batch) -> (state, metrics) of the run's system."""
+  config = parts.config
+  common = parts.parallel_network, parts.optimizer, parts.views_fn
+  if not system.has_bank(config):
+    return make_prediction_step(*common, parts.layout, parts.mesh, micro_batches=config.micro_batches)
+  return make_train_step(
+    *common, make_loss(config, parts.layout), parts.layout, parts.mesh, num_negatives=config.num_negatives,
+    negative_sampling=config.negative_sampling, temperature=config.temperature, pretext_weight=config.pretext_weight,
+    bank_momentum=config.bank.momentum, micro_batches=config.micro_batches)
+
+
+def test_pictures(parts: Run, source: sources.Source) -> Pictures:
+  """Returns the pictures of a source under the test transform."""
+  config = parts.config
+  return Pictures(source, image_size=config.data.image_size, crop_fraction=config.evaluate.crop_fraction,
+                  batch_size=config.evaluate.batch_size, num_threads=config.data.num_threads)

@@ -1,0 +1,137 @@
+"""The folder of a run: who may train in it, and how a run goes on from what it holds."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from pirl_jax.data import contents
+from pirl_jax.errors import UserError
+from pirl_jax.method.state import TrainState
+from pirl_jax.storage.checkpoints import Checkpoints
+from pirl_jax.storage.files import locked, read_json, write_json
+from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, upgrade_config
+from pirl_jax.storage.logbook import METRICS, read_rows
+from pirl_jax.storage.settings import flatten
+from pirl_jax.training.parts import Run
+
+FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "data.num_threads", "data.max_bad_fraction")
+"""Fields that may change when a run goes on; a name that ends with a dot stands for its whole group."""
+
+HANDOVER_SECONDS = 20
+"""How long a run that is still ending in the same folder is waited for."""
+
+
+def hold(workdir: Path) -> contextlib.ExitStack:
+  """Returns what keeps other runs out of the folder until it is closed.
+
+  Raises:
+    UserError: another run is in it, or it cannot be made.
+  """
+  held = contextlib.ExitStack()
+  if jax.process_index() == 0:
+    try:
+      held.enter_context(locked(workdir, patience=HANDOVER_SECONDS))
+    except TimeoutError as error:
+      raise UserError(f"another process is training in {workdir}; let it end, or choose another --workdir") from error
+    except OSError as error:
+      raise _unwritable(workdir, error) from error
+  return held
+
+
+def _unwritable(workdir, error):
+  return UserError(f"nothing can be written to {workdir} ({error.strerror}); make room, or choose another --workdir")
+
+
+def check_new(parts: Run) -> None:
+  """Raises UserError where a run has come so far that it had checkpoints: to begin anew would lose its rows, too."""
+  rows, before = read_rows(parts.workdir / METRICS), read_json(parts.workdir / "config.json") or parts.config.to_dict()
+  # The first is on disk before the second is begun.
+  if rows and rows[-1]["step"] > 2 * before["checkpoint"]["every_steps"]:
+    raise UserError(f"{parts.workdir / METRICS} reaches step {rows[-1]['step']}, but {parts.workdir / 'checkpoints'} "
+                    "holds no checkpoint; bring them back, or choose another --workdir, or delete that file to start "
+                    "anew")
+
+
+def begin(parts: Run) -> None:
+  """Writes down what the run is and with which pictures it begins.
+
+  Raises:
+    UserError: nothing can be written.
+  """
+  if jax.process_index() != 0:
+    return
+  try:
+    write_json(parts.workdir / "config.json", parts.config.to_dict())
+    contents.remember(parts.train, parts.workdir)
+  except OSError as error:
+    raise _unwritable(parts.workdir, error) from error
+
+
+def check_same_config(config: ConfigDict, workdir: Path) -> None:
+  """Raises UserError if `workdir` holds a run with another config, but for the fields that may change."""
+  path = workdir / "config.json"
+  if not path.exists():
+    return
+  try:
+    stored = upgrade_config(json.loads(path.read_text()))
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it to go on, the checkpoints hold "
+                    "the config, too; or choose another --workdir") from error
+  compare_configs(config, stored, workdir)
+
+
+def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -> None:
+  """Raises UserError if the config stored with the run in `workdir` differs in a field that may not change."""
+  before, now = flatten(stored), flatten(json.loads(json.dumps(config.to_dict())))
+  for field in sorted(before.keys() | now.keys()):
+    free = any(field == name or (name.endswith(".") and field.startswith(name)) for name in FREE_ON_RESUME)
+    if not free and before.get(field) != now.get(field):
+      raise UserError(f"{workdir} holds a run with {field}={before.get(field)!r}, and now it is {now.get(field)!r}; "
+                      f"choose another --workdir, or give the old value to go on")
+
+
+def restore(parts: Run, checkpoints: Checkpoints) -> TrainState:
+  """Returns the state of the newest checkpoint of this very run.
+
+  Raises:
+    UserError: the checkpoint is of another data set, network or bank, is past the end, or none can be read.
+  """
+  expected = run_meta(parts)
+
+  def check(meta):
+    if meta["format"] < FIRST_RESUMED:
+      raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a part of the state is "
+                      "missing: it can be evaluated, not gone on with; choose another --workdir")
+    if meta["format"] < FIRST_BITS and parts.config.bank.dtype == "bfloat16":
+      raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a bank of bfloat16 was "
+                      "stored otherwise: it can be evaluated, not gone on with; choose another --workdir")
+    for name, now in expected.items():
+      if meta.get(name) != now:
+        if name == "data" and (changes := contents.difference(parts.train, parts.workdir)):
+          raise UserError(f"the training pictures are not those with which the run in {parts.workdir} began; "
+                          f"{changes}; restore them, or choose another --workdir")
+        raise UserError(f"the checkpoint in {parts.workdir} has {name} {meta.get(name)!r}, and this run {now!r}; "
+                        "choose another --workdir")
+    compare_configs(parts.config, meta["config"], parts.workdir)
+    if meta["step"] > parts.total_steps:
+      raise UserError(f"{parts.workdir} has already done {meta['step']} steps, and num_epochs="
+                      f"{parts.config.num_epochs} is {parts.total_steps}; raise num_epochs")
+
+  return checkpoints.restore_newest(check, jax.eval_shape(parts.initial_state), parts.mesh, say=print)
+
+
+def run_meta(parts: Run) -> dict[str, Any]:
+  """Returns what must be the same for a checkpoint to belong to this run, JSON values."""
+  return {
+    "data": parts.train.fingerprint, "num_images": parts.layout.num_images, "num_strata": parts.layout.num_strata,
+    "model": parts.config.model.to_dict(), "num_classes": len(parts.train.class_names)}
+
+
+def save(parts: Run, state: TrainState, checkpoints: Checkpoints, **options: Any) -> None:
+  """Starts to write a checkpoint of the state, see `Checkpoints.save`."""
+  step = int(state.step)
+  checkpoints.save(step, state, {**run_meta(parts), "step": step, "config": parts.config.to_dict()}, **options)
