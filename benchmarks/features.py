@@ -27,14 +27,14 @@ import jax.numpy as jnp
 from pirl_jax.data.records import Source
 from pirl_jax.data.sources import open_source
 from pirl_jax.data.subsets import Subset
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import layer_features
 from pirl_jax.evaluation.protocols.export import export_features
 from pirl_jax.models.heads import ImageHead
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh, split, whole
-from pirl_jax.views.two_views import normalise
+from pirl_jax.views.normalisation import normalise
 
 
 def main() -> None:

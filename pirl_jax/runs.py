@@ -10,9 +10,8 @@ import numpy as np
 
 from pirl_jax import system
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Model
 from pirl_jax.evaluation.layers import layer_names
-from pirl_jax.models.ensemble import Ensemble
+from pirl_jax.models.network import Ensemble, Model
 from pirl_jax.storage.checkpoints import Checkpoints
 
 

@@ -10,16 +10,15 @@ from sklearn.linear_model import LogisticRegression
 
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers, check_maps, layer_features, layer_names
 from pirl_jax.evaluation.protocols import linear
 from pirl_jax.evaluation.protocols.knn import measure_knn
-from pirl_jax.models.ensemble import Ensemble
 from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Ensemble, Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh
-from pirl_jax.views.two_views import normalise
+from pirl_jax.views.normalisation import normalise
 
 SIZE = 16
 LAYERS = ("conv1", "res2", "res3", "res4", "pooled")

@@ -15,8 +15,7 @@ import configs.evaluate
 from configs import pirl
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
-from pirl_jax.evaluation.inputs import Model
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runs import Run, Subject, check_same_layers, open_subjects
 from pirl_jax.runtime import mesh as mesh_lib

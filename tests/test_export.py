@@ -15,10 +15,10 @@ from pyarrow import parquet
 
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.protocols import export
 from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh
 

@@ -9,7 +9,7 @@ import pytest
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import calibrate_batch_stats, extract_features, unit_norm
 from pirl_jax.runtime.mesh import create_mesh
-from pirl_jax.views.two_views import normalise
+from pirl_jax.views.normalisation import normalise
 
 SIDE = 6
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from launching import ROOT
 
-from pirl_jax.evaluation.outcome import Curve, Outcome, save_plot
+from pirl_jax.figures.curves import Curve, save_plot
 from pirl_jax.storage.files import locked, read_json, replacing, write_file, write_json
 
 
@@ -40,9 +40,9 @@ def test_what_a_killed_program_left_is_written_over(tmp_path):
 def test_a_figure_that_cannot_be_drawn_to_its_end_leaves_the_old_one(tmp_path):
   path = tmp_path / "plot.png"
   path.write_bytes(b"old")
-  outcome = Outcome(figures={}, table={}, curve=Curve("x", "$y_{$", [1, 2], [1.0, 2.0]))  # no formula
+  curve = Curve("x", "$y_{$", [1, 2], [1.0, 2.0])  # no formula
   with pytest.raises(ValueError):
-    save_plot(path, "title", {"run": outcome})
+    save_plot(path, "title", {"run": curve})
   assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

@@ -10,15 +10,16 @@ from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.data.subsets import shuffled
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.protocols.invariance import NO_AUGMENTATION, measure_invariance
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh
 from pirl_jax.views.jigsaw import Jigsaw
-from pirl_jax.views.two_views import make_views, normalise
+from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.two_views import make_views
 
 NETWORK = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(8), PatchesHead(8))
 VIEWS = make_views(Jigsaw(crop_size=18, crop_scale=(0.6, 1.0), grid=3, patch_size=5), recipe=NO_AUGMENTATION,

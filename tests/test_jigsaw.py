@@ -10,9 +10,10 @@ import pytest
 
 from pirl_jax.errors import UserError
 from pirl_jax.views.jigsaw import Jigsaw, cut_patches, draw_jigsaw
+from pirl_jax.views.normalisation import denormalise
 from pirl_jax.views.permutations import permutation_subset
 from pirl_jax.views.photometric import Recipe
-from pirl_jax.views.two_views import denormalise, make_views
+from pirl_jax.views.two_views import make_views
 
 
 def jigsaw_patches(key, crop, *, grid=3, patch_size):

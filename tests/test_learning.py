@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.protocols.learning import format_table, measure_learning
 from pirl_jax.runtime.mesh import create_mesh
-from pirl_jax.views.two_views import normalise
+from pirl_jax.views.normalisation import normalise
 
 
 def pictures(seed, num):

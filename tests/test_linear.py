@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import layer_features
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocols import linear
@@ -27,10 +27,10 @@ from pirl_jax.evaluation.protocols.linear import (
   make_train_step,
 )
 from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh, split, whole
-from pirl_jax.views.two_views import normalise
+from pirl_jax.views.normalisation import normalise
 
 SIZE = 16
 LAYERS = ("conv1", "res2", "res3", "res4", "pooled")

@@ -2,7 +2,8 @@ import json
 
 import cv2
 
-from pirl_jax.evaluation.outcome import Curve, Outcome, format_table, save_plot
+from pirl_jax.evaluation.outcome import Outcome, format_table
+from pirl_jax.figures.curves import Curve, save_plot
 
 FIRST = Outcome({"top1": 0.5}, {"top-1": 0.5, "top-5": 0.9}, Curve("k", "top-1", [1, 5], [0.4, 0.5], [0.3, 0.4],
                                                                    [0.5, 0.6], log_x=True))
@@ -32,8 +33,8 @@ def test_json_and_back():
 
 
 def test_plot_has_a_line_and_a_band_for_each_run(tmp_path):
-  save_plot(tmp_path / "deep" / "one.png", "knn", {"a": FIRST})
-  save_plot(tmp_path / "deep" / "both.png", "knn", {"a": FIRST, "b": SECOND})
+  save_plot(tmp_path / "deep" / "one.png", "knn", {"a": FIRST.curve})
+  save_plot(tmp_path / "deep" / "both.png", "knn", {"a": FIRST.curve, "b": SECOND.curve})
   one, both = (cv2.imread(str(tmp_path / "deep" / f"{name}.png")) for name in ("one", "both"))
   orange = (both[..., 2] > 200) & (both[..., 1] < 160) & (both[..., 0] < 60)  # matplotlib's second colour
   assert orange.sum() > 100
@@ -41,11 +42,11 @@ def test_plot_has_a_line_and_a_band_for_each_run(tmp_path):
 
 
 def test_names_with_dollars_are_no_formulas(tmp_path):
-  save_plot(tmp_path / "plot.png", "$x_{$", {"$y_{$": FIRST, "$": SECOND})
+  save_plot(tmp_path / "plot.png", "$x_{$", {"$y_{$": FIRST.curve, "$": SECOND.curve})
   assert (tmp_path / "plot.png").stat().st_size > 1_000
 
 
 def test_plot_over_names(tmp_path):
-  layers = Outcome({}, {}, Curve("layer", "top-1", ["conv1", "res2"], [0.1, 0.2]))
+  layers = Curve("layer", "top-1", ["conv1", "res2"], [0.1, 0.2])
   save_plot(tmp_path / "layers.png", "linear", {"a": layers})
   assert (tmp_path / "layers.png").stat().st_size > 1_000

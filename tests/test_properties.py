@@ -27,7 +27,7 @@ from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE
 from pirl_jax.storage.settings import flatten
 from pirl_jax.training import parts as parts_lib
 from pirl_jax.training import pretrain
-from pirl_jax.views import jigsaw, permutations, photometric, rotation, two_views
+from pirl_jax.views import jigsaw, normalisation, permutations, photometric, rotation, two_views
 
 # The same examples at every run, and no folder of them left behind.
 few = settings(max_examples=8, deadline=None, derandomize=True, database=None,
@@ -301,7 +301,7 @@ def test_views_have_the_shapes_and_labels_they_say(seed, name, batch, side, num_
   keys = jax.random.split(jax.random.key(seed), batch)
   views, pretext_views, label = views_fn(keys, image, crop)
   assert views.shape == image.shape and pretext_views.shape == (batch, *pretext.view_shape)
-  assert two_views.denormalise(pretext_views).dtype == np.uint8 and np.isfinite(views).all()
+  assert normalisation.denormalise(pretext_views).dtype == np.uint8 and np.isfinite(views).all()
   label = np.asarray(label)
   assert ((label >= 0) & (label < pretext.num_labels)).all() if pretext.num_labels else (label == -1).all()
   order = rng.permutation(batch)

@@ -15,16 +15,16 @@ from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.data.subsets import draw_subset
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocols import semi_supervised
 from pirl_jax.evaluation.protocols.semi_supervised import Recipe, create_optimizer, create_schedule, make_train_step
 from pirl_jax.models.classifier import Classifier, on_trunk
 from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import AXIS, create_mesh, split, whole
-from pirl_jax.views.two_views import normalise
+from pirl_jax.views.normalisation import normalise
 
 SIZE, CLASSES = 16, 10
 RECIPE = Recipe(num_epochs=3, batch_size=16, learning_rate=0.8, milestones=(1.0, 2.0), decay_factor=0.1, momentum=0.9,

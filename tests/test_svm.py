@@ -14,13 +14,13 @@ from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.average_precision import average_precision
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.protocols import svm
 from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh
-from pirl_jax.views.two_views import normalise
+from pirl_jax.views.normalisation import normalise
 
 COSTS = (1.0, 0.01, 10.0, 0.1)
 """Not in order: of equals the first of the grid is taken, not the lowest."""

@@ -31,7 +31,7 @@ from pirl_jax.storage.logbook import read_rows
 from pirl_jax.storage.settings import flatten
 from pirl_jax.training import guards, pretrain
 from pirl_jax.training import parts as parts_lib
-from pirl_jax.views import two_views
+from pirl_jax.views import normalisation, two_views
 from pirl_jax.views.pretext import Pretext
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -243,7 +243,7 @@ def test_without_epochs_it_is_the_initial_network_with_measured_statistics(run_o
   batches = parts_lib.test_pictures(SimpleNamespace(config=config), parts_lib.open_data(config)[0]).test_batches()
   pictures = np.concatenate([batch["image"][batch["valid"]] for batch in batches])[:60]  # what fills whole batches
   conv = jax.lax.conv_general_dilated(
-    two_views.normalise(jnp.asarray(pictures)), state.params["trunk"]["conv1"]["kernel"], (2, 2), ((1, 1), (1, 1)),
+    normalisation.normalise(jnp.asarray(pictures)), state.params["trunk"]["conv1"]["kernel"], (2, 2), ((1, 1), (1, 1)),
     dimension_numbers=("NHWC", "HWIO", "NHWC"))
   np.testing.assert_allclose(state.batch_stats["trunk"]["bn1"]["mean"], np.mean(conv, axis=(0, 1, 2)), atol=1e-5)
 

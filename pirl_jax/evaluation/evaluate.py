@@ -23,8 +23,9 @@ from pirl_jax.data import sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers, check_maps, layer_names
-from pirl_jax.evaluation.outcome import Outcome, format_table, save_plot
+from pirl_jax.evaluation.outcome import Outcome, format_table
 from pirl_jax.evaluation.protocols import export, invariance, knn, linear, low_shot, retrieval, semi_supervised, svm
+from pirl_jax.figures.curves import save_plot
 from pirl_jax.method.memory_bank import Layout
 from pirl_jax.runs import Run, Subject, open_subjects
 from pirl_jax.runtime import mesh as mesh_lib
@@ -380,7 +381,7 @@ def finish(config: ConfigDict, evaluations: Sequence[Evaluation], settings: dict
   if all(outcome.curve for outcome in outcomes.values()):
     plot = path.with_suffix(".png")
     save_plot(plot, f"{config.protocol}: {first.data['name'] or Path(first.data['root']).name or first.data['source']}",
-              outcomes)
+              {label: outcome.curve for label, outcome in outcomes.items()})
     written.append(plot)
   for evaluation in evaluations:
     shutil.rmtree(evaluation.snapshots, ignore_errors=True)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from pirl_jax.errors import UserError
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
-from pirl_jax.views.two_views import normalise
+from pirl_jax.views.normalisation import normalise
 
 IN_FLIGHT = 2
 """Batches on the devices at once: the next one is decoded while these are computed."""

@@ -4,28 +4,12 @@ Letters: B batch, H side in pixels.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
 from pirl_jax.data import batches
 from pirl_jax.data.records import Source
-from pirl_jax.models.ensemble import Ensemble
-from pirl_jax.models.network import Network
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """A network and its restored values.
-
-  Attributes:
-    network: as the run built it; batch norm with running statistics unless a protocol trains it. Or several as one.
-    variables: {"params": ..., "batch_stats": ...}, whole on every device of the mesh; of an ensemble a tuple of them.
-  """
-
-  network: Network | Ensemble
-  variables: Mapping[str, Any] | tuple[Mapping[str, Any], ...]
 
 
 @dataclasses.dataclass(frozen=True)

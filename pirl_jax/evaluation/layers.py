@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pirl_jax.errors import UserError
-from pirl_jax.models.ensemble import Ensemble
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Ensemble, Network
 
 EMBEDDING = "embedding"
 """The name of f(v_I), behind the image head; the other layers are the trunk's."""

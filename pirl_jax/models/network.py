@@ -1,5 +1,7 @@
-"""The whole network of a run: one trunk for both views, a head for each."""
+"""The whole network of a run: one trunk for both views, a head for each. And several networks as one."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -64,3 +66,31 @@ class Network(nn.Module):
       return module.clone(batch_norm_axis=axis) if hasattr(module, "batch_norm_axis") else module
     return self.clone(trunk=on_axis(self.trunk), image_head=on_axis(self.image_head),
                       pretext_head=on_axis(self.pretext_head))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ensemble:
+  """Several networks as one, for whoever needs nothing but features (PIRL, section 3.2: PIRL-ens.).
+
+  They look at the same picture. What each finds in a layer is put side by side, see `layer_features`.
+
+  Its variables are a tuple with those of each network, in the same order.
+
+  Attributes:
+    networks: two or more; they may differ, but their trunks have as many stages.
+  """
+
+  networks: tuple[Network, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A network and its restored values.
+
+  Attributes:
+    network: as the run built it; batch norm with running statistics unless a protocol trains it. Or several as one.
+    variables: {"params": ..., "batch_stats": ...}, whole on every device of the mesh; of an ensemble a tuple of them.
+  """
+
+  network: Network | Ensemble
+  variables: Mapping[str, Any] | tuple[Mapping[str, Any], ...]

@@ -11,10 +11,11 @@ import numpy as np
 
 from pirl_jax import system
 from pirl_jax.evaluation import features
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.protocols import knn, learning
 from pirl_jax.method import memory_bank
 from pirl_jax.method.state import TrainState
+from pirl_jax.models.network import Model
 from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.logbook import Logbook

@@ -31,7 +31,7 @@ from pirl_jax.training.measuring import calibrate, make_evaluation, measure_lear
 from pirl_jax.training.parts import Run, build, check_config, make_step
 from pirl_jax.training.resuming import begin, check_new, check_same_config, hold, restore, save
 from pirl_jax.training.stopping import Stopped, Stopping
-from pirl_jax.views.two_views import denormalise
+from pirl_jax.views.normalisation import denormalise
 
 STEPS_IN_FLIGHT = 2
 """Steps that the devices may be behind the host: enough to keep them busy, and no pile of batches in memory."""

@@ -8,18 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pirl_jax.errors import UserError
 from pirl_jax.views.jigsaw import Jigsaw
+from pirl_jax.views.normalisation import normalise
 from pirl_jax.views.photometric import Recipe, apply_photometric, draw_photometric
 from pirl_jax.views.pretext import Pretext
 from pirl_jax.views.rotation import Rotation
 from pirl_jax.views.rotation_jigsaw import RotationJigsaw
-
-MEAN = np.float32([0.485, 0.456, 0.406])
-STD = np.float32([0.229, 0.224, 0.225])
-"""Of the channels of ImageNet's pictures in [0, 1], as the official runs normalise (torchvision)."""
 
 PRETEXTS: dict[str, type[Pretext]] = {"jigsaw": Jigsaw, "rotation": Rotation, "rotation_jigsaw": RotationJigsaw}
 
@@ -75,15 +71,3 @@ def make_views(pretext: Pretext | None, *, recipe: Recipe, pretext_recipe: Recip
     return image, *pretext(transform_key, pretext_crop, augment)
 
   return jax.vmap(both_views)
-
-
-def normalise(image: jax.Array) -> jax.Array:
-  """Returns the picture as the network takes it, f32[..., 3], from its levels in [0, 255]."""
-  channels = (1,) * (image.ndim - 1) + (3,)
-  scale, shift = 1 / (255 * STD), -MEAN / STD
-  return image.astype(float) * scale.reshape(channels) + shift.reshape(channels)
-
-
-def denormalise(view: jax.Array | np.ndarray) -> np.ndarray:
-  """Returns the levels u8[..., 3] behind a normalised `view` (f32[..., 3]), on the host, for pictures."""
-  return np.clip(np.rint(255 * (np.asarray(view, np.float32) * STD + MEAN)), 0, 255).astype(np.uint8)

@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 from pirl_jax.data.records import Source
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import IN_FLIGHT, stream_features
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers, layer_features
 from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.models.network import Model
 from pirl_jax.runtime.progress import Progress
 from pirl_jax.storage.files import replacing
 

@@ -17,11 +17,12 @@ from sklearn.metrics import roc_auc_score
 
 from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Model, Pictures
-from pirl_jax.evaluation.outcome import Curve, Outcome
+from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.figures.curves import Curve
 from pirl_jax.method.memory_bank import normalise
 from pirl_jax.method.randomness import view_keys
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Model, Network
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.runtime.progress import Progress
 from pirl_jax.views.photometric import Recipe

@@ -18,10 +18,12 @@ from jax.sharding import Mesh
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.classification import check_classes
 from pirl_jax.evaluation.features import extract_features, stream_features, unit_norm
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers, layer_features
-from pirl_jax.evaluation.outcome import Curve, Outcome
+from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.figures.curves import Curve
 from pirl_jax.method.memory_bank import vectors
+from pirl_jax.models.network import Model
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.runtime.progress import Progress
 

@@ -37,15 +37,15 @@ from pirl_jax.data import batches
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import classification
 from pirl_jax.evaluation.features import stream_features
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import EMBEDDING, check_layers, layer_features, layer_names
-from pirl_jax.evaluation.outcome import Curve, Outcome
-from pirl_jax.models.ensemble import Ensemble
-from pirl_jax.models.network import Network
+from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.figures.curves import Curve
+from pirl_jax.models.network import Ensemble, Model, Network
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, whole
 from pirl_jax.runtime.progress import Progress
 from pirl_jax.storage.snapshots import Snapshots
-from pirl_jax.views.two_views import normalise
+from pirl_jax.views.normalisation import normalise
 
 BASE_BATCH = 256
 """Pictures of the batch for which the learning rate is given."""

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.average_precision import average_precision
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers
-from pirl_jax.evaluation.outcome import Curve, Outcome
+from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocols.svm import (
   check_costs,
   check_labels,
@@ -24,6 +24,8 @@ from pirl_jax.evaluation.protocols.svm import (
   run_fits,
   unit_rows,
 )
+from pirl_jax.figures.curves import Curve
+from pirl_jax.models.network import Model
 from pirl_jax.runtime.progress import Progress
 
 

@@ -21,11 +21,13 @@ from pirl_jax.data.records import Source
 from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import stream_features, unit_norm
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import EMBEDDING, check_layers, layer_features
-from pirl_jax.evaluation.outcome import Curve, Outcome
+from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocols.knn import Nearest, Neighbours, gather_blocks, ladder
 from pirl_jax.figures import pictures
+from pirl_jax.figures.curves import Curve
+from pirl_jax.models.network import Model
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.runtime.progress import Progress
 

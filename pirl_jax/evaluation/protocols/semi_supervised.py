@@ -34,16 +34,18 @@ from pirl_jax.data.subsets import draw_subset, subset_digest
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import classification
 from pirl_jax.evaluation.features import extract_features
-from pirl_jax.evaluation.inputs import Model, Pictures
-from pirl_jax.evaluation.outcome import Curve, Outcome
+from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.figures.curves import Curve
 from pirl_jax.method import optimizer as optimizer_lib
 from pirl_jax.models.classifier import Classifier, on_trunk
+from pirl_jax.models.network import Model
 from pirl_jax.models.resnet import ResNet
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, whole
 from pirl_jax.runtime.progress import Progress
 from pirl_jax.storage.files import read_json, write_json
 from pirl_jax.storage.snapshots import Snapshots
-from pirl_jax.views.two_views import normalise
+from pirl_jax.views.normalisation import normalise
 
 BASE_BATCH = 256
 """Pictures of the batch for which the learning rate is given."""

@@ -19,9 +19,11 @@ from sklearn.svm import LinearSVC
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.average_precision import average_precision
 from pirl_jax.evaluation.features import extract_features
-from pirl_jax.evaluation.inputs import Model, Pictures
+from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers, layer_features
-from pirl_jax.evaluation.outcome import Curve, Outcome
+from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.figures.curves import Curve
+from pirl_jax.models.network import Model
 from pirl_jax.runtime.progress import Progress
 
 PAPER_COSTS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, *(2.0**-power for power in range(4, 20)))
