@@ -16,7 +16,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.runtime.quieting import quiet
 
 JOBS = {"pretrain": "pirl_jax.training.pretrain", "evaluate": "pirl_jax.evaluation.evaluate",
-        "study": "pirl_jax.studies.study", "checkpoints": "pirl_jax.verify"}
+        "study": "pirl_jax.studies.study", "checkpoints": "pirl_jax.runs"}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, for example configs/pirl.py:imagenet.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; each job has a default of its own.")

@@ -1,18 +1,24 @@
-"""Pre-training runs that are there already, with the network of one of their checkpoints, and ensembles of them."""
+"""Pre-training runs that are there already: found, opened with the network of one of their checkpoints, verified.
+
+The job `checkpoints` lists the checkpoints of a run and verifies them: all of each is read and compared with its
+checksums.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from pirl_jax import system
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.layers import layer_names
-from pirl_jax.models.network import Ensemble, Model
-from pirl_jax.storage.checkpoints import Checkpoints
+from pirl_jax.models.network import Model
+from pirl_jax.runtime import mesh as mesh_lib
+from pirl_jax.storage.checkpoints import ASIDE, Checkpoints
+from pirl_jax.storage.formats import FIRST_CHECKED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,110 +42,6 @@ class Run:
   model: Model
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-  """What is judged: a run, or an ensemble of several. What a run says once an ensemble says with pluses between.
-
-  Attributes:
-    runs: one, or those of the ensemble.
-  """
-
-  runs: tuple[Run, ...]
-
-  @property
-  def is_ensemble(self) -> bool:
-    """Returns whether there are several."""
-    return len(self.runs) > 1
-
-  @property
-  def label(self) -> str:
-    """Returns the short name in tables and plots."""
-    return "+".join(run.label for run in self.runs)
-
-  @property
-  def checkpoint(self) -> str:
-    """Returns the folder, as `open_subjects` takes it."""
-    return "+".join(str(run.folder) for run in self.runs)
-
-  @property
-  def folder(self) -> Path:
-    """Returns where results go: the run's folder; for an ensemble one named after all of its runs, under runs."""
-    return Path("runs", self.label.replace("/", "_")) if self.is_ensemble else self.runs[0].folder
-
-  @property
-  def step(self) -> int | str:
-    """Returns the step of the checkpoint."""
-    return "+".join(str(run.step) for run in self.runs) if self.is_ensemble else self.runs[0].step
-
-  @property
-  def newest(self) -> bool:
-    """Returns whether every checkpoint is the newest of its run."""
-    return all(run.newest for run in self.runs)
-
-  @property
-  def config(self) -> dict[str, Any]:
-    """Returns the run's whole config; of an ensemble {label of the run: config}."""
-    configs = {run.label: run.meta["config"] for run in self.runs}
-    return configs if self.is_ensemble else configs[self.label]
-
-  @property
-  def model(self) -> Model:
-    """Returns the restored network."""
-    if not self.is_ensemble:
-      return self.runs[0].model
-    return Model(Ensemble(tuple(run.model.network for run in self.runs)),
-                 tuple(run.model.variables for run in self.runs))
-
-
-def open_subjects(names: str, step: int, mesh: jax.sharding.Mesh) -> list[Subject]:
-  """Returns what `names` asks to judge, with commas between: runs, and ensembles, A+B, of runs.
-
-  Every run is taken with its checkpoint `step` (0: the newest), and opened once.
-
-  Raises:
-    UserError: nothing is named, something is named twice, a name is not a run of ours whose parameters fit, or the
-      networks of an ensemble do not have the same layers.
-  """
-  wanted = [[run_folder(part) for part in run_names(name.strip())] for name in names.split(",") if name.strip()]
-  if not wanted:
-    raise UserError("config.checkpoint is empty; give the folder of a run, --config.checkpoint=runs/pirl")
-  folders = list(dict.fromkeys(folder for group in wanted for folder in group))
-  short = dict(zip(folders, labels(folders), strict=True))
-  subject_labels = ["+".join(short[folder] for folder in group) for group in wanted]
-  if len(set(subject_labels)) < len(wanted) or any(len(set(group)) < len(group) for group in wanted):
-    raise UserError(f"--config.checkpoint={names} names a run twice")
-  runs = {folder: open_run(folder, label, step, mesh) for folder, label in short.items()}
-  subjects = [Subject(tuple(runs[folder] for folder in group)) for group in wanted]
-  for subject in subjects:
-    check_same_layers(subject)
-  return subjects
-
-
-def run_names(name: str) -> list[str]:
-  """Returns the parts of A+B; a single one where the whole is a run, because a plus may be in a folder's name.
-
-  Raises:
-    UserError: nothing stands beside a plus.
-  """
-  whole = Path(name).expanduser()
-  if (whole / "checkpoints").is_dir() or whole.name == "checkpoints" and whole.is_dir():
-    return [name]
-  parts = [part.strip() for part in name.split("+")]
-  if not all(parts):
-    raise UserError(f"--config.checkpoint={name} has nothing on one side of a plus; an ensemble is RUN+RUN")
-  return parts
-
-
-def check_same_layers(subject: Subject) -> None:
-  """Raises UserError if not all networks of an ensemble have layers of the same names."""
-  first, *others = subject.runs
-  for other in others:
-    names = [layer_names(run.model.network) for run in (first, other)]
-    if names[0] != names[1]:
-      raise UserError(f"{subject.label}: the networks of an ensemble need the same layers, and {first.label} has "
-                      f"{', '.join(names[0])}, {other.label} {', '.join(names[1])}")
-
-
 def run_folder(name: str) -> Path:
   """Returns the absolute folder of the run that a user means: the run's own, or its folder of checkpoints.
 
@@ -158,15 +60,6 @@ def run_folder(name: str) -> Path:
     raise UserError(f"--config.checkpoint={name} is not the folder of a run: it has no folder checkpoints (found: "
                     f"{found})")
   return folder
-
-
-def labels(folders: Sequence[Path]) -> list[str]:
-  """Returns a short name for each folder: as many of its last parts as tell it from the others."""
-  for count in range(1, max(len(folder.parts) for folder in folders) + 1):
-    names = ["/".join(folder.parts[-count:]) for folder in folders]
-    if len(set(names)) == len(names):
-      return names
-  return [str(folder) for folder in folders]
 
 
 def open_run(folder: Path, label: str, step: int, mesh: jax.sharding.Mesh) -> Run:
@@ -199,3 +92,42 @@ def open_run(folder: Path, label: str, step: int, mesh: jax.sharding.Mesh) -> Ru
       raise UserError(f"checkpoint {folder / 'checkpoints' / str(step)} holds values that are not finite, in "
                       f"{jax.tree_util.keystr(path, simple=True, separator='/')}; choose another with --config.step")
   return Run(label, folder, step, step == steps[-1], meta, Model(network, variables))
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Prints a line for each checkpoint: step, size, when it was written, kNN, and whether it is whole.
+
+  Nothing is written and nothing moved; `workdir` is not used.
+
+  Raises:
+    UserError: no such run, no checkpoint in it, or one that is damaged.
+  """
+  del workdir
+  if not config.checkpoint:
+    raise UserError("config.checkpoint is empty; give the folder of a run, --config.checkpoint=runs/pirl")
+  folder = run_folder(config.checkpoint) / "checkpoints"
+  damaged = []
+  with Checkpoints(folder, keep=1) as checkpoints:
+    steps = checkpoints.steps()
+    print(f"{folder}: {len(steps)} checkpoint(s)")
+    print(f"{'step':>12} {'MB':>10}  {'written':16}  {'kNN':>6}")
+    for step in steps:
+      reason = checkpoints.check(step, mesh_lib.create_mesh())
+      state = f"DAMAGED: {reason}" if reason else "whole"
+      if not reason and (version := checkpoints.read_meta(step)["format"]) < FIRST_CHECKED:
+        state = f"can be read (format {version} has no checksums)"
+      knn_top1 = checkpoints.best_metric(step)
+      files = [path.stat() for path in (folder / str(step)).rglob("*") if path.is_file()]
+      size = sum(file.st_size for file in files) / 1e6
+      written = datetime.fromtimestamp(max((file.st_mtime for file in files), default=0)).isoformat(" ", "minutes")
+      accuracy = "" if knn_top1 is None else f"{knn_top1:.1%}"
+      print(f"{step:>12,} {size:>10,.1f}  {written}  {accuracy:>6}  {state}")
+      damaged += [str(step)] if reason else []
+  aside = sorted(path.name for path in folder.glob(f"{ASIDE}*"))
+  if aside:
+    print(f"set aside because they could not be read: {', '.join(aside)}")
+  if not steps:
+    raise UserError(f"{folder} holds no finished checkpoint")
+  if damaged:
+    raise UserError(f"of {len(steps)} checkpoint(s) in {folder}, damaged: {', '.join(damaged)}; a run that goes on "
+                    "takes the newest whole one and sets those after it aside")

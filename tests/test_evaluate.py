@@ -14,10 +14,11 @@ from orbax.checkpoint import CheckpointManager, args
 import configs.evaluate
 from configs import pirl
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation import evaluate
+from pirl_jax.evaluation import evaluate, protocol
+from pirl_jax.evaluation.subjects import Subject, check_same_layers, open_subjects
 from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
-from pirl_jax.runs import Run, Subject, check_same_layers, open_subjects
+from pirl_jax.runs import Run
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.formats import FORMAT
@@ -252,7 +253,7 @@ def test_an_interrupted_comparison_does_not_judge_the_first_run_again(runs, tmp_
       raise KeyboardInterrupt
     return real(evaluation)
 
-  monkeypatch.setitem(evaluate.PROTOCOLS, "knn", evaluate.Protocol(measure))
+  monkeypatch.setitem(evaluate.PROTOCOLS, "knn", protocol.Protocol(measure))
   config = config_of("knn", *runs, knn__k=20)
   with pytest.raises(KeyboardInterrupt):
     evaluate.run(config, str(tmp_path))

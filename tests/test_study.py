@@ -367,7 +367,7 @@ FOUND = {
 }
 
 
-@pytest.mark.parametrize("protocol", study.READINGS)
+@pytest.mark.parametrize("protocol", evaluate.READINGS)
 def test_which_figures_are_taken(protocol):
   found = study.read_figures(protocol, FOUND[protocol])
   assert {

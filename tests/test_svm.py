@@ -13,9 +13,9 @@ from sklearn.svm import LinearSVC
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.average_precision import average_precision
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.protocols import svm
+from pirl_jax.evaluation.protocols.svm import average_precision
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet

@@ -22,21 +22,19 @@ from pirl_jax import system
 from pirl_jax.data import sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Pictures
-from pirl_jax.evaluation.layers import check_layers, check_maps, layer_names
 from pirl_jax.evaluation.outcome import Outcome, format_table
+from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading, beside, with_epochs
 from pirl_jax.evaluation.protocols import export, invariance, knn, linear, low_shot, retrieval, semi_supervised, svm
+from pirl_jax.evaluation.subjects import Subject, open_subjects
 from pirl_jax.figures.curves import save_plot
 from pirl_jax.method.memory_bank import Layout
-from pirl_jax.runs import Run, Subject, open_subjects
+from pirl_jax.runs import Run
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import read_json, write_json
 from pirl_jax.storage.formats import upgrade_config
 from pirl_jax.storage.settings import flatten
 from pirl_jax.views.two_views import make_views
-
-SMALL_PICTURES = 96
-"""Pixels up to which SVMs are fitted on the pooled features alone."""
 
 DATA_FIELDS = ("source", "name", "root", "split", "test_split", "labels", "num_images", "test_num_images")
 """Of `config.data`: which pictures. They come from the run together, or not at all."""
@@ -47,91 +45,6 @@ DATA_DEFAULTS = {"name": "", "root": "", "split": "train", "test_split": "test",
 
 EMBEDDED_DEFAULTS = DATA_DEFAULTS | {"num_images": 4_096, "test_num_images": 1_024}
 """The same for drawn pictures, of which there is no natural number."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-  """One run, or ensemble, under one protocol: all that an adapter in `PROTOCOLS` reads.
-
-  Attributes:
-    config: of the evaluation.
-    subject: what is judged.
-    data: the fields `DATA_FIELDS`, resolved.
-    train, test: the pictures; `test` is None where there are none.
-    open_split: opens any other split of the same data.
-    mesh: the devices.
-    snapshots: folder of what an interrupted protocol has done, gone when the evaluation has ended.
-    output: stem of the files beside the result file.
-  """
-
-  config: ConfigDict
-  subject: Subject
-  data: dict[str, Any]
-  train: Pictures
-  test: Pictures | None
-  open_split: Callable[[str], Pictures]
-  mesh: jax.sharding.Mesh
-  snapshots: Path
-  output: Path
-
-  @property
-  def settings(self) -> ConfigDict:
-    """Returns the protocol's own group of the config."""
-    return self.config[self.config.protocol]
-
-  def single_run(self) -> Run:
-    """Returns the run, for what needs more of it than features.
-
-    Raises:
-      UserError: it is an ensemble.
-    """
-    if self.subject.is_ensemble:
-      folders = ",".join(str(run.folder) for run in self.subject.runs)
-      raise UserError(f"{self.config.protocol} as asked for needs the weights, heads or memory bank of one run, and "
-                      f"{self.subject.label} is an ensemble; give its runs one by one, --config.checkpoint={folders}")
-    return self.subject.runs[0]
-
-  def labelled_test(self) -> Pictures:
-    """Returns the held-out pictures.
-
-    Raises:
-      UserError: there are none.
-    """
-    if self.test is None:
-      raise UserError(f"{self.config.protocol} needs held-out pictures, and {self.subject.label} was trained without a "
-                      "held-out split; name one with --config.data.test_split=...")
-    return self.test
-
-  def either(self, choice: str | None, field: str) -> Pictures:
-    """Returns the training or the held-out pictures as `choice` says; None: the held-out ones where there are any."""
-    if choice is None:
-      return self.test or self.train
-    if choice not in ("train", "test"):
-      raise UserError(f"{field}={choice!r} is not possible: choose train or test")
-    return self.train if choice == "train" else self.labelled_test()
-
-  def layers(self) -> tuple[str, ...]:
-    """Returns the layers named in the protocol's group, with commas between them.
-
-    Where none is named: the whole trunk; for SVMs the pooled features of small pictures, and else every map.
-
-    Raises:
-      UserError: the network has no such layer, or an ensemble cannot put its maps side by side.
-    """
-    model = self.subject.model
-    name = "layers" if "layers" in self.settings else "layer"
-    given, field = self.settings[name], f"{self.config.protocol}.{name}"
-    if name == "layer":
-      layers = (given,)
-    elif given:
-      layers = tuple(part.strip() for part in given.split(","))
-    else:
-      layers = layer_names(model.network)
-      if self.config.protocol in ("svm", "low_shot"):
-        layers = ("pooled",) if self.train.image_size <= SMALL_PICTURES else layers[:-1]
-    check_layers(model.network, layers, field=field)
-    check_maps(model.network, model.variables, layers, image_size=self.train.image_size, field=field)
-    return layers
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -409,17 +322,12 @@ def measure_linear(evaluation: Evaluation) -> Outcome:
     seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots)
 
 
-def with_epochs(settings: ConfigDict) -> dict[str, Any]:
-  """Returns the settings with the milestones as epochs; in the config they are shares of the run, of any length."""
-  return settings.to_dict() | {"milestones": tuple(share * settings.num_epochs for share in settings.milestones)}
-
-
 def measure_svm(evaluation: Evaluation) -> Outcome:
   """Returns linear SVMs on the layers."""
   given = evaluation.settings
   return svm.measure_svm(
     evaluation.subject.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
-    layers=evaluation.layers(), costs=costs(given.costs, "svm.costs"),
+    layers=evaluation.layers(), costs=svm.costs(given.costs, "svm.costs"),
     num_folds=given.num_folds, seed=evaluation.config.seed)
 
 
@@ -428,20 +336,8 @@ def measure_low_shot(evaluation: Evaluation) -> Outcome:
   given = evaluation.settings
   return low_shot.measure_low_shot(
     evaluation.subject.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
-    layers=evaluation.layers(), costs=costs(given.costs, "low_shot.costs"),
+    layers=evaluation.layers(), costs=svm.costs(given.costs, "low_shot.costs"),
     shots=tuple(given.shots), num_draws=given.num_draws, seed=evaluation.config.seed)
-
-
-def costs(name: str, field: str) -> tuple[float, ...]:
-  """Returns the grid of costs of that name.
-
-  Raises:
-    UserError: an unknown name.
-  """
-  grids = {"paper": svm.PAPER_COSTS, "vissl": svm.VISSL_COSTS}
-  if name not in grids:
-    raise UserError(f"{field}={name!r} is unknown; choose from {', '.join(grids)}")
-  return grids[name]
 
 
 def measure_semi_supervised(evaluation: Evaluation) -> Outcome:
@@ -520,28 +416,6 @@ def export_features(evaluation: Evaluation) -> Outcome:
            for split, outcome in found.items() for row, value in outcome.table.items()})
 
 
-def beside(evaluation: Evaluation, what: str, ending: str) -> Path:
-  """Returns the path of a further file of one subject's evaluation, beside its result file."""
-  several = evaluation.config.checkpoint.strip(", ").count(",") > 0
-  label = re.sub(r"[^A-Za-z0-9_.+]+", "_", evaluation.subject.label) + "-" if several else ""
-  return evaluation.output.with_name(f"{evaluation.output.name}-{label}{what}.{ending}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-  """How a protocol is run.
-
-  Attributes:
-    measure: takes an `Evaluation`.
-    check: takes it before anything is measured, and raises UserError where the network is none for it.
-    share: whether its table is in per cent.
-  """
-
-  measure: Callable[[Evaluation], Outcome]
-  check: Callable[[Evaluation], Any] = Evaluation.layers
-  share: bool = True
-
-
 PROTOCOLS = {
   "knn": Protocol(measure_knn),
   "linear": Protocol(measure_linear),
@@ -551,4 +425,18 @@ PROTOCOLS = {
   "invariance": Protocol(measure_invariance, check=check_invariance, share=False),
   "retrieval": Protocol(measure_retrieval, check=check_retrieval),
   "features": Protocol(export_features, share=False),
+}
+
+READINGS = {
+  "knn": Reading(lambda found: {"kNN top-1": found["top1"]}),
+  "linear": Reading(lambda found: {"linear top-1 of the best layer": found["top1"]}, ("linear top-1", "top1")),
+  "svm": Reading(lambda found: {"SVM mAP of the best layer": found["mean_average_precision"]},
+                 ("SVM mAP", "mean_average_precision")),
+  "low_shot": Reading(lambda found: {f"low-shot mAP at {shots}": by["mean"] for shots, by in found["shots"].items()}),
+  "semi_supervised": Reading(lambda found: {
+    f"fine-tuned top-1 at {fraction}": by["top1"] for fraction, by in found["fractions"].items()}),
+  "retrieval": Reading(lambda found: {"retrieval mAP": found["mean_average_precision"]}),
+  "invariance": Reading(lambda found: {
+    "mean distance": found["matched"]["mean"], "standard deviation of the distance": found["matched"]["std"],
+    "separation": found["separation"]}),
 }

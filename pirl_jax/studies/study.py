@@ -18,7 +18,7 @@ import math
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import configs
 from configs import evaluate as evaluations
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
+from pirl_jax.evaluation.evaluate import READINGS
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import read_json, write_file, write_json
 from pirl_jax.studies import figures as study_figures
@@ -49,34 +50,6 @@ MARK = "trained.json"
 
 COMPILED_SECONDS = 0.3
 """Programs that took less to compile are not kept on disk."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-  """What a study takes from the result of a protocol.
-
-  Attributes:
-    figures: from the figures of a result to those of the study, by name; the first is drawn.
-    by_layer: the figure of each layer, by its name in the study and in the result; None: there are none.
-  """
-
-  figures: Callable[[dict[str, Any]], dict[str, float]]
-  by_layer: tuple[str, str] | None = None
-
-
-READINGS = {
-  "knn": Reading(lambda found: {"kNN top-1": found["top1"]}),
-  "linear": Reading(lambda found: {"linear top-1 of the best layer": found["top1"]}, ("linear top-1", "top1")),
-  "svm": Reading(lambda found: {"SVM mAP of the best layer": found["mean_average_precision"]},
-                 ("SVM mAP", "mean_average_precision")),
-  "low_shot": Reading(lambda found: {f"low-shot mAP at {shots}": by["mean"] for shots, by in found["shots"].items()}),
-  "semi_supervised": Reading(lambda found: {
-    f"fine-tuned top-1 at {fraction}": by["top1"] for fraction, by in found["fractions"].items()}),
-  "retrieval": Reading(lambda found: {"retrieval mAP": found["mean_average_precision"]}),
-  "invariance": Reading(lambda found: {
-    "mean distance": found["matched"]["mean"], "standard deviation of the distance": found["matched"]["std"],
-    "separation": found["separation"]}),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -523,4 +496,3 @@ def create_panels(config: ConfigDict, runs: Sequence[Run], results: Mapping[Path
       matched.setdefault(run.point.label, []).append(results[run.folder]["figures"]["matched"])
     panels = [study_figures.distances_panel(matched, title=title, x_label=config.x_label)]
   return [*panels, PAPER[config.study]] if config.study in PAPER else panels
-

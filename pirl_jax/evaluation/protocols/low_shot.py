@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.average_precision import average_precision
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocols.svm import (
+  average_precision,
   check_costs,
   check_labels,
   choose_classes,

@@ -17,7 +17,6 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.average_precision import average_precision
 from pirl_jax.evaluation.features import extract_features
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers, layer_features
@@ -316,3 +315,38 @@ def _top1(scores: dict[int, np.ndarray], targets: np.ndarray) -> float:
   labels = np.array(list(scores))
   said = labels[np.argmax(np.stack(list(scores.values())), axis=0)]
   return float(np.mean(targets[np.arange(len(targets)), said] == 1))
+
+
+def average_precision(targets: np.ndarray, scores: np.ndarray) -> float:
+  """Returns the average precision of one class as VOC's devkit (from 2010 on) and vissl take it, in (0, 1].
+
+  It is the area under the curve of precision over recall. Precision is first made to rise nowhere along the curve: at
+  each recall it is the highest at that recall or a higher one; the area then is summed at every change of recall
+  (vissl: vissl/utils/svm_utils/evaluate.py). Pictures of equal score are taken together, as scikit-learn's
+  `precision_recall_curve` does, so that their order does not matter; scikit-learn's own `average_precision_score`
+  leaves precision as it is, and so is never higher.
+
+  Args:
+    targets: i[N]: 1 present, 0 absent, -1 neither ("difficult"), left out. At least one is 1.
+    scores: f[N], finite; higher means more surely present.
+  """
+  judged = targets >= 0
+  present, scores = targets[judged] == 1, scores[judged]
+  order = np.argsort(-scores, kind="stable")
+  last = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # of its equals
+  hits = np.cumsum(present[order])[last]
+  precision = np.maximum.accumulate((hits / (last + 1))[::-1])[::-1]
+  recall = hits / hits[-1]
+  return float(np.sum(np.diff(recall, prepend=0.0) * precision))
+
+
+def costs(name: str, field: str) -> tuple[float, ...]:
+  """Returns the grid of costs of that name.
+
+  Raises:
+    UserError: an unknown name.
+  """
+  grids = {"paper": PAPER_COSTS, "vissl": VISSL_COSTS}
+  if name not in grids:
+    raise UserError(f"{field}={name!r} is unknown; choose from {', '.join(grids)}")
+  return grids[name]

@@ -1,0 +1,145 @@
+"""What a protocol is: what it is given, how it is run, and what a study reads of its result."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from pirl_jax.errors import UserError
+from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.layers import check_layers, check_maps, layer_names
+from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.evaluation.subjects import Subject
+from pirl_jax.runs import Run
+
+SMALL_PICTURES = 96
+"""Pixels up to which SVMs are fitted on the pooled features alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """One run, or ensemble, under one protocol: all that an adapter in `PROTOCOLS` reads.
+
+  Attributes:
+    config: of the evaluation.
+    subject: what is judged.
+    data: the fields `DATA_FIELDS`, resolved.
+    train, test: the pictures; `test` is None where there are none.
+    open_split: opens any other split of the same data.
+    mesh: the devices.
+    snapshots: folder of what an interrupted protocol has done, gone when the evaluation has ended.
+    output: stem of the files beside the result file.
+  """
+
+  config: ConfigDict
+  subject: Subject
+  data: dict[str, Any]
+  train: Pictures
+  test: Pictures | None
+  open_split: Callable[[str], Pictures]
+  mesh: jax.sharding.Mesh
+  snapshots: Path
+  output: Path
+
+  @property
+  def settings(self) -> ConfigDict:
+    """Returns the protocol's own group of the config."""
+    return self.config[self.config.protocol]
+
+  def single_run(self) -> Run:
+    """Returns the run, for what needs more of it than features.
+
+    Raises:
+      UserError: it is an ensemble.
+    """
+    if self.subject.is_ensemble:
+      folders = ",".join(str(run.folder) for run in self.subject.runs)
+      raise UserError(f"{self.config.protocol} as asked for needs the weights, heads or memory bank of one run, and "
+                      f"{self.subject.label} is an ensemble; give its runs one by one, --config.checkpoint={folders}")
+    return self.subject.runs[0]
+
+  def labelled_test(self) -> Pictures:
+    """Returns the held-out pictures.
+
+    Raises:
+      UserError: there are none.
+    """
+    if self.test is None:
+      raise UserError(f"{self.config.protocol} needs held-out pictures, and {self.subject.label} was trained without a "
+                      "held-out split; name one with --config.data.test_split=...")
+    return self.test
+
+  def either(self, choice: str | None, field: str) -> Pictures:
+    """Returns the training or the held-out pictures as `choice` says; None: the held-out ones where there are any."""
+    if choice is None:
+      return self.test or self.train
+    if choice not in ("train", "test"):
+      raise UserError(f"{field}={choice!r} is not possible: choose train or test")
+    return self.train if choice == "train" else self.labelled_test()
+
+  def layers(self) -> tuple[str, ...]:
+    """Returns the layers named in the protocol's group, with commas between them.
+
+    Where none is named: the whole trunk; for SVMs the pooled features of small pictures, and else every map.
+
+    Raises:
+      UserError: the network has no such layer, or an ensemble cannot put its maps side by side.
+    """
+    model = self.subject.model
+    name = "layers" if "layers" in self.settings else "layer"
+    given, field = self.settings[name], f"{self.config.protocol}.{name}"
+    if name == "layer":
+      layers = (given,)
+    elif given:
+      layers = tuple(part.strip() for part in given.split(","))
+    else:
+      layers = layer_names(model.network)
+      if self.config.protocol in ("svm", "low_shot"):
+        layers = ("pooled",) if self.train.image_size <= SMALL_PICTURES else layers[:-1]
+    check_layers(model.network, layers, field=field)
+    check_maps(model.network, model.variables, layers, image_size=self.train.image_size, field=field)
+    return layers
+
+
+def with_epochs(settings: ConfigDict) -> dict[str, Any]:
+  """Returns the settings with the milestones as epochs; in the config they are shares of the run, of any length."""
+  return settings.to_dict() | {"milestones": tuple(share * settings.num_epochs for share in settings.milestones)}
+
+
+def beside(evaluation: Evaluation, what: str, ending: str) -> Path:
+  """Returns the path of a further file of one subject's evaluation, beside its result file."""
+  several = evaluation.config.checkpoint.strip(", ").count(",") > 0
+  label = re.sub(r"[^A-Za-z0-9_.+]+", "_", evaluation.subject.label) + "-" if several else ""
+  return evaluation.output.with_name(f"{evaluation.output.name}-{label}{what}.{ending}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+  """How a protocol is run.
+
+  Attributes:
+    measure: takes an `Evaluation`.
+    check: takes it before anything is measured, and raises UserError where the network is none for it.
+    share: whether its table is in per cent.
+  """
+
+  measure: Callable[[Evaluation], Outcome]
+  check: Callable[[Evaluation], Any] = Evaluation.layers
+  share: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """What a study takes from the result of a protocol.
+
+  Attributes:
+    figures: from the figures of a result to those of the study, by name; the first is drawn.
+    by_layer: the figure of each layer, by its name in the study and in the result; None: there are none.
+  """
+
+  figures: Callable[[dict[str, Any]], dict[str, float]]
+  by_layer: tuple[str, str] | None = None

@@ -1,0 +1,126 @@
+"""What is judged: runs, and ensembles of them."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pirl_jax.errors import UserError
+from pirl_jax.evaluation.layers import layer_names
+from pirl_jax.models.network import Ensemble, Model
+from pirl_jax.runs import Run, open_run, run_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """What is judged: a run, or an ensemble of several. What a run says once an ensemble says with pluses between.
+
+  Attributes:
+    runs: one, or those of the ensemble.
+  """
+
+  runs: tuple[Run, ...]
+
+  @property
+  def is_ensemble(self) -> bool:
+    """Returns whether there are several."""
+    return len(self.runs) > 1
+
+  @property
+  def label(self) -> str:
+    """Returns the short name in tables and plots."""
+    return "+".join(run.label for run in self.runs)
+
+  @property
+  def checkpoint(self) -> str:
+    """Returns the folder, as `open_subjects` takes it."""
+    return "+".join(str(run.folder) for run in self.runs)
+
+  @property
+  def folder(self) -> Path:
+    """Returns where results go: the run's folder; for an ensemble one named after all of its runs, under runs."""
+    return Path("runs", self.label.replace("/", "_")) if self.is_ensemble else self.runs[0].folder
+
+  @property
+  def step(self) -> int | str:
+    """Returns the step of the checkpoint."""
+    return "+".join(str(run.step) for run in self.runs) if self.is_ensemble else self.runs[0].step
+
+  @property
+  def newest(self) -> bool:
+    """Returns whether every checkpoint is the newest of its run."""
+    return all(run.newest for run in self.runs)
+
+  @property
+  def config(self) -> dict[str, Any]:
+    """Returns the run's whole config; of an ensemble {label of the run: config}."""
+    configs = {run.label: run.meta["config"] for run in self.runs}
+    return configs if self.is_ensemble else configs[self.label]
+
+  @property
+  def model(self) -> Model:
+    """Returns the restored network."""
+    if not self.is_ensemble:
+      return self.runs[0].model
+    return Model(Ensemble(tuple(run.model.network for run in self.runs)),
+                 tuple(run.model.variables for run in self.runs))
+
+
+def open_subjects(names: str, step: int, mesh: jax.sharding.Mesh) -> list[Subject]:
+  """Returns what `names` asks to judge, with commas between: runs, and ensembles, A+B, of runs.
+
+  Every run is taken with its checkpoint `step` (0: the newest), and opened once.
+
+  Raises:
+    UserError: nothing is named, something is named twice, a name is not a run of ours whose parameters fit, or the
+      networks of an ensemble do not have the same layers.
+  """
+  wanted = [[run_folder(part) for part in run_names(name.strip())] for name in names.split(",") if name.strip()]
+  if not wanted:
+    raise UserError("config.checkpoint is empty; give the folder of a run, --config.checkpoint=runs/pirl")
+  folders = list(dict.fromkeys(folder for group in wanted for folder in group))
+  short = dict(zip(folders, labels(folders), strict=True))
+  subject_labels = ["+".join(short[folder] for folder in group) for group in wanted]
+  if len(set(subject_labels)) < len(wanted) or any(len(set(group)) < len(group) for group in wanted):
+    raise UserError(f"--config.checkpoint={names} names a run twice")
+  runs = {folder: open_run(folder, label, step, mesh) for folder, label in short.items()}
+  subjects = [Subject(tuple(runs[folder] for folder in group)) for group in wanted]
+  for subject in subjects:
+    check_same_layers(subject)
+  return subjects
+
+
+def run_names(name: str) -> list[str]:
+  """Returns the parts of A+B; a single one where the whole is a run, because a plus may be in a folder's name.
+
+  Raises:
+    UserError: nothing stands beside a plus.
+  """
+  whole = Path(name).expanduser()
+  if (whole / "checkpoints").is_dir() or whole.name == "checkpoints" and whole.is_dir():
+    return [name]
+  parts = [part.strip() for part in name.split("+")]
+  if not all(parts):
+    raise UserError(f"--config.checkpoint={name} has nothing on one side of a plus; an ensemble is RUN+RUN")
+  return parts
+
+
+def check_same_layers(subject: Subject) -> None:
+  """Raises UserError if not all networks of an ensemble have layers of the same names."""
+  first, *others = subject.runs
+  for other in others:
+    names = [layer_names(run.model.network) for run in (first, other)]
+    if names[0] != names[1]:
+      raise UserError(f"{subject.label}: the networks of an ensemble need the same layers, and {first.label} has "
+                      f"{', '.join(names[0])}, {other.label} {', '.join(names[1])}")
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+  """Returns a short name for each folder: as many of its last parts as tell it from the others."""
+  for count in range(1, max(len(folder.parts) for folder in folders) + 1):
+    names = ["/".join(folder.parts[-count:]) for folder in folders]
+    if len(set(names)) == len(names):
+      return names
+  return [str(folder) for folder in folders]
