@@ -156,10 +156,10 @@ def test_the_table_of_systems_names_every_imagenet_config():
 
 
 @pytest.mark.parametrize("name, rooms", [
-  ("evaluate", ["evaluation/evaluate.py"]), ("study", ["studies/study.py", "studies/figures.py"]),
-  ("checkpoints", ["runs.py"])])
+  ("evaluate", ["evaluation/evaluate.py", "evaluation/protocol.py"]),
+  ("study", ["studies/study.py", "studies/points.py", "studies/report.py"]), ("checkpoints", ["runs.py"])])
 def test_every_field_of_an_evaluation_or_a_study_is_read_by_its_job(name, rooms):
-  """By its name in the job's file; a group that is handed on as keywords is a TypeError where nothing takes one."""
+  """By its name in the job's files; a group that is handed on as keywords is a TypeError where nothing takes one."""
   package = Path(system.__file__).parent
   source = "".join((package / room).read_text() for room in rooms) + (package.parent / "launch.py").read_text()
   handed_on = {"linear", "semi_supervised"}

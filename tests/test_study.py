@@ -19,8 +19,10 @@ from configs import pirl
 from configs import study as studies
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
-from pirl_jax.studies import study
-from pirl_jax.studies.figures import PAPER, Cell, Difference, format_table, lines_panel, paired_difference
+from pirl_jax.studies import report, study
+from pirl_jax.studies.figures import PAPER, lines_panel
+from pirl_jax.studies.points import OWN_FIELDS, Point, Run, create_run, digest, read_points, set_fields
+from pirl_jax.studies.statistics import Cell, Difference, format_table, paired_difference
 from pirl_jax.training import parts as parts_lib
 from pirl_jax.training import pretrain
 
@@ -81,7 +83,7 @@ def kinds(fakes):
 def test_every_study_is_possible_and_its_points_are_read(variant, tmp_path):
   config = studies.get_config(variant)
   study.check_study(config, tmp_path)
-  points = study.read_points(config)
+  points = read_points(config)
   assert config.reference in [point.label for point in points] and len(points) > 1
   assert config.job == "study" and config.name == config.study == variant
   if variant in PAPER and PAPER[variant].kind == "bars":
@@ -91,9 +93,9 @@ def test_every_study_is_possible_and_its_points_are_read(variant, tmp_path):
 
 
 def test_the_points_of_the_permutations():
-  points = study.read_points(studies.get_config("permutations"))
+  points = read_points(studies.get_config("permutations"))
   assert [point.x for point in points if point.series == "PIRL"] == ["1", "10", "100", "1000", "10000", "362880"]
-  assert points[5] == study.Point("PIRL", "362880", "pirl", "jigsaw.num_permutations=0")
+  assert points[5] == Point("PIRL", "362880", "pirl", "jigsaw.num_permutations=0")
   assert [point.x for point in points if point.system == "jigsaw"] == ["10", "100", "1000"]
 
 
@@ -104,12 +106,12 @@ def test_no_study():
 
 def test_the_kinds_of_values():
   config = pirl.get_config()
-  study.set_fields(config, "num_epochs=1_000 pretext_weight=1 evaluate.learning=False data.image_scale=(0.5,1.0) "
+  set_fields(config, "num_epochs=1_000 pretext_weight=1 evaluate.learning=False data.image_scale=(0.5,1.0) "
                    "data.root='my pictures' data.split=", where="here")
   assert config.num_epochs == 1_000 and type(config.pretext_weight) is float and config.evaluate.learning is False
   assert config.data.image_scale == (0.5, 1.0) and config.data.root == "my pictures" and config.data.split == ""
   evaluation = configs.evaluate.get_config("knn")
-  study.set_fields(evaluation, "data.image_size=16 knn.temperature=1e-1", where="here")
+  set_fields(evaluation, "data.image_size=16 knn.temperature=1e-1", where="here")
   assert evaluation.data.image_size == 16 and evaluation.knn.temperature == 0.1
 
 
@@ -132,7 +134,7 @@ def test_settings_that_are_not_possible(text, said):
   before = pirl.get_config()
   config = pirl.get_config()
   with pytest.raises(UserError, match="^here: ") as raised:
-    study.set_fields(config, text, where="here", fixed=study.OWN_FIELDS)
+    set_fields(config, text, where="here", fixed=OWN_FIELDS)
   assert said in str(raised.value) and config == before
 
 
@@ -189,7 +191,7 @@ def test_the_command_takes_points_from_the_command_line(tmp_path):
 
 def test_a_run_belongs_to_its_config(tmp_path):
   def run_of(seed=0, label="PIRL", settings="", **fields):
-    return study.create_run(config_of(**fields), study.Point(label, "", "pirl", settings), seed, tmp_path)
+    return create_run(config_of(**fields), Point(label, "", "pirl", settings), seed, tmp_path)
 
   run = run_of()
   same = [run_of(label="Other"), run_of(reference=""), run_of(settings="pretext_weight=0.5"),
@@ -209,7 +211,7 @@ def test_what_comes_later_wins_and_the_quick_settings_are_for_the_embedded_pictu
   config = config_of()
 
   def run_of(own=""):
-    return study.create_run(config, study.Point("A", "", "pirl", own), 0, tmp_path)
+    return create_run(config, Point("A", "", "pirl", own), 0, tmp_path)
 
   config.embedded.update(settings="num_epochs=8", evaluation_settings="knn.k=5 knn.temperature=0.5")
   assert run_of().config.num_epochs == 8 and run_of("num_epochs=0").config.num_epochs == 0
@@ -217,7 +219,7 @@ def test_what_comes_later_wins_and_the_quick_settings_are_for_the_embedded_pictu
   assert run_of().config.num_epochs == 3 and run_of("num_epochs=0").config.num_epochs == 0
   assert (run_of().evaluation.knn.k, run_of().evaluation.knn.temperature) == (9, 0.5)
   config.update(variant="cifar10", settings="", evaluation_settings="")
-  assert study.digest(run_of().config, ("name",)) == study.digest(pirl.get_config("cifar10"), ("name",))
+  assert digest(run_of().config, ("name",)) == digest(pirl.get_config("cifar10"), ("name",))
   assert (run_of().evaluation.knn.k, run_of().evaluation.knn.temperature) == (200, 0.07)
 
 
@@ -306,7 +308,7 @@ def test_table_files_and_what_is_printed(monkeypatch, fakes, tmp_path, capsys):
     run = next(run for run in runs if str(run.folder) == evaluation.checkpoint)
     write_result(run.folder, evaluation, {"top1": accuracy[run.config.pretext_weight][run.config.seed]})
 
-  runs = [study.create_run(config, point, seed, tmp_path) for point in study.read_points(config) for seed in (0, 1, 2)]
+  runs = [create_run(config, point, seed, tmp_path) for point in read_points(config) for seed in (0, 1, 2)]
   monkeypatch.setattr(evaluate, "run", judge)
   study.run(config, str(tmp_path))
 
@@ -369,7 +371,7 @@ FOUND = {
 
 @pytest.mark.parametrize("protocol", evaluate.READINGS)
 def test_which_figures_are_taken(protocol):
-  found = study.read_figures(protocol, FOUND[protocol])
+  found = report.read_figures(protocol, FOUND[protocol])
   assert {
     "knn": {("kNN top-1", ""): 0.4},
     "linear": {("linear top-1 of the best layer", ""): 0.3, ("linear top-1 of conv1", "conv1"): 0.1,
@@ -383,7 +385,7 @@ def test_which_figures_are_taken(protocol):
                    ("separation", ""): 0.9},
   }[protocol] == found
   with pytest.raises(UserError, match=f"the result of {protocol} has no"):
-    study.read_figures(protocol, {})
+    report.read_figures(protocol, {})
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2])
@@ -393,14 +395,14 @@ def test_every_study_has_its_figure(tmp_path, variant, num_panels, num_seeds):
   config = config_of(variant, seeds=tuple(range(num_seeds)))
   evaluation = configs.evaluate.get_config(config.evaluation)
   runs = []
-  for point in study.read_points(config):
+  for point in read_points(config):
     for seed in config.seeds:
       run_config = pirl.get_config()
       run_config.seed = seed
-      runs.append(study.Run(point, run_config, evaluation, tmp_path / point.label / str(seed)))
+      runs.append(Run(point, run_config, evaluation, tmp_path / point.label / str(seed)))
       write_result(runs[-1].folder, evaluation, FOUND[evaluation.protocol])
       (runs[-1].folder / "trained.json").write_text('{"step": 8}')
-  study.report(config, runs, tmp_path / "out")
+  report.report(config, runs, tmp_path / "out")
   with Image.open(tmp_path / "out" / "study.png") as picture:
     # The differences have a panel of their own beside bars, where there are seeds to compare.
     assert picture.width == round(5.6 * 120) * (num_panels - (config.plot == "bars" and num_seeds == 1))
@@ -411,9 +413,9 @@ def test_every_study_has_its_figure(tmp_path, variant, num_panels, num_seeds):
   assert len(rows) == len(runs) * figures
 
   results = {run.folder: run.result() for run in runs}
-  cells = study.create_cells(runs, results, config.reference)
+  cells = report.create_cells(runs, results, config.reference)
   shown = [cell for cell in cells if bool(cell.layer) == (config.plot == "layers")]
-  first = study.create_panels(config, runs, results, shown, share=variant != "invariance")[0]
+  first = report.create_panels(config, runs, results, shown, share=variant != "invariance")[0]
   name, line = next(iter(first.lines.items()))
   assert {
     "layers": ("PIRL", ["conv1", "res2"], [10, 20]), "pretext": ("PIRL (Jigsaw)", [""], [40]),
@@ -466,8 +468,8 @@ def test_a_study_of_real_runs(tmp_path):
 @pytest.mark.parametrize("name", list(studies.VARIANTS))
 def test_every_run_of_every_study_is_possible_as_far_as_its_config_tells(name, tmp_path):
   config = studies.get_config(name)
-  points = study.read_points(config)
-  runs = [study.create_run(config, point, seed, tmp_path) for point in points for seed in config.seeds]
+  points = read_points(config)
+  runs = [create_run(config, point, seed, tmp_path) for point in points for seed in config.seeds]
   for run in runs:
     parts_lib.check_config(run.config)
   assert len({run.folder for run in runs}) == len(points) * len(config.seeds)
@@ -475,8 +477,8 @@ def test_every_run_of_every_study_is_possible_as_far_as_its_config_tells(name, t
 
 def test_settings_of_one_system_leave_the_others_alone(tmp_path):
   def rate(system, **fields):
-    point = study.Point("A", "", system, "")
-    return study.create_run(config_of(**fields), point, 0, tmp_path).config.optimizer.learning_rate
+    point = Point("A", "", system, "")
+    return create_run(config_of(**fields), point, 0, tmp_path).config.optimizer.learning_rate
 
   assert (rate("pirl"), rate("jigsaw"), rate("rotnet")) == (0.2, 0.1, 0.4)
   given = {"settings": "optimizer.learning_rate=0.3 rotnet:optimizer.learning_rate=0.7"}
