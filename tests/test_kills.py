@@ -8,8 +8,8 @@ from glob import glob
 import cv2
 import numpy as np
 import pytest
+from archives import cifar_archive
 from launching import LIMIT, TRAINING, Launch, assert_same, launch, rows
-from test_builders import cifar_archive
 
 from pirl_jax.storage.logbook import read_rows
 

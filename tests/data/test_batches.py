@@ -1,7 +1,6 @@
 """Batches: one stream, whatever the threads, the processes and the restarts."""
 
 import itertools
-import pathlib
 import subprocess
 import sys
 import threading
@@ -10,6 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from launching import ROOT
 from PIL import Image
 
 from pirl_jax.data.batches import eval_batches, labelled_batches, place, steps_per_epoch, train_batches
@@ -326,8 +326,7 @@ def test_the_benchmark_prints_its_table(tmp_path):
     noise = np.random.default_rng(number).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((500, 375)).save(tmp_path / f"{number}.jpg")
   command = [sys.executable, "-m", "benchmarks.input_pipeline", str(tmp_path), "--seconds=0.2", "--rounds=2"]
-  root = pathlib.Path(__file__).parents[1]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root)
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
   assert done.returncode == 0, done.stderr
   ratio = float(done.stdout.splitlines()[-1].split()[-2])
   assert "60 pictures" in done.stdout and ratio > 1.5  # 4 on photographs

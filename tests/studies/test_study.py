@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from launching import ROOT
 from PIL import Image
 
 import configs.evaluate
@@ -183,8 +184,8 @@ def test_the_command_takes_points_from_the_command_line(tmp_path):
   points = "PIRL | 0.3 | pirl pretext_weight=0.3; A | 1 | nothing"
   command = ["--config=configs/study.py:lambda", f"--config.points={points}", "--config.reference=A 1",
              f"--workdir={tmp_path / 'study'}"]
-  result = subprocess.run([sys.executable, "launch.py", *command], cwd=Path(__file__).parents[1], capture_output=True,
-                          text=True, timeout=120)
+  result = subprocess.run([sys.executable, "launch.py", *command], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
   assert result.returncode == 2 and not (tmp_path / "study").exists()
   assert result.stderr.startswith("error: configs/ has no system 'nothing'") and result.stderr.count("\n") == 1
 

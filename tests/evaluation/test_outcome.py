@@ -1,9 +1,7 @@
 import json
 
-import cv2
-
 from pirl_jax.evaluation.outcome import Outcome, format_table
-from pirl_jax.figures.curves import Curve, save_plot
+from pirl_jax.figures.curves import Curve
 
 FIRST = Outcome({"top1": 0.5}, {"top-1": 0.5, "top-5": 0.9}, Curve("k", "top-1", [1, 5], [0.4, 0.5], [0.3, 0.4],
                                                                    [0.5, 0.6], log_x=True))
@@ -30,23 +28,3 @@ def test_plain_numbers():
 def test_json_and_back():
   for outcome in (FIRST, SECOND, Outcome({}, {})):
     assert Outcome.from_json(json.loads(json.dumps(outcome.to_json()))) == outcome
-
-
-def test_plot_has_a_line_and_a_band_for_each_run(tmp_path):
-  save_plot(tmp_path / "deep" / "one.png", "knn", {"a": FIRST.curve})
-  save_plot(tmp_path / "deep" / "both.png", "knn", {"a": FIRST.curve, "b": SECOND.curve})
-  one, both = (cv2.imread(str(tmp_path / "deep" / f"{name}.png")) for name in ("one", "both"))
-  orange = (both[..., 2] > 200) & (both[..., 1] < 160) & (both[..., 0] < 60)  # matplotlib's second colour
-  assert orange.sum() > 100
-  assert not ((one[..., 2] > 200) & (one[..., 1] < 160) & (one[..., 0] < 60)).any()
-
-
-def test_names_with_dollars_are_no_formulas(tmp_path):
-  save_plot(tmp_path / "plot.png", "$x_{$", {"$y_{$": FIRST.curve, "$": SECOND.curve})
-  assert (tmp_path / "plot.png").stat().st_size > 1_000
-
-
-def test_plot_over_names(tmp_path):
-  layers = Curve("layer", "top-1", ["conv1", "res2"], [0.1, 0.2])
-  save_plot(tmp_path / "layers.png", "linear", {"a": layers})
-  assert (tmp_path / "layers.png").stat().st_size > 1_000

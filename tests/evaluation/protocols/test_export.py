@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import tracemalloc
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from launching import ROOT
 from pyarrow import parquet
 
 from pirl_jax.data.embedded import TextureSource
@@ -275,7 +275,7 @@ def test_progress_is_told(model, tmp_path, capsys):
 def test_the_benchmark_prints_both_rates_and_their_ratio():
   command = [sys.executable, "-m", "benchmarks.features", "--embedded=256", "--num=4", "--size=32", "--rounds=2",
              "--seconds=0.1"]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=pathlib.Path(__file__).parents[1])
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
   assert done.returncode == 0, done.stderr
   medians = [line.split() for line in done.stdout.splitlines() if line.startswith("median")]
   assert len(medians) == 2
