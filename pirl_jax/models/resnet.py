@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pirl_jax.errors import UserError
+from pirl_jax.models import convolution
 from pirl_jax.models.initializers import kernel_init
 
 ARCHITECTURES = {
@@ -101,7 +102,8 @@ class ResNet(nn.Module):
         the new value each call: PyTorch's momentum 0.1), or uses the running ones.
     """
     exact = jnp.promote_types(self.dtype, jnp.float32)
-    conv = partial(nn.Conv, use_bias=False, padding=0, dtype=self.dtype, param_dtype=exact, kernel_init=kernel_init)
+    conv = partial(nn.Conv, use_bias=False, padding=0, dtype=self.dtype, param_dtype=exact, kernel_init=kernel_init,
+                   conv_general_dilated=convolution.conv)
     norm = partial(nn.BatchNorm, param_dtype=exact, use_running_average=not train, momentum=BATCH_NORM_MOMENTUM,
                    epsilon=BATCH_NORM_EPSILON, dtype=self.dtype, axis_name=self.batch_norm_axis)
     kernel, stride, pool = STEMS[self.stem]

@@ -3,7 +3,6 @@ from functools import partial
 
 import flax.linen as nn
 import jax
-import jax.extend.core as jax_core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -298,26 +297,6 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(num_devices, micro_batches,
   options |= {"trunk": PlainTrunk(), "broken": tuple(make_batch(0)["index"][[2, 5]]), "optimizer": PLAIN_SGD}
   whole, parts = run(1, **options), run(num_devices, micro_batches=micro_batches, **options)
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), whole, parts)
-
-
-def convolutions_in_loops(jaxpr, *, inside=False):
-  """Returns how many convolutions a program has within its loops; those of a branch are not counted."""
-  found = 0
-  for eqn in jaxpr.eqns:
-    found += inside and eqn.primitive.name == "conv_general_dilated"
-    if eqn.primitive.name != "cond":
-      for inner in jax_core.jaxprs_in_params(eqn.params):
-        found += convolutions_in_loops(inner, inside=inside or eqn.primitive.name in ("scan", "while"))
-  return found
-
-
-@pytest.mark.parametrize("micro_batches", [1, 4])
-def test_a_batch_in_one_part_has_no_loop(micro_batches):
-  """On a CPU, XLA's convolutions are many times as slow in one."""
-  mesh, _, _, make_state, step = build(1, micro_batches=micro_batches)
-  batch = jax.device_put(make_batch(0), mesh_lib.split(mesh))
-  jaxpr = jax.make_jaxpr(step)(jax.eval_shape(make_state), batch).jaxpr
-  assert (convolutions_in_loops(jaxpr) > 0) == (micro_batches > 1)
 
 
 def test_parts_are_the_same_images_on_any_number_of_devices():
