@@ -13,6 +13,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from pirl_jax.errors import UserError
+from pirl_jax.runtime import memory
 from pirl_jax.runtime.quieting import quiet
 
 JOBS = {"pretrain": "pirl_jax.training.pretrain", "evaluate": "pirl_jax.evaluation.evaluate",
@@ -22,6 +23,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, for examp
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; each job has a default of its own.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, for processes started by hand.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes; 1: this one alone.")
+KEEP_MEMORY = flags.DEFINE_bool("keep_memory", True, "Linux: the process keeps memory that it frees, a CPU is faster.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
 
 
@@ -71,6 +73,8 @@ def main(argv: list[str]) -> None:
   trains = config.job in ("pretrain", "study")
   if trains:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+  if KEEP_MEMORY.value:
+    memory.keep_freed()
   # Imported by name, so that a mistyped flag is answered before JAX has loaded.
   jax, processes = importlib.import_module("jax"), importlib.import_module("pirl_jax.runtime.processes")
   # Of several processes JAX takes the signal for itself and tells the others.
