@@ -114,7 +114,7 @@ class Contrast:
   def normaliser(self, known: jax.Array, memory: Memory, embs_fn: Callable, parts: Any) -> jax.Array:
     """Returns Z, f32[]: that of the first batch with a picture that could be read, for ever after.
 
-    It is taken from the scores of the first view. If the loss does not look at Z, it stays as it is.
+    It is taken from the scores of the pretext view, if there is one. If the loss does not look at Z, Z stays as it is.
 
     Args:
       known: f32[]; 0 as long as no picture could be read.
@@ -126,8 +126,9 @@ class Contrast:
       return known
 
     def sums(part):
-      view, emb = next(iter(embs_fn(part).items()))
-      return losses.nce_normaliser_sums(*self.scores(memory, part["images"], view, emb), part["images"].valid)
+      images, embs = part["images"], embs_fn(part)
+      view = "pretext" if "pretext" in embs else "image"
+      return losses.nce_normaliser_sums(*self.scores(memory, images, view, embs[view]), images.valid)
 
     def first():
       return losses.nce_normaliser(*jax.tree.map(jnp.sum, jax.lax.map(sums, parts)),

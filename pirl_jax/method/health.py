@@ -60,16 +60,16 @@ def similarities(seen: Mapping[str, Similarities], *, mean: Callable, temperatur
   are less similar than the own row, for the pretext view (the image if there is none).
 
   Args:
-    seen: of each view, "pretext" first.
+    seen: of each view, "pretext" and "image", or "image" alone.
     mean: mean(x f32[B / M]) -> what these images add to the mean over the batch, f32[].
     temperature: tau.
   """
-  image, first = seen["image"], next(iter(seen.values()))
+  image, harder = seen["image"], seen.get("pretext", seen["image"])
   return {
     "similarity_own": mean(image.own) * temperature,
     **({"similarity_own_pretext": mean(seen["pretext"].own) * temperature} if "pretext" in seen else {}),
     "similarity_negatives": mean(image.negatives / jnp.maximum(image.count, 1)) * temperature,
-    "negatives_beaten": mean(first.beaten / jnp.maximum(first.count, 1)),
+    "negatives_beaten": mean(harder.beaten / jnp.maximum(harder.count, 1)),
   }
 
 

@@ -44,7 +44,6 @@ def make_contrastive_step(network: Network, optimizer: optax.GradientTransformat
       first and written after the last, and the gradient is that of the whole batch, but for the statistics of batch
       norm, which are those of a part.
   """
-  # The scores of the first view set Z: those of the pretext view, if there is one.
   weights = {"pretext": pretext_weight, "image": 1 - pretext_weight} if pretext_weight else {"image": 1}
 
   def device_step(state, bank, batch):

@@ -120,7 +120,7 @@ def test_losses_similarities_and_gradients(case, negatives, loss, num_parts, num
   (each, seen, normaliser), grads, usable, _ = compared(contrast, case, num_devices=num_devices, num_parts=num_parts)
   _, before, batch, embs = case
   assert set(each) == set(seen) == set(VIEWS)
-  z = by_hand(case, "pretext", embs["pretext"].astype(float), negatives, loss, None)[2]  # the first view sets it
+  z = by_hand(case, "pretext", embs["pretext"].astype(float), negatives, loss, None)[2]  # the pretext view sets it
   np.testing.assert_allclose(normaliser, z if loss == "nce" else 0, rtol=1e-5)
   for view in VIEWS:
     emb = embs[view].astype(float)
@@ -159,7 +159,7 @@ def test_a_loss_that_does_not_look_at_the_normaliser_embeds_nothing_for_it():
   known = jnp.float32(2)
   assert contrast_of("infonce", K, "shared").normaliser(known, None, embs_fn, None) is known
   with pytest.raises(AssertionError, match="embedded"):
-    contrast_of("nce", K, "shared").normaliser(known, None, embs_fn, jnp.zeros(1))
+    contrast_of("nce", K, "shared").normaliser(known, None, embs_fn, {"images": jnp.zeros(1)})
 
 
 class BatchMates(Contrast):
