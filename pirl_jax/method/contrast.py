@@ -68,7 +68,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-  """Compares embeddings with the image's own row and with negatives, and has a loss of that.
+  """Compares embeddings f32[B / M, D] with the image's own row and with negatives, and has a loss of these scores.
 
   Attributes:
     loss_fn: L, see `losses.make_loss`.

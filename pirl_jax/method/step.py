@@ -44,19 +44,21 @@ def make_contrastive_step(network: Network, optimizer: optax.GradientTransformat
       first and written after the last, and the gradient is that of the whole batch, but for the statistics of batch
       norm, which are those of a part.
   """
-  weights = {"pretext": pretext_weight, "image": 1 - pretext_weight} if pretext_weight else {"image": 1}
+  view_weights = {"pretext": pretext_weight, "image": 1 - pretext_weight} if pretext_weight else {"image": 1}
 
   def device_step(state, bank, batch):
     # 1. The bank as this step found it: the rows m_I of the batch and, for each view, negatives. Both are constants.
+    #    Randomness depends on seed, step and image alone: neither a restart nor the number of devices changes it.
     batch = split_batch(batch, micro_batches)  # [M, b, ...]
-    memory = contrast.look_up(bank, state.usable, batch, step_keys(state.seed, state.step), views=tuple(weights))
+    memory = contrast.look_up(bank, state.usable, batch, step_keys(state.seed, state.step), views=tuple(view_weights))
     parts = {"crops": batch, "images": memory.images}
 
     # 2. Two views of every image, [b, H, W, 3] and [b, P, h, w, 3], and an embedding of each, f(v_I) and g(v_It).
     def embed(params, part):
       outputs, _, batch_stats = forward(network, views_fn, state, params, part["crops"])
-      return {view: gather(memory_bank.normalise(outputs[view])) for view in weights}, batch_stats  # [B / M, D]
+      return {view: gather(memory_bank.normalise(outputs[view])) for view in view_weights}, batch_stats  # [B / M, D]
 
+    # Z of the `nce` loss: the first batch sets it, for ever after.
     normaliser = contrast.normaliser(state.normaliser, memory, lambda part: embed(state.params, part)[0], parts)
 
     # 3. Equation 5: lambda L(m_I, g(v_It)) + (1 - lambda) L(m_I, f(v_I)). f and g meet in the bank alone.
@@ -65,7 +67,7 @@ def make_contrastive_step(network: Network, optimizer: optax.GradientTransformat
       each, seen = contrast(memory, part["images"], embs, normaliser)
       mean = partial(health.sum_of_shares, part["images"].share)
       means = {view: mean(loss) for view, loss in each.items()}
-      loss = sum(weight * means[view] for view, weight in weights.items())
+      loss = sum(weight * means[view] for view, weight in view_weights.items())
       metrics = {"loss": loss, **{f"loss_{view}": value for view, value in means.items()}}
       metrics |= health.similarities(seen, mean=mean, temperature=contrast.temperature)
       return loss, (metrics, embs["image"], batch_stats)
