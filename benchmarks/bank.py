@@ -21,8 +21,9 @@ import optax
 
 from benchmarks.collectives import sent_bytes
 from pirl_jax.method import losses, memory_bank
+from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.state import create_state
-from pirl_jax.method.step import make_train_step
+from pirl_jax.method.step import make_contrastive_step
 from pirl_jax.models.heads import ImageHead
 from pirl_jax.models.network import Network
 from pirl_jax.runtime import mesh as mesh_lib
@@ -59,9 +60,9 @@ def measure(num_rows: int, *, dtype: str, num_devices: int, negatives: str, num_
   layout = memory_bank.create_layout(num_rows, num_devices=num_devices, num_negatives=count)
   network, optimizer = Network(Pixels(), ImageHead(DIM), ImageHead(DIM)), optax.sgd(0.1)
   loss_fn = losses.make_loss("infonce", temperature=0.1, num_images=num_rows, num_negatives=count or num_rows)
-  step = make_train_step(
-    network, optimizer, views_fn, loss_fn, layout, mesh, num_negatives=count, temperature=0.1, pretext_weight=0.5,
-    negative_sampling="per_image" if negatives == "per_image" else "shared", bank_momentum=0.5)
+  contrast = Contrast(loss_fn, layout, num_negatives=count, temperature=0.1,
+                      negative_sampling="per_image" if negatives == "per_image" else "shared")
+  step = make_contrastive_step(network, optimizer, views_fn, contrast, mesh, pretext_weight=0.5, bank_momentum=0.5)
   state = create_state(0, network, optimizer, layout, mesh=mesh, dim=DIM, bank_dtype=DTYPES[dtype],
                        inputs=(jnp.zeros((1, 4, 4, 3)), jnp.zeros((1, 1, 4, 4, 3))))
 

@@ -16,9 +16,10 @@ import optax
 
 from benchmarks.collectives import sent_bytes
 from pirl_jax.method import losses, memory_bank
+from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.optimizer import create_optimizer
 from pirl_jax.method.state import create_state
-from pirl_jax.method.step import make_train_step
+from pirl_jax.method.step import make_contrastive_step
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
@@ -180,9 +181,10 @@ def check() -> None:
     del keys
     return image_crop / 255, pretext_crop / 255, None
 
-  step = make_train_step(
-    case.network.with_batch_norm_axis(mesh_lib.AXIS), optimizer, views_fn, loss_fn, layout, mesh,
-    num_negatives=case.negatives, temperature=0.1, pretext_weight=0.5, bank_momentum=0.5)
+  step = make_contrastive_step(
+    case.network.with_batch_norm_axis(mesh_lib.AXIS), optimizer, views_fn,
+    Contrast(loss_fn, layout, num_negatives=case.negatives, temperature=0.1), mesh, pretext_weight=0.5,
+    bank_momentum=0.5)
   image, pretext = (np.zeros(x.shape, np.uint8) for x in case.inputs(case.batch))
   batch = {"image_crop": image, "pretext_crop": pretext, "valid": np.ones(case.batch, bool),
            "index": np.arange(case.batch, dtype=np.int32)}

@@ -7,6 +7,8 @@ import dataclasses
 import functools
 import importlib
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -23,6 +25,8 @@ from configs.base import get_base
 from pirl_jax import runs, system
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
+from pirl_jax.method import losses
+from pirl_jax.method.negatives import Scores
 from pirl_jax.models import resnet
 from pirl_jax.models.heads import ClassHead, ImageHead
 from pirl_jax.runtime import mesh as mesh_lib
@@ -299,3 +303,27 @@ def test_a_new_transform_needs_its_class_and_its_name_and_nothing_else(system_na
   assert row["loss"] is not None and ("loss_pretext" in row) == (system_name == "pirl")
   network = runs.open_run(tmp_path / "run", "run", 0, mesh_lib.create_mesh()).model.network
   assert network.pretext_head == (ImageHead(8) if system_name == "pirl" else ClassHead(2))
+
+
+def test_a_new_loss_needs_its_function_and_its_name_and_nothing_else(folder, tmp_path, monkeypatch):
+  """That of docs/extending.md, as it stands there."""
+  text = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+  scope = dict(vars(losses))
+  exec(re.search(r"```python\n(def logistic.*?)```", text, re.DOTALL)[1], scope)
+  name, function = re.search(r'in `LOSSES`: `"(\w+)": (lambda .*?)`', text).groups()
+  monkeypatch.setitem(losses.LOSSES, name, eval(function, scope))
+
+  rng = np.random.default_rng(0)
+  positive, negative = (rng.uniform(-9, 9, shape).astype(np.float32) for shape in ((5,), (5, 7)))
+  weight = (rng.random((5, 7)) < 0.7).astype(np.float32)
+  loss_fn = losses.make_loss("logistic", temperature=0.2, num_images=50, num_negatives=7)
+  found, _ = loss_fn(positive, Scores(negative, weight), normaliser=jnp.float32(0))
+  for b in range(5):
+    each = [np.log1p(np.exp(float(negative[b, k]) - positive[b])) for k in range(7) if weight[b, k]]
+    np.testing.assert_allclose(found[b], np.mean(each), rtol=1e-5)
+
+  # At this temperature all scores lie within 0.01 of 0: log(1 + exp(0)) for each negative, whatever their number.
+  pretrain.run(tiny("pirl", folder, loss="logistic", temperature=100.0), str(tmp_path / "run"))
+  row, _ = read_rows(tmp_path / "run" / "metrics.jsonl")
+  for view in ("image", "pretext"):
+    np.testing.assert_allclose(row[f"loss_{view}"], np.log(2), atol=0.011)

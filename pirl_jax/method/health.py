@@ -1,7 +1,10 @@
-"""Is the run still sound? What a step must not hold (NaN, infinity), and what it should not come to (collapse)."""
+"""Is the run still sound? What a step must not hold (NaN, infinity), and what it should not come to (collapse).
+
+Letters: B batch of all devices, M its parts, K negatives, D embedding.
+"""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ NOT_FINITE = "not_finite"
 
 
 def not_finite(loss: Any, gradients: Any, parameters: Any, batch_stats: Any, bank_rows: Any = ()) -> jax.Array:
-  """Returns bool[5]: in which of `QUANTITIES`, trees of arrays, there is a NaN or an infinity. Runs within the step."""
+  """Returns bool[5]: in which of `QUANTITIES`, trees of f32[...], there is a NaN or an infinity. Runs in the step."""
   def holds_one(tree):
     return jnp.any(jnp.array([jnp.any(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], bool))
 
@@ -22,37 +25,63 @@ def not_finite(loss: Any, gradients: Any, parameters: Any, batch_stats: Any, ban
 
 
 def sum_of_shares(share: jax.Array, x: jax.Array) -> jax.Array:
-  """Returns what a part of a batch adds to the mean of x f32[B / M], f32[]: `share` is that of each image in it."""
+  """Returns what a part of a batch adds to the mean of x f32[B / M], f32[]; `share` f32[B / M] weighs each image."""
   return jnp.sum(x * share)
 
 
+class Similarities(NamedTuple):
+  """Scores of the images of a part of a batch, f32[B / M] each: cosines divided by the temperature."""
+
+  own: jax.Array
+  """With the own row."""
+  beaten: jax.Array
+  """How many negatives are less similar than the own row."""
+  negatives: jax.Array
+  """With the negatives, summed."""
+  count: jax.Array
+  """How many negatives there are."""
+
+
 def watch(score: jax.Array, weight: jax.Array, positive: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns what `health` needs of the negatives: which are less similar than the own row, the similarities, all."""
+  """Returns the terms f32[B / M, K] whose sums over the negatives are the last three of `Similarities`, in their order.
+
+  Args:
+    score, weight: f32[B / M, K], of the negatives; see `losses.Negatives`.
+    positive: f32[B / M, 1], the scores with the own rows.
+  """
   return (score < positive) * weight, score * weight, weight
 
 
-def health(watched: Mapping[str, Any], *, mean: Callable, temperature: float) -> dict[str, jax.Array]:
+def similarities(seen: Mapping[str, Similarities], *, mean: Callable, temperature: float) -> dict[str, jax.Array]:
   """Returns figures that need no label and show whether the network learns, f32[] each.
 
   similarity_own, similarity_own_pretext: cosine of the image's, and the pretext view's, embedding with its own row;
   similarity_negatives: mean cosine of the image's embedding with the negatives; negatives_beaten: share of them that
-  are less similar than the own row, for the pretext view (the image where there is none).
+  are less similar than the own row, for the pretext view (the image if there is none).
+
+  Args:
+    seen: of each view, "pretext" and "image", or "image" alone.
+    mean: mean(x f32[B / M]) -> what these images add to the mean over the batch, f32[].
+    temperature: tau.
   """
-  own, _, similarity, count = watched["image"]
-  _, beaten, _, first_count = next(iter(watched.values()))
+  image, harder = seen["image"], seen.get("pretext", seen["image"])
   return {
-    "similarity_own": mean(own) * temperature,
-    **({"similarity_own_pretext": mean(watched["pretext"][0]) * temperature} if "pretext" in watched else {}),
-    "similarity_negatives": mean(similarity / jnp.maximum(count, 1)) * temperature,
-    "negatives_beaten": mean(beaten / jnp.maximum(first_count, 1)),
+    "similarity_own": mean(image.own) * temperature,
+    **({"similarity_own_pretext": mean(seen["pretext"].own) * temperature} if "pretext" in seen else {}),
+    "similarity_negatives": mean(image.negatives / jnp.maximum(image.count, 1)) * temperature,
+    "negatives_beaten": mean(harder.beaten / jnp.maximum(harder.count, 1)),
   }
 
 
 def spread(emb: jax.Array, share: jax.Array) -> jax.Array:
-  """Returns the spread of embeddings f[M, B / M, D], a health figure, f32[].
+  """Returns the spread of embeddings f32[M, B / M, D], a health figure, f32[].
 
   It is the standard deviation of each dimension over the batch, averaged and times sqrt(D): 1 when the embeddings fill
   the sphere, 0 when they have collapsed to a point.
+
+  Args:
+    emb: unit vectors.
+    share: f32[M, B / M], the weight of each image; they sum up to 1.
   """
   def mean(x):
     return jnp.sum(x * share[..., None], axis=(0, 1), keepdims=True)

@@ -3,10 +3,10 @@
 Letters: B batch, K negatives, N images in the data set. Scores are cosine similarities divided by the temperature, so
 they lie in [-1/tau, 1/tau].
 
-A loss is made of sums over the negatives, and says only what is summed: the negatives may stand in memory, be split
-over devices or pass by in chunks (`pirl_jax/method/negatives.py`). Two scores differ by `2 / temperature` at most, so
-the softmax losses are written in exp(negative - positive), which float32 holds for tau >= 0.03: no maximum has to
-travel.
+A loss is defined by the terms it sums over the negatives. How the negatives are stored (in memory, split over devices,
+streamed in chunks) is hidden behind `Negatives.sum`. Two scores differ by `2 / temperature` at most, so the softmax
+losses are written in exp(negative - positive), which float32 holds for tau >= 0.03: no maximum has to travel. A loss
+of your own: docs/extending.md.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ MIN_TEMPERATURE = 0.03
 
 
 class Negatives(Protocol):
-  """The negatives of each image of a batch."""
+  """The negatives of each image of a batch: scores f32[B, K], and which of them count."""
 
   def sum(self, terms: Callable, *per_image: jax.Array) -> Any:
     """Returns the sums over the negatives of all devices, with their gradient: f32[B] in the place of f32[B, K].
@@ -39,13 +39,13 @@ class Negatives(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-  """A loss of sums over the negatives.
+  """A loss of sums over the negatives: from scores f32[B] and f32[B, K] to f32[B].
 
   Attributes:
-    passes: each terms(score, weight, positive, log_z, *sums) -> tuple of f32[B, K], to be summed over the negatives; of
-      what comes in, score and weight are f32[B, K], and the rest, the last of it the sums of earlier passes, f32[B, 1].
+    passes: one after the other, each terms(score, weight, positive, log_z, *sums) -> tuple of f32[B, K], to be summed
+      over the negatives. Score and weight are f32[B, K]; positive, log_z and the sums of earlier passes are f32[B, 1].
     finish: finish(positive, log_z, *sums) -> f32[B], all f32[B].
-    has_normaliser: whether it looks at Z.
+    has_normaliser: whether it looks at Z, f32[].
   """
 
   passes: tuple[Callable, ...]
@@ -59,7 +59,7 @@ class Loss:
     Args:
       positive: f32[B], score of each image with its own row.
       negatives: those of each image.
-      normaliser: f32[], Z; 0 as long as no picture could be read, when no loss has any weight.
+      normaliser: f32[], Z; 0 as long as no picture could be read, and then no loss has any weight.
       watch: watch(score, weight, positive) -> tuple of f32[B, K]: their sums over the negatives, a tuple of f32[B]
         without gradient, are the second thing returned.
     """
@@ -102,7 +102,7 @@ def nce_normaliser(summed: jax.Array, number: jax.Array, *, num_images: int) -> 
 
 
 def nce(*, num_images: int, num_negatives: int) -> Loss:
-  """Returns NPID's noise-contrastive loss, the one the official runs used.
+  """Returns NPID's noise-contrastive loss f32[B], the one the official runs used.
 
   With P = exp(score) / Z and c = K/N:  -log(P0 / (P0 + c + eps)) - sum_k log(c / (Pk + c + eps)),
   a sum over the negatives, not a mean. vissl/losses/nce_loss.py, `NCECriterion`; NPID paper, equations 5-7.
@@ -125,7 +125,7 @@ def nce(*, num_images: int, num_negatives: int) -> Loss:
 
 
 def infonce() -> Loss:
-  """Returns the softmax cross-entropy of the positive among itself and the negatives.
+  """Returns the softmax cross-entropy f32[B] of the positive among itself and the negatives.
 
   vissl/losses/nce_loss.py with `loss_type: cross_entropy`; the MLP-head models of the official release.
   """
@@ -133,7 +133,7 @@ def infonce() -> Loss:
 
 
 def eq4() -> Loss:
-  """Returns the paper's equations 3 and 4 as written: -log h0 - sum_j log(1 - hj), h a softmax over all.
+  """Returns the loss f32[B] of the paper's equations 3 and 4 as written: -log h0 - sum_j log(1 - hj), h a softmax.
 
   Every h has the same denominator, that of the positive (reading A: e_j / (e_0 + sum_k e_k)).
   """
@@ -156,11 +156,15 @@ def _odds(score, weight, positive, log_z):
   return jnp.exp(jnp.where(weight > 0, score - positive, 0)) * weight,
 
 
+LOSSES = {"nce": nce, "infonce": lambda **sizes: infonce(), "eq4": lambda **sizes: eq4()}
+"""By name, a function of `num_images` N and `num_negatives` K that returns the `Loss`."""
+
+
 def make_loss(name: str, *, temperature: float, num_images: int, num_negatives: int) -> Loss:
-  """Returns the loss of that name.
+  """Returns the loss of that name, for scores in [-1 / tau, 1 / tau].
 
   Args:
-    name: "nce", "infonce" or "eq4"; only the first looks at the normaliser.
+    name: one of `LOSSES`.
     temperature: tau.
     num_images: N.
     num_negatives: K over all devices.
@@ -171,8 +175,6 @@ def make_loss(name: str, *, temperature: float, num_images: int, num_negatives: 
   if not temperature >= MIN_TEMPERATURE:
     raise UserError(f"temperature={temperature}: exp(2 / temperature) would leave float32; "
                     f"use {MIN_TEMPERATURE} or more")
-  if name == "nce":
-    return nce(num_images=num_images, num_negatives=num_negatives)
-  if name in ("infonce", "eq4"):
-    return {"infonce": infonce, "eq4": eq4}[name]()
-  raise UserError(f"loss={name!r} is unknown; choose from nce, infonce, eq4")
+  if name not in LOSSES:
+    raise UserError(f"loss={name!r} is unknown; choose from {', '.join(LOSSES)}")
+  return LOSSES[name](num_images=num_images, num_negatives=num_negatives)

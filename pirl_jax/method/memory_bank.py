@@ -35,7 +35,7 @@ MAX_SHARE = 0.8
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Where the images' rows lie. `num_images` is N, `num_strata` S."""
+  """Where the images' rows lie in a bank [S * R, D]. `num_images` is N, `num_strata` S."""
 
   num_images: int
   num_strata: int
@@ -51,14 +51,15 @@ class Layout:
     return self.num_strata * self.rows_per_stratum
 
   def row_of(self, index):
-    """Returns the row of each image, integers shaped as `index` (numpy or JAX, values in [0, N))."""
+    """Returns the row of each image, i32[...] in [0, S * R), of `index` i32[...] in [0, N), numpy or JAX."""
     return index % self.num_strata * self.rows_per_stratum + index // self.num_strata
 
 
 def create_layout(num_images: int, *, num_devices: int, num_negatives: int) -> Layout:
-  """Returns the layout for N images: 256 strata, or for a small set the largest power of two up to N / 4.
+  """Returns the layout of a bank [S * R, D] for N images.
 
-  The number of strata follows from N alone, so that a run may move to another number of devices.
+  S is 256, or for a small set the largest power of two up to N / 4. It follows from N alone, so that a
+  run may move to another number of devices.
 
   Args:
     num_images: N.
@@ -85,7 +86,7 @@ def create_layout(num_images: int, *, num_devices: int, num_negatives: int) -> L
 
 
 def check_fits(layout: Layout, *, dim: int, dtype: Any, num_devices: int, device_bytes: int) -> None:
-  """Raises UserError if a device's part of the bank would take more than `MAX_SHARE` of its memory.
+  """Raises UserError if a device's part of the bank [S * R, D] would take more than `MAX_SHARE` of its memory.
 
   Args:
     layout: of the bank.
@@ -161,7 +162,7 @@ def _uniform(key, row, dim):
 
 
 def stored(vectors: jax.Array, dtype: Any) -> jax.Array:
-  """Returns vectors as a bank of that type keeps them: bfloat16 as its bits, u16.
+  """Returns vectors f32[..., D] as a bank of that type keeps them, [..., D]: bfloat16 as its bits, u16.
 
   To read or write some rows of an array of bfloat16, a CPU first turns the whole of it into float32.
   """
@@ -170,7 +171,7 @@ def stored(vectors: jax.Array, dtype: Any) -> jax.Array:
 
 
 def vectors(rows: jax.Array) -> jax.Array:
-  """Returns rows of a bank, as `stored` has them, in the precision in which they are computed with: float32 or more."""
+  """Returns rows of a bank [..., D], see `stored`, in the precision in which they are computed with, f32[..., D]."""
   rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
   return rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
 
@@ -222,8 +223,8 @@ def local_rows(bank: jax.Array, rows: jax.Array, *, axis: str) -> tuple[jax.Arra
 def read(bank: jax.Array, rows: jax.Array, *negatives: jax.Array, axis: str) -> tuple[jax.Array, ...]:
   """Returns the vectors at `rows`, f32[B, D], and those of each draw of negatives, f32[..., K / devices, D].
 
-  All that a step reads comes from one gather, on which the update depends. With several XLA cannot tell that every one
-  of them is over before a row moves, and copies the whole bank (an optimization barrier does not convince it).
+  Everything is read with a single gather, on which the update depends. With two or more, XLA cannot prove that all
+  reads precede the update and copies the whole bank; `optimization_barrier` does not help.
 
   Args:
     bank: [rows of this device, D], see `stored`.
@@ -279,7 +280,7 @@ def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Arr
 
   Args:
     bank: [rows of this device, D], see `stored`.
-    rows: i32[B], no row twice.
+    rows: i32[B], global rows, none twice.
     own: f32[B, D], these rows as they are.
     embeddings: f32[B, D], unit vectors f(v_I) of the whole batch.
     valid: bool[B]; the rows of broken pictures stay as they are.

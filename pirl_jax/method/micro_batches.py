@@ -26,7 +26,7 @@ def accumulate(grad_fn: Callable, params: Any, parts: Any) -> tuple[Any, Any]:
   """Returns the gradients summed over the parts of a batch and over the devices, and the rest of each part, [M, ...].
 
   Args:
-    grad_fn: grad_fn(params, part) -> (gradients, rest).
+    grad_fn: grad_fn(params, part) -> (gradients, rest); a part is `parts` without the first axis.
     params: the same on every device.
     parts: a tree of [M, ...].
   """
@@ -51,7 +51,18 @@ def whole_batch_stats(network: Network, batch_stats: Any) -> Any:
   return mean if network.trunk.batch_norm_axis else jax.lax.pmean(mean, AXIS)
 
 
-def positions(batch_size: int) -> jax.Array:
-  """Returns where this device's images stand in the batch, i32[b]."""
-  num_local = batch_size // jax.lax.axis_size(AXIS)
-  return jax.lax.axis_index(AXIS) * num_local + jnp.arange(num_local)
+def positions(num_parts: int, part_size: int) -> jax.Array:
+  """Returns where the images of each part stand in the batch of all devices, i32[M, B / M].
+
+  Args:
+    num_parts: M.
+    part_size: B / M, images of a part over all devices.
+  """
+  num_local = num_parts * part_size // jax.lax.axis_size(AXIS)
+  local = jax.lax.axis_index(AXIS) * num_local + jnp.arange(num_local)
+  return gather(split_batch(local, num_parts), axis=1)
+
+
+def gather(x: jax.Array, *, axis: int = 0) -> jax.Array:
+  """Returns [..., b, ...] of this device's images as [..., B, ...] of all devices, the same on each; `axis` is b's."""
+  return jax.lax.all_gather(x, AXIS, axis=axis, tiled=True, to="invarying")

@@ -21,7 +21,7 @@ CHUNK_ROWS = 8_192
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """Negatives whose scores stand in memory.
+  """Negatives whose scores f32[B, K] stand in memory.
 
   Attributes:
     score: f32[B, K], cosine similarities divided by the temperature.
@@ -34,7 +34,7 @@ class Scores:
   axis: str | None = None
 
   def sum(self, terms: Callable, *per_image: jax.Array) -> Any:
-    """See `Negatives.sum`."""
+    """Returns the sums f32[B] of the terms f32[B, K], see `losses.Negatives.sum`."""
     sums = _row_sums(terms, self.score, self.weight, per_image)
     return sums if self.axis is None else lax.psum(sums, self.axis)
 
@@ -63,7 +63,7 @@ class EveryRow:
   axis: str
 
   def sum(self, terms: Callable, *per_image: jax.Array) -> Any:
-    """See `Negatives.sum`."""
+    """Returns the sums f32[B] of the terms f32[B, rows of a chunk] over all chunks, see `losses.Negatives.sum`."""
     # What comes in is the same on every device and each adds its rows' part of the gradient: as "varying" it is summed.
     inputs = lax.pcast((self.embeddings, per_image), self.axis, to="varying")
     chunk_sums = functools.partial(_chunk_sums, terms, self.temperature)
@@ -85,7 +85,7 @@ def _chunk_sums(terms, temperature, shard, start, inputs):
   block = memory_bank.vectors(lax.dynamic_slice_in_dim(bank, first, size)).astype(embeddings.dtype)
   fresh = lax.dynamic_slice_in_dim(usable, first, size) & (row >= start)
   weight = (fresh[None] & (row[None] != own[:, None])).astype(embeddings.dtype)
-  # Full float32 products, as in `memory_bank.scores`.
+  # Full float32 products, as in `memory_bank.negative_scores`.
   score = jnp.matmul(embeddings, block.T, precision=lax.Precision.HIGHEST) / temperature
   return _row_sums(terms, score, weight, per_image)
 
@@ -120,7 +120,7 @@ _sum_over_rows.defvjp(_forward, _backward)
 
 
 def _scan(sums_fn, axis, shard, inputs):
-  """Returns the sum of sums_fn(start, inputs) over the chunks of this device's rows."""
+  """Returns the sum of sums_fn(start, inputs), trees of f32[B, ...], over the chunks of this device's R rows."""
   def add(total, start):
     return jax.tree.map(jnp.add, total, sums_fn(start, inputs)), None
 

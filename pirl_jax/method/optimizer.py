@@ -1,18 +1,20 @@
-"""SGD with momentum and the schedules of the official runs, from plain numbers."""
+"""SGD with momentum and the schedules of the official runs, from plain numbers; and the step that they take."""
 
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import optax
 
 from pirl_jax.errors import UserError
+from pirl_jax.method.state import TrainState
 
 
 def cosine_schedule(*, base_rate: float, end_factor: float, num_steps: int, warmup_steps: int = 0,
                     warmup_factor: float = 0.0, hold_steps: int = 1) -> optax.Schedule:
-  """Returns step -> learning rate: a linear warm-up, then half a cosine down to `end_factor * base_rate`.
+  """Returns step i32[] -> learning rate f32[]: a linear warm-up, then half a cosine down to `end_factor * base_rate`.
 
   vissl's ClassyVision scheduler: end + (start - end) * (1 + cos(pi * progress)) / 2, updated once an epoch in the
   official runs (`update_interval: epoch`).
@@ -36,8 +38,9 @@ def cosine_schedule(*, base_rate: float, end_factor: float, num_steps: int, warm
 
 def step_schedule(*, base_rate: float, milestones: Sequence[float], decay_factor: float, num_steps: int,
                   warmup_steps: int = 0, warmup_factor: float = 0.0) -> optax.Schedule:
-  """Returns step -> learning rate: constant but for a factor at each milestone, as NPID's and the covariant runs.
+  """Returns step i32[] -> learning rate f32[]: constant but for a factor at each milestone.
 
+  So did NPID's and the covariant runs:
   vissl configs/config/pretrain/{npid/npid,jigsaw/jigsaw,rotnet/rotnet}_8gpu_resnet.yaml.
 
   Args:
@@ -73,6 +76,20 @@ def create_optimizer(schedule: optax.Schedule, *, momentum: float, weight_decay:
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask=partial(_decayed, biases=decay_biases)),
     optax.sgd(schedule, momentum=momentum, nesterov=nesterov))
+
+
+def descend(state: TrainState, optimizer: optax.GradientTransformation, grads: Any, **fields: Any) -> TrainState:
+  """Returns the state one step i32[] on: its parameters moved by the gradients, and the other fields as given.
+
+  Args:
+    state: before the step.
+    optimizer: see `create_optimizer`.
+    grads: by the parameters, a tree of the same shapes.
+    fields: what else has changed, by name.
+  """
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  return state.replace(step=state.step + 1, params=params, opt_state=opt_state, **fields)
 
 
 def _decayed(params, *, biases):

@@ -12,17 +12,17 @@ import optax
 from jax.sharding import Mesh
 
 from pirl_jax.method import health, memory_bank
-from pirl_jax.method.micro_batches import accumulate, split_batch, whole_batch_stats
+from pirl_jax.method.forward import forward
+from pirl_jax.method.micro_batches import accumulate, gather, split_batch, whole_batch_stats
+from pirl_jax.method.optimizer import descend
 from pirl_jax.method.programs import map_step
-from pirl_jax.method.randomness import view_keys
-from pirl_jax.method.state import TrainState
 from pirl_jax.models.network import Network
 from pirl_jax.runtime.mesh import AXIS
 
 
 def make_prediction_step(network: Network, optimizer: optax.GradientTransformation, views_fn: Callable,
                          layout: memory_bank.Layout, mesh: Mesh, *, micro_batches: int = 1) -> Callable:
-  """Returns train_step(state, batch) -> (state, metrics), as `make_train_step`, for a state without a bank.
+  """Returns train_step(state, batch) -> (state, metrics), as `make_contrastive_step`, for a state without a bank.
 
   The loss is the cross-entropy of the transform's label, where the views have one (paper, equation 2), else of the
   batch's `label` i32[B]; a picture whose label is -1 has no weight. `metrics` holds loss and top1, f32[], and
@@ -34,37 +34,34 @@ def make_prediction_step(network: Network, optimizer: optax.GradientTransformati
     views_fn: see `views.two_views.make_views`.
     layout: of the mask of the pictures found broken.
     mesh: the devices.
-    micro_batches: M, see `make_train_step`.
+    micro_batches: M, see `make_contrastive_step`.
   """
   predicts_class = network.pretext_head is None
-  gather = partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True, to="invarying")
 
-  def device_step(state: TrainState, batch):
+  def device_step(state, batch):
+    # 1. A picture found broken has no weight from here on, and one without a label never has any.
     batch = split_batch(batch, micro_batches)  # [M, b, ...]
-    rows = gather(layout.row_of(batch["index"])).reshape(-1)
-    usable, valid = memory_bank.retire(state.usable, rows, gather(batch["valid"]).reshape(-1), axis=AXIS)
+    rows = gather(layout.row_of(batch["index"]), axis=1)  # [M, B / M]
+    usable, valid = memory_bank.retire(state.usable, rows, gather(batch["valid"], axis=1), axis=AXIS)
     if predicts_class:
-      valid &= gather(batch["label"]).reshape(-1) >= 0
-    share = valid / jnp.maximum(jnp.sum(valid), 1)
+      valid &= gather(batch["label"], axis=1) >= 0
+    share = valid / jnp.maximum(jnp.sum(valid), 1)  # of an image in every mean
 
+    # 2. The cross-entropy of the label, given the view.
     def objective(params, part):
-      part, share = part
-      keys = view_keys(state.seed, state.step, part["index"])
-      image, pretext, transform = views_fn(keys, part.get("image_crop"), part.get("pretext_crop"))
-      outputs, updated = network.apply(
-        {"params": params, "batch_stats": state.batch_stats}, image, pretext, train=True, mutable=["batch_stats"])
-      logits, = (gather(output[None])[0] for output in outputs if output is not None)  # [B / M, L]
-      label = gather((part["label"] if predicts_class else transform)[None])[0]
+      crops, share = part
+      outputs, transform, batch_stats = forward(network, views_fn, state, params, crops)
+      logits, = map(gather, outputs.values())  # [B / M, L]
+      label = gather(crops["label"] if predicts_class else transform)
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
-      loss, top1 = jnp.sum(losses * share), jnp.sum((jnp.argmax(logits, axis=1) == label) * share)
-      return loss, ({"loss": loss, "top1": top1}, updated["batch_stats"])
+      mean = partial(health.sum_of_shares, share)
+      metrics = {"loss": mean(losses), "top1": mean(jnp.argmax(logits, axis=1) == label)}
+      return metrics["loss"], (metrics, batch_stats)
 
-    grads, (metrics, batch_stats) = accumulate(
-      jax.grad(objective, has_aux=True), state.params, (batch, share.reshape(micro_batches, -1)))
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    state = state.replace(
-      step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
-      batch_stats=whole_batch_stats(network, batch_stats), usable=usable)
+    grads, (metrics, batch_stats) = accumulate(jax.grad(objective, has_aux=True), state.params, (batch, share))
+
+    # 3. The parameters move.
+    state = descend(state, optimizer, grads, batch_stats=whole_batch_stats(network, batch_stats), usable=usable)
     metrics = jax.tree.map(jnp.sum, metrics)
     metrics[health.NOT_FINITE] = health.not_finite(metrics["loss"], grads, state.params, state.batch_stats)
     return state, metrics

@@ -1,4 +1,7 @@
-"""A step as one compiled program or two, mapped over the devices."""
+"""A step as one compiled program or two, mapped over the devices.
+
+Letters: R rows of the bank, D embedding, B batch. `moved` is what the update of the bank takes: `Memory.moved`.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,11 +15,12 @@ from pirl_jax.runtime.mesh import SPLIT, WHOLE
 
 
 def in_one_program(device_step: Callable, update: Callable, mesh: Mesh) -> Callable:
-  """Returns step(state, batch) -> (state, metrics), whose bank is written in the same program.
+  """Returns step(state, batch) -> (state, metrics), whose bank [R, D] is written in the same program.
 
   Args:
-    device_step: device_step(state without bank, bank, batch) -> (state without bank, what `update` takes, metrics).
-    update: update(bank, ...) -> bank.
+    device_step: device_step(state without bank, bank, batch) -> (state without bank, moved, metrics), what one device
+      does, with its rows of the bank and its images of the batch.
+    update: update(bank, *moved) -> bank.
     mesh: the devices.
   """
   def step(state, batch):
@@ -28,18 +32,20 @@ def in_one_program(device_step: Callable, update: Callable, mesh: Mesh) -> Calla
 
 @dataclasses.dataclass(frozen=True)
 class TwoPrograms:
-  """A step whose bank is written by a program of its own: where all rows are read, XLA would copy the bank in one.
+  """A step whose bank [R, D] is written by a program of its own.
+
+  If all rows are read, XLA would copy the bank in a single program.
 
   Attributes:
-    look: look(state without bank, bank, batch) -> (state without bank, what `write` takes, metrics).
-    write: write(bank, ...) -> bank.
+    look: look(state without bank, bank, batch) -> (state without bank, moved, metrics).
+    write: write(bank, *moved) -> bank.
   """
 
   look: Callable
   write: Callable
 
   def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Returns the state after the step, and its metrics; the state given in is donated."""
+    """Returns the state after the step, and its metrics, f32[] each; the state given in is donated."""
     rest, moved, metrics = self.look(state.replace(bank=None), state.bank, batch)
     return rest.replace(bank=self.write(state.bank, *moved)), metrics
 
@@ -50,7 +56,7 @@ class TwoPrograms:
 
 
 def in_two_programs(device_step: Callable, update: Callable, mesh: Mesh) -> TwoPrograms:
-  """Returns the same step with the bank written in a program of its own, see `TwoPrograms` and `in_one_program`."""
+  """Returns the step of `in_one_program` with the bank [R, D] written in a program of its own, see `TwoPrograms`."""
   rest = state_specs().replace(bank=None)
   look = jax.shard_map(device_step, mesh=mesh, in_specs=(rest, SPLIT, SPLIT), out_specs=(rest, WHOLE, WHOLE))
   write = jax.shard_map(update, mesh=mesh, in_specs=(SPLIT, *[WHOLE] * 4), out_specs=SPLIT)
@@ -58,7 +64,13 @@ def in_two_programs(device_step: Callable, update: Callable, mesh: Mesh) -> TwoP
 
 
 def map_step(device_step: Callable, mesh: Mesh, *, with_bank: bool = True) -> Callable:
-  """Returns device_step(state, batch) -> (state, metrics), mapped over the devices, compiled, its state donated."""
+  """Returns device_step(state, batch) -> (state, metrics), mapped over the devices, compiled, its state donated.
+
+  Args:
+    device_step: what one device does, with its images of a batch [B, ...] and its rows of a bank [R, D].
+    mesh: the devices.
+    with_bank: whether the state has a bank.
+  """
   specs = state_specs(with_bank=with_bank)
   mapped = jax.shard_map(device_step, mesh=mesh, in_specs=(specs, SPLIT), out_specs=(specs, WHOLE))
   return jax.jit(mapped, donate_argnums=0)

@@ -9,6 +9,11 @@ def view_keys(seed: jax.Array | int, step: jax.Array | int, index: jax.Array) ->
 
 
 def step_keys(seed: jax.Array | int, step: jax.Array | int) -> dict[str, jax.Array]:
-  """Returns the keys of a step: of the views, and of the negatives of the pretext and of the image term."""
+  """Returns the keys of a step, key[] each: of the "views", and of the negatives of the "pretext" and "image" view.
+
+  Args:
+    seed: u32[], of the run.
+    step: i32[], steps taken so far.
+  """
   keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
   return dict(zip(("views", "pretext", "image"), keys, strict=True))

@@ -14,7 +14,10 @@ from pirl_jax.runtime import mesh as mesh_lib
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """The state of a run. Letters: S strata, R rows of a stratum, D embedding."""
+  """The state of a run. The bank [S * R, D] and its mask bool[S * R] are split over the devices, the rest is on each.
+
+  Letters: S strata, R rows of a stratum, D embedding.
+  """
 
   step: Any
   """i32[], steps taken."""
@@ -35,7 +38,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def state_specs(*, with_bank: bool = True) -> TrainState:
-  """Returns how the state lies on the mesh: whole on every device, but for the bank and its mask."""
+  """Returns how the state lies on the mesh: whole on each device, but for bank [S * R, D] and mask bool[S * R]."""
   specs = dict.fromkeys(TrainState.__dataclass_fields__, mesh_lib.WHOLE) | {"usable": mesh_lib.SPLIT}
   return TrainState(**specs | ({"bank": mesh_lib.SPLIT} if with_bank else {"bank": None, "normaliser": None}))
 
@@ -56,7 +59,7 @@ def create_state(seed: int, network: Network, optimizer: optax.GradientTransform
     layout: of the bank.
     mesh: the devices.
     dim: D.
-    bank_dtype: in which the bank is stored.
+    bank_dtype: in which the bank [S * R, D] is stored.
     inputs: an image f32[1, H, W, 3] and a pretext view f32[1, P, h, w, 3], None for what the network does not get.
     with_bank: whether there is a bank.
   """

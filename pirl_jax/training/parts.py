@@ -14,10 +14,11 @@ from pirl_jax.data import batches, sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.method import losses, memory_bank
+from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.optimizer import cosine_schedule, create_optimizer, step_schedule
 from pirl_jax.method.prediction_step import make_prediction_step
 from pirl_jax.method.state import TrainState, create_state
-from pirl_jax.method.step import make_train_step
+from pirl_jax.method.step import make_contrastive_step
 from pirl_jax.models.network import Network
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.views.permutations import SUBSETS
@@ -186,10 +187,10 @@ def make_step(parts: Run) -> Callable:
   common = parts.parallel_network, parts.optimizer, parts.views_fn
   if not system.has_bank(config):
     return make_prediction_step(*common, parts.layout, parts.mesh, micro_batches=config.micro_batches)
-  return make_train_step(
-    *common, make_loss(config, parts.layout), parts.layout, parts.mesh, num_negatives=config.num_negatives,
-    negative_sampling=config.negative_sampling, temperature=config.temperature, pretext_weight=config.pretext_weight,
-    bank_momentum=config.bank.momentum, micro_batches=config.micro_batches)
+  contrast = Contrast(make_loss(config, parts.layout), parts.layout, num_negatives=config.num_negatives,
+                      negative_sampling=config.negative_sampling, temperature=config.temperature)
+  return make_contrastive_step(*common, contrast, parts.mesh, pretext_weight=config.pretext_weight,
+                               bank_momentum=config.bank.momentum, micro_batches=config.micro_batches)
 
 
 def test_pictures(parts: Run, source: sources.Source) -> Pictures:

@@ -1,10 +1,10 @@
-"""What a step reports of numbers that are not finite."""
+"""What a step reports of numbers that are not finite, and of similarities."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pirl_jax.method.health import QUANTITIES, not_finite
+from pirl_jax.method.health import QUANTITIES, Similarities, not_finite, similarities, watch
 
 SOUND = jnp.float32(1), {"w": jnp.ones(3)}, {"w": jnp.ones((2, 2))}, {"mean": jnp.zeros(2)}, (jnp.ones((4, 2)),)
 
@@ -16,3 +16,23 @@ def test_each_quantity_is_told_from_the_others(number, bad):
   quantities[number] = {"fine": jnp.ones(2), "bad": jnp.array([1.0, bad, 3.0])}
   assert not_finite(*quantities).tolist() == [other == number for other in range(len(QUANTITIES))]
   assert not not_finite(*SOUND).any() and not not_finite(*SOUND[:4]).any()
+
+
+@pytest.mark.parametrize("views", [("pretext", "image"), ("image",)])
+def test_figures_of_similarity_by_hand(views):
+  """Three images, the last of which is broken; one has no negatives at all. The temperature is 0.5."""
+  own = {"pretext": [1.0, -0.5, 9.0], "image": [0.4, 0.2, 9.0]}
+  negatives = {"pretext": [[0.0, 2.0], [0.0, 0.0], [9.0, 9.0]], "image": [[0.3, 0.5], [0.0, 0.0], [9.0, 9.0]]}
+  weight = jnp.array([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
+  seen = {}
+  for view in views:
+    positive, score = jnp.array(own[view]), jnp.array(negatives[view])
+    seen[view] = Similarities(positive, *(jnp.sum(term, axis=1) for term in watch(score, weight, positive[:, None])))
+  figures = similarities(seen, mean=lambda x: jnp.sum(x * jnp.array([0.5, 0.5, 0.0])), temperature=0.5)
+  expected = {"similarity_own": 0.5 * (0.4 + 0.2) / 2, "similarity_negatives": 0.5 * ((0.3 + 0.5) / 2 + 0) / 2,
+              "negatives_beaten": (1 / 2 + 0) / 2}
+  if "pretext" in views:
+    expected["similarity_own_pretext"] = 0.5 * (1.0 - 0.5) / 2
+  assert figures.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(figures[name], value, rtol=1e-6, err_msg=name)

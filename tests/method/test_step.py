@@ -11,10 +11,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pirl_jax.method import losses, memory_bank
+from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.optimizer import create_optimizer
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import create_state
-from pirl_jax.method.step import make_train_step
+from pirl_jax.method.step import make_contrastive_step
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ResNet, create_resnet
@@ -57,10 +58,10 @@ def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, optimizer=None, 
   make_state = partial(create_state, 7, network, optimizer, layout, mesh=mesh, dim=D, bank_dtype=jnp.float32,
                        inputs=INPUTS if pretext_weight else (INPUTS[0], None))
   loss_fn = losses.make_loss(loss, temperature=TAU, num_images=N, num_negatives=num_negatives or N)
-  step = make_train_step(
-    network.with_batch_norm_axis(batch_norm), optimizer, views_fn, loss_fn, layout, mesh, num_negatives=num_negatives,
-    negative_sampling=negative_sampling, temperature=TAU, pretext_weight=pretext_weight, bank_momentum=0.5,
-    micro_batches=micro_batches)
+  contrast = Contrast(loss_fn, layout, num_negatives=num_negatives, negative_sampling=negative_sampling,
+                      temperature=TAU)
+  step = make_contrastive_step(network.with_batch_norm_axis(batch_norm), optimizer, views_fn, contrast, mesh,
+                               pretext_weight=pretext_weight, bank_momentum=0.5, micro_batches=micro_batches)
   return mesh, layout, network, make_state, step
 
 
@@ -400,9 +401,10 @@ def compile_big_step(num_devices, *, num_negatives):
   state = jax.eval_shape(lambda: create_state(
     0, network, optimizer, layout, mesh=mesh, dim=128, bank_dtype=jnp.float32, inputs=INPUTS))
   loss_fn = losses.make_loss("nce", temperature=TAU, num_images=BIG, num_negatives=num_negatives or BIG)
-  step = make_train_step(
-    network.clone(trunk=network.trunk.clone(batch_norm_axis=mesh_lib.AXIS)), optimizer, views_fn, loss_fn, layout,
-    mesh, num_negatives=num_negatives, temperature=TAU, pretext_weight=0.5, bank_momentum=0.5)
+  step = make_contrastive_step(
+    network.clone(trunk=network.trunk.clone(batch_norm_axis=mesh_lib.AXIS)), optimizer, views_fn,
+    Contrast(loss_fn, layout, num_negatives=num_negatives, temperature=TAU), mesh, pretext_weight=0.5,
+    bank_momentum=0.5)
   lowered = step.lower(state, make_batch(0))
   return [program.compile() for program in (lowered if isinstance(lowered, tuple) else (lowered,))]
 

@@ -1,0 +1,172 @@
+"""What embeddings are compared with: the image's own row of the memory bank and negatives, as a step found them.
+
+This is the seam for another kind of loss. A loss that sums over these negatives needs a few lines of `losses.py` alone
+(docs/extending.md). One with other positives or negatives is a subclass of `Contrast` with a `scores` of its own.
+
+Letters: B batch of all devices, M its parts, b this device's images of a part, K negatives held by this device,
+D embedding, R rows of the bank on this device. A view is "pretext" or "image".
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pirl_jax.method import losses, memory_bank
+from pirl_jax.method.health import Similarities, watch
+from pirl_jax.method.micro_batches import gather, positions
+from pirl_jax.method.negatives import EveryRow, Scores
+from pirl_jax.runtime.mesh import AXIS
+
+Draws = Mapping[str, tuple[jax.Array, jax.Array]]
+"""{view: (the negatives' rows on this device, their vectors)}: (i32[..., K], f32[..., K, D]) of a view."""
+
+
+class Images(NamedTuple):
+  """What belongs to the images of a batch, [M, B / M, ...]; in one part of the batch, [B / M, ...]."""
+
+  rows: jax.Array
+  """i32[M, B / M], the images' rows in the bank."""
+  own: jax.Array
+  """f32[M, B / M, D], the vectors in these rows."""
+  valid: jax.Array
+  """bool[M, B / M]; False for a picture found broken, now or in an earlier step."""
+  share: jax.Array
+  """f32[M, B / M], the weight of each image in every mean over the batch; 0 if it is not valid."""
+  drawn: Draws
+  """Rows i32[M, B / M, K] and vectors f32[M, B / M, K, D] for each view, if each image has negatives of its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """The bank as a step found it. All of it is constant: no gradient flows into the bank.
+
+  Attributes:
+    bank: [R, D], this device's rows, see `memory_bank.stored`.
+    usable: bool[R]; False on padding and on the rows of pictures found broken, those of this batch included.
+    images: of the whole batch, [M, B / M, ...].
+    drawn: rows i32[K] and vectors f32[K, D] for each view, if the whole batch shares its negatives.
+  """
+
+  bank: jax.Array
+  usable: jax.Array
+  images: Images
+  drawn: Draws
+
+  def moved(self, emb: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns what `memory_bank.update` takes: rows i32[B], own f32[B, D], embeddings f32[B, D], valid bool[B].
+
+    Args:
+      emb: f32[M, B / M, D], unit vectors f(v_I).
+    """
+    flat = partial(jnp.reshape, shape=(-1, emb.shape[-1]))
+    return self.images.rows.reshape(-1), flat(self.images.own), flat(emb), self.images.valid.reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+  """Compares embeddings f32[B / M, D] with the image's own row and with negatives, and has a loss of these scores.
+
+  Attributes:
+    loss_fn: L, see `losses.make_loss`.
+    layout: of the bank.
+    num_negatives: K over all devices, for each view; 0: every row of the bank, in chunks.
+    negative_sampling: "shared", one draw of negatives for the whole batch, or "per_image", as the official code draws.
+    temperature: tau.
+  """
+
+  loss_fn: losses.Loss
+  layout: memory_bank.Layout
+  _: dataclasses.KW_ONLY
+  num_negatives: int
+  negative_sampling: str = "shared"
+  temperature: float
+
+  def look_up(self, bank: jax.Array, usable: jax.Array, batch: Mapping[str, jax.Array], keys: Mapping[str, jax.Array],
+              *, views: tuple[str, ...]) -> Memory:
+    """Returns what the batch is compared with. A picture found broken has no weight from here on.
+
+    Args:
+      bank: [R, D], this device's rows.
+      usable: bool[R].
+      batch: this device's `index` i32[M, b] and `valid` bool[M, b].
+      keys: key[] of the negatives of each view.
+      views: those that are compared.
+    """
+    rows = gather(self.layout.row_of(batch["index"]), axis=1)  # [M, B / M]
+    usable, valid = memory_bank.retire(usable, rows, gather(batch["valid"], axis=1), axis=AXIS)
+    draw = partial(memory_bank.draw, layout=self.layout, num_negatives=self.num_negatives, axis=AXIS)
+    negatives = {}
+    if self.negative_sampling == "per_image":
+      position = positions(*rows.shape)
+      negatives = {view: draw(keys[view], num_draws=rows.size)[position] for view in views}  # [M, B / M, K]
+    elif self.num_negatives:
+      negatives = {view: draw(keys[view]) for view in views}  # [K]
+    own, *vectors = memory_bank.read(bank, rows.reshape(-1), *negatives.values(), axis=AXIS)
+    drawn = dict(zip(negatives, zip(negatives.values(), vectors, strict=True), strict=True))
+    share = valid / jnp.maximum(jnp.sum(valid), 1)
+    of_images, of_all = (drawn, {}) if self.negative_sampling == "per_image" else ({}, drawn)
+    return Memory(bank, usable, Images(rows, own.reshape(*rows.shape, -1), valid, share, of_images), of_all)
+
+  def normaliser(self, known: jax.Array, memory: Memory, embs_fn: Callable, parts: Any) -> jax.Array:
+    """Returns Z, f32[]: that of the first batch with a picture that could be read, for ever after.
+
+    It is taken from the scores of the pretext view, if there is one. If the loss does not look at Z, Z stays as it is.
+
+    Args:
+      known: f32[]; 0 as long as no picture could be read.
+      memory: of this step.
+      embs_fn: embs_fn(part) -> {view: f32[B / M, D]}; called only if Z is not known.
+      parts: the batch, a tree of [M, ...], with `images` among it.
+    """
+    if not self.loss_fn.has_normaliser:
+      return known
+
+    def sums(part):
+      images, embs = part["images"], embs_fn(part)
+      view = "pretext" if "pretext" in embs else "image"
+      return losses.nce_normaliser_sums(*self.scores(memory, images, view, embs[view]), images.valid)
+
+    def first():
+      return losses.nce_normaliser(*jax.tree.map(jnp.sum, jax.lax.map(sums, parts)),
+                                   num_images=self.layout.num_images)
+
+    return jax.lax.cond(known > 0, lambda: known, first)
+
+  def __call__(self, memory: Memory, images: Images, embs: Mapping[str, jax.Array],
+               normaliser: jax.Array) -> tuple[dict[str, jax.Array], dict[str, Similarities]]:
+    """Returns for each view the losses of the images, f32[B / M], and the similarities behind them.
+
+    Args:
+      memory: of this step.
+      images: those of one part of the batch, [B / M, ...].
+      embs: f32[B / M, D] of each view, unit vectors.
+      normaliser: f32[], Z.
+    """
+    each, seen = {}, {}
+    for view, emb in embs.items():
+      positive, negatives = self.scores(memory, images, view, emb)
+      each[view], sums = self.loss_fn(positive, negatives, normaliser=normaliser, watch=watch)
+      seen[view] = Similarities(positive, *sums)
+    return each, seen
+
+  def scores(self, memory: Memory, images: Images, view: str,
+             emb: jax.Array) -> tuple[jax.Array, losses.Negatives]:
+    """Returns the scores f32[B / M] of embeddings with the images' own rows, and their negatives.
+
+    Args:
+      memory: of this step.
+      images: those of one part of the batch, [B / M, ...].
+      view: of which these are the embeddings.
+      emb: f32[B / M, D], unit vectors.
+    """
+    positive = memory_bank.positive_scores(images.own, emb, temperature=self.temperature)
+    if not self.num_negatives:
+      local, _ = memory_bank.local_rows(memory.bank, images.rows, axis=AXIS)
+      return positive, EveryRow(memory.bank, memory.usable, local, emb, self.temperature, AXIS)
+    rows, vectors = (images.drawn or memory.drawn)[view]
+    return positive, Scores(memory_bank.negative_scores(vectors, emb, temperature=self.temperature),
+                            memory_bank.weights(memory.usable, images.rows, rows, axis=AXIS), AXIS)
