@@ -136,7 +136,7 @@ def test_devices_and_threads_change_nothing(model, monkeypatch):
 
 def test_several_layers(model):
   outcome = measure(model, pictures(TextureSource, 60, "train"), pictures(TextureSource, 30, "test"),
-                    layers=("conv1", "pooled"), shots=(2, 1, 2))
+                    layers="conv1,pooled", shots=(2, 1, 2))
   assert list(outcome.table) == ["conv1, k=1", "conv1, k=2", "pooled, k=1", "pooled, k=2"]
   best = max(("conv1", "pooled"), key=lambda layer: outcome.table[f"{layer}, k=1"] + outcome.table[f"{layer}, k=2"])
   assert outcome.figures["best_layer"] == best and outcome.curve.y == [outcome.table[f"{best}, k={k}"] for k in (1, 2)]
