@@ -137,7 +137,7 @@ def falling_rate(settings: TrainingSettings, steps_per_epoch: int) -> optax.Sche
   return lambda step: jnp.asarray(rates, jnp.float32)[jnp.sum(step >= jnp.asarray(falls, jnp.int32))]
 
 
-def begin(state: Mapping[str, Any], losses: Iterable[str]) -> dict[str, Any]:
+def begin_training(state: Mapping[str, Any], losses: Iterable[str]) -> dict[str, Any]:
   """Returns the state before the first step: what is trained, and where the training stands.
 
   Args:
@@ -152,11 +152,11 @@ def begin(state: Mapping[str, Any], losses: Iterable[str]) -> dict[str, Any]:
           "epoch": {"loss": {name: jnp.float32(0) for name in losses}, "num_read": jnp.int32(0)}}
 
 
-def make_step(device_step: Callable, mesh: Mesh, *, steps_per_epoch: int) -> Callable:
+def make_classifier_step(device_step: Callable, mesh: Mesh, *, steps_per_epoch: int) -> Callable:
   """Returns train_step(state, frozen, batch) -> (state, losses): one program, mapped over the devices of `mesh`.
 
-  `state` is that of `begin`, whole on every device, and donated; `frozen` is never changed. `batch` holds arrays [B,
-  ...], split over the devices.
+  `state` is that of `begin_training`, whole on every device, and donated; `frozen` is never changed. `batch` holds
+  arrays [B, ...], split over the devices.
 
   Args:
     device_step: device_step(state, frozen, batch) -> (state, losses {name: f32[]}, num_read f32[]). The losses are
@@ -177,13 +177,14 @@ def make_step(device_step: Callable, mesh: Mesh, *, steps_per_epoch: int) -> Cal
   return jax.jit(mapped, donate_argnums=0)
 
 
-def train(train_step: Callable, state: dict[str, Any], frozen: Any, open_stream: Callable[..., Iterator], *,
-          settings: TrainingSettings, steps_per_epoch: int, mesh: Mesh, folder: Path, words: Words) -> dict[str, Any]:
+def train_classifier(train_step: Callable, state: dict[str, Any], frozen: Any, open_stream: Callable[..., Iterator], *,
+                     settings: TrainingSettings, steps_per_epoch: int, mesh: Mesh, folder: Path,
+                     words: Words) -> dict[str, Any]:
   """Returns the state after the last step; interrupted before, the same call goes on from the snapshot in `folder`.
 
   Args:
-    train_step: see `make_step`.
-    state: before the first step, see `begin`.
+    train_step: see `make_classifier_step`.
+    state: before the first step, see `begin_training`.
     frozen: what the step reads and never changes, whole on every device.
     open_stream: open_stream(start_step=) -> endless iterator of batches, from that step on.
     settings: how many epochs, and of how many pictures a batch is.

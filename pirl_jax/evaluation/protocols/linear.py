@@ -123,7 +123,7 @@ def measure_linear(model: Model, train: Pictures, test: Pictures, settings: Line
       larger than the training set, a cache that would be too large (all before anything compiles), no picture that can
       be read, or a loss that is not finite.
   """
-  layers = chosen_layers(model, settings, image_size=train.image_size)
+  layers = linear_layers(model, settings, image_size=train.image_size)
   labels = classification.read_labels(train, test, protocol="linear")
   num_labelled = int(np.count_nonzero(labels >= 0))
   _check_batch(settings, num_labelled, mesh)
@@ -136,10 +136,10 @@ def measure_linear(model: Model, train: Pictures, test: Pictures, settings: Line
   _check_batch(settings, num_pictures, mesh)
   steps_per_epoch = batches.steps_per_epoch(num_pictures, settings.batch_size)
   optimizer = linear_optimizer(settings, steps_per_epoch)
-  state = jax.jit(lambda: create_state(seed, shapes, optimizer, head=settings.head, num_classes=num_classes),
+  state = jax.jit(lambda: create_classifiers(seed, shapes, optimizer, head=settings.head, num_classes=num_classes),
                   out_shardings=whole(mesh))()
-  state = training.train(
-    training.make_step(make_classifiers_step(step_maps_fn, optimizer), mesh, steps_per_epoch=steps_per_epoch), state,
+  state = training.train_classifier(
+    training.make_classifier_step(linear_step(step_maps_fn, optimizer), mesh, steps_per_epoch=steps_per_epoch), state,
     frozen, open_stream, settings=settings, steps_per_epoch=steps_per_epoch, mesh=mesh,
     folder=Path(snapshot_folder) / "classifiers",
     words=training.Words(f"linear: classifiers on {', '.join(layers)}", layers, _unreadable(num_pictures)))
@@ -172,7 +172,7 @@ def measure_linear(model: Model, train: Pictures, test: Pictures, settings: Line
     curve=Curve("layer", "top-1", list(layers), [found[layer]["top1"] for layer in layers]))
 
 
-def chosen_layers(model: Model, settings: LinearSettings, *, image_size: int) -> tuple[str, ...]:
+def linear_layers(model: Model, settings: LinearSettings, *, image_size: int) -> tuple[str, ...]:
   """Returns the layers that classifiers stand on, from the input to the output.
 
   Raises:
@@ -200,12 +200,13 @@ def linear_rate(settings: LinearSettings, steps_per_epoch: int) -> optax.Schedul
   return training.falling_rate(settings, steps_per_epoch)
 
 
-def create_state(seed: int, shapes: Mapping[str, tuple[int, ...]], optimizer: optax.GradientTransformation, *,
+def create_classifiers(seed: int, shapes: Mapping[str, tuple[int, ...]], optimizer: optax.GradientTransformation, *,
                  head: str, num_classes: int) -> dict[str, Any]:
   """Returns the classifiers before the first step.
 
   {"params": {layer: {"kernel": f32[D, L], "bias": f32[L]}}, with "bn_affine" also "scale" and "shift" f32[C];
-  "stats": {layer: {"mean": f32[C], "var": f32[C]}}, {} with "plain"; "opt_state"; and what `training.begin` adds}.
+  "stats": {layer: {"mean": f32[C], "var": f32[C]}}, {} with "plain"; "opt_state"; and what
+  `training.begin_training` adds}.
 
   Args:
     seed: of the kernels.
@@ -223,13 +224,13 @@ def create_state(seed: int, shapes: Mapping[str, tuple[int, ...]], optimizer: op
     if head == "bn_affine":
       params[layer] |= {"scale": jnp.ones(shape[-1]), "shift": jnp.zeros(shape[-1])}
     stats[layer] = {} if head == "plain" else {"mean": jnp.zeros(shape[-1]), "var": jnp.ones(shape[-1])}
-  return training.begin({"params": params, "stats": stats, "opt_state": optimizer.init(params)}, shapes)
+  return training.begin_training({"params": params, "stats": stats, "opt_state": optimizer.init(params)}, shapes)
 
 
-def make_classifiers_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> Callable:
-  """Returns device_step(state, frozen, batch) -> (state, losses, num_read), for `training.make_step`.
+def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> Callable:
+  """Returns device_step(state, frozen, batch) -> (state, losses, num_read), for `training.make_classifier_step`.
 
-  `state` is that of `create_state`, of all classifiers. `batch` holds label i32[b] and valid bool[b], and what
+  `state` is that of `create_classifiers`, of all classifiers. `batch` holds label i32[b] and valid bool[b], and what
   `maps_fn` reads. `losses` {layer: f32[]} are the mean cross-entropies.
 
   Args:
@@ -436,7 +437,7 @@ def _measure(evaluation: Evaluation) -> Outcome:
 
 
 def _check(evaluation: Evaluation) -> None:
-  chosen_layers(evaluation.subject.model, evaluation.settings, image_size=evaluation.train.image_size)
+  linear_layers(evaluation.subject.model, evaluation.settings, image_size=evaluation.train.image_size)
 
 
 PROTOCOL = Protocol(

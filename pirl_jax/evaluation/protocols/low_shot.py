@@ -21,10 +21,10 @@ from pirl_jax.evaluation.protocols.svm import (
   check_grid,
   check_labels,
   choose_classes,
-  chosen_layers,
   fit,
   read_examples,
   run_fits,
+  svm_layers,
   unit_rows,
 )
 from pirl_jax.figures.curves import Curve
@@ -37,7 +37,7 @@ class LowShotSettings:
   """What the SVMs are fitted on, and how many.
 
   Attributes:
-    layers: names with commas between them, see `svm.chosen_layers`.
+    layers: names with commas between them, see `svm.svm_layers`.
     costs: the name of the grid, of `svm.GRIDS`.
     shots: all k, >= 1 (vissl: 1, 2, 4, 8, 16, 32, 64, 96).
     num_draws: of the examples, for each k, >= 1 (vissl: 5).
@@ -86,7 +86,7 @@ def measure_low_shot(model: Model, train: Pictures, test: Pictures, settings: Lo
   Raises:
     UserError: unknown layer, no labels, fewer than two classes, or too few pictures for every k.
   """
-  layers = chosen_layers(model, settings.layers, image_size=train.image_size, field="low_shot.layers")
+  layers = svm_layers(model, settings.layers, image_size=train.image_size, field="low_shot.layers")
   shots = sorted(set(settings.shots))
   names = check_labels(train, test)
   _plan(names, train.source.targets(), test.source.targets(), shots)  # before all that takes long
@@ -225,7 +225,7 @@ def _measure(evaluation: Evaluation) -> Outcome:
 
 
 def _check(evaluation: Evaluation) -> None:
-  chosen_layers(evaluation.subject.model, evaluation.settings.layers, image_size=evaluation.train.image_size,
+  svm_layers(evaluation.subject.model, evaluation.settings.layers, image_size=evaluation.train.image_size,
                 field="low_shot.layers")
 
 

@@ -135,11 +135,12 @@ def measure_semi_supervised(model: Model, train: Pictures, test: Pictures, setti
                 log_x=True))
 
 
-def make_fine_tuning_step(classifier: Classifier, optimizer: optax.GradientTransformation) -> Callable:
+def fine_tuning_step(classifier: Classifier, optimizer: optax.GradientTransformation) -> Callable:
   """Returns device_step(state, frozen, batch) -> (state, losses, num_read) of the whole network.
 
-  It is for `training.make_step`; nothing is frozen. `state` is {"params", "batch_stats", "opt_state"}. `batch` holds
-  image u8[b, H, W, 3], label i32[b] and valid bool[b]. Of the losses there is one, {"": f32[]}, the mean cross-entropy.
+  It is for `training.make_classifier_step`; nothing is frozen. `state` is {"params", "batch_stats", "opt_state"}.
+  `batch` holds image u8[b, H, W, 3], label i32[b] and valid bool[b]. The only loss, {"": f32[]}, is the mean
+  cross-entropy.
 
   Args:
     classifier: its batch norm over the mesh axis.
@@ -176,20 +177,21 @@ def _fine_tune(model: Model, train: Pictures, indices: np.ndarray, settings: Sem
 
   def create_state(variables):
     variables = on_trunk(Classifier(trunk, num_classes), jax.random.key(seed), variables)
-    return training.begin({**variables, "opt_state": optimizer.init(variables["params"])}, ("",))
+    return training.begin_training({**variables, "opt_state": optimizer.init(variables["params"])}, ("",))
 
   variables = jax.device_put({name: model.variables[name] for name in ("params", "batch_stats")}, whole(mesh))
   state = jax.jit(create_state, out_shardings=whole(mesh))(variables)
-  step = make_fine_tuning_step(Classifier(trunk.clone(batch_norm_axis=AXIS), num_classes), optimizer)
+  step = fine_tuning_step(Classifier(trunk.clone(batch_norm_axis=AXIS), num_classes), optimizer)
+  train_step = training.make_classifier_step(step, mesh, steps_per_epoch=steps_per_epoch)
   open_stream = functools.partial(
     batches.labelled_batches, train.source, indices=indices, batch_size=settings.batch_size,
     image_size=train.image_size, image_scale=settings.image_scale, seed=seed, process_index=jax.process_index(),
     process_count=jax.process_count(), num_threads=train.num_threads)
   unreadable = (f"none of the {len(indices)} pictures can be read, for example "
                 f"{train.source.picture_name(int(indices[0]))}; check the files")
-  state = training.train(
-    training.make_step(step, mesh, steps_per_epoch=steps_per_epoch), state, {}, open_stream, settings=settings,
-    steps_per_epoch=steps_per_epoch, mesh=mesh, folder=folder, words=training.Words(title, ("",), unreadable))
+  state = training.train_classifier(
+    train_step, state, {}, open_stream, settings=settings, steps_per_epoch=steps_per_epoch, mesh=mesh, folder=folder,
+    words=training.Words(title, ("",), unreadable))
   losses, num_read = training.epoch_means(state)
   return {name: state[name] for name in ("params", "batch_stats")}, {
     "batch_size": settings.batch_size, "learning_rate": settings.first_rate,

@@ -49,7 +49,7 @@ class SvmSettings:
   """What the SVMs are fitted on, and how their cost is chosen.
 
   Attributes:
-    layers: names with commas between them, see `chosen_layers`.
+    layers: names with commas between them, see `svm_layers`.
     costs: the name of the grid, of `GRIDS`.
     num_folds: of the cross-validation, >= 2 (vissl: 3).
 
@@ -144,7 +144,7 @@ def measure_svm(model: Model, train: Pictures, test: Pictures, settings: SvmSett
   Raises:
     UserError: unknown layer, no labels, or no class with pictures enough.
   """
-  layers = chosen_layers(model, settings.layers, image_size=train.image_size, field="svm.layers")
+  layers = svm_layers(model, settings.layers, image_size=train.image_size, field="svm.layers")
   costs, num_folds = GRIDS[settings.costs], settings.num_folds
   names = check_labels(train, test)
   choose_classes(names, train.source.targets(), test.source.targets(), least=num_folds)  # before all that takes long
@@ -198,7 +198,7 @@ def check_grid(name: str, *, field: str) -> None:
     raise UserError(f"{field}={name!r} is unknown; choose from {', '.join(GRIDS)}")
 
 
-def chosen_layers(model: Model, names: str, *, image_size: int, field: str) -> tuple[str, ...]:
+def svm_layers(model: Model, names: str, *, image_size: int, field: str) -> tuple[str, ...]:
   """Returns the layers that SVMs are fitted on: those named; else the pooled features of small pictures, or every map.
 
   Raises:
@@ -382,7 +382,7 @@ def _measure(evaluation: Evaluation) -> Outcome:
 
 
 def _check(evaluation: Evaluation) -> None:
-  chosen_layers(evaluation.subject.model, evaluation.settings.layers, image_size=evaluation.train.image_size,
+  svm_layers(evaluation.subject.model, evaluation.settings.layers, image_size=evaluation.train.image_size,
                 field="svm.layers")
 
 

@@ -22,10 +22,10 @@ from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocols import linear
 from pirl_jax.evaluation.protocols.linear import (
   LinearSettings,
-  create_state,
+  create_classifiers,
   linear_optimizer,
   linear_rate,
-  make_classifiers_step,
+  linear_step,
 )
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Model, Network
@@ -97,9 +97,9 @@ def maps_of(frozen, batch):
 
 def start(settings, mesh, steps_per_epoch):
   optimizer = linear_optimizer(settings, steps_per_epoch)
-  state = create_state(SEED, SHAPES, optimizer, head=settings.head, num_classes=CLASSES)
-  return jax.device_put(state, whole(mesh)), training.make_step(
-    make_classifiers_step(maps_of, optimizer), mesh, steps_per_epoch=steps_per_epoch)
+  state = create_classifiers(SEED, SHAPES, optimizer, head=settings.head, num_classes=CLASSES)
+  return jax.device_put(state, whole(mesh)), training.make_classifier_step(
+    linear_step(maps_of, optimizer), mesh, steps_per_epoch=steps_per_epoch)
 
 
 def run_steps(settings, num_devices, num_steps, *, steps_per_epoch=2):
@@ -201,7 +201,7 @@ def test_a_batch_that_cannot_be_read_leaves_statistics_and_parameters():
 
 def test_a_classifier_starts_small_and_alike_whichever_others_there_are():
   optimizer = linear_optimizer(SETTINGS, 1)
-  create = functools.partial(create_state, optimizer=optimizer, head="bn_affine", num_classes=50)
+  create = functools.partial(create_classifiers, optimizer=optimizer, head="bn_affine", num_classes=50)
   both, alone, other = create(3, SHAPES), create(3, {"vector": (7,)}), create(4, SHAPES)
   jax.tree.map(np.testing.assert_array_equal, both["params"]["vector"], alone["params"]["vector"])
   kernel, bias, scale, shift = (both["params"]["map"][name] for name in ("kernel", "bias", "scale", "shift"))
@@ -330,8 +330,8 @@ def test_trained_to_the_end_it_is_scikit_learns_logistic_regression(tmp_path, mo
   train_set, test_set = coloured(TRAIN, 1), coloured(TEST, 2)
   decay, channels = 0.02, 64
   saved = []
-  train = training.train
-  monkeypatch.setattr(training, "train", lambda *args, **kw: saved.append(train(*args, **kw)) or saved[-1])
+  train = training.train_classifier
+  monkeypatch.setattr(training, "train_classifier", lambda *args, **kw: saved.append(train(*args, **kw)) or saved[-1])
   outcome = measure(tmp_path, num_devices=1, train=train_set, test=test_set, layers=(layer,), batch_size=112,
                     num_epochs=800, schedule="cosine", learning_rate=rate * 256 / 112, nesterov=True,
                     weight_decay=decay, head=head, cached=True)
@@ -402,8 +402,8 @@ def test_broken_pictures_weigh_nothing_in_training(tmp_path):
 
 def test_broken_and_unlabelled_test_pictures_are_not_judged(tmp_path, monkeypatch):
   saved = []
-  train = training.train
-  monkeypatch.setattr(training, "train", lambda *args, **kw: saved.append(train(*args, **kw)) or saved[-1])
+  train = training.train_classifier
+  monkeypatch.setattr(training, "train_classifier", lambda *args, **kw: saved.append(train(*args, **kw)) or saved[-1])
   test = Changed(TEST, damaged=(1, 59), unlabelled=(1, 2, 30))
   found = measure(tmp_path, test=test, layers=("pooled",), cached=True)
   assert (found.figures["num_test"], found.figures["num_broken_test"]) == (56, 2)
@@ -551,7 +551,7 @@ def test_a_cache_that_is_too_large_is_refused_before_a_picture_is_read(tmp_path,
 ])
 @pytest.mark.parametrize("cached", [False, True])
 def test_what_cannot_be_is_refused_before_anything_is_trained(tmp_path, monkeypatch, cached, changes, message):
-  monkeypatch.setattr(training, "train", None)
+  monkeypatch.setattr(training, "train_classifier", None)
   for name in ("stream_features", "layer_features"):
     monkeypatch.setattr(linear, name, None)
   with pytest.raises(UserError, match=message):

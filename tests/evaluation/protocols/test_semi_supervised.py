@@ -19,7 +19,7 @@ from pirl_jax.evaluation import training
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocols import semi_supervised
-from pirl_jax.evaluation.protocols.semi_supervised import SemiSupervisedSettings, make_fine_tuning_step
+from pirl_jax.evaluation.protocols.semi_supervised import SemiSupervisedSettings, fine_tuning_step
 from pirl_jax.method.optimizer import create_optimizer
 from pirl_jax.models.classifier import Classifier, on_trunk
 from pirl_jax.models.heads import ImageHead, PatchesHead
@@ -72,12 +72,12 @@ def optimizer_of(settings):
 
 def step_fn(optimizer, mesh):
   classifier = Classifier(pretrained().network.trunk.clone(batch_norm_axis=AXIS), CLASSES)
-  return training.make_step(make_fine_tuning_step(classifier, optimizer), mesh, steps_per_epoch=1)
+  return training.make_classifier_step(fine_tuning_step(classifier, optimizer), mesh, steps_per_epoch=1)
 
 
 def start(optimizer):
   variables = classifier_variables()
-  return training.begin({**variables, "opt_state": optimizer.init(variables["params"])}, ("",))
+  return training.begin_training({**variables, "opt_state": optimizer.init(variables["params"])}, ("",))
 
 
 @functools.cache
