@@ -29,7 +29,7 @@ from pirl_jax.data.sources import open_source
 from pirl_jax.data.subsets import Subset
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import layer_features
-from pirl_jax.evaluation.protocols.export import export_features
+from pirl_jax.evaluation.protocols.export import ExportSettings, export_features
 from pirl_jax.models.heads import ImageHead
 from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
@@ -94,7 +94,7 @@ def compare(model: Model, pictures: Pictures, mesh, arguments) -> list[tuple[flo
   with tempfile.TemporaryDirectory() as folder:
     def export():
       with contextlib.redirect_stdout(io.StringIO()):  # the progress line
-        export_features(model, pictures, mesh=mesh, layer="pooled", format=arguments.format,
+        export_features(model, pictures, ExportSettings("pooled", (), arguments.format), mesh=mesh,
                         path=os.path.join(folder, "features"))
 
     def speed(run):

@@ -222,10 +222,8 @@ def get_config(variant: str = "") -> ConfigDict:
     raise UserError(f"configs/evaluate.py needs a protocol, and {variant!r} is none; for example "
                     f"--config=configs/evaluate.py:knn; there are {', '.join(VARIANTS)}")
   config = get_base()
+  fields_of_all = set(config)
   VARIANTS[variant](config)
   config.name = variant
-  config.protocol = next(name for name in config if name in PROTOCOLS)
+  (config.protocol,) = set(config) - fields_of_all  # the group that the variant has added
   return config
-
-
-PROTOCOLS = ("knn", "linear", "svm", "low_shot", "semi_supervised", "invariance", "retrieval", "features")

@@ -17,7 +17,7 @@ from configs import data_sets
 from pirl_jax import system
 from pirl_jax.data.batches import steps_per_epoch
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation import evaluate
+from pirl_jax.evaluation.protocols import PROTOCOLS
 from pirl_jax.method import memory_bank
 from pirl_jax.method.optimizer import create_optimizer
 from pirl_jax.storage.settings import flatten
@@ -127,9 +127,9 @@ def test_every_system_has_the_data_sets_that_need_no_setting_up(name):
 @pytest.mark.parametrize("key", EVALUATE)
 def test_every_variant_of_an_evaluation_has_its_protocol(key):
   config = config_of(key)
-  assert config.protocol in evaluate.PROTOCOLS and config.name == CONFIGS[key][1]
+  assert config.protocol in PROTOCOLS and config.name == CONFIGS[key][1]
   assert len(config[config.protocol]) > 0
-  assert [name for name in evaluate.PROTOCOLS if name in config] == [config.protocol]
+  assert [name for name in PROTOCOLS if name in config] == [config.protocol]
 
 
 def test_the_config_files_are_found_and_every_one_has_a_job():
@@ -159,12 +159,11 @@ def test_the_table_of_systems_names_every_imagenet_config():
   ("evaluate", ["evaluation/evaluate.py", "evaluation/protocol.py"]),
   ("study", ["studies/study.py", "studies/points.py", "studies/report.py"]), ("checkpoints", ["runs.py"])])
 def test_every_field_of_an_evaluation_or_a_study_is_read_by_its_job(name, rooms):
-  """By its name in the job's files; a group that is handed on as keywords is a TypeError where nothing takes one."""
+  """By its name in the job's files; tests/evaluation/test_protocols.py looks at the group of a protocol."""
   package = Path(system.__file__).parent
   source = "".join((package / room).read_text() for room in rooms) + (package.parent / "launch.py").read_text()
-  handed_on = {"linear", "semi_supervised"}
   fields = {field for variant in MODULES[name].VARIANTS
             for field in flatten(MODULES[name].get_config(variant).to_dict())}
-  unread = [field for field in fields if field.split(".")[0] not in handed_on
+  unread = [field for field in fields if field.split(".")[0] not in PROTOCOLS
             and not any(quoted in source for quoted in (f".{field.split('.')[-1]}", f'"{field.split(".")[-1]}"'))]
   assert not unread

@@ -116,11 +116,11 @@ def without_clocks(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol, settings, module", [
-  ("linear", ("--config.linear.num_epochs=600", "--config.linear.batch_size=8"), "linear"),
+@pytest.mark.parametrize("protocol, settings", [
+  ("linear", ("--config.linear.num_epochs=600", "--config.linear.batch_size=8")),
   ("semi_supervised", ("--config.semi_supervised.num_epochs=60", "--config.semi_supervised.fractions=(0.5,1.0)",
-                       "--config.semi_supervised.batch_size=8"), "semi_supervised")])
-def test_an_evaluation_that_is_killed_gives_the_same_figures(tmp_path, expected, protocol, settings, module):
+                       "--config.semi_supervised.batch_size=8"))])
+def test_an_evaluation_that_is_killed_gives_the_same_figures(tmp_path, expected, protocol, settings):
   """A snapshot is saved whenever it may be, and it is killed after another one, or two, of them."""
   rng = np.random.default_rng(0)
   figures = []
@@ -128,7 +128,7 @@ def test_an_evaluation_that_is_killed_gives_the_same_figures(tmp_path, expected,
     run = tmp_path / f"{kills}" / "run"
     shutil.copytree(expected, run)
     command = (f"--config=configs/evaluate.py:{protocol}", f"--config.checkpoint={run}", *settings)
-    options = dict(changed={f"pirl_jax.evaluation.protocols.{module}": {"SNAPSHOT_SECONDS": 0.5}})
+    options = dict(changed={"pirl_jax.evaluation.training": {"SNAPSHOT_SECONDS": 0.5}})
     unfinished = run / "results" / "unfinished"
     killed = sum(kill_after(f"{unfinished}/**/_CHECKPOINT_METADATA", command, rng, **options) for _ in range(kills))
     output, = launch(*command, **options)

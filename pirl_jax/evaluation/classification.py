@@ -1,13 +1,9 @@
-"""What the protocols share that tell classes: labels, the rank of the true class, and a learning rate that falls.
+"""What the protocols share that tell classes: labels, and the rank of the true class.
 
 Letters: N pictures, L classes.
 """
 
-from collections.abc import Sequence
-
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Pictures
@@ -53,12 +49,3 @@ def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
   own = np.take_along_axis(logits, labels[:, None], axis=1)  # [N, 1]
   before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1])[None] < labels[:, None]))
   return before.sum(axis=1)
-
-
-def falling_rate(first_rate: float, *, milestones: Sequence[float], decay_factor: float,
-                 steps_per_epoch: int) -> optax.Schedule:
-  """Returns step -> learning rate f32[], multiplied by `decay_factor` at each of the milestones, in epochs."""
-  falls = [round(milestone * steps_per_epoch) for milestone in sorted(milestones)]
-  rates = [first_rate * decay_factor**count for count in range(len(falls) + 1)]
-  # A table rather than powers on the device, which round differently from one kind to another.
-  return lambda step: jnp.asarray(rates, jnp.float32)[jnp.sum(step >= jnp.asarray(falls, jnp.int32))]

@@ -1,6 +1,6 @@
 """An evaluation from its config: restore the networks, open the pictures, run the protocol, write what it found.
 
-The config stops here: the protocols in `pirl_jax/evaluation/protocols/` are handed plain values.
+Each protocol is a file in `pirl_jax/evaluation/protocols/`; none is known by name here.
 """
 
 import dataclasses
@@ -18,23 +18,19 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from pirl_jax import system
 from pirl_jax.data import sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.outcome import Outcome, format_table
-from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading, beside, with_epochs
-from pirl_jax.evaluation.protocols import export, invariance, knn, linear, low_shot, retrieval, semi_supervised, svm
+from pirl_jax.evaluation.protocol import Evaluation
+from pirl_jax.evaluation.protocols import protocol_of
 from pirl_jax.evaluation.subjects import Subject, open_subjects
 from pirl_jax.figures.curves import save_plot
-from pirl_jax.method.memory_bank import Layout
 from pirl_jax.runs import Run
 from pirl_jax.runtime import mesh as mesh_lib
-from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import read_json, write_json
 from pirl_jax.storage.formats import upgrade_config
-from pirl_jax.storage.settings import flatten
-from pirl_jax.views.two_views import make_views
+from pirl_jax.storage.settings import first_difference, flatten
 
 DATA_FIELDS = ("source", "name", "root", "split", "test_split", "labels", "num_images", "test_num_images")
 """Of `config.data`: which pictures. They come from the run together, or not at all."""
@@ -71,9 +67,8 @@ def run(config: ConfigDict, workdir: str) -> None:
 
   outcomes = {}
   for evaluation in evaluations:
-    label = evaluation.subject.label
     print(f"{config.protocol} of {evaluation.subject.checkpoint}, step {evaluation.subject.step}")
-    outcomes[label] = measure(evaluation)
+    outcomes[evaluation.subject.label] = measure(evaluation)
   if older_step is not None and jax.process_index() == 0:
     older = result_path.with_name(f"{dated_name(config, first.data, older_step)}.json")
     for ending in (".json", ".png"):
@@ -86,9 +81,8 @@ def run(config: ConfigDict, workdir: str) -> None:
 def data_of(config: ConfigDict, run: Run) -> dict[str, Any]:
   """Returns the fields `DATA_FIELDS` of the pictures to judge `run` on: given ones, and else the run's own."""
   given = {name: config.data[name] for name in DATA_FIELDS if config.data[name] is not None}
-  if config.data.source is None:
-    return _full_root(own_data(run) | given)
-  return _full_root((EMBEDDED_DEFAULTS if config.data.source == "embedded" else DATA_DEFAULTS) | given)
+  of_source = EMBEDDED_DEFAULTS if config.data.source == "embedded" else DATA_DEFAULTS
+  return _full_root((own_data(run) if config.data.source is None else of_source) | given)
 
 
 def own_data(run: Run) -> dict[str, Any]:
@@ -169,8 +163,10 @@ def prepare(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_
     test = open_split(data["test_split"], train.source.class_names or None, data["test_num_images"])
   folder = Path(workdir) if workdir else subject.folder if num_subjects == 1 else Path("runs/compare")
   output = folder / "results" / result_name(config, subject, data)
-  evaluation = Evaluation(config, subject, data, train, test, open_split, mesh, Path(), output)
-  PROTOCOLS[config.protocol].check(evaluation)
+  protocol = protocol_of(config.protocol)
+  settings = protocol.settings(**config[config.protocol])
+  evaluation = Evaluation(config, settings, subject, data, train, test, open_split, mesh, Path(), output)
+  protocol.check(evaluation)
   digest = hashlib.sha256(json.dumps(settings_of(evaluation), sort_keys=True).encode()).hexdigest()[:12]
   return dataclasses.replace(
     evaluation, snapshots=output.parent / "unfinished" / f"{output.name}-{digest}",
@@ -203,15 +199,14 @@ def dated_name(config: ConfigDict, data: dict[str, Any], step: int | str) -> str
 
 def settings_of(evaluation: Evaluation) -> dict[str, Any]:
   """Returns everything that the figures depend on, JSON values: equal settings mean equal figures."""
-  test = evaluation.test
   settings = {
     "protocol": evaluation.config.protocol,
-    evaluation.config.protocol: evaluation.settings.to_dict(),
+    evaluation.config.protocol: dataclasses.asdict(evaluation.settings),
     "seed": evaluation.config.seed,
     # Where the pictures lie does not matter, their fingerprints do.
     "data": {name: value for name, value in evaluation.data.items() if name != "root"},
     "train_fingerprint": evaluation.train.source.fingerprint,
-    "test_fingerprint": test.source.fingerprint if test else None,
+    "test_fingerprint": evaluation.test.source.fingerprint if evaluation.test else None,
     "image_size": evaluation.train.image_size,
     "crop_fraction": evaluation.train.crop_fraction,
     "step": evaluation.subject.step,
@@ -246,10 +241,8 @@ def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int 
       older = old.get("step")
       old, new = ({field: value for field, value in flat.items() if field.split(".")[0] not in ("step", "run_config")}
                   for flat in (old, new))
-    for field in sorted(old.keys() | new.keys()):
-      if old.get(field) != new.get(field):
-        raise UserError(f"{path} holds a result with {field}={old.get(field)!r}, and now it is {new.get(field)!r}; "
-                        f"{way_out}")
+    if difference := first_difference(old, new):
+      raise UserError(f"{path} holds a result with {difference}; {way_out}")
   return older
 
 
@@ -267,7 +260,7 @@ def measure(evaluation: Evaluation) -> Outcome:
     print("done before the interruption")
     return Outcome.from_json(stored)
   started = time.perf_counter()
-  outcome = PROTOCOLS[evaluation.config.protocol].measure(evaluation)
+  outcome = protocol_of(evaluation.config.protocol).measure(evaluation)
   outcome = dataclasses.replace(
     outcome, figures={**outcome.figures, "seconds": round(time.perf_counter() - started, 1)})
   if jax.process_index() == 0:
@@ -301,142 +294,6 @@ def finish(config: ConfigDict, evaluations: Sequence[Evaluation], settings: dict
   unfinished = first.snapshots.parent
   if unfinished.is_dir() and not os.listdir(unfinished):
     unfinished.rmdir()
-  print(format_table(f"{config.name}, {seconds:.0f} s", outcomes, share=PROTOCOLS[config.protocol].share))
+  print(format_table(f"{config.name}, {seconds:.0f} s", outcomes, share=protocol_of(config.protocol).share))
   written += [Path(name) for outcome in outcomes.values() for name in outcome.figures.get("written", ())]
   print("written: " + ", ".join(str(name) for name in written))
-
-
-def measure_knn(evaluation: Evaluation) -> Outcome:
-  """Returns kNN figures on one layer."""
-  knn_ = evaluation.settings
-  (layer,) = evaluation.layers()
-  return knn.measure_knn(evaluation.subject.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
-                         layer=layer, k=knn_.k, temperature=knn_.temperature)
-
-
-def measure_linear(evaluation: Evaluation) -> Outcome:
-  """Returns linear classifiers on the layers."""
-  given = with_epochs(evaluation.settings) | {"layers": evaluation.layers()}
-  return linear.measure_linear(
-    evaluation.subject.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh, **given,
-    seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots)
-
-
-def measure_svm(evaluation: Evaluation) -> Outcome:
-  """Returns linear SVMs on the layers."""
-  given = evaluation.settings
-  return svm.measure_svm(
-    evaluation.subject.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
-    layers=evaluation.layers(), costs=svm.costs(given.costs, "svm.costs"),
-    num_folds=given.num_folds, seed=evaluation.config.seed)
-
-
-def measure_low_shot(evaluation: Evaluation) -> Outcome:
-  """Returns linear SVMs on a few examples a class."""
-  given = evaluation.settings
-  return low_shot.measure_low_shot(
-    evaluation.subject.model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
-    layers=evaluation.layers(), costs=svm.costs(given.costs, "low_shot.costs"),
-    shots=tuple(given.shots), num_draws=given.num_draws, seed=evaluation.config.seed)
-
-
-def measure_semi_supervised(evaluation: Evaluation) -> Outcome:
-  """Returns fine-tuning on shares of the labels."""
-  return semi_supervised.measure_semi_supervised(
-    evaluation.single_run().model, evaluation.train, evaluation.labelled_test(), mesh=evaluation.mesh,
-    **with_epochs(evaluation.settings), seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots)
-
-
-def measure_invariance(evaluation: Evaluation) -> Outcome:
-  """Returns distances between an image and its transformed version."""
-  given, run = evaluation.settings, evaluation.single_run()
-  pretext = system.pretext_of(run.meta["config"])
-  return invariance.measure_invariance(
-    run.model, evaluation.either(given.split, "invariance.split"), mesh=evaluation.mesh,
-    views_fn=make_views(pretext, recipe=invariance.NO_AUGMENTATION, pretext_recipe=invariance.NO_AUGMENTATION),
-    pretext_size=pretext.crop_size, representation=given.representation,
-    num_pictures=given.num_pictures, num_transforms=given.num_transforms, num_bins=given.num_bins,
-    seed=evaluation.config.seed)
-
-
-def check_invariance(evaluation: Evaluation) -> None:
-  """Raises UserError for an ensemble, or a network that has no such representation."""
-  invariance.check_representation(evaluation.single_run().model.network, evaluation.settings.representation)
-
-
-def measure_retrieval(evaluation: Evaluation) -> Outcome:
-  """Returns nearest neighbours of some pictures."""
-  given = evaluation.settings
-  (layer,) = evaluation.layers()
-  queries = evaluation.either(given.queries, "retrieval.queries")
-  bank = None
-  if given.gallery == "bank":
-    run = evaluation.single_run()
-    with Checkpoints(run.folder / "checkpoints", keep=1) as checkpoints:
-      bank = checkpoints.restore_bank(run.step, Layout(run.meta["num_images"], run.meta["num_strata"]))
-  return retrieval.measure_retrieval(
-    evaluation.subject.model, evaluation.train, queries, mesh=evaluation.mesh, layer=layer, bank=bank,
-    num_queries=given.num_queries, num_shown=given.num_shown, num_neighbours=given.num_neighbours,
-    seed=evaluation.config.seed, same_split=queries is evaluation.train,
-    picture_path=beside(evaluation, "neighbours", "png"))
-
-
-def check_retrieval(evaluation: Evaluation) -> None:
-  """Raises UserError for an unknown layer or gallery, or a memory bank that is not there or of other pictures."""
-  evaluation.layers()
-  gallery = evaluation.settings.gallery
-  if gallery not in ("features", "bank"):
-    raise UserError(f"retrieval.gallery={gallery!r} is not possible: choose features or bank")
-  if gallery == "bank":
-    run, given = evaluation.single_run(), evaluation.train.source.fingerprint
-    if given != run.meta["data"]:
-      raise UserError(f"the bank of {run.label} is of other pictures than those given ({run.meta['data']!r}, and now "
-                      f"{given!r}); use --config.retrieval.gallery=features")
-
-
-def export_features(evaluation: Evaluation) -> Outcome:
-  """Writes the features of some splits, and returns what was written."""
-  given = evaluation.settings
-  (layer,) = evaluation.layers()
-  data = evaluation.data
-  known = {data["split"]: evaluation.train}
-  if evaluation.test is not None:  # without a held-out split its name is that of a whole folder, ""
-    known[data["test_split"]] = evaluation.test
-  splits = tuple(given.splits) or tuple(known)
-  pictures = {split: known.get(split) or evaluation.open_split(split) for split in splits}
-  found = {
-    split: export.export_features(
-      evaluation.subject.model, part, mesh=evaluation.mesh, layer=layer, format=given.format,
-      path=beside(evaluation, re.sub(r"[^A-Za-z0-9_.]+", "_", split) or "all", given.format))
-    for split, part in pictures.items()}
-  return Outcome(
-    figures={"splits": {split: outcome.figures for split, outcome in found.items()},
-             "written": [outcome.figures["path"] for outcome in found.values()]},
-    table={f"{split or 'all'}, {row}": value
-           for split, outcome in found.items() for row, value in outcome.table.items()})
-
-
-PROTOCOLS = {
-  "knn": Protocol(measure_knn),
-  "linear": Protocol(measure_linear),
-  "svm": Protocol(measure_svm),
-  "low_shot": Protocol(measure_low_shot),
-  "semi_supervised": Protocol(measure_semi_supervised, check=Evaluation.single_run),
-  "invariance": Protocol(measure_invariance, check=check_invariance, share=False),
-  "retrieval": Protocol(measure_retrieval, check=check_retrieval),
-  "features": Protocol(export_features, share=False),
-}
-
-READINGS = {
-  "knn": Reading(lambda found: {"kNN top-1": found["top1"]}),
-  "linear": Reading(lambda found: {"linear top-1 of the best layer": found["top1"]}, ("linear top-1", "top1")),
-  "svm": Reading(lambda found: {"SVM mAP of the best layer": found["mean_average_precision"]},
-                 ("SVM mAP", "mean_average_precision")),
-  "low_shot": Reading(lambda found: {f"low-shot mAP at {shots}": by["mean"] for shots, by in found["shots"].items()}),
-  "semi_supervised": Reading(lambda found: {
-    f"fine-tuned top-1 at {fraction}": by["top1"] for fraction, by in found["fractions"].items()}),
-  "retrieval": Reading(lambda found: {"retrieval mAP": found["mean_average_precision"]}),
-  "invariance": Reading(lambda found: {
-    "mean distance": found["matched"]["mean"], "standard deviation of the distance": found["matched"]["std"],
-    "separation": found["separation"]}),
-}

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pirl_jax.errors import UserError
-from pirl_jax.models.network import Ensemble, Network
+from pirl_jax.models.network import Ensemble, Model, Network
 
 EMBEDDING = "embedding"
 """The name of f(v_I), behind the image head; the other layers are the trunk's."""
@@ -87,6 +87,31 @@ def check_maps(network: Network | Ensemble, variables: Any, layers: Sequence[str
       fitting = ", ".join(name for name in names if len(grids[name]) == 1)
       raise UserError(f"{field}: the networks of the ensemble have {sizes} points in the pooled map of {layer} at "
                       f"{image_size} pixels, which cannot be put side by side; choose from {fitting}")
+
+
+def check_features(model: Model, layers: Sequence[str], *, image_size: int, field: str) -> None:
+  """Raises UserError, naming the config field, unless the model has features of these layers: the two checks above."""
+  check_layers(model.network, layers, field=field)
+  check_maps(model.network, model.variables, layers, image_size=image_size, field=field)
+
+
+def named_layers(model: Model, names: str, *, otherwise: Sequence[str], image_size: int,
+                 field: str) -> tuple[str, ...]:
+  """Returns the layers in `names`, with commas between them; `otherwise` if none is named.
+
+  Args:
+    model: the frozen network, or an ensemble.
+    names: "res4,res5" for example, in any order.
+    otherwise: layers of the model.
+    image_size: H, in pixels.
+    field: of the config.
+
+  Raises:
+    UserError: the model has no such layer, or an ensemble cannot put its maps side by side.
+  """
+  layers = tuple(part.strip() for part in names.split(",")) if names else tuple(otherwise)
+  check_features(model, layers, image_size=image_size, field=field)
+  return layers
 
 
 def pool(features: jax.Array) -> jax.Array:

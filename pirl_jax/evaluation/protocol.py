@@ -11,21 +11,18 @@ from ml_collections import ConfigDict
 
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Pictures
-from pirl_jax.evaluation.layers import check_layers, check_maps, layer_names
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.subjects import Subject
 from pirl_jax.runs import Run
 
-SMALL_PICTURES = 96
-"""Pixels up to which SVMs are fitted on the pooled features alone."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """One run, or ensemble, under one protocol: all that an adapter in `PROTOCOLS` reads.
+  """One run, or ensemble, under one protocol: all that a protocol's adapter reads.
 
   Attributes:
     config: of the evaluation.
+    settings: the protocol's own group of the config, as the dataclass that the protocol names.
     subject: what is judged.
     data: the fields `DATA_FIELDS`, resolved.
     train, test: the pictures; `test` is None where there are none.
@@ -36,6 +33,7 @@ class Evaluation:
   """
 
   config: ConfigDict
+  settings: Any
   subject: Subject
   data: dict[str, Any]
   train: Pictures
@@ -44,11 +42,6 @@ class Evaluation:
   mesh: jax.sharding.Mesh
   snapshots: Path
   output: Path
-
-  @property
-  def settings(self) -> ConfigDict:
-    """Returns the protocol's own group of the config."""
-    return self.config[self.config.protocol]
 
   def single_run(self) -> Run:
     """Returns the run, for what needs more of it than features.
@@ -81,34 +74,6 @@ class Evaluation:
       raise UserError(f"{field}={choice!r} is not possible: choose train or test")
     return self.train if choice == "train" else self.labelled_test()
 
-  def layers(self) -> tuple[str, ...]:
-    """Returns the layers named in the protocol's group, with commas between them.
-
-    Where none is named: the whole trunk; for SVMs the pooled features of small pictures, and else every map.
-
-    Raises:
-      UserError: the network has no such layer, or an ensemble cannot put its maps side by side.
-    """
-    model = self.subject.model
-    name = "layers" if "layers" in self.settings else "layer"
-    given, field = self.settings[name], f"{self.config.protocol}.{name}"
-    if name == "layer":
-      layers = (given,)
-    elif given:
-      layers = tuple(part.strip() for part in given.split(","))
-    else:
-      layers = layer_names(model.network)
-      if self.config.protocol in ("svm", "low_shot"):
-        layers = ("pooled",) if self.train.image_size <= SMALL_PICTURES else layers[:-1]
-    check_layers(model.network, layers, field=field)
-    check_maps(model.network, model.variables, layers, image_size=self.train.image_size, field=field)
-    return layers
-
-
-def with_epochs(settings: ConfigDict) -> dict[str, Any]:
-  """Returns the settings with the milestones as epochs; in the config they are shares of the run, of any length."""
-  return settings.to_dict() | {"milestones": tuple(share * settings.num_epochs for share in settings.milestones)}
-
 
 def beside(evaluation: Evaluation, what: str, ending: str) -> Path:
   """Returns the path of a further file of one subject's evaluation, beside its result file."""
@@ -118,28 +83,39 @@ def beside(evaluation: Evaluation, what: str, ending: str) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class Protocol:
-  """How a protocol is run.
-
-  Attributes:
-    measure: takes an `Evaluation`.
-    check: takes it before anything is measured, and raises UserError where the network is none for it.
-    share: whether its table is in per cent.
-  """
-
-  measure: Callable[[Evaluation], Outcome]
-  check: Callable[[Evaluation], Any] = Evaluation.layers
-  share: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
 class Reading:
   """What a study takes from the result of a protocol.
 
   Attributes:
     figures: from the figures of a result to those of the study, by name; the first is drawn.
     by_layer: the figure of each layer, by its name in the study and in the result; None: there are none.
+    distances: the figure that holds a histogram of distances, `counts` and `edges`; None: there is none.
+    needs_test: the figures are of held-out pictures.
+    needs_labels: the figures are there only if the pictures have labels.
   """
 
   figures: Callable[[dict[str, Any]], dict[str, float]]
   by_layer: tuple[str, str] | None = None
+  distances: str | None = None
+  needs_test: bool = True
+  needs_labels: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+  """One way to judge a network.
+
+  Attributes:
+    settings: a frozen dataclass with the fields of the protocol's group in configs/evaluate.py. Raises UserError for a
+      value that is never possible.
+    measure: takes an `Evaluation`, and hands the plain values on to what measures.
+    check: takes it before anything is measured, and raises UserError if the network or the data is none for it.
+    share: whether its table is in per cent.
+    reading: what a study takes from a result; None: there is no figure to compare.
+  """
+
+  settings: type[Any]
+  measure: Callable[[Evaluation], Outcome]
+  check: Callable[[Evaluation], Any]
+  share: bool = True
+  reading: Reading | None = None

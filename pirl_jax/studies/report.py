@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation import evaluate
+from pirl_jax.evaluation.protocols import protocol_of
 from pirl_jax.storage.files import write_file, write_json
 from pirl_jax.studies import figures as study_figures
 from pirl_jax.studies.figures import PAPER, Panel
@@ -26,7 +26,7 @@ def report(config: ConfigDict, runs: Sequence[Run], folder: Path) -> None:
   results = {run.folder: run.result() for run in runs}
   cells = create_cells(runs, results, config.reference)
   shown = [cell for cell in cells if bool(cell.layer) == (config.plot == "layers")]
-  share = evaluate.PROTOCOLS[runs[0].evaluation.protocol].share
+  share = protocol_of(runs[0].evaluation.protocol).share
   write_rows(folder / "study.csv", config.study, runs, cells)
   write_json(folder / "study.json", {
     "study": config.study, "evaluation": config.evaluation, "seeds": config.seeds, "reference": config.reference,
@@ -74,7 +74,7 @@ def read_figures(protocol: str, figures: dict[str, Any]) -> dict[tuple[str, str]
   Raises:
     UserError: one is not there.
   """
-  reading = evaluate.READINGS[protocol]
+  reading = protocol_of(protocol).reading
   try:
     found = {(name, ""): value for name, value in reading.figures(figures).items()}
     if reading.by_layer:
@@ -112,9 +112,9 @@ def create_panels(config: ConfigDict, runs: Sequence[Run], results: Mapping[Path
   """
   title = f"here, {config.variant or 'embedded textures'}, {runs[0].config.model.arch}"
   first = [cell for cell in cells if cell.figure == cells[0].figure]
+  reading = protocol_of(runs[0].evaluation.protocol).reading
   if config.plot in ("lines", "layers"):
-    drawn, figure = (first, first[0].figure) if config.plot == "lines" else (
-      cells, evaluate.READINGS[runs[0].evaluation.protocol].by_layer[0])
+    drawn, figure = (first, first[0].figure) if config.plot == "lines" else (cells, reading.by_layer[0])
     panels = [study_figures.lines_panel(drawn, title=title, figure=figure, x_label=config.x_label, log_x=config.log_x,
                                         share=share)]
   elif config.plot == "bars":
@@ -122,6 +122,6 @@ def create_panels(config: ConfigDict, runs: Sequence[Run], results: Mapping[Path
   else:
     matched = {}
     for run in runs:
-      matched.setdefault(run.point.label, []).append(results[run.folder]["figures"]["matched"])
+      matched.setdefault(run.point.label, []).append(results[run.folder]["figures"][reading.distances])
     panels = [study_figures.distances_panel(matched, title=title, x_label=config.x_label)]
   return [*panels, PAPER[config.study]] if config.study in PAPER else panels

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from configs import evaluate as evaluations
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
+from pirl_jax.evaluation.protocols import protocol_of
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import write_json
 from pirl_jax.studies.points import MARK, Point, Run, create_run, named, read_points
@@ -69,11 +70,11 @@ def check_study(config: ConfigDict, root: Path) -> None:
   require(config.plot in PLOTS, "plot", f"choose from {', '.join(PLOTS)}")
   require(config.evaluation in evaluations.VARIANTS, "evaluation", f"choose from {', '.join(evaluations.VARIANTS)}")
   protocol = evaluations.get_config(config.evaluation).protocol
-  require(protocol in evaluate.READINGS, "evaluation", "it gives no figure to compare")
-  require(config.plot != "layers" or evaluate.READINGS[protocol].by_layer, "plot",
+  reading = protocol_of(protocol).reading
+  require(reading, "evaluation", "it gives no figure to compare")
+  require(config.plot != "layers" or reading.by_layer, "plot",
           f"{protocol} has no figure for each layer; linear and svm do")
-  require(config.plot != "distances" or protocol == "invariance", "plot",
-          f"{protocol} has no distances; invariance does")
+  require(config.plot != "distances" or reading.distances, "plot", f"{protocol} has no distances; invariance does")
   if "," in str(root):
     raise UserError(f"--workdir={root} has a comma, which stands between runs in an evaluation; choose another")
 
@@ -101,11 +102,12 @@ def check_runs(runs: Iterable[Run], waiting: Iterable[Run]) -> None:
 def _check_labels(run, parts):
   """Raises UserError if the evaluation is of the run's own pictures and they lack what it needs."""
   protocol = run.evaluation.protocol
-  if protocol == "invariance" or any(value is not None for value in run.evaluation.data.to_dict().values()):
+  reading = protocol_of(protocol).reading
+  if any(value is not None for value in run.evaluation.data.to_dict().values()):
     return
-  if parts.test is None and protocol != "retrieval":
+  if parts.test is None and reading.needs_test:
     raise UserError(f"{protocol} needs held-out pictures; name them with --config.settings='evaluate.split=...'")
-  if not parts.train.class_names:
+  if not parts.train.class_names and reading.needs_labels:
     raise UserError(f"{protocol} needs labels, and the training pictures have none; for folders of classes: "
                     "--config.settings='data.labels=folder'")
 

@@ -76,8 +76,8 @@ def make_evaluation(parts: Run, book: Logbook, stopping: Stopping) -> Callable |
 
   def evaluate_features(state):
     model = Model(parts.network, {"params": state.params, "batch_stats": state.batch_stats})
-    return knn.measure_knn(model, train_set, test_set, mesh=parts.mesh, layer="pooled", k=config.evaluate.k,
-                           temperature=config.evaluate.temperature).figures
+    settings = knn.KnnSettings("pooled", config.evaluate.k, config.evaluate.temperature)
+    return knn.measure_knn(model, train_set, test_set, settings, mesh=parts.mesh).figures
 
   if not system.has_bank(config):
     return evaluate_features
@@ -117,12 +117,12 @@ def measure_learning(parts: Run, state: TrainState) -> dict[str, Any]:
   return learning.measure_learning(
     test_pictures(parts, parts.train).test_batches, test_pictures(parts, parts.test).test_batches, forward_fn=pooled,
     stats_fn=batch_stats_fn(parts),
-    untrained=variables[0], trained=variables[1], momentum=BATCH_NORM_MOMENTUM, mesh=parts.mesh, k=config.evaluate.k,
-    temperature=config.evaluate.temperature,
-    settings={"seed": config.seed, "step": int(state.step), "image_size": config.data.image_size,
-              "crop_fraction": config.evaluate.crop_fraction, "train": parts.train.description,
-              "test": parts.test.description, "train_fingerprint": parts.train.fingerprint,
-              "test_fingerprint": parts.test.fingerprint})
+    untrained=variables[0], trained=variables[1], momentum=BATCH_NORM_MOMENTUM, mesh=parts.mesh,
+    settings=learning.LearningSettings(config.evaluate.k, config.evaluate.temperature),
+    about={"seed": config.seed, "step": int(state.step), "image_size": config.data.image_size,
+           "crop_fraction": config.evaluate.crop_fraction, "train": parts.train.description,
+           "test": parts.test.description, "train_fingerprint": parts.train.fingerprint,
+           "test_fingerprint": parts.test.fingerprint})
 
 
 def batch_stats_fn(parts: Run) -> Callable:

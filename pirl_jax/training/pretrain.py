@@ -185,7 +185,7 @@ def finish(parts: Run, state: TrainState, book: Logbook) -> None:
   book.say(book.summary())
   if config.evaluate.learning and not unlabelled(parts):
     table = measure_learning(parts, state)
-    book.say(learning.format_table(table))
+    book.say(learning.format_learning(table))
     if first:
       with book.tolerant("learning.json"):
         write_json(parts.workdir / "results" / "learning.json", table)

@@ -13,7 +13,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import check_layers, check_maps, layer_features, layer_names
 from pirl_jax.evaluation.protocols import linear
-from pirl_jax.evaluation.protocols.knn import measure_knn
+from pirl_jax.evaluation.protocols.knn import KnnSettings, measure_knn
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Ensemble, Model, Network
 from pirl_jax.models.resnet import create_resnet
@@ -104,7 +104,7 @@ def test_a_network_with_itself_has_the_same_neighbours():
   train, test = (Pictures(TextureSource(num, size=SIZE, split=split), SIZE, 1.0, 16, 1)
                  for num, split in ((96, "train"), (40, "test")))
   one, both, other = (
-    measure_knn(model, train, test, mesh=create_mesh(8), layer="pooled", k=7, temperature=0.07).figures
+    measure_knn(model, train, test, KnnSettings("pooled", 7, 0.07), mesh=create_mesh(8)).figures
     for model in (alone, together(alone, alone), two()))
   assert (one["dim"], both["dim"], other["dim"]) == (64, 128, 128)
   assert one["top1_by_k"] == both["top1_by_k"] and one["top5"] == both["top5"]
@@ -149,12 +149,13 @@ TRAIN, TEST = coloured(112, "train"), coloured(60, "test")
 
 
 def classify(folder, model, *, num_devices=8, **changes):
-  settings = dict(num_epochs=3, batch_size=32, learning_rate=0.4, schedule="steps", milestones=(1.0,), decay_factor=0.1,
-                  momentum=0.9, nesterov=False, weight_decay=1e-3, head="bn", image_scale=(0.3, 1.0), cached=False,
-                  seed=5)
+  settings = linear.LinearSettings(**(dict(
+    layers="res4,pooled", num_epochs=3, batch_size=32, learning_rate=0.4, schedule="steps", milestones=(1 / 3,),
+    decay_factor=0.1, momentum=0.9, nesterov=False, weight_decay=1e-3, head="bn", image_scale=(0.3, 1.0),
+    cached=False) | changes))
   train, test = (Pictures(source, SIZE, 1.0, 16, 1) for source in (TRAIN, TEST))
-  return linear.measure_linear(model, train, test, mesh=create_mesh(num_devices), layers=("res4", "pooled"),
-                               snapshot_folder=folder, **(settings | changes)).figures
+  return linear.measure_linear(model, train, test, settings, mesh=create_mesh(num_devices), seed=5,
+                               snapshot_folder=folder).figures
 
 
 @pytest.mark.slow

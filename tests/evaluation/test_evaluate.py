@@ -14,7 +14,8 @@ from orbax.checkpoint import CheckpointManager, args
 import configs.evaluate
 from configs import pirl
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation import evaluate, protocol
+from pirl_jax.evaluation import evaluate
+from pirl_jax.evaluation.protocols import PROTOCOLS, knn
 from pirl_jax.evaluation.subjects import Subject, check_same_layers, open_subjects
 from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
@@ -245,7 +246,7 @@ def test_a_run_without_heads_f_and_g_is_refused_before_another_is_judged(runs, t
 
 
 def test_an_interrupted_comparison_does_not_judge_the_first_run_again(runs, tmp_path, monkeypatch):
-  judged, real = [], evaluate.PROTOCOLS["knn"].measure
+  judged, real = [], knn.PROTOCOL.measure
 
   def measure(evaluation):
     judged.append(evaluation.subject.label)
@@ -253,7 +254,7 @@ def test_an_interrupted_comparison_does_not_judge_the_first_run_again(runs, tmp_
       raise KeyboardInterrupt
     return real(evaluation)
 
-  monkeypatch.setitem(evaluate.PROTOCOLS, "knn", protocol.Protocol(measure))
+  monkeypatch.setattr(knn, "PROTOCOL", dataclasses.replace(knn.PROTOCOL, measure=measure))
   config = config_of("knn", *runs, knn__k=20)
   with pytest.raises(KeyboardInterrupt):
     evaluate.run(config, str(tmp_path))
@@ -332,7 +333,7 @@ def test_impossible_values(run, fields, said):
 @pytest.mark.parametrize("variant", configs.evaluate.VARIANTS)
 def test_every_variant_loads_and_has_an_adapter(variant):
   config = configs.evaluate.get_config(variant)
-  assert config.protocol in evaluate.PROTOCOLS and variant.startswith(config.protocol)
+  assert config.protocol in PROTOCOLS and variant.startswith(config.protocol)
   assert config.protocol in config and config.name == variant
 
 

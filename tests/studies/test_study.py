@@ -20,6 +20,7 @@ from configs import pirl
 from configs import study as studies
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
+from pirl_jax.evaluation.protocols import PROTOCOLS, protocol_of
 from pirl_jax.studies import report, study
 from pirl_jax.studies.figures import PAPER, lines_panel
 from pirl_jax.studies.points import OWN_FIELDS, Point, Run, create_run, digest, read_points, set_fields
@@ -370,7 +371,7 @@ FOUND = {
 }
 
 
-@pytest.mark.parametrize("protocol", evaluate.READINGS)
+@pytest.mark.parametrize("protocol", [name for name in PROTOCOLS if protocol_of(name).reading])
 def test_which_figures_are_taken(protocol):
   found = report.read_figures(protocol, FOUND[protocol])
   assert {

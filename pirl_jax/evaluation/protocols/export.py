@@ -4,8 +4,10 @@ Letters: N pictures that can be read, D numbers of a feature, n pictures of a ba
 """
 
 import contextlib
+import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -22,8 +24,9 @@ from pirl_jax.data.records import Source
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import IN_FLIGHT, stream_features
 from pirl_jax.evaluation.inputs import Pictures
-from pirl_jax.evaluation.layers import check_layers, layer_features
+from pirl_jax.evaluation.layers import check_features, layer_features
 from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.evaluation.protocol import Evaluation, Protocol, beside
 from pirl_jax.models.network import Model
 from pirl_jax.runtime.progress import Progress
 from pirl_jax.storage.files import replacing
@@ -38,8 +41,30 @@ BLOCK_NUMBERS = 2**22
 _Write = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
 
-def export_features(model: Model, pictures: Pictures, *, mesh: Mesh, layer: str, path: str | os.PathLike,
-                    format: str) -> Outcome:
+@dataclasses.dataclass(frozen=True)
+class ExportSettings:
+  """Which features are written, and how.
+
+  Attributes:
+    layer: one of `layers.layer_names`, or "embedding".
+    splits: any splits of the data; (): those of the evaluation.
+    format: "npz" or "parquet".
+
+  Raises:
+    UserError: an unknown format.
+  """
+
+  layer: str
+  splits: tuple[str, ...]
+  format: str
+
+  def __post_init__(self):
+    if self.format not in _WRITERS:
+      raise UserError(f"features.format={self.format!r} is unknown; choose one of: {', '.join(_WRITERS)}")
+
+
+def export_features(model: Model, pictures: Pictures, settings: ExportSettings, *, mesh: Mesh,
+                    path: str | os.PathLike) -> Outcome:
   """Writes the features of all pictures that can be read, in the order of their index, and returns what was written.
 
   - "npz" holds `features` f32[N, D], `index` i32[N], `label` i32[N], `name` str[N], `class_names` str[classes] and
@@ -61,18 +86,16 @@ def export_features(model: Model, pictures: Pictures, *, mesh: Mesh, layer: str,
 
   Args:
     model: the frozen network.
-    pictures: of the split.
+    pictures: of one split.
+    settings: the layer and the format; `splits` has been seen to already.
     mesh: the devices.
-    layer: one of `layers.layer_names`, or "embedding".
     path: the file; its folder is created.
-    format: "npz" or "parquet".
 
   Raises:
-    UserError: unknown layer or format, too little room on the disk, or no picture that can be read.
+    UserError: unknown layer, too little room on the disk, or no picture that can be read.
   """
-  check_layers(model.network, (layer,), field="features.layer")
-  if format not in _WRITERS:
-    raise UserError(f"features.format={format!r} is unknown; choose one of: {', '.join(_WRITERS)}")
+  layer, format = settings.layer, settings.format
+  check_features(model, (layer,), image_size=pictures.image_size, field="features.layer")
   forward_fn = layer_features(model.network, (layer,))
   like = jax.ShapeDtypeStruct((1, pictures.image_size, pictures.image_size, 3), jnp.float32)
   dim = jax.eval_shape(forward_fn, model.variables, like)[layer].shape[1]
@@ -197,3 +220,31 @@ def _parquet(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Writ
 
 
 _WRITERS = {"npz": _npz, "parquet": _parquet}
+
+
+def _measure(evaluation: Evaluation) -> Outcome:
+  """Writes the features of some splits, and returns what was written."""
+  settings, data = evaluation.settings, evaluation.data
+  known = {data["split"]: evaluation.train}
+  if evaluation.test is not None:  # without a held-out split its name is that of a whole folder, ""
+    known[data["test_split"]] = evaluation.test
+  splits = tuple(settings.splits) or tuple(known)
+  pictures = {split: known.get(split) or evaluation.open_split(split) for split in splits}
+  found = {
+    split: export_features(
+      evaluation.subject.model, part, settings, mesh=evaluation.mesh,
+      path=beside(evaluation, re.sub(r"[^A-Za-z0-9_.]+", "_", split) or "all", settings.format))
+    for split, part in pictures.items()}
+  return Outcome(
+    figures={"splits": {split: outcome.figures for split, outcome in found.items()},
+             "written": [outcome.figures["path"] for outcome in found.values()]},
+    table={f"{split or 'all'}, {row}": value
+           for split, outcome in found.items() for row, value in outcome.table.items()})
+
+
+def _check(evaluation: Evaluation) -> None:
+  check_features(evaluation.subject.model, (evaluation.settings.layer,), image_size=evaluation.train.image_size,
+                 field="features.layer")
+
+
+PROTOCOL = Protocol(ExportSettings, _measure, _check, share=False)

@@ -15,10 +15,12 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from sklearn.metrics import roc_auc_score
 
+from pirl_jax import system
 from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
 from pirl_jax.figures.curves import Curve
 from pirl_jax.method.memory_bank import normalise
 from pirl_jax.method.randomness import view_keys
@@ -26,6 +28,7 @@ from pirl_jax.models.network import Model, Network
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.runtime.progress import Progress
 from pirl_jax.views.photometric import Recipe
+from pirl_jax.views.two_views import make_views
 
 NO_AUGMENTATION = Recipe(brightness=0, contrast=0, saturation=0, hue=0, jitter_probability=0, group_probability=0,
                          grayscale_probability=0, blur_probability=0, flip_probability=0)
@@ -41,9 +44,38 @@ AXES = {
 """Of the plot, by representation."""
 
 
-def measure_invariance(model: Model, pictures: Pictures, *, mesh: Mesh, views_fn: Callable, pretext_size: int,
-                       representation: str, num_pictures: int, num_transforms: int, num_bins: int,
-                       seed: int) -> Outcome:
+@dataclasses.dataclass(frozen=True)
+class InvarianceSettings:
+  """Which vectors are compared, and of how many pictures.
+
+  Attributes:
+    split: "train" or "test" pictures; None: test, if there are any.
+    representation: "heads" or "trunk".
+    num_pictures: so many, chosen by the seed, the same on every machine; all if there are fewer.
+    num_transforms: T.
+    num_bins: of the histogram.
+
+  Raises:
+    UserError: an unknown representation, or a number below 1.
+  """
+
+  split: str | None
+  representation: str
+  num_pictures: int
+  num_transforms: int
+  num_bins: int
+
+  def __post_init__(self):
+    if self.representation not in AXES:
+      raise UserError(f"invariance.representation={self.representation!r} is not possible: choose from "
+                      f"{', '.join(AXES)}")
+    for name in ("num_pictures", "num_transforms", "num_bins"):
+      if getattr(self, name) < 1:
+        raise UserError(f"invariance.{name}={getattr(self, name)}; choose 1 or more")
+
+
+def measure_invariance(model: Model, pictures: Pictures, settings: InvarianceSettings, *, mesh: Mesh,
+                       views_fn: Callable, pretext_size: int, seed: int) -> Outcome:
   """Returns the distribution of the l2 distance, in [0, 2], between unit vectors of v_I and v_It.
 
   v_I is the centre crop; v_It is made by `views_fn` of the same part of the picture, T times with other draws. With
@@ -61,27 +93,20 @@ def measure_invariance(model: Model, pictures: Pictures, *, mesh: Mesh, views_fn
   Args:
     model: the frozen network.
     pictures: of which some are taken.
+    settings: what is compared; `split` has been seen to already.
     mesh: the devices.
     views_fn: see `make_views`; with `NO_AUGMENTATION` the two views differ by the transform alone.
     pretext_size: S, side of the crop that it transforms.
-    representation: "heads" or "trunk".
-    num_pictures: so many, chosen by `seed`, the same on every machine; all where there are fewer.
-    num_transforms: T.
-    num_bins: of the histogram.
     seed: of the choice and of the transforms, which depend on it, on their number and on the picture alone.
 
   Raises:
-    UserError: the network does not have the representation, a number below 1, or fewer than two pictures that can be
-      read.
+    UserError: the network does not have the representation, or fewer than two pictures can be read.
   """
+  representation = settings.representation
   check_representation(model.network, representation)
-  for name, number in (("num_pictures", num_pictures), ("num_transforms", num_transforms), ("num_bins", num_bins)):
-    if number < 1:
-      raise UserError(f"invariance.{name}={number}; choose 1 or more")
-  index = shuffled(range(len(pictures)), seed=seed)[:num_pictures]
-  image_emb, pretext_emb, num_broken = _embed(model, pictures, index, mesh=mesh, views_fn=views_fn,
-                                              pretext_size=pretext_size, representation=representation,
-                                              num_transforms=num_transforms, seed=seed)
+  index = shuffled(range(len(pictures)), seed=seed)[:settings.num_pictures]
+  image_emb, pretext_emb, num_broken = _embed(model, pictures, index, settings, mesh=mesh, views_fn=views_fn,
+                                              pretext_size=pretext_size, seed=seed)
   if len(image_emb) < 2:
     raise UserError(f"{len(image_emb)} of {len(index)} pictures can be read; distances to another one need two")
   matched = _distances(image_emb, pretext_emb)
@@ -89,10 +114,10 @@ def measure_invariance(model: Model, pictures: Pictures, *, mesh: Mesh, views_fn
   is_other = np.repeat([0, 1], [matched.size, mismatched.size])
   separation = float(roc_auc_score(is_other, np.concatenate([matched, mismatched], axis=None)))
 
-  edges = np.linspace(0, LARGEST, num_bins + 1)
+  edges = np.linspace(0, LARGEST, settings.num_bins + 1)
   figures = {"matched": _describe(matched, edges), "mismatched": _describe(mismatched, edges),
              "separation": separation, "representation": representation, "num_pictures": len(image_emb),
-             "num_transforms": num_transforms, "num_broken": num_broken}
+             "num_transforms": settings.num_transforms, "num_broken": num_broken}
   density = np.array(figures["matched"]["counts"]) / matched.size / (edges[1] - edges[0])
   return Outcome(
     figures,
@@ -102,18 +127,16 @@ def measure_invariance(model: Model, pictures: Pictures, *, mesh: Mesh, views_fn
 
 
 def check_representation(network: Network, representation: str) -> None:
-  """Raises UserError for an unknown representation, or one for which the network has no heads."""
-  if representation not in AXES:
-    raise UserError(f"invariance.representation={representation!r} is not possible: choose from {', '.join(AXES)}")
+  """Raises UserError for a representation for which the network has no heads."""
   if representation == "heads" and (network.image_head is None or network.pretext_head is None):
     raise UserError("this network was not trained to represent an image and its transformed version alike, it has no "
                     "heads f and g; compare what its trunk gives: --config.invariance.representation=trunk")
 
 
-def _embed(model, pictures, index, *, mesh, views_fn, pretext_size, representation, num_transforms, seed):
+def _embed(model, pictures, index, settings, *, mesh, views_fn, pretext_size, seed):
   """Returns f32[N, D] of images and f32[N, T, D] of transformed ones, unit vectors, of the pictures that can be read,
   and how many cannot."""
-  embed = _make_embed(model.network, views_fn, mesh, representation, num_transforms, seed)
+  embed = _make_embed(model.network, views_fn, mesh, settings.representation, settings.num_transforms, seed)
   variables = jax.device_put(model.variables, whole(mesh))
   chosen = dataclasses.replace(pictures, source=Subset(pictures.source, index))
   parts, num_broken = [], 0
@@ -179,3 +202,25 @@ def _describe(distances, edges):
   return {"mean": float(distances.mean()), "std": float(distances.std()), "min": float(distances.min()),
           "max": float(distances.max()), "median": float(np.median(distances)), "counts": counts.tolist(),
           "edges": edges.tolist()}
+
+
+def _measure(evaluation: Evaluation) -> Outcome:
+  run = evaluation.single_run()
+  pretext = system.pretext_of(run.meta["config"])
+  return measure_invariance(
+    run.model, evaluation.either(evaluation.settings.split, "invariance.split"), evaluation.settings,
+    mesh=evaluation.mesh, pretext_size=pretext.crop_size, seed=evaluation.config.seed,
+    views_fn=make_views(pretext, recipe=NO_AUGMENTATION, pretext_recipe=NO_AUGMENTATION))
+
+
+def _check(evaluation: Evaluation) -> None:
+  check_representation(evaluation.single_run().model.network, evaluation.settings.representation)
+
+
+def _figures_of_a_study(found):
+  return {"mean distance": found["matched"]["mean"], "standard deviation of the distance": found["matched"]["std"],
+          "separation": found["separation"]}
+
+
+PROTOCOL = Protocol(InvarianceSettings, _measure, _check, share=False,
+                    reading=Reading(_figures_of_a_study, distances="matched", needs_test=False, needs_labels=False))

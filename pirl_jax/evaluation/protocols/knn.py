@@ -4,6 +4,7 @@ The k references with the largest cosine similarity s to a query vote for their 
 tau). Letters: M references, Q queries, D numbers of a vector, T classes returned.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,8 +20,9 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation.classification import check_classes
 from pirl_jax.evaluation.features import extract_features, stream_features, unit_norm
 from pirl_jax.evaluation.inputs import Pictures
-from pirl_jax.evaluation.layers import check_layers, layer_features
+from pirl_jax.evaluation.layers import check_features, layer_features
 from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
 from pirl_jax.figures.curves import Curve
 from pirl_jax.method.memory_bank import vectors
 from pirl_jax.models.network import Model
@@ -39,6 +41,27 @@ BLOCK_NUMBERS = 2**25
 
 TOP = 5
 """Classes returned for each query, best first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KnnSettings:
+  """How a neighbour votes.
+
+  Attributes:
+    layer: one of `layers.layer_names`, or "embedding".
+    k: neighbours, >= 1 (NPID: 200).
+    temperature: tau > 0 (NPID: 0.07).
+
+  Raises:
+    UserError: k or temperature out of range.
+  """
+
+  layer: str
+  k: int
+  temperature: float
+
+  def __post_init__(self):
+    _check_vote(self.k, self.temperature)
 
 
 class Prediction(NamedTuple):
@@ -152,8 +175,7 @@ def gather_blocks(parts: Iterable[tuple[np.ndarray, np.ndarray]], *, num_referen
     yield block, block_ids
 
 
-def measure_knn(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh, layer: str, k: int,
-                temperature: float) -> Outcome:
+def measure_knn(model: Model, train: Pictures, test: Pictures, settings: KnnSettings, *, mesh: Mesh) -> Outcome:
   """Returns the accuracy of weighted kNN on a layer's features, for k and for smaller numbers of neighbours.
 
   The figures: `top1` and `top5` in [0, 1], `top1_by_k` (the same search, fewer neighbours voting), `k` as asked and
@@ -168,16 +190,14 @@ def measure_knn(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh, la
     model: the frozen network.
     train: the pictures that vote.
     test: the pictures that are judged.
+    settings: the layer, and how a neighbour votes.
     mesh: the devices.
-    layer: one of `layers.layer_names`, or "embedding".
-    k: neighbours, >= 1 (NPID: 200).
-    temperature: tau > 0 (NPID: 0.07).
 
   Raises:
-    UserError: unknown layer, k or temperature out of range, no labels, or no readable pictures.
+    UserError: unknown layer, no labels, or no readable pictures.
   """
-  check_layers(model.network, (layer,), field="knn.layer")
-  _check(k, temperature)
+  layer, k = settings.layer, settings.k
+  check_features(model, (layer,), image_size=train.image_size, field="knn.layer")
   check_classes(train, test, protocol="kNN")
   forward_fn = layer_features(model.network, (layer,))
   with Progress("kNN: features of held-out pictures", len(test)) as progress:
@@ -209,7 +229,7 @@ def measure_knn(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh, la
 
   k_used = min(k, num_train)
   ks = ladder(k_used)
-  classes = _classes(found, labels, ks, temperature=temperature)
+  classes = _classes(found, labels, ks, temperature=settings.temperature)
   hits = classes == held_out.labels[judged][None, :, None]  # [ks, Q, T]
   top1 = hits[:, :, 0].mean(axis=1).tolist()
   top5 = float(hits[-1].any(axis=1).mean())
@@ -218,7 +238,7 @@ def measure_knn(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh, la
       "layer": layer,
       "k": k,
       "k_used": k_used,
-      "temperature": temperature,
+      "temperature": settings.temperature,
       "similarity": "cosine",
       "top1": top1[-1],
       "top5": top5,
@@ -261,7 +281,7 @@ def predict(references: jax.Array | np.ndarray, reference_labels: np.ndarray, qu
   reference_labels = np.asarray(reference_labels, np.int32)
   votes = reference_labels >= 0
   num_references = int(np.count_nonzero(votes))
-  _check(k, temperature)
+  _check_vote(k, temperature)
   if num_references == 0:
     raise UserError(f"kNN needs labels, and none of the {len(reference_labels)} references has one")
   if reference_labels.shape != references.shape[:1]:
@@ -293,7 +313,7 @@ def accuracy(references: jax.Array | np.ndarray, reference_labels: np.ndarray, q
           "num_references": prediction.num_references, "num_queries": int(labelled.sum())}
 
 
-def _check(k, temperature):
+def _check_vote(k, temperature):
   if k < 1:
     raise UserError(f"kNN with k={k}: k must be 1 or more (NPID: 200)")
   if temperature <= 0:
@@ -375,3 +395,16 @@ def _vote(similarity, label, temperature, *, num_classes, ks):
     votes, best = lax.top_k(score, min(TOP, num_classes))
     found.append(jnp.where(votes >= 0, best, -1))
   return jnp.stack(found)
+
+
+def _measure(evaluation: Evaluation) -> Outcome:
+  return measure_knn(evaluation.subject.model, evaluation.train, evaluation.labelled_test(), evaluation.settings,
+                     mesh=evaluation.mesh)
+
+
+def _check(evaluation: Evaluation) -> None:
+  check_features(evaluation.subject.model, (evaluation.settings.layer,), image_size=evaluation.train.image_size,
+                 field="knn.layer")
+
+
+PROTOCOL = Protocol(KnnSettings, _measure, _check, reading=Reading(lambda found: {"kNN top-1": found["top1"]}))

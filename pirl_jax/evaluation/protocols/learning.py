@@ -4,6 +4,7 @@ All three judge the same held-out pictures after the same test transform, with t
 cosine similarity, against the training pictures.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,19 +19,32 @@ from pirl_jax.evaluation.protocols import knn
 NAMES = {"raw_pixels": "raw pixels", "untrained": "untrained network", "trained": "trained network"}
 
 
+@dataclasses.dataclass(frozen=True)
+class LearningSettings:
+  """How a neighbour votes.
+
+  Attributes:
+    k: neighbours, >= 1.
+    temperature: tau > 0.
+  """
+
+  k: int
+  temperature: float
+
+
 def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
                      test_batches: Callable[[], Iterable[Mapping[str, np.ndarray]]], *,
                      forward_fn: Callable[[Any, jax.Array], jax.Array],
                      stats_fn: Callable[[Any, jax.Array], Any],
                      untrained: Mapping[str, Any], trained: Mapping[str, Any], momentum: float, mesh: Mesh,
-                     k: int, temperature: float, settings: Mapping[str, Any]) -> dict[str, Any]:
+                     settings: LearningSettings, about: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the table, JSON values.
 
   It holds `raw_pixels` (the network's normalised input, flattened), `untrained` and `trained` (pooled
   trunk features; the untrained network's batch statistics are first calibrated on the training pictures):
   top-1 in [0, 1]. Besides: `protocol`, `similarity`, `features`, `k` as asked, `k_used` (fewer training
   pictures allow no more), `temperature`, `num_train` and `num_test` (labelled pictures that voted and were
-  judged), `num_broken_train`, `num_broken_test`, and `settings`.
+  judged), `num_broken_train`, `num_broken_test`, and `about`.
 
   Raw pixels of all pictures stand in memory at once (12 kB for a picture of 32 x 32).
 
@@ -43,9 +57,8 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
     untrained: {"params": ..., "batch_stats": ...} before the first step.
     trained: the same of the run.
     mesh: the devices.
-    k: neighbours.
-    temperature: tau.
-    settings: what the reader needs to repeat it: seed, checkpoint step, descriptions and fingerprints of both
+    settings: how a neighbour votes.
+    about: what the reader needs to repeat it: seed, checkpoint step, descriptions and fingerprints of both
       sets of pictures, image size and crop fraction of the test transform.
 
   Raises:
@@ -65,26 +78,26 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
   found = {}
   for name in NAMES:
     references, queries = (features_lib.unit_norm(part.features[name]) for part in (train, test))
-    found[name] = knn.accuracy(references, train.labels, queries, test.labels, mesh=mesh, k=k,
-                               temperature=temperature)
+    found[name] = knn.accuracy(references, train.labels, queries, test.labels, mesh=mesh, k=settings.k,
+                               temperature=settings.temperature)
   counts = found["trained"]
   return {
     "protocol": "learning",
     **{name: figures["top1"] for name, figures in found.items()},
     "similarity": "cosine",
     "features": "pooled trunk features; raw pixels: the normalised input",
-    "k": k,
+    "k": settings.k,
     "k_used": counts["k"],
-    "temperature": temperature,
+    "temperature": settings.temperature,
     "num_train": counts["num_references"],
     "num_test": counts["num_queries"],
     "num_broken_train": train.num_broken,
     "num_broken_test": test.num_broken,
-    **settings,
+    **about,
   }
 
 
-def format_table(table: Mapping[str, Any]) -> str:
+def format_learning(table: Mapping[str, Any]) -> str:
   """Returns the table of `measure_learning` as lines of text for people."""
   width = max(map(len, NAMES.values()))
   title = (f"Is it learning? kNN top-1 (k={table['k_used']}, temperature {table['temperature']:g}), "

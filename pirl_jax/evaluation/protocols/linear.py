@@ -18,37 +18,30 @@ import dataclasses
 import functools
 import math
 import os
-import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from pirl_jax.data import batches
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation import classification
+from pirl_jax.evaluation import classification, training
 from pirl_jax.evaluation.features import stream_features
 from pirl_jax.evaluation.inputs import Pictures
-from pirl_jax.evaluation.layers import EMBEDDING, check_layers, layer_features, layer_names
+from pirl_jax.evaluation.layers import EMBEDDING, layer_features, layer_names, named_layers
 from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
 from pirl_jax.figures.curves import Curve
 from pirl_jax.models.network import Ensemble, Model, Network
-from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, whole
+from pirl_jax.runtime.mesh import AXIS, whole
 from pirl_jax.runtime.progress import Progress
-from pirl_jax.storage.snapshots import Snapshots
 from pirl_jax.views.normalisation import normalise
-
-BASE_BATCH = 256
-"""Pictures of the batch for which the learning rate is given."""
 
 HEADS = ("bn", "bn_affine", "plain")
 SCHEDULES = ("steps", "cosine")
@@ -60,47 +53,47 @@ EPS = 1e-5
 MOMENTUM = 0.1
 """Of the batch norm: what is added to the variance, and the share of the new value in the running statistics."""
 
-STEPS_IN_FLIGHT = 2
-"""Steps that the devices may be behind the host."""
-
-CHECK_STEPS = 100
-"""Steps after which, and at the end of each epoch, the losses are looked at and a snapshot may be written."""
-
-SNAPSHOT_SECONDS = 60.0
-"""Least seconds of training between two snapshots, so that writing stays a small part of the work."""
-
 CACHE_BYTES = 8 * 2**30
 """The most that the features of all training pictures may take in memory."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-  """How the classifiers are trained, see `measure_linear`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearSettings(training.TrainingSettings):
+  """How the classifiers are trained, see `TrainingSettings`, and on what.
 
-  num_epochs: int
-  batch_size: int
-  learning_rate: float
+  Attributes:
+    layers: names with commas between them, see `layers.layer_names`, or "embedding"; "": the whole trunk.
+    schedule: "steps" by `milestones`, or "cosine": half a cosine to zero, at each step.
+    head: before the linear layer "bn" (batch norm without scale and shift), "bn_affine" (with), or "plain" (nothing).
+    cached: features of all training pictures are taken once, of their centre crop, and kept in memory: for small data,
+      without augmentation.
+  """
+
+  group: ClassVar[str] = "linear"
+  advice: ClassVar[str] = ', or a linear.head with batch norm ("bn")'
+  layers: str
   schedule: str
-  milestones: tuple[float, ...]
-  decay_factor: float
-  momentum: float
-  nesterov: bool
-  weight_decay: float
   head: str
-  image_scale: tuple[float, float]
   cached: bool
-  seed: int
+
+  def __post_init__(self):
+    self.require(self.schedule in SCHEDULES, "schedule", f"choose from {', '.join(SCHEDULES)}")
+    self.require(self.head in HEADS, "head", f"choose from {', '.join(HEADS)}")
+    super().__post_init__()
 
   @property
-  def first_rate(self) -> float:
-    """Returns the learning rate of the first step, for the batch as it is."""
-    return self.learning_rate * self.batch_size / BASE_BATCH
+  def falls_at(self) -> tuple[float, ...]:
+    """Returns the milestones; of a cosine none."""
+    return self.milestones if self.schedule == "steps" else ()
+
+  def as_used(self, seed: int) -> dict[str, Any]:
+    """Returns the settings and the seed for a result file, with the learning rate for the batch as it is."""
+    used = super().as_used(seed) | {"learning_rate": self.first_rate}
+    del used["layers"]  # which stand in the figures themselves
+    return used
 
 
-def measure_linear(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh, layers: tuple[str, ...],
-                   num_epochs: int, batch_size: int, learning_rate: float, schedule: str, milestones: Sequence[float],
-                   decay_factor: float, momentum: float, nesterov: bool, weight_decay: float, head: str,
-                   image_scale: Sequence[float], cached: bool, seed: int,
+def measure_linear(model: Model, train: Pictures, test: Pictures, settings: LinearSettings, *, mesh: Mesh, seed: int,
                    snapshot_folder: str | os.PathLike) -> Outcome:
   """Returns top-1 and top-5 on the test pictures of a linear classifier on each layer.
 
@@ -118,67 +111,40 @@ def measure_linear(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh,
 
   Args:
     model: the frozen network, or an ensemble; batch norm and linear layer are on all channels together.
-    train: labelled pictures.
+    train: labelled pictures, at least as many as a batch takes.
     test: labelled pictures of the same classes, judged by their centre crop.
+    settings: of the layers and the training; weight decay is on kernels and biases of the linear layers.
     mesh: the devices; their number divides the batch, and changes nothing but rounding.
-    layers: see `layers.layer_names`, or "embedding"; in any order.
-    num_epochs: >= 1; a batch is always whole, and the pictures left over are others in each epoch.
-    batch_size: B, >= 1, at most the labelled training pictures.
-    learning_rate: for a batch of 256; scaled in proportion to the batch.
-    schedule: "steps", or "cosine": half a cosine to zero, at each step.
-    milestones: with "steps", epochs in (0, num_epochs) after which the rate is multiplied by `decay_factor`.
-    decay_factor: in (0, 1].
-    momentum: of SGD, in [0, 1).
-    nesterov: PyTorch's variant of it.
-    weight_decay: on kernels and biases of the linear layers.
-    head: before the linear layer "bn" (batch norm without scale and shift), "bn_affine" (with), or "plain" (nothing).
-    image_scale: range of the share of the picture's area that the random crop covers.
-    cached: features of all training pictures are taken once, of their centre crop, and kept in memory: for small data,
-      without augmentation.
     seed: of first values, order and crops.
     snapshot_folder: holds what is not finished; belongs to exactly these arguments, and the caller deletes it.
 
   Raises:
-    UserError: an unknown layer, a value out of range, labels missing or of other classes, a batch that the devices
-      cannot share or that is larger than the training set, a cache that would be too large (all before anything
-      compiles), no picture that can be read, or a loss that is not finite.
+    UserError: an unknown layer, labels missing or of other classes, a batch that the devices cannot share or that is
+      larger than the training set, a cache that would be too large (all before anything compiles), no picture that can
+      be read, or a loss that is not finite.
   """
-  recipe = Recipe(num_epochs, batch_size, learning_rate, schedule, tuple(milestones), decay_factor, momentum, nesterov,
-                  weight_decay, head, tuple(image_scale), cached, seed)
-  check_layers(model.network, layers, field="linear.layers")
-  layers = tuple(layer for layer in (*layer_names(model.network), EMBEDDING) if layer in layers)
-  if not layers:
-    raise UserError(f"linear.layers is empty; choose from {', '.join(layer_names(model.network))}")
-  _check_recipe(recipe)
+  layers = linear_layers(model, settings, image_size=train.image_size)
   labels = classification.read_labels(train, test, protocol="linear")
-  indices = np.flatnonzero(labels >= 0)
-  _check_batch(batch_size, len(indices), mesh)
+  num_labelled = int(np.count_nonzero(labels >= 0))
+  _check_batch(settings, num_labelled, mesh)
 
   num_classes = len(train.source.class_names)
-  maps_fn = layer_features(model.network, layers, flat=False)
-  image = jax.ShapeDtypeStruct((1, train.image_size, train.image_size, 3), jnp.float32)
-  maps = jax.eval_shape(maps_fn, model.variables, image)
-  shapes = {layer: maps[layer].shape[1:] for layer in layers}  # JAX put the names into the order of letters
+  shapes = _map_shapes(model, layers, train.image_size)
   frozen = jax.device_put(model.variables, whole(mesh))
-
-  here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-  if cached:
-    maps, cached_labels = _take_cache(maps_fn, frozen, train, labels, shapes, mesh)
-    _check_batch(batch_size, len(cached_labels), mesh)
-    open_stream = functools.partial(cached_batches, maps, cached_labels, batch_size=batch_size, seed=seed, **here)
-    step_maps_fn = _cached_maps(layers)
-    num_pictures = len(cached_labels)
-  else:
-    open_stream = functools.partial(
-      batches.labelled_batches, train.source, indices=indices, batch_size=batch_size, image_size=train.image_size,
-      image_scale=recipe.image_scale, seed=seed, num_threads=train.num_threads, **here)
-    step_maps_fn = _image_maps(maps_fn)
-    num_pictures = len(indices)
-
-  steps_per_epoch = batches.steps_per_epoch(num_pictures, batch_size)
-  state = _train(open_stream, step_maps_fn, frozen, shapes, recipe, mesh=mesh, num_classes=num_classes,
-                 steps_per_epoch=steps_per_epoch, folder=Path(snapshot_folder) / "classifiers")
-  losses, num_read = _epoch_means(state)
+  open_stream, step_maps_fn, num_pictures = _open_training(model, frozen, train, labels, settings, shapes=shapes,
+                                                           mesh=mesh, seed=seed)
+  _check_batch(settings, num_pictures, mesh)
+  steps_per_epoch = batches.steps_per_epoch(num_pictures, settings.batch_size)
+  optimizer = linear_optimizer(settings, steps_per_epoch)
+  state = jax.jit(lambda: create_classifiers(seed, shapes, optimizer, head=settings.head, num_classes=num_classes),
+                  out_shardings=whole(mesh))()
+  state = training.train_classifier(
+    training.make_classifier_step(linear_step(step_maps_fn, optimizer), mesh, steps_per_epoch=steps_per_epoch), state,
+    frozen, open_stream, settings=settings, steps_per_epoch=steps_per_epoch, mesh=mesh,
+    folder=Path(snapshot_folder) / "classifiers",
+    words=training.Words(f"linear: classifiers on {', '.join(layers)}", layers, _unreadable(num_pictures)))
+  losses, num_read = training.epoch_means(state)
+  num_broken = num_labelled - num_pictures if settings.cached else steps_per_epoch * settings.batch_size - num_read
   variables = {"frozen": frozen, "params": state["params"], "stats": state["stats"]}
   ranks, num_broken_test = _judge(_logits_fn(model.network, layers), variables, test, mesh)
 
@@ -187,9 +153,6 @@ def measure_linear(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh,
             "dim": math.prod(shapes[layer]), "loss": losses[layer]}
     for layer in layers}
   best = max(layers, key=lambda layer: (found[layer]["top1"], layers.index(layer)))
-  settings = dataclasses.asdict(recipe) | {"learning_rate": recipe.first_rate, "image_scale": list(image_scale),
-                                           "milestones": list(milestones) if schedule == "steps" else []}
-  num_broken = len(indices) - num_pictures if cached else steps_per_epoch * batch_size - num_read
   return Outcome(
     figures={
       "layers": found,
@@ -197,43 +160,53 @@ def measure_linear(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh,
       "top1": found[best]["top1"],
       "top5": found[best]["top5"],
       "num_classes": num_classes,
-      "num_train": len(indices),
+      "num_train": num_labelled,
       "num_test": len(ranks[best]),
       "num_broken_train": num_broken,
       "num_broken_test": num_broken_test,
-      "steps": num_epochs * steps_per_epoch,
-      "settings": settings,
+      "steps": settings.num_epochs * steps_per_epoch,
+      "settings": settings.as_used(seed),
     },
     table={**{layer: found[layer]["top1"] for layer in layers},
            "best layer, top-1": found[best]["top1"], "best layer, top-5": found[best]["top5"]},
     curve=Curve("layer", "top-1", list(layers), [found[layer]["top1"] for layer in layers]))
 
 
-def create_schedule(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
-  """Returns step -> learning rate, f32[], for steps from 0 on."""
-  if recipe.schedule == "cosine":
-    return optax.cosine_decay_schedule(recipe.first_rate, recipe.num_epochs * steps_per_epoch)
-  return classification.falling_rate(recipe.first_rate, milestones=recipe.milestones, decay_factor=recipe.decay_factor,
-                                     steps_per_epoch=steps_per_epoch)
+def linear_layers(model: Model, settings: LinearSettings, *, image_size: int) -> tuple[str, ...]:
+  """Returns the layers that classifiers stand on, from the input to the output.
+
+  Raises:
+    UserError: an unknown one, or an ensemble cannot put its maps side by side.
+  """
+  trunk = layer_names(model.network)
+  layers = named_layers(model, settings.layers, otherwise=trunk, image_size=image_size, field="linear.layers")
+  return tuple(layer for layer in (*trunk, EMBEDDING) if layer in layers)
 
 
-def create_optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:
+def linear_optimizer(settings: LinearSettings, steps_per_epoch: int) -> optax.GradientTransformation:
   """Returns SGD with momentum as PyTorch has it; the decay spares batch norm alone."""
   def decayed(params):
     return {layer: {name: name in ("kernel", "bias") for name in head} for layer, head in params.items()}
 
   return optax.chain(
-    optax.add_decayed_weights(recipe.weight_decay, mask=decayed),
-    optax.sgd(create_schedule(recipe, steps_per_epoch), momentum=recipe.momentum, nesterov=recipe.nesterov))
+    optax.add_decayed_weights(settings.weight_decay, mask=decayed),
+    optax.sgd(linear_rate(settings, steps_per_epoch), momentum=settings.momentum, nesterov=settings.nesterov))
 
 
-def create_state(seed: int, shapes: Mapping[str, tuple[int, ...]], optimizer: optax.GradientTransformation, *,
+def linear_rate(settings: LinearSettings, steps_per_epoch: int) -> optax.Schedule:
+  """Returns step -> learning rate, f32[], for steps from 0 on."""
+  if settings.schedule == "cosine":
+    return optax.cosine_decay_schedule(settings.first_rate, settings.num_epochs * steps_per_epoch)
+  return training.falling_rate(settings, steps_per_epoch)
+
+
+def create_classifiers(seed: int, shapes: Mapping[str, tuple[int, ...]], optimizer: optax.GradientTransformation, *,
                  head: str, num_classes: int) -> dict[str, Any]:
   """Returns the classifiers before the first step.
 
   {"params": {layer: {"kernel": f32[D, L], "bias": f32[L]}}, with "bn_affine" also "scale" and "shift" f32[C];
-  "stats": {layer: {"mean": f32[C], "var": f32[C]}}, {} with "plain"; "opt_state"; "step": i32[]; "epoch": what the
-  epoch of the last step has added up to, "loss" {layer: f32[]} over "num_read" i32[] pictures}.
+  "stats": {layer: {"mean": f32[C], "var": f32[C]}}, {} with "plain"; "opt_state"; and what
+  `training.begin_training` adds}.
 
   Args:
     seed: of the kernels.
@@ -251,23 +224,18 @@ def create_state(seed: int, shapes: Mapping[str, tuple[int, ...]], optimizer: op
     if head == "bn_affine":
       params[layer] |= {"scale": jnp.ones(shape[-1]), "shift": jnp.zeros(shape[-1])}
     stats[layer] = {} if head == "plain" else {"mean": jnp.zeros(shape[-1]), "var": jnp.ones(shape[-1])}
-  return {"params": params, "stats": stats, "opt_state": optimizer.init(params), "step": jnp.int32(0),
-          "epoch": {"loss": {layer: jnp.float32(0) for layer in shapes}, "num_read": jnp.int32(0)}}
+  return training.begin_training({"params": params, "stats": stats, "opt_state": optimizer.init(params)}, shapes)
 
 
-def make_train_step(maps_fn: Callable, optimizer: optax.GradientTransformation, mesh: Mesh, *,
-                    steps_per_epoch: int) -> Callable:
-  """Returns train_step(state, frozen, batch) -> (state, losses): one program, mapped over the devices of `mesh`.
+def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> Callable:
+  """Returns device_step(state, frozen, batch) -> (state, losses, num_read), for `training.make_classifier_step`.
 
-  `state` is that of `create_state`, whole on every device, and donated; `frozen` is never changed. `batch` holds label
-  i32[B] and valid bool[B], split over the devices, and what `maps_fn` reads. `losses` {layer: f32[]} are the mean
-  cross-entropies, before the step, over the pictures of the whole batch that could be read (0 where there is none).
+  `state` is that of `create_classifiers`, of all classifiers. `batch` holds label i32[b] and valid bool[b], and what
+  `maps_fn` reads. `losses` {layer: f32[]} are the mean cross-entropies.
 
   Args:
     maps_fn: maps_fn(frozen, batch) -> {layer: f32[b, h, w, C] or f32[b, C]}, each picture alone.
     optimizer: of all classifiers.
-    mesh: the devices.
-    steps_per_epoch: after so many steps the sums of `state["epoch"]` begin anew.
   """
   total = functools.partial(jax.lax.psum, axis_name=AXIS)
 
@@ -294,16 +262,10 @@ def make_train_step(maps_fn: Callable, optimizer: optax.GradientTransformation, 
 
     grads, losses = jax.grad(objective, has_aux=True)(state["params"])
     updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+    params = optax.apply_updates(state["params"], updates)
+    return {"params": params, "stats": stats, "opt_state": opt_state}, losses, num_read
 
-    # 3. The sums of the epoch stay on the device, so that no step waits for the host.
-    goes_on = state["step"] % steps_per_epoch != 0
-    added = {"loss": jax.tree.map(lambda loss: loss * num_read, losses), "num_read": num_read.astype(jnp.int32)}
-    epoch = jax.tree.map(lambda old, new: jnp.where(goes_on, old, 0) + new, state["epoch"], added)
-    return {"params": optax.apply_updates(state["params"], updates), "stats": stats, "opt_state": opt_state,
-            "step": state["step"] + 1, "epoch": epoch}, losses
-
-  mapped = jax.shard_map(device_step, mesh=mesh, in_specs=(WHOLE, WHOLE, SPLIT), out_specs=(WHOLE, WHOLE))
-  return jax.jit(mapped, donate_argnums=0)
+  return device_step
 
 
 def cached_batches(maps: Mapping[str, np.ndarray], labels: np.ndarray, *, batch_size: int, seed: int, start_step: int,
@@ -389,6 +351,29 @@ def _logits_fn(network: Network | Ensemble, layers: tuple[str, ...]) -> Callable
   return forward
 
 
+def _map_shapes(model, layers, image_size):
+  """Returns {layer: (h, w, C) or (C,)}, in the order of `layers`."""
+  image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+  maps = jax.eval_shape(layer_features(model.network, layers, flat=False), model.variables, image)
+  return {layer: maps[layer].shape[1:] for layer in layers}  # JAX put the names into the order of letters
+
+
+def _open_training(model, frozen, train, labels, settings, *, shapes, mesh, seed):
+  """Returns (open_stream(start_step=), maps_fn(frozen, batch), number of pictures): those with a label, from the files
+  or, if cached, in memory without those that cannot be read."""
+  maps_fn = layer_features(model.network, tuple(shapes), flat=False)
+  here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+  if settings.cached:
+    maps, kept = _take_cache(maps_fn, frozen, train, labels, shapes, mesh)
+    return (functools.partial(cached_batches, maps, kept, batch_size=settings.batch_size, seed=seed, **here),
+            _cached_maps(shapes), len(kept))
+  indices = np.flatnonzero(labels >= 0)
+  return (functools.partial(
+    batches.labelled_batches, train.source, indices=indices, batch_size=settings.batch_size,
+    image_size=train.image_size, image_scale=settings.image_scale, seed=seed, num_threads=train.num_threads, **here),
+    _image_maps(maps_fn), len(indices))
+
+
 def _take_cache(maps_fn, frozen, train, labels, shapes, mesh):
   """Returns ({layer: f32[N, ...]}, i32[N]): maps and labels of the labelled training pictures that can be read."""
   num_labelled = int(np.count_nonzero(labels >= 0))
@@ -411,66 +396,12 @@ def _take_cache(maps_fn, frozen, train, labels, shapes, mesh):
       filled = rows.stop
       progress.update(len(part.index) + part.num_broken)
   if not filled:
-    raise _unreadable(num_labelled)
+    raise UserError(f"linear: {_unreadable(num_labelled)}")
   return {layer: x[:filled] for layer, x in maps.items()}, kept[:filled]
 
 
-def _train(open_stream, maps_fn, frozen, shapes, recipe, *, mesh, num_classes, steps_per_epoch, folder):
-  """Returns the state after the last step; interrupted before, it goes on from the last snapshot in `folder`."""
-  num_steps = recipe.num_epochs * steps_per_epoch
-  optimizer = create_optimizer(recipe, steps_per_epoch)
-  train_step = make_train_step(maps_fn, optimizer, mesh, steps_per_epoch=steps_per_epoch)
-  state = jax.jit(lambda: create_state(recipe.seed, shapes, optimizer, head=recipe.head, num_classes=num_classes),
-                  out_shardings=whole(mesh))()
-  with Snapshots(folder) as snapshots:
-    start_step, state = snapshots.restore(state, mesh)
-    if start_step:
-      print(f"goes on from step {start_step} of {num_steps}")
-    in_flight, saved = deque(), time.perf_counter()
-    with closing(open_stream(start_step=start_step)) as stream, Progress(
-        f"linear: classifiers on {', '.join(shapes)}", (num_steps - start_step) * recipe.batch_size) as progress:
-      for step in range(start_step + 1, num_steps + 1):
-        state, losses = train_step(state, frozen, batches.place(next(stream), mesh))
-        in_flight.append(losses)
-        if len(in_flight) > STEPS_IN_FLIGHT:
-          jax.block_until_ready(in_flight.popleft())
-        progress.update(recipe.batch_size)
-        if step % steps_per_epoch and step % CHECK_STEPS:
-          continue
-        epoch = -(-step // steps_per_epoch)
-        means = _check_losses(state, recipe, epoch, at_end=step % steps_per_epoch == 0)
-        note = " ".join(f"{layer} {means[layer]:.3f}" for layer in shapes)
-        progress.update(0, note=f"epoch {epoch} of {recipe.num_epochs}, loss {note}")
-        # Processes must agree whether to save, and their clocks need not.
-        due = time.perf_counter() - saved >= SNAPSHOT_SECONDS
-        if multihost_utils.broadcast_one_to_all(np.bool_(due)):
-          snapshots.save(step, state)
-          saved = time.perf_counter()
-  return state
-
-
-def _epoch_means(state):
-  """Returns ({layer: mean loss of the epoch so far}, pictures read in it)."""
-  sums = jax.device_get(state["epoch"])
-  num_read = int(sums["num_read"])
-  return {layer: float(loss) / max(num_read, 1) for layer, loss in sums["loss"].items()}, num_read
-
-
-def _check_losses(state, recipe, epoch, *, at_end):
-  """Returns {layer: mean loss}; raises UserError for one that is not finite, or an epoch without any picture."""
-  losses, num_read = _epoch_means(state)
-  if at_end and not num_read:
-    raise _unreadable(recipe.batch_size)
-  for layer, loss in losses.items():
-    if not math.isfinite(loss):
-      raise UserError(f"linear: the loss on {layer} is {loss} in epoch {epoch} at a learning rate of "
-                      f"{recipe.learning_rate} for {BASE_BATCH} pictures; choose a lower linear.learning_rate, or a "
-                      'linear.head with batch norm ("bn")')
-  return losses
-
-
 def _unreadable(num_pictures):
-  return UserError(f"linear: none of {num_pictures} labelled training pictures can be read; check the files")
+  return f"none of {num_pictures} labelled training pictures can be read; check the files"
 
 
 def _judge(forward_fn, variables, test, mesh):
@@ -490,33 +421,25 @@ def _judge(forward_fn, variables, test, mesh):
   return ranks, num_broken
 
 
-def _check_recipe(recipe):
-  def require(condition, field, range_text):
-    if not condition:
-      raise UserError(f"linear.{field}={getattr(recipe, field)!r} is not possible: {range_text}")
-
-  for field in ("num_epochs", "batch_size"):
-    require(getattr(recipe, field) >= 1, field, "a whole number from 1 is needed")
-  require(0 < recipe.learning_rate < math.inf, "learning_rate", "a finite number above 0 is needed")
-  require(recipe.schedule in SCHEDULES, "schedule", f"choose from {', '.join(SCHEDULES)}")
-  if recipe.schedule == "steps":
-    # Past the end the rate would never fall, without a word.
-    require(all(0 < milestone < recipe.num_epochs for milestone in recipe.milestones), "milestones",
-            f"they lie within the {recipe.num_epochs} epochs (in the config as shares, between 0 and 1)")
-  require(0 < recipe.decay_factor <= 1, "decay_factor", "it lies in (0, 1]")
-  require(0 <= recipe.momentum < 1, "momentum", "it lies in [0, 1)")
-  require(0 <= recipe.weight_decay < math.inf, "weight_decay", "a finite number from 0 is needed")
-  require(recipe.head in HEADS, "head", f"choose from {', '.join(HEADS)}")
-  scale = recipe.image_scale
-  require(len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "image_scale", "it is (smallest, largest), within (0, 1]")
-
-
-def _check_batch(batch_size, num_pictures, mesh):
-  if batch_size % mesh.size:
-    raise UserError(f"linear.batch_size={batch_size} does not divide among {mesh.size} devices; "
-                    f"try --config.linear.batch_size={max(1, batch_size // mesh.size) * mesh.size}")
-  if batch_size > num_pictures:
+def _check_batch(settings, num_pictures, mesh):
+  training.check_divides(settings, mesh)
+  size = settings.batch_size
+  if size > num_pictures:
     fits = num_pictures // mesh.size * mesh.size
     way_out = f"try --config.linear.batch_size={fits}" if fits else f"{mesh.size} devices need {mesh.size} of them"
-    raise UserError(f"linear.batch_size={batch_size}, but there are only {num_pictures} training pictures with a label "
+    raise UserError(f"linear.batch_size={size}, but there are only {num_pictures} training pictures with a label "
                     f"that can be read: a batch never holds a picture twice; {way_out}")
+
+
+def _measure(evaluation: Evaluation) -> Outcome:
+  return measure_linear(evaluation.subject.model, evaluation.train, evaluation.labelled_test(), evaluation.settings,
+                        mesh=evaluation.mesh, seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots)
+
+
+def _check(evaluation: Evaluation) -> None:
+  linear_layers(evaluation.subject.model, evaluation.settings, image_size=evaluation.train.image_size)
+
+
+PROTOCOL = Protocol(
+  LinearSettings, _measure, _check,
+  reading=Reading(lambda found: {"linear top-1 of the best layer": found["top1"]}, ("linear top-1", "top1")))

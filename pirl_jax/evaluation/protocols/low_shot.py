@@ -5,23 +5,26 @@ Letters: N training pictures, M held-out pictures, D numbers of a feature, C cla
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Pictures
-from pirl_jax.evaluation.layers import check_layers
 from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
 from pirl_jax.evaluation.protocols.svm import (
+  GRIDS,
+  Examples,
   average_precision,
-  check_costs,
+  check_grid,
   check_labels,
   choose_classes,
   fit,
   read_examples,
   run_fits,
+  svm_layers,
   unit_rows,
 )
 from pirl_jax.figures.curves import Curve
@@ -29,8 +32,35 @@ from pirl_jax.models.network import Model
 from pirl_jax.runtime.progress import Progress
 
 
-def measure_low_shot(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh, layers: Sequence[str],
-                     costs: Sequence[float], shots: Sequence[int], num_draws: int, seed: int) -> Outcome:
+@dataclasses.dataclass(frozen=True)
+class LowShotSettings:
+  """What the SVMs are fitted on, and how many.
+
+  Attributes:
+    layers: names with commas between them, see `svm.svm_layers`.
+    costs: the name of the grid, of `svm.GRIDS`.
+    shots: all k, >= 1 (vissl: 1, 2, 4, 8, 16, 32, 64, 96).
+    num_draws: of the examples, for each k, >= 1 (vissl: 5).
+
+  Raises:
+    UserError: an unknown grid, or a number out of range.
+  """
+
+  layers: str
+  costs: str
+  shots: tuple[int, ...]
+  num_draws: int
+
+  def __post_init__(self):
+    check_grid(self.costs, field="low_shot.costs")
+    if not self.shots or min(self.shots) < 1:
+      raise UserError(f"low_shot.shots={tuple(self.shots)}: numbers of examples from 1 are needed")
+    if self.num_draws < 1:
+      raise UserError(f"low_shot.num_draws={self.num_draws}; choose 1 or more (vissl: 5)")
+
+
+def measure_low_shot(model: Model, train: Pictures, test: Pictures, settings: LowShotSettings, *, mesh: Mesh,
+                     seed: int) -> Outcome:
   """Returns the mean average precision of linear SVMs fitted on k pictures of a class and (C - 1) k others.
 
   Whole pictures, straight to a square. For each k, draw and class, pictures with it and without are drawn, those that
@@ -49,23 +79,15 @@ def measure_low_shot(model: Model, train: Pictures, test: Pictures, *, mesh: Mes
     model: the frozen network.
     train: the pictures that examples are drawn from.
     test: the pictures that the SVMs are judged on.
+    settings: layers, grid, and how many examples.
     mesh: the devices.
-    layers: of `layers.layer_names`, or "embedding".
-    costs: the grid, for example `svm.VISSL_COSTS`; above 0.
-    shots: all k, >= 1 (vissl: 1, 2, 4, 8, 16, 32, 64, 96).
-    num_draws: of the examples, for each k, >= 1 (vissl: 5).
     seed: any integer.
 
   Raises:
-    UserError: unknown layer, impossible values, no labels, fewer than two classes, or too few pictures for every k.
+    UserError: unknown layer, no labels, fewer than two classes, or too few pictures for every k.
   """
-  check_layers(model.network, layers, field="low_shot.layers")
-  check_costs(costs, field="low_shot.costs")
-  if not shots or min(shots) < 1:
-    raise UserError(f"low_shot.shots={tuple(shots)}: numbers of examples from 1 are needed")
-  if num_draws < 1:
-    raise UserError(f"low_shot.num_draws={num_draws}; choose 1 or more (vissl: 5)")
-  shots = sorted(set(shots))
+  layers = svm_layers(model, settings.layers, image_size=train.image_size, field="low_shot.layers")
+  shots = sorted(set(settings.shots))
   names = check_labels(train, test)
   _plan(names, train.source.targets(), test.source.targets(), shots)  # before all that takes long
   # A crop fraction of 1 leaves out the step between the picture and the square.
@@ -75,27 +97,12 @@ def measure_low_shot(model: Model, train: Pictures, test: Pictures, *, mesh: Mes
     for name, pictures in (("training", train), ("held-out", test)))
   classes, possible, shots_left_out = _plan(names, fit_on.targets, judge_on.targets, shots)
 
-  tasks = [(k, draw, label) for k in possible for draw in range(num_draws) for label in classes.judged]
-  found = {}
-  with Progress("low-shot", len(tasks) * len(costs) * len(layers), unit="fits") as progress:
+  found, costs = {}, GRIDS[settings.costs]
+  num_fits = len(possible) * settings.num_draws * len(classes.judged) * len(costs)
+  with Progress("low-shot", num_fits * len(layers), unit="fits") as progress:
     for layer in layers:
-      features, judged_features = (unit_rows(part.features[layer]) for part in (fit_on, judge_on))
-
-      def judge(k, draw, label, features=features, judged_features=judged_features):
-        rows = draw_examples(fit_on.targets[:, label], fit_on.index, len(train), (seed, draw, label, k),
-                             num_present=k, num_absent=(len(classes.judged) - 1) * k)
-        machines = fit(features[rows], fit_on.targets[rows, label] == 1, costs, seed=seed)
-        return [average_precision(judge_on.targets[:, label], score) for score in machines.decide(judged_features)
-                ], machines.num_unfinished
-
-      precision, num_unfinished = [], 0
-      for of_task, unfinished in run_fits(judge, tasks, num_numbers=len(names) * possible[-1] * features.shape[1]):
-        precision.append(of_task)
-        num_unfinished += unfinished
-        progress.update(len(costs))
-      precision = np.reshape(precision, (len(possible), num_draws, len(classes.judged), len(costs))).mean(axis=2)
-      found[layer] = {"dim": features.shape[1], "num_not_converged": num_unfinished,
-                      "shots": {str(k): _summary(of_k, costs) for k, of_k in zip(possible, precision, strict=True)}}
+      found[layer] = _judge_layer(fit_on, judge_on, layer, classes.judged, possible, settings,
+                                  num_pictures=len(train), seed=seed, on_fits=progress.update)
 
   best = max(layers, key=lambda layer: np.mean([of_k["mean"] for of_k in found[layer]["shots"].values()]))
   shown = found[best]["shots"].values()
@@ -107,7 +114,7 @@ def measure_low_shot(model: Model, train: Pictures, test: Pictures, *, mesh: Mes
     "classes_left_out": classes.left_out,
     "cost_choice": "one for each k, chosen on the held-out pictures, as vissl does",
     "grid": [float(cost) for cost in costs],
-    "num_draws": num_draws,
+    "num_draws": settings.num_draws,
     "seed": seed,
     "num_train": len(fit_on.index),
     "num_test": len(judge_on.index),
@@ -167,9 +174,61 @@ def _plan(names, train, test, shots):
   return classes, possible, left_out
 
 
+def _judge_layer(fit_on: Examples, judge_on: Examples, layer: str, labels: Sequence[int], possible: Sequence[int],
+                 settings: LowShotSettings, *, num_pictures: int, seed: int, on_fits: Callable[[int], None]) -> dict:
+  """Returns the figures of a layer: `dim`, `num_not_converged` and, by k, `shots`.
+
+  Args:
+    fit_on: the pictures that examples are drawn from.
+    judge_on: the pictures that the SVMs are judged on.
+    layer: of their features.
+    labels: of the classes that are judged.
+    possible: all k.
+    settings: the grid, and how many draws.
+    num_pictures: of the set that `fit_on` is of.
+    seed: of the draws.
+    on_fits: called with the number of fits that have been done since.
+  """
+  costs = GRIDS[settings.costs]
+  features, judged_features = (unit_rows(part.features[layer]) for part in (fit_on, judge_on))
+
+  def judge(k, draw, label):
+    rows = draw_examples(fit_on.targets[:, label], fit_on.index, num_pictures, (seed, draw, label, k),
+                         num_present=k, num_absent=(len(labels) - 1) * k)
+    machines = fit(features[rows], fit_on.targets[rows, label] == 1, costs, seed=seed)
+    return [average_precision(judge_on.targets[:, label], score) for score in machines.decide(judged_features)
+            ], machines.num_unfinished
+
+  tasks = [(k, draw, label) for k in possible for draw in range(settings.num_draws) for label in labels]
+  num_numbers = fit_on.targets.shape[1] * possible[-1] * features.shape[1]
+  precision, num_unfinished = [], 0
+  for of_task, unfinished in run_fits(judge, tasks, num_numbers=num_numbers):
+    precision.append(of_task)
+    num_unfinished += unfinished
+    on_fits(len(costs))
+  precision = np.reshape(precision, (len(possible), settings.num_draws, len(labels), len(costs))).mean(axis=2)
+  return {"dim": features.shape[1], "num_not_converged": num_unfinished,
+          "shots": {str(k): _summary(of_k, costs) for k, of_k in zip(possible, precision, strict=True)}}
+
+
 def _summary(precision: np.ndarray, costs: Sequence[float]) -> dict:
   """Returns the figures of one k by f64[draws, G], means over the classes, at the cost of the highest mean."""
   choice = int(precision.mean(axis=0).argmax())
   draws = precision[:, choice]
   return {"mean": float(draws.mean()), "min": float(draws.min()), "max": float(draws.max()), "std": float(draws.std()),
           "cost": float(costs[choice]), "draws": draws.tolist()}
+
+
+def _measure(evaluation: Evaluation) -> Outcome:
+  return measure_low_shot(evaluation.subject.model, evaluation.train, evaluation.labelled_test(), evaluation.settings,
+                          mesh=evaluation.mesh, seed=evaluation.config.seed)
+
+
+def _check(evaluation: Evaluation) -> None:
+  svm_layers(evaluation.subject.model, evaluation.settings.layers, image_size=evaluation.train.image_size,
+                field="low_shot.layers")
+
+
+PROTOCOL = Protocol(
+  LowShotSettings, _measure, _check,
+  reading=Reading(lambda found: {f"low-shot mAP at {shots}": by["mean"] for shots, by in found["shots"].items()}))

@@ -7,6 +7,7 @@ of a vector, n neighbours.
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -22,14 +23,17 @@ from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import stream_features, unit_norm
 from pirl_jax.evaluation.inputs import Pictures
-from pirl_jax.evaluation.layers import EMBEDDING, check_layers, layer_features
+from pirl_jax.evaluation.layers import EMBEDDING, check_features, layer_features
 from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading, beside
 from pirl_jax.evaluation.protocols.knn import Nearest, Neighbours, gather_blocks, ladder
 from pirl_jax.figures import pictures
 from pirl_jax.figures.curves import Curve
+from pirl_jax.method.memory_bank import Layout
 from pirl_jax.models.network import Model
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.runtime.progress import Progress
+from pirl_jax.storage.checkpoints import Checkpoints
 
 DEPTH = 50
 """Neighbours up to which precision is told."""
@@ -37,6 +41,37 @@ DEPTH = 50
 QUERIES = 256
 SCORES = 2**28
 """Queries ranked at a time, fewer where so many similarities to the gallery would stand in memory (1 GiB)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalSettings:
+  """What is sought, among what, and how much of it is shown.
+
+  Attributes:
+    layer: one of `layers.layer_names`, or "embedding". With a bank it is "embedding" in any case.
+    gallery: "features" of the training pictures, or "bank": the run's memory bank.
+    queries: "train" or "test" pictures; None: test, if there are any.
+    num_queries: so many readable pictures, chosen by the seed, the same on every machine; all if there are fewer.
+    num_shown: of them on the PNG.
+    num_neighbours: of each on the PNG.
+
+  Raises:
+    UserError: an unknown gallery, or a number below 1.
+  """
+
+  layer: str
+  gallery: str
+  queries: str | None
+  num_queries: int
+  num_shown: int
+  num_neighbours: int
+
+  def __post_init__(self):
+    if self.gallery not in ("features", "bank"):
+      raise UserError(f"retrieval.gallery={self.gallery!r} is not possible: choose features or bank")
+    for name in ("num_queries", "num_shown", "num_neighbours"):
+      if getattr(self, name) < 1:
+        raise UserError(f"retrieval.{name}={getattr(self, name)}; choose 1 or more")
 
 
 class Vectors(NamedTuple):
@@ -55,9 +90,29 @@ class Vectors(NamedTuple):
   num_broken: int
 
 
-def measure_retrieval(model: Model, gallery: Pictures, queries: Pictures, *, mesh: Mesh, layer: str,
-                      bank: np.ndarray | None, num_queries: int, num_shown: int, num_neighbours: int, seed: int,
-                      same_split: bool, picture_path: str | os.PathLike) -> Outcome:
+class Found(NamedTuple):
+  """What the search of the gallery gives.
+
+  Attributes:
+    similarity: f32[Q, n], nearest first.
+    ids: i32[Q, n], the records' numbers.
+    labels: i32[N], by the record's number; -1: unlabelled or not read.
+    blocks: the gallery's vectors, see `_ranking_precisions`; empty without labels.
+    num_gallery: pictures that could be read.
+    num_broken: those that could not.
+  """
+
+  similarity: np.ndarray
+  ids: np.ndarray
+  labels: np.ndarray
+  blocks: list[tuple[np.ndarray, np.ndarray]]
+  num_gallery: int
+  num_broken: int
+
+
+def measure_retrieval(model: Model, gallery: Pictures, queries: Pictures, settings: RetrievalSettings, *, mesh: Mesh,
+                      bank: np.ndarray | None, seed: int, same_split: bool,
+                      picture_path: str | os.PathLike) -> Outcome:
   """Returns how well a picture finds its like by cosine similarity; writes some queries and what they found as a PNG.
 
   The figures: `queries`, those shown, each with `name`, `index`, `class` and `neighbours` (the same and `similarity`,
@@ -79,93 +134,52 @@ def measure_retrieval(model: Model, gallery: Pictures, queries: Pictures, *, mes
     gallery: the pictures that are found.
     queries: the pictures for which others are sought.
     mesh: the devices.
-    layer: one of `layers.layer_names`, or "embedding". With a bank it is "embedding" in any case.
     bank: f32[N, D], the memory bank's rows in the order of the gallery's pictures, instead of their features; a row of
       zeros (a picture that could not be read) is never found. None: features.
-    num_queries: so many readable pictures, chosen by `seed`, the same on every machine; all where there are fewer.
-    num_shown: of them on the PNG.
-    num_neighbours: of each on the PNG.
     seed: any integer.
     same_split: queries and gallery are the same pictures; then none finds itself.
     picture_path: the PNG, written by the first process; its folder is created.
 
   Raises:
-    UserError: unknown layer, a number below 1, a bank of other pictures, or no readable pictures.
+    UserError: unknown layer, a bank of other pictures, or no readable pictures.
   """
-  layer = layer if bank is None else EMBEDDING
-  check_layers(model.network, (layer,), field="retrieval.layer")
-  for name, number in (("num_queries", num_queries), ("num_shown", num_shown), ("num_neighbours", num_neighbours)):
-    if number < 1:
-      raise UserError(f"retrieval.{name}={number}; choose 1 or more")
+  layer = settings.layer if bank is None else EMBEDDING
+  check_features(model, (layer,), image_size=gallery.image_size, field="retrieval.layer")
   if bank is not None and len(bank) != len(gallery):
     raise UserError(f"a memory bank of {len(bank)} pictures, but the gallery has {len(gallery)}; "
                     "take the pictures that the run was trained on")
-  asked = _read_queries(model, queries, mesh=mesh, layer=layer, num_queries=num_queries, seed=seed)
+  asked = _read_queries(model, queries, mesh=mesh, layer=layer, num_queries=settings.num_queries, seed=seed)
   no_labels = _why_no_labels(gallery.source, queries.source)
+  found = _search(asked, _read_gallery(model, gallery, bank, mesh=mesh, layer=layer, labelled=not no_labels),
+                  len(gallery), depth=max(DEPTH, settings.num_neighbours), same_split=same_split,
+                  keep=not no_labels, mesh=mesh)
 
-  # One more than needed, to leave out the query itself.
-  depth = min(max(DEPTH, num_neighbours), len(gallery) - same_split)
-  nearest = Nearest(asked.rows, k=depth + same_split, mesh=mesh)
-  dim = asked.rows.shape[1]
-  labels = np.full(len(gallery), -1, np.int32)
-  num_gallery = num_broken = 0
-  blocks = []
-  with Progress("retrieval: gallery", len(gallery)) as progress:
-    def rows():
-      nonlocal num_gallery, num_broken
-      for part in _read_gallery(model, gallery, bank, mesh=mesh, layer=layer, labelled=not no_labels):
-        labels[part.index] = part.labels
-        num_gallery += len(part.index)
-        num_broken += part.num_broken
-        yield part.rows, part.index
-        progress.update(len(part.index) + part.num_broken)
-
-    for block in gather_blocks(rows(), num_references=len(gallery), dim=dim, mesh=mesh):
-      nearest.visit(*block)
-      if not no_labels:
-        blocks.append(block)
-  if num_gallery <= same_split:
-    raise UserError(f"the gallery has {num_gallery} pictures that can be read of {len(gallery)}, none to be found")
-  depth = min(depth, num_gallery - same_split)
-  neighbours = nearest.result()
-  if same_split:
-    neighbours = _without(neighbours, asked.index)
-  similarity, found = (x[:, :depth] for x in neighbours)
-
-  shown = slice(0, num_shown)
   figures = {
     "layer": layer,
     "gallery": "features" if bank is None else "bank",
     "similarity": "cosine",
     "labels": no_labels or "classes",
     "num_queries": len(asked.index),
-    "num_gallery": num_gallery,
+    "num_gallery": found.num_gallery,
     "num_broken_queries": asked.num_broken,
-    "num_broken_gallery": num_broken,
-    "dim": dim,
+    "num_broken_gallery": found.num_broken,
+    "dim": asked.rows.shape[1],
     "seed": seed,
-    "mean_similarity_of_nearest": float(similarity[:, 0].mean()),
+    "mean_similarity_of_nearest": float(found.similarity[:, 0].mean()),
   }
   table, curve = {"similarity of the nearest": figures["mean_similarity_of_nearest"]}, None
   if not no_labels:
-    own = asked.index if same_split else np.full(len(asked.index), -1)
-    precision = _average_precision(asked, own, blocks, labels, mesh=mesh)
-    judged = np.isfinite(precision)
-    if judged.any():
-      hits = (labels[found] == asked.labels[:, None])[judged, :DEPTH]
-      at = np.cumsum(hits, axis=1).mean(axis=0) / np.arange(1, hits.shape[1] + 1)
-      figures |= {
-        "num_judged": int(judged.sum()),
-        "mean_average_precision": float(precision[judged].mean()),
-        "precision_at": {str(size): float(at[size - 1]) for size in ladder(len(at))},
-      }
-      table = {"mean average precision": figures["mean_average_precision"],
+    num_judged, mean, at = _precisions(asked, found, same_split=same_split, mesh=mesh)
+    if num_judged:
+      figures |= {"num_judged": num_judged, "mean_average_precision": mean,
+                  "precision_at": {str(size): float(at[size - 1]) for size in ladder(len(at))}}
+      table = {"mean average precision": mean,
                **{f"precision at {size}": float(at[size - 1]) for size in (1, 10) if size <= len(at)}}
       curve = Curve("neighbours n", "precision at n", list(range(1, len(at) + 1)), at.tolist(), log_x=True)
     else:
       figures["labels"] = "none: no query has a picture of its class in the gallery"
-  figures["queries"] = _describe(gallery.source, queries.source, asked.index[shown], asked.labels[shown],
-                                 similarity[shown, :num_neighbours], found[shown, :num_neighbours], labels)
+  figures["queries"] = _describe(gallery.source, queries.source, asked, found, num_shown=settings.num_shown,
+                                 num_neighbours=settings.num_neighbours)
   if jax.process_index() == 0:
     _save_picture(picture_path, gallery, queries, figures)
   figures["written"] = [str(picture_path)]
@@ -216,6 +230,64 @@ def _read_gallery(model, gallery, bank, *, mesh, layer, labelled) -> Iterator[Ve
     yield Vectors(unit_norm(rows[usable]), index, labels[index], int(np.count_nonzero(~usable)))
 
 
+def _search(asked: Vectors, parts: Iterator[Vectors], num_pictures: int, *, depth: int, same_split: bool, keep: bool,
+            mesh: Mesh) -> Found:
+  """Returns the neighbours of each query, at most `depth`.
+
+  Args:
+    asked: the queries.
+    parts: the gallery, by rising index.
+    num_pictures: of the gallery, those that cannot be read among them.
+    depth: n, or fewer in a small gallery.
+    same_split: no query finds itself.
+    keep: the gallery's vectors are returned, too.
+    mesh: the devices.
+
+  Raises:
+    UserError: the gallery has no picture to be found.
+  """
+  # One more than needed, to leave out the query itself.
+  depth = min(depth, num_pictures - same_split)
+  nearest = Nearest(asked.rows, k=depth + same_split, mesh=mesh)
+  labels = np.full(num_pictures, -1, np.int32)
+  num_gallery = num_broken = 0
+  blocks = []
+  with Progress("retrieval: gallery", num_pictures) as progress:
+    def rows():
+      nonlocal num_gallery, num_broken
+      for part in parts:
+        labels[part.index] = part.labels
+        num_gallery += len(part.index)
+        num_broken += part.num_broken
+        yield part.rows, part.index
+        progress.update(len(part.index) + part.num_broken)
+
+    for block in gather_blocks(rows(), num_references=num_pictures, dim=asked.rows.shape[1], mesh=mesh):
+      nearest.visit(*block)
+      if keep:
+        blocks.append(block)
+  if num_gallery <= same_split:
+    raise UserError(f"the gallery has {num_gallery} pictures that can be read of {num_pictures}, none to be found")
+  depth = min(depth, num_gallery - same_split)
+  neighbours = nearest.result()
+  if same_split:
+    neighbours = _without(neighbours, asked.index)
+  return Found(*(x[:, :depth] for x in neighbours), labels, blocks, num_gallery, num_broken)
+
+
+def _precisions(asked: Vectors, found: Found, *, same_split: bool, mesh: Mesh) -> tuple[int, float, np.ndarray]:
+  """Returns how many queries have a relevant picture in the gallery, the mean of their average precisions, and their
+  precision at 1, 2, ... neighbours, f64[n]; (0, NaN, nothing) if there is none."""
+  own = asked.index if same_split else np.full(len(asked.index), -1)
+  precision = _ranking_precisions(asked, own, found.blocks, found.labels, mesh=mesh)
+  judged = np.isfinite(precision)
+  if not judged.any():
+    return 0, math.nan, np.zeros(0)
+  hits = (found.labels[found.ids] == asked.labels[:, None])[judged, :DEPTH]
+  at = np.cumsum(hits, axis=1).mean(axis=0) / np.arange(1, hits.shape[1] + 1)
+  return int(judged.sum()), float(precision[judged].mean()), at
+
+
 def _without(neighbours: Neighbours, own: np.ndarray) -> Neighbours:
   """Leaves out each query itself, or where it was not found the last neighbour."""
   keep = neighbours.ids != own[:, None]
@@ -223,7 +295,7 @@ def _without(neighbours: Neighbours, own: np.ndarray) -> Neighbours:
   return Neighbours(*(x[keep].reshape(len(x), -1) for x in neighbours))
 
 
-def _average_precision(asked: Vectors, own, blocks, labels, *, mesh) -> np.ndarray:
+def _ranking_precisions(asked: Vectors, own, blocks, labels, *, mesh) -> np.ndarray:
   """Returns f64[Q], NaN for a query without a label or without a relevant picture in the gallery.
 
   Args:
@@ -247,13 +319,15 @@ def _average_precision(asked: Vectors, own, blocks, labels, *, mesh) -> np.ndarr
         others = (index >= 0) & (index != own[query])
         relevant = labels[index[others]] == asked.labels[query]
         if asked.labels[query] >= 0 and relevant.any():
-          found[query] = average_precision(similarity[query - start, others], relevant)
+          found[query] = ranking_precision(similarity[query - start, others], relevant)
       progress.update(len(rows))
   return found
 
 
-def average_precision(similarity: np.ndarray, relevant: np.ndarray) -> float:
-  """Returns the mean, over the relevant items, of the share of relevant ones among those ranked no lower.
+def ranking_precision(similarity: np.ndarray, relevant: np.ndarray) -> float:
+  """Returns the average precision as in information retrieval, in (0, 1].
+
+  It is the mean, over the relevant items, of the share of relevant ones among those ranked no lower.
 
   Args:
     similarity: f32[N]; the ranking falls with it, equals stay in their order.
@@ -274,15 +348,18 @@ def _make_score(mesh):
                  out_shardings=whole(mesh))
 
 
-def _describe(gallery, queries, asked, asked_labels, similarity, found, labels):
+def _describe(gallery, queries, asked, found, *, num_shown, num_neighbours):
+  """Returns the queries shown, with their neighbours, as JSON values."""
   def describe(source, index, label):
     return {"name": source.picture_name(int(index)), "index": int(index),
             "class": source.class_names[label] if label >= 0 else None}
 
+  shown, near = slice(0, num_shown), slice(0, num_neighbours)
   return [{**describe(queries, index, label),
-           "neighbours": [{**describe(gallery, other, labels[other]), "similarity": float(value)}
+           "neighbours": [{**describe(gallery, other, found.labels[other]), "similarity": float(value)}
                           for other, value in zip(others, values, strict=True)]}
-          for index, label, others, values in zip(asked, asked_labels, found, similarity, strict=True)]
+          for index, label, others, values in zip(asked.index[shown], asked.labels[shown], found.ids[shown, near],
+                                                  found.similarity[shown, near], strict=True)]
 
 
 def _save_picture(path, gallery, queries, figures):
@@ -303,3 +380,32 @@ def _read_pictures(of: Pictures, index) -> np.ndarray:
   """Returns u8[len(index), H, H, 3] under the test transform, black where a picture cannot be read."""
   batches = dataclasses.replace(of, source=Subset(of.source, index), batch_size=len(index)).test_batches()
   return np.concatenate([batch["image"] for batch in batches])
+
+
+def _measure(evaluation: Evaluation) -> Outcome:
+  queries = evaluation.either(evaluation.settings.queries, "retrieval.queries")
+  bank = None
+  if evaluation.settings.gallery == "bank":
+    run = evaluation.single_run()
+    with Checkpoints(run.folder / "checkpoints", keep=1) as checkpoints:
+      bank = checkpoints.restore_bank(run.step, Layout(run.meta["num_images"], run.meta["num_strata"]))
+  return measure_retrieval(
+    evaluation.subject.model, evaluation.train, queries, evaluation.settings, mesh=evaluation.mesh, bank=bank,
+    seed=evaluation.config.seed, same_split=queries is evaluation.train,
+    picture_path=beside(evaluation, "neighbours", "png"))
+
+
+def _check(evaluation: Evaluation) -> None:
+  """Raises UserError for an unknown layer, or a memory bank that is not there or of other pictures."""
+  check_features(evaluation.subject.model, (evaluation.settings.layer,), image_size=evaluation.train.image_size,
+                 field="retrieval.layer")
+  if evaluation.settings.gallery == "bank":
+    run, given = evaluation.single_run(), evaluation.train.source.fingerprint
+    if given != run.meta["data"]:
+      raise UserError(f"the bank of {run.label} is of other pictures than those given ({run.meta['data']!r}, and now "
+                      f"{given!r}); use --config.retrieval.gallery=features")
+
+
+PROTOCOL = Protocol(
+  RetrievalSettings, _measure, _check,
+  reading=Reading(lambda found: {"retrieval mAP": found["mean_average_precision"]}, needs_test=False))

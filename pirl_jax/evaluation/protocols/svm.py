@@ -4,6 +4,7 @@ After vissl (vissl/utils/svm_utils/svm_trainer.py) and the benchmark that the pa
 Letters: N training pictures, M held-out pictures, D numbers of a feature, C classes, G costs.
 """
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ from sklearn.svm import LinearSVC
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import extract_features
 from pirl_jax.evaluation.inputs import Pictures
-from pirl_jax.evaluation.layers import check_layers, layer_features
+from pirl_jax.evaluation.layers import layer_features, layer_names, named_layers
 from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
 from pirl_jax.figures.curves import Curve
 from pirl_jax.models.network import Model
 from pirl_jax.runtime.progress import Progress
@@ -30,11 +32,39 @@ PAPER_COSTS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, *(2.0*
 
 VISSL_COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)
 
+GRIDS = {"paper": PAPER_COSTS, "vissl": VISSL_COSTS}
+
+SMALL_PICTURES = 96
+"""Pixels up to which SVMs are fitted on the pooled features alone, if no layer is named."""
+
 MAX_ITER = 2_000
 """Iterations after which a fit ends without having converged."""
 
 MEMORY = 2**34
 """Bytes that the fits at work at the same time may take together; at least one always runs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SvmSettings:
+  """What the SVMs are fitted on, and how their cost is chosen.
+
+  Attributes:
+    layers: names with commas between them, see `svm_layers`.
+    costs: the name of the grid, of `GRIDS`.
+    num_folds: of the cross-validation, >= 2 (vissl: 3).
+
+  Raises:
+    UserError: an unknown grid, or too few folds.
+  """
+
+  layers: str
+  costs: str
+  num_folds: int
+
+  def __post_init__(self):
+    check_grid(self.costs, field="svm.costs")
+    if self.num_folds < 2:
+      raise UserError(f"svm.num_folds={self.num_folds}; cross-validation needs 2 or more (vissl: 3)")
 
 
 class Examples(NamedTuple):
@@ -85,8 +115,8 @@ class Machines(NamedTuple):
     return (features @ self.weight + self.bias[None, :]).T
 
 
-def measure_svm(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh, layers: Sequence[str],
-                costs: Sequence[float], num_folds: int, seed: int) -> Outcome:
+def measure_svm(model: Model, train: Pictures, test: Pictures, settings: SvmSettings, *, mesh: Mesh,
+                seed: int) -> Outcome:
   """Returns the mean average precision of linear SVMs on the features of each layer.
 
   Whole pictures, squashed to a square (`crops.squash_resize`, with the pictures' crop fraction). The cost of a class is
@@ -107,19 +137,15 @@ def measure_svm(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh, la
     model: the frozen network.
     train: the pictures that the SVMs are fitted on.
     test: the pictures that they are judged on.
+    settings: layers, grid and folds.
     mesh: the devices.
-    layers: of `layers.layer_names`, or "embedding".
-    costs: the grid, for example `PAPER_COSTS`; above 0.
-    num_folds: of the cross-validation, >= 2 (vissl: 3).
     seed: LinearSVC's random_state; the solver used draws nothing.
 
   Raises:
-    UserError: unknown layer, impossible costs or folds, no labels, or no class with pictures enough.
+    UserError: unknown layer, no labels, or no class with pictures enough.
   """
-  check_layers(model.network, layers, field="svm.layers")
-  check_costs(costs, field="svm.costs")
-  if num_folds < 2:
-    raise UserError(f"svm.num_folds={num_folds}; cross-validation needs 2 or more (vissl: 3)")
+  layers = svm_layers(model, settings.layers, image_size=train.image_size, field="svm.layers")
+  costs, num_folds = GRIDS[settings.costs], settings.num_folds
   names = check_labels(train, test)
   choose_classes(names, train.source.targets(), test.source.targets(), least=num_folds)  # before all that takes long
   fit_on = read_examples(model, train, mesh=mesh, layers=layers, title="SVM: features of training pictures")
@@ -166,10 +192,20 @@ def measure_svm(model: Model, train: Pictures, test: Pictures, *, mesh: Mesh, la
   return Outcome(figures, table, Curve("class", "average precision", list(precision), list(precision.values())))
 
 
-def check_costs(costs: Sequence[float], *, field: str) -> None:
-  """Raises UserError, naming the config field, for a grid without costs or with one that is not above 0."""
-  if not costs or min(costs) <= 0:
-    raise UserError(f"{field}={tuple(costs)}: at least one cost is needed, and each is above 0")
+def check_grid(name: str, *, field: str) -> None:
+  """Raises UserError, naming the config field, for an unknown grid of costs."""
+  if name not in GRIDS:
+    raise UserError(f"{field}={name!r} is unknown; choose from {', '.join(GRIDS)}")
+
+
+def svm_layers(model: Model, names: str, *, image_size: int, field: str) -> tuple[str, ...]:
+  """Returns the layers that SVMs are fitted on: those named; else the pooled features of small pictures, or every map.
+
+  Raises:
+    UserError: see `layers.named_layers`, as are the arguments.
+  """
+  otherwise = ("pooled",) if image_size <= SMALL_PICTURES else layer_names(model.network)[:-1]
+  return named_layers(model, names, otherwise=otherwise, image_size=image_size, field=field)
 
 
 def check_labels(train: Pictures, test: Pictures) -> tuple[str, ...]:
@@ -340,13 +376,17 @@ def average_precision(targets: np.ndarray, scores: np.ndarray) -> float:
   return float(np.sum(np.diff(recall, prepend=0.0) * precision))
 
 
-def costs(name: str, field: str) -> tuple[float, ...]:
-  """Returns the grid of costs of that name.
+def _measure(evaluation: Evaluation) -> Outcome:
+  return measure_svm(evaluation.subject.model, evaluation.train, evaluation.labelled_test(), evaluation.settings,
+                     mesh=evaluation.mesh, seed=evaluation.config.seed)
 
-  Raises:
-    UserError: an unknown name.
-  """
-  grids = {"paper": PAPER_COSTS, "vissl": VISSL_COSTS}
-  if name not in grids:
-    raise UserError(f"{field}={name!r} is unknown; choose from {', '.join(grids)}")
-  return grids[name]
+
+def _check(evaluation: Evaluation) -> None:
+  svm_layers(evaluation.subject.model, evaluation.settings.layers, image_size=evaluation.train.image_size,
+                field="svm.layers")
+
+
+PROTOCOL = Protocol(
+  SvmSettings, _measure, _check,
+  reading=Reading(lambda found: {"SVM mAP of the best layer": found["mean_average_precision"]},
+                  ("SVM mAP", "mean_average_precision")))

@@ -67,8 +67,8 @@ def plain_features(model, layer):
 
 def exported(model, path, *, source=SOURCE, num_devices=1, batch_size=8, num_threads=0, layer="pooled"):
   pictures = Pictures(source, 16, 1.0, batch_size, num_threads)
-  return export.export_features(model, pictures, mesh=create_mesh(num_devices), layer=layer, path=path,
-                                format=path.suffix[1:])
+  settings = export.ExportSettings(layer=layer, splits=(), format=path.suffix[1:])
+  return export.export_features(model, pictures, settings, mesh=create_mesh(num_devices), path=path)
 
 
 def read(path):
@@ -247,7 +247,7 @@ def test_too_small_a_disk_is_seen_before(model, tmp_path, monkeypatch, ending, n
 def test_memory_does_not_grow_with_the_pictures(tmp_path, monkeypatch, ending):
   monkeypatch.setattr(export, "BLOCK_NUMBERS", 2**18)
   monkeypatch.setattr(export, "layer_features", lambda network, layers: wide)
-  monkeypatch.setattr(export, "check_layers", lambda *_, **__: None)
+  monkeypatch.setattr(export, "check_features", lambda *_, **__: None)
 
   def wide(variables, image):
     return {"pooled": jnp.tile(jnp.reshape(image, (image.shape[0], -1)), (1, 16))}  # 49 kB a picture

@@ -11,7 +11,7 @@ from pirl_jax.data.records import Record
 from pirl_jax.data.subsets import shuffled
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Pictures
-from pirl_jax.evaluation.protocols.invariance import NO_AUGMENTATION, measure_invariance
+from pirl_jax.evaluation.protocols.invariance import NO_AUGMENTATION, InvarianceSettings, measure_invariance
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Model, Network
@@ -47,9 +47,10 @@ def model():
 
 def measure(model, *, num_devices=1, source=None, batch_size=8, **changes):
   pictures = Pictures(source or Textures(21), 16, 0.8, batch_size, 0)
-  arguments = {"views_fn": VIEWS, "pretext_size": 18, "representation": "heads", "num_pictures": 13,
-               "num_transforms": 3, "num_bins": 40, "seed": 5}
-  return measure_invariance(model, pictures, mesh=create_mesh(num_devices), **(arguments | changes))
+  arguments = {"views_fn": VIEWS, "pretext_size": 18, "seed": 5}
+  given = {"split": None, "representation": "heads", "num_pictures": 13, "num_transforms": 3, "num_bins": 40}
+  settings = InvarianceSettings(**{name: changes.pop(name, value) for name, value in given.items()})
+  return measure_invariance(model, pictures, settings, mesh=create_mesh(num_devices), **(arguments | changes))
 
 
 def unit(x):

@@ -295,9 +295,9 @@ def exact_pictures(source, batch_size=32, num_threads=0):
 
 
 def exact_knn(train=TRAIN, test=TEST, *, num_devices=8, batch_size=32, num_threads=0, **changes):
-  return knn.measure_knn(
-    EXACT, exact_pictures(train, batch_size, num_threads), exact_pictures(test, batch_size, num_threads),
-    **{"mesh": create_mesh(num_devices), "layer": "pooled", "k": 60, "temperature": 0.07, **changes})
+  settings = knn.KnnSettings(**{"layer": "pooled", "k": 60, "temperature": 0.07, **changes})
+  return knn.measure_knn(EXACT, exact_pictures(train, batch_size, num_threads),
+                         exact_pictures(test, batch_size, num_threads), settings, mesh=create_mesh(num_devices))
 
 
 def test_measured_accuracy_is_that_of_the_formula(capsys):
@@ -386,8 +386,8 @@ def test_layers_of_a_network_against_scikit_learn(resnet, layer):
   by_devices = []
   for num_devices in (1, 8):
     train, test = (Pictures(source, 16, 1.0, 16 * num_devices, 0) for source in sources)
-    by_devices.append(knn.measure_knn(resnet, train, test, mesh=create_mesh(num_devices), layer=layer, k=20,
-                                      temperature=0.07).figures)
+    by_devices.append(knn.measure_knn(resnet, train, test, knn.KnnSettings(layer, 20, 0.07),
+                                      mesh=create_mesh(num_devices)).figures)
   assert by_devices[0]["top1_by_k"] == pytest.approx(by_devices[1]["top1_by_k"], abs=1.5 / 40)  # a tie may turn
 
   def features(source):
@@ -416,11 +416,11 @@ def test_memory_does_not_grow_with_the_training_pictures(monkeypatch):
   model = Model(Wide(), {})
 
   def peak(source):
-    arguments = dict(mesh=create_mesh(1), layer="pooled", k=5, temperature=0.07)
-    knn.measure_knn(model, exact_pictures(source), exact_pictures(TEST), **arguments)  # compiles
+    arguments = (model, exact_pictures(source), exact_pictures(TEST), knn.KnnSettings("pooled", 5, 0.07))
+    knn.measure_knn(*arguments, mesh=create_mesh(1))  # compiles
     tracemalloc.start()
     try:
-      knn.measure_knn(model, exact_pictures(source), exact_pictures(TEST), **arguments)
+      knn.measure_knn(*arguments, mesh=create_mesh(1))
       return tracemalloc.get_traced_memory()[1]
     finally:
       tracemalloc.stop()

@@ -9,7 +9,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.protocols.learning import format_table, measure_learning
+from pirl_jax.evaluation.protocols.learning import LearningSettings, format_learning, measure_learning
 from pirl_jax.runtime.mesh import create_mesh
 from pirl_jax.views.normalisation import normalise
 
@@ -54,8 +54,9 @@ TRAINED = {"params": {"look": np.eye(48, 3, dtype=np.float32)},
 
 def run(train, test, *, num_devices=4, k=200):
   return measure_learning(train, test, forward_fn=forward, stats_fn=stats, untrained=UNTRAINED,
-                          trained=TRAINED, momentum=0.5, mesh=create_mesh(num_devices), k=k, temperature=0.07,
-                          settings={"seed": 3, "checkpoint_step": 50, "train_data": "noise"})
+                          trained=TRAINED, momentum=0.5, mesh=create_mesh(num_devices),
+                          settings=LearningSettings(k, 0.07),
+                          about={"seed": 3, "checkpoint_step": 50, "train_data": "noise"})
 
 
 def scikit_accuracy(train, train_labels, test, test_labels, k):
@@ -104,8 +105,8 @@ def test_without_labels_it_says_so():
 
 
 def test_the_printed_table():
-  text = format_table({"raw_pixels": 0.1234, "untrained": 0.2, "trained": 1.0, "k_used": 200,
-                       "temperature": 0.07, "num_train": 4000, "num_test": 1000})
+  text = format_learning({"raw_pixels": 0.1234, "untrained": 0.2, "trained": 1.0, "k_used": 200,
+                          "temperature": 0.07, "num_train": 4000, "num_test": 1000})
   assert text.splitlines() == [
     "Is it learning? kNN top-1 (k=200, temperature 0.07), 1,000 held-out among 4,000 training pictures",
     "  raw pixels          12.3%",

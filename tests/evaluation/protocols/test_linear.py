@@ -15,16 +15,17 @@ from sklearn.linear_model import LogisticRegression
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation import training
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import layer_features
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocols import linear
 from pirl_jax.evaluation.protocols.linear import (
-  Recipe,
-  create_optimizer,
-  create_schedule,
-  create_state,
-  make_train_step,
+  LinearSettings,
+  create_classifiers,
+  linear_optimizer,
+  linear_rate,
+  linear_step,
 )
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Model, Network
@@ -34,9 +35,10 @@ from pirl_jax.views.normalisation import normalise
 
 SIZE = 16
 LAYERS = ("conv1", "res2", "res3", "res4", "pooled")
-RECIPE = Recipe(num_epochs=3, batch_size=32, learning_rate=0.4, schedule="steps", milestones=(1.0, 2.0),
-                decay_factor=0.1, momentum=0.9, nesterov=False, weight_decay=1e-3, head="bn", image_scale=(0.3, 1.0),
-                cached=False, seed=5)
+SEED = 5
+SETTINGS = LinearSettings(
+  layers="", num_epochs=3, batch_size=32, learning_rate=0.4, schedule="steps", milestones=(1 / 3, 2 / 3),
+  decay_factor=0.1, momentum=0.9, nesterov=False, weight_decay=1e-3, head="bn", image_scale=(0.3, 1.0), cached=False)
 TRAIN = TextureSource(112, size=SIZE, split="train")
 TEST = TextureSource(60, size=SIZE, split="test")
 
@@ -93,15 +95,16 @@ def maps_of(frozen, batch):
   return {name: batch[name] for name in SHAPES}
 
 
-def start(recipe, mesh, steps_per_epoch):
-  optimizer = create_optimizer(recipe, steps_per_epoch)
-  state = create_state(recipe.seed, SHAPES, optimizer, head=recipe.head, num_classes=CLASSES)
-  return jax.device_put(state, whole(mesh)), make_train_step(maps_of, optimizer, mesh, steps_per_epoch=steps_per_epoch)
+def start(settings, mesh, steps_per_epoch):
+  optimizer = linear_optimizer(settings, steps_per_epoch)
+  state = create_classifiers(SEED, SHAPES, optimizer, head=settings.head, num_classes=CLASSES)
+  return jax.device_put(state, whole(mesh)), training.make_classifier_step(
+    linear_step(maps_of, optimizer), mesh, steps_per_epoch=steps_per_epoch)
 
 
-def run_steps(recipe, num_devices, num_steps, *, steps_per_epoch=2):
+def run_steps(settings, num_devices, num_steps, *, steps_per_epoch=2):
   mesh = create_mesh(num_devices)
-  state, train_step = start(recipe, mesh, steps_per_epoch)
+  state, train_step = start(settings, mesh, steps_per_epoch)
   states, losses = [jax.device_get(state)], []
   frozen = jax.device_put({"trunk": np.ones(3, np.float32)}, whole(mesh))
   for step in range(num_steps):
@@ -112,7 +115,7 @@ def run_steps(recipe, num_devices, num_steps, *, steps_per_epoch=2):
   return states, losses
 
 
-def oracle_step(params, velocity, stats, x, batch, *, rate, recipe):
+def oracle_step(params, velocity, stats, x, batch, *, rate, settings):
   """One classifier's step in float64: batch norm, linear layer, cross-entropy, PyTorch's SGD. Changes its arguments."""
   kept = np.flatnonzero(batch["valid"])
   x = x[kept].astype(np.float64).reshape(len(kept), -1, x.shape[-1])  # [n, points, C]
@@ -144,9 +147,9 @@ def oracle_step(params, velocity, stats, x, batch, *, rate, recipe):
       grads["shift"] += back.sum(axis=0)
   for name, grad in grads.items():
     if name in ("kernel", "bias"):
-      grad = grad + recipe.weight_decay * params[name]
-    velocity[name] = recipe.momentum * velocity.get(name, 0) + grad
-    params[name] = params[name] - rate * (grad + recipe.momentum * velocity[name] if recipe.nesterov
+      grad = grad + settings.weight_decay * params[name]
+    velocity[name] = settings.momentum * velocity.get(name, 0) + grad
+    params[name] = params[name] - rate * (grad + settings.momentum * velocity[name] if settings.nesterov
                                           else velocity[name])
   return loss
 
@@ -159,9 +162,9 @@ def in_float64(tree):
 @pytest.mark.parametrize(("head", "nesterov"), [("bn", False), ("bn_affine", True), ("plain", True)])
 def test_steps_are_those_of_the_formula(head, nesterov, num_devices):
   # A batch of 16 at 1.6 for 256 is 0.1, and a hundredth from the third step on.
-  recipe = dataclasses.replace(RECIPE, batch_size=16, head=head, nesterov=nesterov, learning_rate=1.6,
-                               milestones=(1.0,), decay_factor=0.01, weight_decay=0.05)
-  states, losses = run_steps(recipe, num_devices, 4)
+  settings = dataclasses.replace(SETTINGS, batch_size=16, head=head, nesterov=nesterov, learning_rate=1.6,
+                                 milestones=(1 / 3,), decay_factor=0.01, weight_decay=0.05)
+  states, losses = run_steps(settings, num_devices, 4)
   assert {name: set(head_params) for name, head_params in states[0]["params"].items()} == dict.fromkeys(
     SHAPES, {"kernel", "bias", "scale", "shift"} if head == "bn_affine" else {"kernel", "bias"})
   # On one device 14 pictures are read; on eight, devices 1 and 6 have half of the others' count.
@@ -172,7 +175,7 @@ def test_steps_are_those_of_the_formula(head, nesterov, num_devices):
     for step in range(4):
       batch = make_batch(step)
       expected.append(oracle_step(params, velocity, stats, batch[name], batch, rate=0.1 if step < 2 else 0.001,
-                                  recipe=recipe))
+                                  settings=settings))
       np.testing.assert_allclose(losses[step][name], expected[-1], rtol=1e-4)
       close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
       jax.tree.map(close, states[step + 1]["params"][name], params)
@@ -185,9 +188,9 @@ def test_steps_are_those_of_the_formula(head, nesterov, num_devices):
 
 
 def test_a_batch_that_cannot_be_read_leaves_statistics_and_parameters():
-  recipe = dataclasses.replace(RECIPE, weight_decay=0.0, head="bn_affine")
+  settings = dataclasses.replace(SETTINGS, weight_decay=0.0, head="bn_affine")
   mesh = create_mesh(8)
-  state, train_step = start(recipe, mesh, 4)
+  state, train_step = start(settings, mesh, 4)
   before = jax.device_get(state)
   state, losses = train_step(state, {"trunk": jnp.ones(3)}, jax.device_put(make_batch(0, broken=range(16)),
                                                                           split(mesh)))
@@ -197,8 +200,8 @@ def test_a_batch_that_cannot_be_read_leaves_statistics_and_parameters():
 
 
 def test_a_classifier_starts_small_and_alike_whichever_others_there_are():
-  optimizer = create_optimizer(RECIPE, 1)
-  create = functools.partial(create_state, optimizer=optimizer, head="bn_affine", num_classes=50)
+  optimizer = linear_optimizer(SETTINGS, 1)
+  create = functools.partial(create_classifiers, optimizer=optimizer, head="bn_affine", num_classes=50)
   both, alone, other = create(3, SHAPES), create(3, {"vector": (7,)}), create(4, SHAPES)
   jax.tree.map(np.testing.assert_array_equal, both["params"]["vector"], alone["params"]["vector"])
   kernel, bias, scale, shift = (both["params"]["map"][name] for name in ("kernel", "bias", "scale", "shift"))
@@ -210,20 +213,20 @@ def test_a_classifier_starts_small_and_alike_whichever_others_there_are():
 
 def test_learning_rate_falls_at_the_milestones():
   # The paper: 28 epochs, 0.01 for 256 pictures, divided by ten at two equally spaced points.
-  recipe = dataclasses.replace(RECIPE, num_epochs=28, batch_size=256, learning_rate=0.01,
-                               milestones=(56 / 3, 28 / 3))
-  rates = [float(create_schedule(recipe, 3)(step)) for step in range(84)]
+  settings = dataclasses.replace(SETTINGS, num_epochs=28, batch_size=256, learning_rate=0.01,
+                                 milestones=(2 / 3, 1 / 3))
+  rates = [float(linear_rate(settings, 3)(step)) for step in range(84)]
   np.testing.assert_allclose(rates, [0.01] * 28 + [0.001] * 28 + [0.0001] * 28, rtol=1e-6)
-  vissl = dataclasses.replace(recipe, batch_size=64, milestones=(8.0, 16.0, 24.0))
-  rates = [float(create_schedule(vissl, 2)(step)) for step in range(56)]
+  vissl = dataclasses.replace(settings, batch_size=64, milestones=(2 / 7, 4 / 7, 6 / 7))
+  rates = [float(linear_rate(vissl, 2)(step)) for step in range(56)]
   np.testing.assert_allclose(rates, [0.0025 * 0.1**(step // 16) for step in range(56)], rtol=1e-6)
-  constant = create_schedule(dataclasses.replace(recipe, milestones=()), 3)
+  constant = linear_rate(dataclasses.replace(settings, milestones=()), 3)
   assert float(constant(80)) == np.float32(0.01)
 
 
 def test_cosine_ends_at_zero():
-  recipe = dataclasses.replace(RECIPE, num_epochs=4, batch_size=512, learning_rate=0.3, schedule="cosine")
-  schedule = create_schedule(recipe, 5)
+  settings = dataclasses.replace(SETTINGS, num_epochs=4, batch_size=512, learning_rate=0.3, schedule="cosine")
+  schedule = linear_rate(settings, 5)
   for step in range(21):
     assert float(schedule(step)) == pytest.approx(0.6 * (1 + math.cos(math.pi * step / 20)) / 2, abs=1e-6)
 
@@ -232,9 +235,9 @@ def test_cosine_ends_at_zero():
 
 def measure(folder, *, num_devices=8, train=TRAIN, test=TEST, layers=LAYERS, num_threads=1, model=None, **changes):
   pictures = [Pictures(source, SIZE, 1.0, 16, num_threads) for source in (train, test)]
-  settings = {field.name: getattr(RECIPE, field.name) for field in dataclasses.fields(RECIPE)} | changes
-  return linear.measure_linear(model or pretrained(), *pictures, mesh=create_mesh(num_devices), layers=layers,
-                               snapshot_folder=folder, **settings)
+  settings = dataclasses.replace(SETTINGS, layers=",".join(layers), **changes)
+  return linear.measure_linear(model or pretrained(), *pictures, settings, mesh=create_mesh(num_devices), seed=SEED,
+                               snapshot_folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -327,8 +330,8 @@ def test_trained_to_the_end_it_is_scikit_learns_logistic_regression(tmp_path, mo
   train_set, test_set = coloured(TRAIN, 1), coloured(TEST, 2)
   decay, channels = 0.02, 64
   saved = []
-  train = linear._train
-  monkeypatch.setattr(linear, "_train", lambda *args, **kw: saved.append(train(*args, **kw)) or saved[-1])
+  train = training.train_classifier
+  monkeypatch.setattr(training, "train_classifier", lambda *args, **kw: saved.append(train(*args, **kw)) or saved[-1])
   outcome = measure(tmp_path, num_devices=1, train=train_set, test=test_set, layers=(layer,), batch_size=112,
                     num_epochs=800, schedule="cosine", learning_rate=rate * 256 / 112, nesterov=True,
                     weight_decay=decay, head=head, cached=True)
@@ -399,8 +402,8 @@ def test_broken_pictures_weigh_nothing_in_training(tmp_path):
 
 def test_broken_and_unlabelled_test_pictures_are_not_judged(tmp_path, monkeypatch):
   saved = []
-  train = linear._train
-  monkeypatch.setattr(linear, "_train", lambda *args, **kw: saved.append(train(*args, **kw)) or saved[-1])
+  train = training.train_classifier
+  monkeypatch.setattr(training, "train_classifier", lambda *args, **kw: saved.append(train(*args, **kw)) or saved[-1])
   test = Changed(TEST, damaged=(1, 59), unlabelled=(1, 2, 30))
   found = measure(tmp_path, test=test, layers=("pooled",), cached=True)
   assert (found.figures["num_test"], found.figures["num_broken_test"]) == (56, 2)
@@ -441,8 +444,8 @@ class Stops(Changed):
 
 
 def test_an_interrupted_measurement_goes_on_where_it_was(tmp_path, monkeypatch, capsys, measured):
-  monkeypatch.setattr(linear, "SNAPSHOT_SECONDS", 0)
-  monkeypatch.setattr(linear, "CHECK_STEPS", 2)
+  monkeypatch.setattr(training, "SNAPSHOT_SECONDS", 0)
+  monkeypatch.setattr(training, "CHECK_STEPS", 2)
   arguments = dict(head="bn_affine", nesterov=True, num_threads=0)
   # Three steps an epoch: stopped in the sixth after the snapshot of the fourth, in the middle of the second epoch; then
   # in the ninth after that of the eighth, in the middle of the last one, of which the mean loss is a figure.
@@ -458,7 +461,7 @@ def test_an_interrupted_measurement_goes_on_where_it_was(tmp_path, monkeypatch, 
 
 
 def test_an_interrupted_measurement_goes_on_with_the_cache(tmp_path, monkeypatch, capsys, measured):
-  monkeypatch.setattr(linear, "SNAPSHOT_SECONDS", 0)
+  monkeypatch.setattr(training, "SNAPSHOT_SECONDS", 0)
   place, placed = linear.batches.place, []
 
   def stop(batch, mesh):
@@ -530,7 +533,6 @@ def test_a_cache_that_is_too_large_is_refused_before_a_picture_is_read(tmp_path,
   ({"test": Changed(TEST, class_names=("a", *TEST.class_names[1:]))}, "different: a, "),
   ({"test": Changed(TEST, class_names=TEST.class_names[::-1])}, "different: the order"),
   ({"layers": ("res2", "res9")}, "linear.layers names the layer 'res9'; this network has conv1, res2"),
-  ({"layers": ()}, "linear.layers is empty"),
   ({"batch_size": 20}, "batch_size=20 does not divide among 8 devices; try --config.linear.batch_size=16"),
   ({"batch_size": 120}, "only 112 training pictures with a label.*try --config.linear.batch_size=112"),
   ({"train": Changed(TRAIN, kept=np.arange(5)), "batch_size": 8}, "only 5 training pictures.*8 devices need 8"),
@@ -540,7 +542,7 @@ def test_a_cache_that_is_too_large_is_refused_before_a_picture_is_read(tmp_path,
   ({"learning_rate": float("nan")}, "linear.learning_rate=nan"),
   ({"schedule": "linear"}, "linear.schedule='linear' is not possible: choose from steps, cosine"),
   ({"milestones": (0.0,)}, r"linear.milestones=\(0.0,\)"),
-  ({"milestones": (1.0, 3.0)}, "within the 3 epochs"),
+  ({"milestones": (1 / 3, 1.0)}, "shares of the 3 epochs, between 0 and 1"),
   ({"decay_factor": 0.0}, "linear.decay_factor=0.0"),
   ({"momentum": 1.0}, "linear.momentum=1.0"),
   ({"weight_decay": -1.0}, "linear.weight_decay=-1.0"),
@@ -549,7 +551,8 @@ def test_a_cache_that_is_too_large_is_refused_before_a_picture_is_read(tmp_path,
 ])
 @pytest.mark.parametrize("cached", [False, True])
 def test_what_cannot_be_is_refused_before_anything_is_trained(tmp_path, monkeypatch, cached, changes, message):
-  for name in ("_train", "stream_features", "layer_features"):
+  monkeypatch.setattr(training, "train_classifier", None)
+  for name in ("stream_features", "layer_features"):
     monkeypatch.setattr(linear, name, None)
   with pytest.raises(UserError, match=message):
     measure(tmp_path, cached=cached, **changes)

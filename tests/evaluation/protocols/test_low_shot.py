@@ -17,12 +17,20 @@ from pirl_jax.runtime.mesh import create_mesh
 
 COSTS = (1.0, 0.01, 30.0)
 
+
+@pytest.fixture(autouse=True)
+def few_costs(monkeypatch):
+  monkeypatch.setitem(low_shot.GRIDS, "few", COSTS)
+
+
 model = test_svm.model
 
 
 def measure(model, train, test, *, num_devices=1, **changes):
-  arguments = {"layers": ("pooled",), "costs": COSTS, "shots": (1, 2, 4), "num_draws": 3, "seed": 5, **changes}
-  return low_shot.measure_low_shot(model, train, test, mesh=create_mesh(num_devices), **arguments)
+  given = {"layers": "pooled", "costs": "few", "shots": (1, 2, 4), "num_draws": 3}
+  settings = low_shot.LowShotSettings(**{name: changes.pop(name, value) for name, value in given.items()})
+  return low_shot.measure_low_shot(model, train, test, settings, mesh=create_mesh(num_devices),
+                                   **{"seed": 5, **changes})
 
 
 def by_hand(model, train, test, layer, *, shots, num_draws, seed):
@@ -128,7 +136,7 @@ def test_devices_and_threads_change_nothing(model, monkeypatch):
 
 def test_several_layers(model):
   outcome = measure(model, pictures(TextureSource, 60, "train"), pictures(TextureSource, 30, "test"),
-                    layers=("conv1", "pooled"), shots=(2, 1, 2))
+                    layers="conv1,pooled", shots=(2, 1, 2))
   assert list(outcome.table) == ["conv1, k=1", "conv1, k=2", "pooled, k=1", "pooled, k=2"]
   best = max(("conv1", "pooled"), key=lambda layer: outcome.table[f"{layer}, k=1"] + outcome.table[f"{layer}, k=2"])
   assert outcome.figures["best_layer"] == best and outcome.curve.y == [outcome.table[f"{best}, k={k}"] for k in (1, 2)]
@@ -158,8 +166,8 @@ def test_too_many_shots_are_left_out_with_a_word(model):
 
 
 @pytest.mark.parametrize("changes, said", [
-  ({"layers": ("res9",)}, "low_shot.layers names the layer 'res9'"),
-  ({"costs": (-1.0,)}, "low_shot.costs"),
+  ({"layers": "res9"}, "low_shot.layers names the layer 'res9'"),
+  ({"costs": "many"}, "low_shot.costs='many' is unknown; choose from paper, vissl"),
   ({"shots": ()}, "low_shot.shots"),
   ({"shots": (0, 1)}, "low_shot.shots"),
   ({"num_draws": 0}, "low_shot.num_draws=0"),

@@ -28,10 +28,12 @@ QUERIES = Arrays(45, seed=1, damaged=(44, 5), unlabelled=(7, 9))
 
 def measure(path, gallery=GALLERY, queries=QUERIES, *, num_devices=8, batch_size=32, num_threads=0, model=EXACT,
             **changes):
-  arguments = dict(layer="pooled", bank=None, num_queries=20, num_shown=3, num_neighbours=4, seed=0, same_split=False,
-                   picture_path=path / "neighbours.png")
+  arguments = dict(bank=None, seed=0, same_split=False, picture_path=path / "neighbours.png")
+  given = dict(layer="pooled", num_queries=20, num_shown=3, num_neighbours=4)
+  settings = retrieval.RetrievalSettings(gallery="features" if changes.get("bank") is None else "bank", queries=None,
+                                         **{name: changes.pop(name, value) for name, value in given.items()})
   of = [Pictures(source, 16, 1.0, batch_size, num_threads) for source in (gallery, queries)]
-  return retrieval.measure_retrieval(model, *of, mesh=create_mesh(num_devices), **{**arguments, **changes})
+  return retrieval.measure_retrieval(model, *of, settings, mesh=create_mesh(num_devices), **{**arguments, **changes})
 
 
 def chosen(source, num, *, seed=0):
@@ -65,9 +67,9 @@ def oracle_figures(rankings, gallery, queries, asked):
 def test_average_precision_by_hand():
   # Relevant at ranks 1, 3 and 4: (1 / 1 + 2 / 3 + 3 / 4) / 3.
   similarity, relevant = np.float32([0.1, 0.9, 0.5, 0.7, 0.6]), np.array([False, True, True, False, True])
-  assert retrieval.average_precision(similarity, relevant) == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
+  assert retrieval.ranking_precision(similarity, relevant) == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
   # All equal: in their order, ranks 2, 3 and 5.
-  assert retrieval.average_precision(np.zeros(5, np.float32), relevant) == pytest.approx((1 / 2 + 2 / 3 + 3 / 5) / 3)
+  assert retrieval.ranking_precision(np.zeros(5, np.float32), relevant) == pytest.approx((1 / 2 + 2 / 3 + 3 / 5) / 3)
 
 
 def test_average_precision_equals_scikit_learn():
@@ -76,7 +78,7 @@ def test_average_precision_equals_scikit_learn():
     similarity = rng.permutation(100).astype(np.float32) / 100  # without ties
     relevant = np.zeros(100, bool)
     relevant[rng.choice(100, num_relevant, replace=False)] = True
-    assert retrieval.average_precision(similarity, relevant) == pytest.approx(
+    assert retrieval.ranking_precision(similarity, relevant) == pytest.approx(
       average_precision_score(relevant, similarity), rel=1e-12)
 
 

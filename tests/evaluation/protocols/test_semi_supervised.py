@@ -15,10 +15,12 @@ from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.data.subsets import draw_subset
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation import training
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocols import semi_supervised
-from pirl_jax.evaluation.protocols.semi_supervised import Recipe, create_optimizer, create_schedule, make_train_step
+from pirl_jax.evaluation.protocols.semi_supervised import SemiSupervisedSettings, fine_tuning_step
+from pirl_jax.method.optimizer import create_optimizer
 from pirl_jax.models.classifier import Classifier, on_trunk
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Model, Network
@@ -27,8 +29,10 @@ from pirl_jax.runtime.mesh import AXIS, create_mesh, split, whole
 from pirl_jax.views.normalisation import normalise
 
 SIZE, CLASSES = 16, 10
-RECIPE = Recipe(num_epochs=3, batch_size=16, learning_rate=0.8, milestones=(1.0, 2.0), decay_factor=0.1, momentum=0.9,
-                nesterov=False, weight_decay=1e-3, image_scale=(0.3, 1.0), seed=5)
+SEED = 5
+SETTINGS = SemiSupervisedSettings(
+  fractions=(0.5, 0.1), balanced=False, num_epochs=3, batch_size=16, learning_rate=0.8, milestones=(1 / 3, 2 / 3),
+  decay_factor=0.1, momentum=0.9, nesterov=False, weight_decay=1e-3, image_scale=(0.3, 1.0))
 TRAIN = TextureSource(80, size=SIZE, split="train")
 TEST = TextureSource(50, size=SIZE, split="test")
 
@@ -61,23 +65,35 @@ def make_batch(step=0, *, broken=(3, 12)):
   return {"image": image.astype(np.uint8), "label": label, "valid": valid}
 
 
+def optimizer_of(settings):
+  return create_optimizer(training.falling_rate(settings, 1), momentum=settings.momentum,
+                          weight_decay=settings.weight_decay, nesterov=settings.nesterov)
+
+
+def step_fn(optimizer, mesh):
+  classifier = Classifier(pretrained().network.trunk.clone(batch_norm_axis=AXIS), CLASSES)
+  return training.make_classifier_step(fine_tuning_step(classifier, optimizer), mesh, steps_per_epoch=1)
+
+
+def start(optimizer):
+  variables = classifier_variables()
+  return training.begin_training({**variables, "opt_state": optimizer.init(variables["params"])}, ("",))
+
+
 @functools.cache
 def steps(num_devices, num_steps, rate=0.0):
-  """The states after each step with the recipe, or with plain SGD of that rate, and the metrics."""
+  """The states after each step with the settings, or with plain SGD of that rate, and the losses."""
   mesh = create_mesh(num_devices)
-  optimizer = optax.sgd(rate) if rate else create_optimizer(RECIPE, steps_per_epoch=1)
-  train_step = make_train_step(Classifier(pretrained().network.trunk.clone(batch_norm_axis=AXIS), CLASSES), optimizer,
-                               mesh)
-  variables = classifier_variables()
-  state = jax.device_put({**variables, "opt_state": optimizer.init(variables["params"])}, whole(mesh))
-  state = jax.tree.map(jnp.copy, state)
-  states, metrics = [], []
+  optimizer = optax.sgd(rate) if rate else optimizer_of(SETTINGS)
+  train_step = step_fn(optimizer, mesh)
+  state = jax.tree.map(jnp.copy, jax.device_put(start(optimizer), whole(mesh)))
+  states, losses = [], []
   for step in range(num_steps):
-    state, figures = train_step(state, jax.device_put(make_batch(step), split(mesh)))
+    state, loss = train_step(state, {}, jax.device_put(make_batch(step), split(mesh)))
     states.append(jax.device_get(state))
-    metrics.append(jax.device_get(figures))
+    losses.append(jax.device_get(loss)[""])
   assert train_step._cache_size() == 1
-  return states, metrics
+  return states, losses
 
 
 def forward(variables, batch):
@@ -100,9 +116,9 @@ def test_gradients_are_those_of_the_mean_over_the_pictures_that_can_be_read(num_
     return -jnp.mean(log_probabilities), stats
 
   (loss, stats), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(variables["params"])
-  (state,), (metrics,) = steps(num_devices, 1, rate=1.0)
-  np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
-  assert metrics["num_read"] == 14
+  (state,), (found,) = steps(num_devices, 1, rate=1.0)
+  np.testing.assert_allclose(found, loss, rtol=1e-5)
+  assert state["epoch"]["num_read"] == 14
   found = jax.tree.map(lambda old, new: old - new, variables["params"], state["params"])
   largest = max(np.abs(x).max() for x in jax.tree.leaves(grads))
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5 * largest), found, grads)
@@ -122,9 +138,9 @@ def test_linear_layer_learns_by_the_formula():
     error = probabilities - np.eye(CLASSES)[batch["label"][i]]
     kernel += np.outer(pooled[i], error) / 14
     bias += error / 14
-  (state,), (metrics,) = steps(8, 1, rate=1.0)
+  (state,), (loss,) = steps(8, 1, rate=1.0)
   linear, moved = variables["params"]["linear"], state["params"]["linear"]
-  np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+  np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-5)
   np.testing.assert_allclose(linear["kernel"] - moved["kernel"], kernel, rtol=1e-3, atol=1e-5 * np.abs(kernel).max())
   np.testing.assert_allclose(linear["bias"] - moved["bias"], bias, rtol=1e-3, atol=1e-6)
 
@@ -136,13 +152,11 @@ def test_steps_are_the_same_on_one_device_and_on_eight():
 
 
 def test_a_batch_without_a_readable_picture_changes_no_parameter():
-  trunk = pretrained().network.trunk.clone(batch_norm_axis=AXIS)
-  mesh, optimizer, variables = create_mesh(8), optax.sgd(1.0), classifier_variables()
-  state = jax.device_put({**variables, "opt_state": optimizer.init(variables["params"])}, whole(mesh))
-  train_step = make_train_step(Classifier(trunk, CLASSES), optimizer, mesh)
-  state, metrics = train_step(state, jax.device_put(make_batch(broken=range(16)), split(mesh)))
-  assert (metrics["loss"], metrics["num_read"]) == (0, 0)
-  jax.tree.map(np.testing.assert_array_equal, state["params"], variables["params"])
+  mesh, optimizer = create_mesh(8), optax.sgd(1.0)
+  state, losses = step_fn(optimizer, mesh)(jax.device_put(start(optimizer), whole(mesh)), {},
+                                           jax.device_put(make_batch(broken=range(16)), split(mesh)))
+  assert losses == {"": 0} and training.epoch_means(state) == ({"": 0}, 0)
+  jax.tree.map(np.testing.assert_array_equal, state["params"], classifier_variables()["params"])
 
 
 def test_classifier_has_the_trunk_and_a_new_layer():
@@ -166,21 +180,21 @@ def test_a_bfloat16_trunk_keeps_float32_parameters():
 
 
 def test_learning_rate_is_scaled_with_the_batch_and_falls_at_the_milestones():
-  recipe = dataclasses.replace(RECIPE, batch_size=64, learning_rate=0.4, milestones=(28 / 3, 4.0), decay_factor=0.1)
-  schedule = create_schedule(recipe, steps_per_epoch=3)
+  settings = dataclasses.replace(SETTINGS, num_epochs=12, batch_size=64, learning_rate=0.4,
+                                 milestones=(28 / 36, 1 / 3), decay_factor=0.1)
+  schedule = training.falling_rate(settings, steps_per_epoch=3)
   rates = [float(schedule(step)) for step in range(36)]
   np.testing.assert_allclose(rates, [0.1] * 12 + [0.01] * 16 + [0.001] * 8, rtol=1e-6)
   # Two milestones within one step are two falls.
-  schedule = create_schedule(dataclasses.replace(recipe, milestones=(1.0, 1.1)), steps_per_epoch=2)
+  schedule = training.falling_rate(dataclasses.replace(settings, milestones=(1 / 12, 1.1 / 12)), steps_per_epoch=2)
   np.testing.assert_allclose([float(schedule(step)) for step in (0, 1, 2)], [0.1, 0.1, 0.001], rtol=1e-6)
-  assert float(create_schedule(dataclasses.replace(recipe, milestones=()), 3)(1000)) == np.float32(0.1)
+  assert float(training.falling_rate(dataclasses.replace(settings, milestones=()), 3)(1000)) == np.float32(0.1)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_optimizer_is_pytorchs_rule(nesterov):
-  recipe = dataclasses.replace(RECIPE, batch_size=256, learning_rate=0.5, milestones=(2.0,), nesterov=nesterov,
-                               weight_decay=0.1)
-  optimizer = create_optimizer(recipe, steps_per_epoch=1)
+  optimizer = optimizer_of(dataclasses.replace(SETTINGS, batch_size=256, learning_rate=0.5, milestones=(2 / 3,),
+                                               nesterov=nesterov, weight_decay=0.1))
   rng = np.random.default_rng(0)
   params = {"kernel": rng.normal(size=(2, 3)).astype(np.float32), "bias": rng.normal(size=3).astype(np.float32)}
   state, expected = optimizer.init(params), {name: x.astype(np.float64) for name, x in params.items()}
@@ -198,13 +212,11 @@ def test_optimizer_is_pytorchs_rule(nesterov):
     np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-6)
 
 
-def measure(folder, *, num_devices=8, train=TRAIN, test=TEST, fractions=(0.5, 0.1), balanced=False, num_threads=1,
-            model=None, **changes):
+def measure(folder, *, num_devices=8, train=TRAIN, test=TEST, num_threads=1, model=None, **changes):
   pictures = [Pictures(source, SIZE, 1.0, 16, num_threads) for source in (train, test)]
-  settings = dataclasses.asdict(dataclasses.replace(RECIPE, **changes))
   return semi_supervised.measure_semi_supervised(
-    model or pretrained(), *pictures, mesh=create_mesh(num_devices), fractions=fractions, balanced=balanced,
-    snapshot_folder=folder, **settings)
+    model or pretrained(), *pictures, dataclasses.replace(SETTINGS, **changes), mesh=create_mesh(num_devices),
+    seed=SEED, snapshot_folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +277,7 @@ class Stops(TextureSource):
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch, capsys, measured):
-  monkeypatch.setattr(semi_supervised, "SNAPSHOT_SECONDS", 0)
+  monkeypatch.setattr(training, "SNAPSHOT_SECONDS", 0)
   expected, _ = measured
   # 24 pictures make the three epochs of the first share, then 32 an epoch: stopped in the third.
   with pytest.raises(RuntimeError, match="the machine is gone"):
@@ -278,7 +290,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch, c
 
 
 def test_an_evaluation_interrupted_while_judging_goes_on(tmp_path, monkeypatch, measured):
-  monkeypatch.setattr(semi_supervised, "SNAPSHOT_SECONDS", 0)
+  monkeypatch.setattr(training, "SNAPSHOT_SECONDS", 0)
   with monkeypatch.context() as patch, pytest.raises(TypeError):
     patch.setattr(semi_supervised, "_judge", None)
     measure(tmp_path, fractions=(0.1,))
@@ -323,9 +335,9 @@ def test_broken_pictures_are_counted_and_not_judged(tmp_path):
 
 def test_balanced_and_the_whole_set(tmp_path, monkeypatch):
   given = []
-  def fine_tune(model, train, indices, *, recipe, **_):
+  def fine_tune(model, train, indices, settings, **_):
     given.append(indices)
-    return None, {"batch_size": recipe.batch_size}
+    return None, {"batch_size": settings.batch_size}
   monkeypatch.setattr(semi_supervised, "_fine_tune", fine_tune)
   monkeypatch.setattr(semi_supervised, "_judge", lambda *_: {
     "top1": 0.5, "top5": 1.0, "num_test": 50, "num_broken_test": 0})
@@ -354,7 +366,9 @@ def test_test_pictures_are_judged_by_the_running_statistics():
   (256, 300, 8, 256), (256, 256, 8, 256), (256, 255, 8, 128), (256, 41, 8, 32), (256, 41, 1, 32), (48, 50, 8, 48),
   (48, 40, 8, 32), (256, 1, 1, 1)])
 def test_batch_size_is_as_asked_or_the_largest_power_of_two(asked, num_pictures, num_devices, expected):
-  assert semi_supervised._batch_size(asked, num_pictures, 0.1, create_mesh(num_devices)) == expected
+  settings = dataclasses.replace(SETTINGS, batch_size=asked)
+  found = semi_supervised._with_batches(settings, num_pictures, 0.1, create_mesh(num_devices))
+  assert found == dataclasses.replace(settings, batch_size=expected)
 
 
 class Without(TextureSource):
@@ -379,12 +393,13 @@ class Without(TextureSource):
   ({"fractions": ()}, "fractions is empty"),
   ({"fractions": (0.05,)}, "4 pictures, in batches of 4, which do not divide among 8 devices; use a power of two of "
                            "devices up to 4"),
-  ({"batch_size": 12}, "batch_size=12 does not divide among 8 devices; try 8"),
+  ({"batch_size": 12}, "batch_size=12 does not divide among 8 devices; try --config.semi_supervised.batch_size=8"),
   ({"batch_size": 0}, "batch_size=0"),
   ({"num_epochs": 0}, "num_epochs=0"),
   ({"learning_rate": 0.0}, "learning_rate=0.0"),
   ({"learning_rate": float("nan")}, "learning_rate=nan"),
   ({"milestones": (0.0,)}, "milestones="),
+  ({"milestones": (1.0,)}, "shares of the 3 epochs, between 0 and 1"),
   ({"decay_factor": 0.0}, "decay_factor=0.0"),
   ({"momentum": 1.0}, "momentum=1.0"),
   ({"weight_decay": -1.0}, "weight_decay=-1.0"),
@@ -397,7 +412,6 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(tmp_path, monkeypa
 
 
 def test_a_loss_that_is_not_finite_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(semi_supervised, "make_train_step", lambda *_: lambda state, batch: (
-    state, {"loss": jnp.float32(np.nan), "num_read": jnp.float32(8)}))
+  monkeypatch.setattr(training, "epoch_means", lambda _: ({"": math.nan}, 8))
   with pytest.raises(UserError, match="the loss is nan in epoch 1 at a learning rate of 0.8.*choose a lower"):
     measure(tmp_path, fractions=(0.1,))

@@ -23,6 +23,12 @@ from pirl_jax.runtime.mesh import create_mesh
 from pirl_jax.views.normalisation import normalise
 
 COSTS = (1.0, 0.01, 10.0, 0.1)
+
+
+@pytest.fixture(autouse=True)
+def few_costs(monkeypatch):
+  monkeypatch.setitem(svm.GRIDS, "few", COSTS)
+
 """Not in order: of equals the first of the grid is taken, not the lowest."""
 
 
@@ -153,15 +159,15 @@ def pipeline(model, train, test, layer, costs, *, keep=lambda source: np.arange(
 
 
 def measure(model, train, test, *, num_devices=1, **changes):
-  arguments = {"layers": ("pooled",), "costs": COSTS, "num_folds": 3, "seed": 0, **changes}
-  return svm.measure_svm(model, train, test, mesh=create_mesh(num_devices), **arguments)
+  settings = svm.SvmSettings(**{"layers": "pooled", "costs": "few", "num_folds": 3, **changes})
+  return svm.measure_svm(model, train, test, settings, mesh=create_mesh(num_devices), seed=0)
 
 
 def test_equals_scikit_learn_on_labels(model):
   train, test = pictures(TextureSource, 120, "train"), pictures(TextureSource, 60, "test")
   with warnings.catch_warnings():
     warnings.simplefilter("error")  # none may reach the user
-    outcome = measure(model, train, test, layers=("res3", "pooled"))
+    outcome = measure(model, train, test, layers="res3,pooled")
   for layer in ("res3", "pooled"):
     found = outcome.figures["layers"][layer]
     chosen, precision, decisions = pipeline(model, train.source, test.source, layer, COSTS)
@@ -285,9 +291,8 @@ def test_classes_with_too_few_pictures_are_left_out_with_a_word(model):
 
 
 @pytest.mark.parametrize("changes, said", [
-  ({"layers": ("res9",)}, "svm.layers names the layer 'res9'"),
-  ({"costs": ()}, "svm.costs"),
-  ({"costs": (1.0, 0.0)}, "svm.costs"),
+  ({"layers": "res9"}, "svm.layers names the layer 'res9'"),
+  ({"costs": "many"}, "svm.costs='many' is unknown; choose from paper, vissl"),
   ({"num_folds": 1}, "svm.num_folds=1"),
   ({"num_folds": 90}, "none of the 10 classes has enough.*training pictures show it, and 90 are needed"),
 ])
