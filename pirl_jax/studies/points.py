@@ -137,7 +137,8 @@ def create_trial(config: ConfigDict, point: Point, seed: int, root: Path) -> Tri
   """
   run_config = system_config(point.system, config.variant)
   evaluation = evaluations.get_config(config.evaluation)
-  for where, groups in (("", config),) if config.variant else (("embedded.", config.embedded), ("", config)):
+  embedded = [] if config.variant else [("embedded.", config.embedded)]
+  for where, groups in [*embedded, ("", config)]:
     of_system = groups.system_settings.get(point.system, ConfigDict())
     set_fields(run_config, given(groups.settings), where=f"{where}settings", fixed=OWN_FIELDS)
     set_fields(run_config, given(of_system), where=f"{where}system_settings.{point.system}", fixed=OWN_FIELDS)

@@ -99,7 +99,7 @@ def test_the_documents_show_their_commands():
 
 def test_the_sweep_of_the_documentation_runs_from_anywhere_and_goes_on(tmp_path):
   (tmp_path / "sweep.py").write_text(SWEEP)
-  tiny = {"num_epochs": 1, "batch_size": 32, "num_negatives": 32, "data.num_images": 128, "data.image_size": 16,
+  tiny = {"num_epochs": 2, "batch_size": 32, "num_negatives": 32, "data.num_images": 128, "data.image_size": 16,
           "jigsaw.crop_size": 18, "jigsaw.patch_size": 5, "model.dim": 16, "evaluate.num_images": 48,
           "evaluate.batch_size": 32}
   command = [
@@ -123,7 +123,7 @@ def test_the_sweep_of_the_documentation_runs_from_anywhere_and_goes_on(tmp_path)
     rows = list(csv.DictReader(file))
   assert [(row["series"], row["x"]) for row in rows] == [("PIRL", "0.05"), ("PIRL", "0.2"), ("NPID++", "0.2")]
   stored = json.loads((tmp_path / "runs" / "study" / "rate" / "study.json").read_text())
-  assert stored["config"]["settings.num_epochs"] == 1 and stored["config"]["evaluation_settings.knn.k"] == 20
+  assert stored["config"]["settings.num_epochs"] == 2 and stored["config"]["evaluation_settings.knn.k"] == 20
 
 
 @pytest.mark.parametrize("override, said", [
