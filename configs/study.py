@@ -63,7 +63,7 @@ def get_base() -> ConfigDict:
   config.title = ""  # above the figure and the table; "": NAME: EVALUATION
   config.panel_title = ""  # above the panel; "": the data and the network
   config.x_label = ""
-  config.y_label = ""  # "": the figure of the evaluation and its unit; the spread over the seeds is added
+  config.y_label = ""  # "": what the evaluation measures; the unit and the spread over the seeds are added
   config.log_x = False
   return config
 
