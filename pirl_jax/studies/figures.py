@@ -27,11 +27,13 @@ class Line:
     x: numbers, or names; a bar or interval stands under its own name instead.
     y: as many numbers.
     error: half the height of the error bar or band, as many numbers; None: none.
+    series: what it belongs to, if that has another name than the line itself: a series has one colour in all panels.
   """
 
   x: Sequence[float] | Sequence[str]
   y: Sequence[float]
   error: Sequence[float] | None = None
+  series: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +65,12 @@ DERIVED = ("derived: the model of table 5, 400 epochs and 4,096 negatives;\n"
            "the paper shows the other points in its picture alone")
 
 PAPER = {
-  "lambda": Panel(IMAGENET, "linear top-1, %", "lines", {"PIRL (derived)": Line([0.5], [62.2])},
+  "lambda": Panel(IMAGENET, "linear top-1, %", "lines", {"PIRL (derived)": Line([0.5], [62.2], series="PIRL")},
                   "lambda, weight of the pretext term", note=DERIVED),
   "permutations": Panel(
     "paper, ImageNet then VOC07, ResNet-50", "SVM mean average precision, %", "lines",
-    {"PIRL (derived)": Line([362_880], [79.8])}, "number of permutations", log_x=True, note=DERIVED),
-  "negatives": Panel(IMAGENET, "linear top-1, %", "lines", {"PIRL (derived)": Line([4_096], [62.2])},
+    {"PIRL (derived)": Line([362_880], [79.8], series="PIRL")}, "number of permutations", log_x=True, note=DERIVED),
+  "negatives": Panel(IMAGENET, "linear top-1, %", "lines", {"PIRL (derived)": Line([4_096], [62.2], series="PIRL")},
                      "number of negatives", log_x=True, note=DERIVED),
   "pretext": Panel(
     IMAGENET, "linear top-1 of the best layer, %", "bars",
@@ -87,7 +89,7 @@ PAPER = {
 
 
 def lines_panel(cells: Sequence[Cell], *, title: str, figure: str, x_label: str, log_x: bool, share: bool) -> Panel:
-  """Returns a line for each series, over the layers where the cells have some, else over `x` (a number).
+  """Returns a line for each point over the layers, or, of cells that have no layer, for each series over `x`, a number.
 
   Args:
     cells: of one figure, or of one in each layer.
@@ -98,42 +100,48 @@ def lines_panel(cells: Sequence[Cell], *, title: str, figure: str, x_label: str,
     share: the figures are shares, shown in per cent.
   """
   lines = {}
-  for series in dict.fromkeys(cell.series for cell in cells):
-    found = [cell for cell in cells if cell.series == series]
+  for cell in cells:
+    lines.setdefault(cell.label if cell.layer else cell.series, []).append(cell)
+  for name, found in lines.items():
     if not found[0].layer:
       found.sort(key=lambda cell: float(cell.x))
-    lines[series] = Line([cell.layer or float(cell.x) for cell in found], *_heights(found, share))
+    lines[name] = Line([cell.layer or float(cell.x) for cell in found], *_heights(found, share))
   return Panel(title, _y_label(figure, cells, share), "lines", lines, x_label, log_x)
 
 
-def bars_panels(cells: Sequence[Cell], *, title: str, reference: str, share: bool) -> list[Panel]:
+def bars_panels(cells: Sequence[Cell], *, title: str, figure: str, x_label: str, reference: str,
+                share: bool) -> list[Panel]:
   """Returns a bar for each point, and where there are several seeds the differences to the reference beside them.
 
   Args:
     cells: of one figure.
     title: of the panels.
+    figure: name of the figure.
+    x_label: of the axes.
     reference: label of a point, or "".
     share: the figures are shares, shown in per cent.
   """
   scale = 100 if share else 1
-  bars = {cell.label: Line([""], *_heights([cell], share)) for cell in cells}
-  panels = [Panel(title, _y_label(cells[0].figure, cells, share), "bars", bars)]
+  bars = {cell.label: Line([""], *_heights([cell], share), cell.series) for cell in cells}
+  panels = [Panel(title, _y_label(figure, cells, share), "bars", bars, x_label)]
   if reference and len(cells[0].values) > 1:
     intervals = {}
     for cell in cells:
       mean, high = (cell.difference.mean, cell.difference.high) if cell.difference else (0, 0)
-      intervals[cell.label] = Line([""], [mean * scale], [(high - mean) * scale])
+      intervals[cell.label] = Line([""], [mean * scale], [(high - mean) * scale], cell.series)
     panels.append(Panel(title, f"difference to {reference}{', points' if share else ''}\n"
-                        f"(mean over the seeds, {CONFIDENCE:.0%} interval)", "intervals", intervals))
+                        f"(mean over the seeds, {CONFIDENCE:.0%} interval)", "intervals", intervals, x_label))
   return panels
 
 
-def distances_panel(matched: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str, x_label: str) -> Panel:
+def distances_panel(matched: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str, figure: str,
+                    x_label: str) -> Panel:
   """Returns the density of the distances of each point, with the standard deviation over its seeds as a band.
 
   Args:
     matched: by label of the point, for each seed the histogram: `counts` and the `edges` of its bins.
     title: of the panel.
+    figure: name of the axis of y.
     x_label: of the axis.
   """
   lines = {}
@@ -142,7 +150,7 @@ def distances_panel(matched: Mapping[str, Sequence[Mapping[str, Any]]], *, title
     densities = [np.array(one["counts"]) / np.sum(one["counts"]) / np.diff(edges) for one in seeds]
     lines[label] = Line((edges[1:] + edges[:-1]) / 2, np.mean(densities, axis=0),
                         np.std(densities, axis=0, ddof=1) if len(seeds) > 1 else None)
-  return Panel(title, f"density\n({_seeds(len(seeds))})", "bands", lines, x_label)
+  return Panel(title, f"{figure}\n({_seeds(len(seeds))})", "bands", lines, x_label)
 
 
 def _heights(cells, share):
@@ -168,34 +176,42 @@ def save_panels(path: str | os.PathLike, title: str, panels: Sequence[Panel]) ->
     title: above all of them.
     panels: at least one.
   """
+  colours = colours_of(panels)
   figure = Figure(figsize=(5.6 * len(panels), 4.6), layout="constrained")
   FigureCanvasAgg(figure)  # draws without a display and without pyplot's list of open figures
   figure.suptitle(title, parse_math=False)
   all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
   for axes, panel in zip(all_axes, panels, strict=True):
-    _draw(axes, panel)
+    _draw(axes, panel, colours)
     if panel.kind == "lines" and all(len(line.x) == 1 for line in panel.lines.values()):
       axes.sharex(all_axes[0])  # so that a point alone has its place
   with replacing(path) as file:
     figure.savefig(file, dpi=120, format=Path(path).suffix[1:])
 
 
-def _draw(axes: Axes, panel: Panel) -> None:
+def colours_of(panels: Sequence[Panel]) -> dict[str, str]:
+  """Returns a colour of matplotlib's cycle for each series, in the order in which the panels first show them."""
+  series = dict.fromkeys(line.series or name for panel in panels for name, line in panel.lines.items())
+  return {name: f"C{number}" for number, name in enumerate(series)}
+
+
+def _draw(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
   for place, (name, line) in enumerate(panel.lines.items()):
+    colour = colours[line.series or name]
     if panel.kind == "bars":
-      bars = axes.bar([place], line.y, yerr=line.error, capsize=4, color=f"C{place}")
+      bars = axes.bar([place], line.y, yerr=line.error, capsize=4, color=colour)
       axes.bar_label(bars, fmt="%.1f", label_type="center", color="white")
     elif panel.kind == "intervals":
-      axes.errorbar([place], line.y, yerr=line.error, fmt="o", capsize=4, color=f"C{place}")
+      axes.errorbar([place], line.y, yerr=line.error, fmt="o", capsize=4, color=colour)
     elif panel.kind == "bands":
-      (drawn,) = axes.plot(line.x, line.y, label=name)
+      axes.plot(line.x, line.y, label=name, color=colour)
       if line.error is not None:
         axes.fill_between(line.x, np.subtract(line.y, line.error), np.add(line.y, line.error), alpha=0.2,
-                          color=drawn.get_color())
+                          color=colour)
     else:
       alone = len(line.x) == 1
-      axes.errorbar(line.x, line.y, yerr=line.error, label=name, marker="*" if alone else "o", capsize=3,
-                    markersize=14 if alone else 4)
+      axes.errorbar(line.x, line.y, yerr=line.error, label=name, color=colour, marker="*" if alone else "o",
+                    capsize=3, markersize=14 if alone else 4)
       if alone:
         axes.annotate(f"{line.y[0]:g}", (line.x[0], line.y[0]), textcoords="offset points", xytext=(-8, 5),
                       ha="right")

@@ -1,45 +1,44 @@
-"""The points of a study, and a run for each seed of a point."""
+"""The points of a study, and a trial for each seed of a point."""
 
-import ast
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib
 import json
 import math
-import re
-import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-import configs
 from configs import evaluate as evaluations
+from configs.study import OWN_EVALUATION_FIELDS, OWN_FIELDS, systems
 from pirl_jax.errors import UserError
 from pirl_jax.storage.files import read_json
-
-NO_SYSTEMS = ("__init__", "base", "checkpoints", "data_sets", "evaluate", "study")
-"""Files of configs/ that describe no pre-training."""
-
-OWN_FIELDS = ("job", "name", "seed")
-OWN_EVALUATION_FIELDS = ("job", "protocol", "name", "checkpoint", "step")
-"""What a study sets itself, of a run and of an evaluation."""
+from pirl_jax.storage.settings import flatten
 
 MARK = "trained.json"
 """In a run's folder, written when its training has returned: the step of its last checkpoint."""
 
+EXAMPLE = '''--config.points='[("PIRL", 0.5, "pirl", {"pretext_weight": 0.5}), ...]\''''
+
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """A place in the study: `series` and `x` name it, `system` and `settings` (FIELD=VALUE ...) say what is trained."""
+  """A place in the study.
+
+  Attributes:
+    series: name of its line.
+    x: its place there, a number or a text; "" where a series has one point alone.
+    system: what is trained, a file of configs/ without ending.
+    fields: of the system's config that are set, by name ("group.field").
+  """
 
   series: str
-  x: str
+  x: float | str
   system: str
-  settings: str
+  fields: Mapping[str, Any] = dataclasses.field(hash=False)
 
   @property
   def label(self) -> str:
@@ -48,8 +47,8 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-  """One seed of a point, with its evaluation.
+class Trial:
+  """A run, which is one seed of a point, and its evaluation.
 
   Attributes:
     point: of the study.
@@ -93,59 +92,65 @@ def read_points(config: ConfigDict) -> list[Point]:
     UserError: none, one that is not written as a point, two of the same name, an x that is not a number where it has to
       be, or a reference that is none of them.
   """
-  points = []
-  for text in filter(str.strip, re.split(r"[;\n]", f"{config.points}\n{config.more_points}")):
-    parts = [part.strip() for part in text.split("|")]
-    if len(parts) != 3 or not parts[0] or not parts[2]:
-      raise UserError(f"the point {text.strip()!r} is not written as SERIES | X | SYSTEM FIELD=VALUE ... (X may be "
-                      "empty; between points stands a semicolon)")
-    system, _, settings = parts[2].partition(" ")
-    points.append(Point(parts[0], parts[1], system, settings.strip()))
+  points = [read_point(point) for point in (*config.points, *config.more_points)]
   if not points:
-    raise UserError("the study has no points; --config.points='PIRL | 0.5 | pirl pretext_weight=0.5; ...'")
+    raise UserError(f"the study has no points; {EXAMPLE}")
+  check_points(points, plot=config.plot, log_x=config.log_x, reference=config.reference)
+  return points
+
+
+def read_point(point: Any) -> Point:
+  """Returns the point that (SERIES, X, SYSTEM, {FIELD: VALUE, ...}) describes.
+
+  Raises:
+    UserError: it is something else.
+  """
+  if isinstance(point, (tuple, list)) and len(point) == 4:
+    series, x, system, fields = point
+    texts = isinstance(series, str) and isinstance(system, str) and series
+    if texts and isinstance(x, (int, float, str)) and not isinstance(x, bool) and isinstance(fields, Mapping):
+      return Point(series, x, system, fields)
+  raise UserError(f"the point {point!r} is not (SERIES, X, SYSTEM, {{FIELD: VALUE, ...}}), as in {EXAMPLE}; X is a "
+                  "number or a text, which may be empty")
+
+
+def check_points(points: Sequence[Point], *, plot: str, log_x: bool, reference: str) -> None:
+  """Raises UserError for points that cannot be told apart, drawn or compared."""
   labels = [point.label for point in points]
   for label in labels:
     if labels.count(label) > 1:
       raise UserError(f"two points are called {label!r}; give one another SERIES or X")
-  if config.plot == "lines":
-    for point in points:
-      if not _is_number(point.x) or (config.log_x and float(point.x) <= 0):
-        raise UserError(f"the point {point.label!r} has x={point.x!r}; plot=lines needs a number"
-                        f"{' above 0' if config.log_x else ''} there")
-  if config.reference and config.reference not in labels:
-    raise UserError(f"reference={config.reference!r} is no point of the study; choose from {', '.join(labels)}, or "
+  for point in points:
+    if plot == "lines" and (isinstance(point.x, str) or not math.isfinite(point.x) or (log_x and point.x <= 0)):
+      raise UserError(f"the point {point.label!r} has x={point.x!r}; plot=lines needs a number"
+                      f"{' above 0' if log_x else ''} there")
+  if reference and reference not in labels:
+    raise UserError(f"reference={reference!r} is no point of the study; choose from {', '.join(labels)}, or "
                     "--config.reference= for none")
-  return points
 
 
-def _is_number(text):
-  try:
-    return math.isfinite(float(text))
-  except ValueError:
-    return False
-
-
-def create_run(config: ConfigDict, point: Point, seed: int, root: Path) -> Run:
-  """Returns the run of a point with one seed: the configs of its training and of its evaluation, and its folder.
+def create_trial(config: ConfigDict, point: Point, seed: int, root: Path) -> Trial:
+  """Returns one seed of a point: the configs of its training and of its evaluation, and its folder.
 
   Raises:
-    UserError: an unknown system or variant, or a setting that its config does not take.
+    UserError: an unknown system or variant, or a field or value that its config does not take.
   """
   run_config = system_config(point.system, config.variant)
   evaluation = evaluations.get_config(config.evaluation)
-  if not config.variant:
-    set_fields(run_config, config.embedded.settings, where="embedded.settings", fixed=OWN_FIELDS, system=point.system)
-    set_fields(evaluation, config.embedded.evaluation_settings, where="embedded.evaluation_settings",
+  embedded = [] if config.variant else [("embedded.", config.embedded)]
+  for where, groups in [*embedded, ("", config)]:
+    of_system = groups.system_settings.get(point.system, ConfigDict())
+    set_fields(run_config, given(groups.settings), where=f"{where}settings", fixed=OWN_FIELDS)
+    set_fields(run_config, given(of_system), where=f"{where}system_settings.{point.system}", fixed=OWN_FIELDS)
+    set_fields(evaluation, given(groups.evaluation_settings), where=f"{where}evaluation_settings",
                fixed=OWN_EVALUATION_FIELDS)
-  set_fields(run_config, config.settings, where="settings", fixed=OWN_FIELDS, system=point.system)
-  set_fields(run_config, point.settings, where=f"the point {point.label!r}", fixed=OWN_FIELDS)
-  set_fields(evaluation, config.evaluation_settings, where="evaluation_settings", fixed=OWN_EVALUATION_FIELDS)
+  set_fields(run_config, point.fields, where=f"the point {point.label!r}", fixed=OWN_FIELDS)
   run_config.seed = seed
   run_config.name = f"{point.system}-{digest(run_config, ('name', 'seed'))}-{seed}"
   folder = root / "runs" / run_config.name
   evaluation.name = f"{config.evaluation}-{digest(evaluation, OWN_EVALUATION_FIELDS)}"
   evaluation.checkpoint = str(folder)
-  return Run(point, run_config, evaluation, folder)
+  return Trial(point, run_config, evaluation, folder)
 
 
 def system_config(system: str, variant: str) -> ConfigDict:
@@ -159,65 +164,39 @@ def system_config(system: str, variant: str) -> ConfigDict:
   return importlib.import_module(f"configs.{system}").get_config(variant)
 
 
-@functools.cache
-def systems() -> list[str]:
-  """Returns the names of the files of configs/ that describe a pre-training."""
-  return sorted(path.stem for folder in configs.__path__ for path in Path(folder).glob("*.py")
-                if path.stem not in NO_SYSTEMS)
+def given(config: ConfigDict) -> dict[str, Any]:
+  """Returns the fields that have a value, as {"group.field": value}."""
+  return {name: value for name, value in flatten(config.to_dict()).items() if value is not None}
 
 
-def set_fields(config: ConfigDict, text: str, *, where: str, fixed: Iterable[str] = (), system: str = "") -> None:
-  """Sets fields of `config` in place, each with a value of the type that the field has.
+def set_fields(config: ConfigDict, fields: Mapping[str, Any], *, where: str, fixed: Iterable[str]) -> None:
+  """Sets fields of `config` in place.
 
   Args:
     config: any.
-    text: FIELD=VALUE ..., with blanks between them; groups as GROUP.FIELD. Numbers and texts as they are, true or
-      false, tuples in parentheses; what holds blanks in quotes.
+    fields: values by the names of the fields, "group.field", of the types that the fields have; a whole number is taken
+      for a float, too.
     where: named in an error.
     fixed: fields that may not be set.
-    system: whose config it is; SYSTEM:FIELD=VALUE of any other is passed over.
 
   Raises:
-    UserError: the text is not so written, there is no such field, or the value is of another type.
+    UserError: there is no such field, or the value is of another type.
   """
-  try:
-    parts = shlex.split(text)
-  except ValueError as error:
-    raise UserError(f"{where}: {text!r} cannot be read ({error})") from error
-  for assignment in parts:
-    field, equals, value = assignment.partition("=")
-    if not equals:
-      raise UserError(f"{where}: {assignment!r} is not FIELD=VALUE; a value with blanks needs quotes")
-    owner, colon, own_field = field.partition(":")
-    if colon and owner not in systems():
-      raise UserError(f"{where}: there is no system {owner!r}; choose from {', '.join(systems())}")
-    if colon and owner != system:
-      continue
-    field = own_field if colon else field
+  for field, value in fields.items():
     if field in fixed:
       raise UserError(f"{where}: {field} cannot be set here, the study does it")
-    *groups, name = field.split(".")
+    *groups, name = str(field).split(".")
     group = config
     for part in groups:
       group = group.get(part) if isinstance(group, ConfigDict) else None
     if not isinstance(group, ConfigDict) or name not in group or isinstance(group[name], ConfigDict):
       raise UserError(f"{where}: there is no config field {field}")
     kind = group.get_type(name)  # known of a field without a value too
-    try:
-      group[name] = PARSERS[kind](value)
-    except (ValueError, SyntaxError, KeyError, TypeError) as error:
-      raise UserError(f"{where}: {field}={value} is not possible: it is of type {kind.__name__}") from error
-
-
-def _tuple(text):
-  value = ast.literal_eval(text)
-  if not isinstance(value, tuple):
-    raise ValueError
-  return value
-
-
-PARSERS = {str: str, int: int, float: float, bool: lambda text: {"true": True, "false": False}[text.lower()],
-           tuple: _tuple}
+    accepted = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
+    # Python takes True for the number 1.
+    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+      raise UserError(f"{where}: {field}={value!r} is not possible: it is of type {kind.__name__}")
+    group[name] = value
 
 
 def digest(config: ConfigDict, without: Iterable[str]) -> str:
@@ -227,9 +206,9 @@ def digest(config: ConfigDict, without: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def named(run):
-  """Puts the name of the run before what a UserError says."""
+def named(trial: Trial):
+  """Puts the name of the trial before what a UserError says."""
   try:
     yield
   except UserError as error:
-    raise UserError(f"{run.point.label}, seed {run.config.seed}: {error}") from error
+    raise UserError(f"{trial.point.label}, seed {trial.config.seed}: {error}") from error

@@ -17,12 +17,13 @@ import jax
 from ml_collections import ConfigDict
 
 from configs import evaluate as evaluations
+from configs.study import systems
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.evaluation.protocols import protocol_of
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import write_json
-from pirl_jax.studies.points import MARK, Point, Run, create_run, named, read_points
+from pirl_jax.studies.points import MARK, Point, Trial, create_trial, named, read_points
 from pirl_jax.studies.report import report
 from pirl_jax.training import pretrain
 from pirl_jax.training.parts import build, check_config
@@ -44,15 +45,15 @@ def run(config: ConfigDict, workdir: str) -> None:
   root = Path(workdir or "runs/study")
   check_study(config, root)
   points = read_points(config)
-  runs = [create_run(config, point, seed, root) for point in points for seed in config.seeds]
+  trials = [create_trial(config, point, seed, root) for point in points for seed in config.seeds]
   # Read once: every process of several must come to the same list.
-  waiting = {run.folder: run for run in runs if run.result() is None}
-  check_runs(runs, waiting.values())
-  print(format_plan(points, runs, waiting), flush=True)
+  waiting = {trial.folder: trial for trial in trials if trial.result() is None}
+  check_trials(trials, waiting.values())
+  print(format_plan(points, trials, waiting), flush=True)
   keep_compiled(root / "compiled")
   carry_out(list(waiting.values()))
   if jax.process_index() == 0:
-    report(config, runs, root / config.name)
+    report(config, trials, root / config.name)
 
 
 def check_study(config: ConfigDict, root: Path) -> None:
@@ -75,53 +76,56 @@ def check_study(config: ConfigDict, root: Path) -> None:
   require(config.plot != "layers" or reading.by_layer, "plot",
           f"{protocol} has no figure for each layer; linear and svm do")
   require(config.plot != "distances" or reading.distances, "plot", f"{protocol} has no distances; invariance does")
+  unknown = {*config.system_settings, *config.embedded.system_settings}.difference(systems())
+  if unknown:
+    raise UserError(f"system_settings: configs/ has no system {min(unknown)!r}; choose from {', '.join(systems())}")
   if "," in str(root):
     raise UserError(f"--workdir={root} has a comma, which stands between runs in an evaluation; choose another")
 
 
-def check_runs(runs: Iterable[Run], waiting: Iterable[Run]) -> None:
-  """Raises UserError for a run that its config or its data makes impossible.
+def check_trials(trials: Iterable[Trial], waiting: Iterable[Trial]) -> None:
+  """Raises UserError for a trial that its config or its data makes impossible.
 
   Args:
-    runs: all of them; their configs are looked at.
+    trials: all of them; their configs are looked at.
     waiting: those that have no result yet; of the points not yet trained the data are opened too.
   """
   first = {}
-  for run in waiting:
-    if not run.trained:
-      first.setdefault(run.point, run)
-  for run in runs:
-    with named(run):
-      check_config(run.config)
-      if first.get(run.point) is run:
+  for trial in waiting:
+    if not trial.trained:
+      first.setdefault(trial.point, trial)
+  for trial in trials:
+    with named(trial):
+      check_config(trial.config)
+      if first.get(trial.point) is trial:
         with contextlib.redirect_stdout(io.StringIO()):  # the pictures found are told when the run begins
-          parts = build(run.config, run.folder)
-        _check_labels(run, parts)
+          parts = build(trial.config, trial.folder)
+        _check_labels(trial, parts)
 
 
-def _check_labels(run, parts):
+def _check_labels(trial, parts):
   """Raises UserError if the evaluation is of the run's own pictures and they lack what it needs."""
-  protocol = run.evaluation.protocol
+  protocol = trial.evaluation.protocol
   reading = protocol_of(protocol).reading
-  if any(value is not None for value in run.evaluation.data.to_dict().values()):
+  if any(value is not None for value in trial.evaluation.data.to_dict().values()):
     return
   if parts.test is None and reading.needs_test:
-    raise UserError(f"{protocol} needs held-out pictures; name them with --config.settings='evaluate.split=...'")
+    raise UserError(f"{protocol} needs held-out pictures; name them with --config.settings.evaluate.split=...")
   if not parts.train.class_names and reading.needs_labels:
     raise UserError(f"{protocol} needs labels, and the training pictures have none; for folders of classes: "
-                    "--config.settings='data.labels=folder'")
+                    "--config.settings.data.labels=folder")
 
 
-def format_plan(points: Sequence[Point], runs: Sequence[Run], waiting: dict[Path, Run]) -> str:
+def format_plan(points: Sequence[Point], trials: Sequence[Trial], waiting: dict[Path, Trial]) -> str:
   """Returns lines of text: what is done already, and what is to do."""
-  folders = {run.folder for run in runs}
+  folders = {trial.folder for trial in trials}
   lines = [f"{len(points)} points, {len(folders)} runs, {len(folders) - len(waiting)} of them done"]
   width = max(len(point.label) for point in points)
   for point in points:
     seeds = {True: [], False: []}
-    for run in runs:
-      if run.point == point:
-        seeds[run.folder in waiting].append(str(run.config.seed))
+    for trial in trials:
+      if trial.point == point:
+        seeds[trial.folder in waiting].append(str(trial.config.seed))
     parts = [f"{word}: seed{'s' if len(found) > 1 else ''} {', '.join(found)}"
              for word, found in (("done", seeds[False]), ("to do", seeds[True])) if found]
     lines.append(f"  {point.label:<{width}}  {'; '.join(parts)}")
@@ -138,30 +142,30 @@ def keep_compiled(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
 
 
-def carry_out(waiting: Sequence[Run]) -> None:
-  """Trains the runs that are not trained, and judges all of them.
+def carry_out(waiting: Sequence[Trial]) -> None:
+  """Trains those that are not trained, and judges all of them.
 
   Raises:
     UserError: a run came to nothing.
   """
   started = time.perf_counter()
-  for number, run in enumerate(waiting, 1):
+  for number, trial in enumerate(waiting, 1):
     done = number - 1
     each = (time.perf_counter() - started) / done if done else None
     left = f", about {math.ceil(each * (len(waiting) - done) / 60)} min left" if done else ""
-    print(f"\nrun {number} of {len(waiting)}: {run.point.label}, seed {run.config.seed}, in {run.folder}{left}",
+    print(f"\nrun {number} of {len(waiting)}: {trial.point.label}, seed {trial.config.seed}, in {trial.folder}{left}",
           flush=True)
-    with named(run):
-      if not run.trained:
-        train(run)
-      evaluate.run(run.evaluation, "")
+    with named(trial):
+      if not trial.trained:
+        train(trial)
+      evaluate.run(trial.evaluation, "")
 
 
-def train(run: Run) -> None:
-  """Pre-trains the run, or goes on with it, and marks it as trained."""
+def train(trial: Trial) -> None:
+  """Pre-trains the run of a trial, or goes on with it, and marks it as trained."""
   started = time.perf_counter()
-  pretrain.run(run.config, str(run.folder))
-  with Checkpoints(run.folder / "checkpoints", keep=run.config.checkpoint.keep) as checkpoints:
+  pretrain.run(trial.config, str(trial.folder))
+  with Checkpoints(trial.folder / "checkpoints", keep=trial.config.checkpoint.keep) as checkpoints:
     step = checkpoints.steps()[-1]
   if jax.process_index() == 0:
-    write_json(run.folder / MARK, {"step": step, "seconds": round(time.perf_counter() - started, 1)})
+    write_json(trial.folder / MARK, {"step": step, "seconds": round(time.perf_counter() - started, 1)})

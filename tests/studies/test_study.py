@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 from launching import ROOT
+from matplotlib.axes import Axes
 from PIL import Image
 
 import configs.evaluate
@@ -22,8 +23,8 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.evaluation.protocols import PROTOCOLS, protocol_of
 from pirl_jax.studies import report, study
-from pirl_jax.studies.figures import PAPER, lines_panel
-from pirl_jax.studies.points import OWN_FIELDS, Point, Run, create_run, digest, read_points, set_fields
+from pirl_jax.studies.figures import PAPER, Line, Panel, bars_panels, colours_of, lines_panel, save_panels
+from pirl_jax.studies.points import Point, Trial, create_trial, digest, read_points, set_fields
 from pirl_jax.studies.statistics import Cell, Difference, format_table, paired_difference
 from pirl_jax.training import parts as parts_lib
 from pirl_jax.training import pretrain
@@ -35,7 +36,8 @@ def config_of(name="lambda", **fields):
   return config
 
 
-SMALL = "PIRL | 0 | pirl pretext_weight=0; PIRL | 0.5 | pirl pretext_weight=0.5"
+PAPERS = [name for name in studies.VARIANTS if name != "own"]
+SMALL = tuple(studies.sweep("PIRL", "pirl", "pretext_weight", (0, 0.5)))
 
 
 class Fakes:
@@ -81,7 +83,7 @@ def kinds(fakes):
   return [what for what, _ in fakes.calls]
 
 
-@pytest.mark.parametrize("variant", studies.VARIANTS)
+@pytest.mark.parametrize("variant", PAPERS)
 def test_every_study_is_possible_and_its_points_are_read(variant, tmp_path):
   config = studies.get_config(variant)
   study.check_study(config, tmp_path)
@@ -96,9 +98,9 @@ def test_every_study_is_possible_and_its_points_are_read(variant, tmp_path):
 
 def test_the_points_of_the_permutations():
   points = read_points(studies.get_config("permutations"))
-  assert [point.x for point in points if point.series == "PIRL"] == ["1", "10", "100", "1000", "10000", "362880"]
-  assert points[5] == Point("PIRL", "362880", "pirl", "jigsaw.num_permutations=0")
-  assert [point.x for point in points if point.system == "jigsaw"] == ["10", "100", "1000"]
+  assert [point.x for point in points if point.series == "PIRL"] == [1, 10, 100, 1_000, 10_000, 362_880]
+  assert points[5] == Point("PIRL", 362_880, "pirl", {"jigsaw.num_permutations": 0})
+  assert [point.x for point in points if point.system == "jigsaw"] == [10, 100, 1_000]
 
 
 def test_no_study():
@@ -108,56 +110,68 @@ def test_no_study():
 
 def test_the_kinds_of_values():
   config = pirl.get_config()
-  set_fields(config, "num_epochs=1_000 pretext_weight=1 evaluate.learning=False data.image_scale=(0.5,1.0) "
-                   "data.root='my pictures' data.split=", where="here")
+  set_fields(config, {"num_epochs": 1_000, "pretext_weight": 1, "evaluate.learning": False, "data.root": "my pictures",
+                      "data.image_scale": [0.5, 1.0], "data.split": ""}, where="here", fixed=())
   assert config.num_epochs == 1_000 and type(config.pretext_weight) is float and config.evaluate.learning is False
   assert config.data.image_scale == (0.5, 1.0) and config.data.root == "my pictures" and config.data.split == ""
   evaluation = configs.evaluate.get_config("knn")
-  set_fields(evaluation, "data.image_size=16 knn.temperature=1e-1", where="here")
+  set_fields(evaluation, {"data.image_size": 16, "knn.temperature": 1e-1}, where="here", fixed=())
   assert evaluation.data.image_size == 16 and evaluation.knn.temperature == 0.1
 
 
-@pytest.mark.parametrize("text, said", [
-  ("epochs=3", "there is no config field epochs"),
-  ("optimizer.rate=3", "there is no config field optimizer.rate"),
-  ("seeds.first=3", "there is no config field seeds.first"),
-  ("num_epochs.first=3", "there is no config field num_epochs.first"),
-  ("data=3", "there is no config field data"),
-  ("num_epochs=2.0", "num_epochs=2.0 is not possible: it is of type int"),
-  ("pretext_weight=half", "of type float"),
-  ("evaluate.learning=1", "of type bool"),
-  ("data.image_scale=0.5", "of type tuple"),
-  ("data.image_scale=(0.5,", "of type tuple"),
-  ("num_epochs 3", "'num_epochs' is not FIELD=VALUE"),
-  ("loss='nce", "cannot be read"),
-  ("seed=3", "seed cannot be set here"),
+@pytest.mark.parametrize("field, value, said", [
+  ("epochs", 3, "there is no config field epochs"),
+  ("optimizer.rate", 3, "there is no config field optimizer.rate"),
+  ("seeds.first", 3, "there is no config field seeds.first"),
+  ("num_epochs.first", 3, "there is no config field num_epochs.first"),
+  ("data", 3, "there is no config field data"),
+  ("", 3, "there is no config field "),
+  (0, 3, "there is no config field 0"),
+  ("num_epochs", 2.0, "num_epochs=2.0 is not possible: it is of type int"),
+  ("num_epochs", True, "of type int"),
+  ("num_epochs", None, "num_epochs=None is not possible"),
+  ("pretext_weight", "half", "of type float"),
+  ("pretext_weight", True, "of type float"),
+  ("evaluate.learning", 1, "of type bool"),
+  ("data.image_scale", 0.5, "of type tuple"),
+  ("seed", 3, "seed cannot be set here"),
 ])
-def test_settings_that_are_not_possible(text, said):
+def test_settings_that_are_not_possible(field, value, said):
   before = pirl.get_config()
   config = pirl.get_config()
   with pytest.raises(UserError, match="^here: ") as raised:
-    set_fields(config, text, where="here", fixed=OWN_FIELDS)
+    set_fields(config, {field: value}, where="here", fixed=("seed",))
   assert said in str(raised.value) and config == before
 
 
 @pytest.mark.parametrize("fields, said", [
-  ({"points": ""}, "no points"),
-  ({"points": "PIRL | 0.5"}, "SERIES | X | SYSTEM"),
-  ({"points": "PIRL | 0.5 |"}, "SERIES | X | SYSTEM"),
-  ({"points": "PIRL | half | pirl"}, "x='half'"),
-  ({"points": "PIRL | 0 | pirl", "log_x": True}, "above 0"),
-  ({"more_points": "PIRL | 0.5 | pirl"}, "two points are called 'PIRL 0.5'"),
+  ({"points": ()}, "no points; --config.points="),
+  ({"points": SMALL[0]}, r"the point 'PIRL' is not .SERIES, X, SYSTEM"),
+  ({"points": [("PIRL", 0.5, {})]}, "is not .SERIES, X, SYSTEM"),
+  ({"points": [("", 0.5, "pirl", {})]}, "is not .SERIES, X, SYSTEM"),
+  ({"points": [("PIRL", None, "pirl", {})]}, "X is a number or a text"),
+  ({"points": [("PIRL", True, "pirl", {})]}, "X is a number or a text"),
+  ({"points": [("PIRL", 0.5, "pirl", "pretext_weight=0.5")]}, "is not .SERIES, X, SYSTEM"),
+  ({"points": [("PIRL", "half", "pirl", {})]}, "x='half'"),
+  ({"points": [("PIRL", math.inf, "pirl", {})]}, "x=inf; plot=lines needs a number there"),
+  ({"points": [("PIRL", 0, "pirl", {})], "log_x": True}, "above 0"),
+  ({"more_points": [("PIRL", 0.5, "pirl", {})]}, "two points are called 'PIRL 0.5'"),
   ({"reference": "PIRL 0.4"}, "choose from PIRL 0, PIRL 0.25"),
-  ({"points": "PIRL | 0.5 | pirll"}, "no system 'pirll'; choose from .*pirl"),
-  ({"points": "PIRL | 0.5 | evaluate"}, "no system 'evaluate'"),
-  ({"points": "PIRL | 0.5 | pirl loss=3.5 epochs=3"}, "the point 'PIRL 0.5': there is no config field epochs"),
-  ({"settings": "num_epochs=x"}, "settings: num_epochs=x"),
-  ({"evaluation_settings": "linear.num_epochs=3"}, "evaluation_settings: there is no config field linear.num_epochs"),
-  ({"evaluation_settings": "checkpoint=runs/pirl"}, "checkpoint cannot be set here"),
+  ({"points": [("PIRL", 0.5, "pirll", {})]}, "no system 'pirll'; choose from .*pirl"),
+  ({"points": [("PIRL", 0.5, "evaluate", {})]}, "no system 'evaluate'"),
+  ({"points": [("PIRL", 0.5, "pirl", {"epochs": 3})]}, "the point 'PIRL 0.5': there is no config field epochs"),
+  ({"points": [("PIRL", 0.5, "pirl", {"loss": 3.5})]}, "the point 'PIRL 0.5': loss=3.5 is not possible"),
+  ({"settings": {"epochs": 3}}, "^settings: there is no config field epochs"),
+  ({"settings": {"seed": 3}}, "^settings: seed cannot be set here"),
+  ({"system_settings": {"pirl": {"epochs": 3}}}, "^system_settings.pirl: there is no config field epochs"),
+  ({"system_settings": {"rotnt": {"num_epochs": 3}}}, "system_settings: configs/ has no system 'rotnt'"),
+  ({"evaluation_settings": {"linear": {"num_epochs": 3}}},
+   "evaluation_settings: there is no config field linear.num_epochs"),
+  ({"evaluation_settings": {"checkpoint": "runs/pirl"}}, "checkpoint cannot be set here"),
   ({"variant": "cifar100"}, "no variant 'cifar100'"),
-  ({"settings": "num_negatives=1000"}, "PIRL 0, seed 0: num_negatives=1000 is not 0 .all. or a positive multiple"),
-  ({"more_points": "PIRL | 2 | pirl pretext_weight=2"}, "PIRL 2, seed 0: pretext_weight=2.0 is not possible"),
-  ({"settings": "evaluate.split="}, "knn needs held-out pictures"),
+  ({"settings": {"num_negatives": 1000}}, "PIRL 0, seed 0: num_negatives=1000 is not 0 .all. or a positive multiple"),
+  ({"more_points": [("PIRL", 2, "pirl", {"pretext_weight": 2})]}, "PIRL 2, seed 0: pretext_weight=2.0 is not possible"),
+  ({"settings": {"evaluate": {"split": ""}}}, "knn needs held-out pictures.*--config.settings.evaluate.split="),
   ({"seeds": ()}, "seeds"),
   ({"seeds": (1, 1)}, "each once"),
   ({"seeds": (0.5,)}, "whole numbers"),
@@ -182,7 +196,7 @@ def test_names_that_are_no_folder_of_a_study(name, tmp_path):
 
 
 def test_the_command_takes_points_from_the_command_line(tmp_path):
-  points = "PIRL | 0.3 | pirl pretext_weight=0.3; A | 1 | nothing"
+  points = '[("PIRL", 0.3, "pirl", {"pretext_weight": 0.3}), ("A", 1, "nothing", {})]'
   command = ["--config=configs/study.py:lambda", f"--config.points={points}", "--config.reference=A 1",
              f"--workdir={tmp_path / 'study'}"]
   result = subprocess.run([sys.executable, "launch.py", *command], cwd=ROOT, capture_output=True, text=True,
@@ -192,37 +206,41 @@ def test_the_command_takes_points_from_the_command_line(tmp_path):
 
 
 def test_a_run_belongs_to_its_config(tmp_path):
-  def run_of(seed=0, label="PIRL", settings="", **fields):
-    return create_run(config_of(**fields), Point(label, "", "pirl", settings), seed, tmp_path)
+  def trial_of(seed=0, label="PIRL", own=None, **fields):
+    return create_trial(config_of(**fields), Point(label, "", "pirl", own or {}), seed, tmp_path)
 
-  run = run_of()
-  same = [run_of(label="Other"), run_of(reference=""), run_of(settings="pretext_weight=0.5"),
-          run_of(evaluation="svm"), run_of(settings="num_epochs=24")]
-  assert {other.folder for other in same} == {run.folder}
-  others = [run_of(seed=1), run_of(settings="pretext_weight=0.4"), run_of(settings="num_epochs=9"),
-            run_of(variant="cifar10")]
-  assert len({other.folder for other in [run, *others]}) == 5
-  assert run.folder.parent == tmp_path / "runs" and run.folder.name.startswith("pirl-")
-  assert run_of(seed=12).folder.name == run.folder.name[:-1] + "12"
-  assert run.config.name == run.folder.name and run.config.seed == 0 and run.evaluation.checkpoint == str(run.folder)
-  assert len({run_of(evaluation="svm").evaluation.name, run_of(evaluation_settings="knn.k=5").evaluation.name,
-              run.evaluation.name}) == 3
+  trial = trial_of()
+  same = [trial_of(label="Other"), trial_of(reference=""), trial_of(own={"pretext_weight": 0.5}),
+          trial_of(evaluation="svm"), trial_of(own={"num_epochs": 24})]
+  assert {other.folder for other in same} == {trial.folder}
+  others = [trial_of(seed=1), trial_of(own={"pretext_weight": 0.4}), trial_of(own={"num_epochs": 9}),
+            trial_of(variant="cifar10")]
+  assert len({other.folder for other in [trial, *others]}) == 5
+  assert trial.folder.parent == tmp_path / "runs" and trial.folder.name.startswith("pirl-")
+  assert trial_of(seed=12).folder.name == trial.folder.name[:-1] + "12"
+  assert trial.config.name == trial.folder.name and trial.config.seed == 0
+  assert trial.evaluation.checkpoint == str(trial.folder)
+  assert len({trial_of(evaluation="svm").evaluation.name, trial.evaluation.name,
+              trial_of(evaluation_settings={"knn": {"k": 5}}).evaluation.name}) == 3
 
 
 def test_what_comes_later_wins_and_the_quick_settings_are_for_the_embedded_pictures_alone(tmp_path):
   config = config_of()
 
-  def run_of(own=""):
-    return create_run(config, Point("A", "", "pirl", own), 0, tmp_path)
+  def trial_of(own=None):
+    return create_trial(config, Point("A", "", "pirl", own or {}), 0, tmp_path)
 
-  config.embedded.update(settings="num_epochs=8", evaluation_settings="knn.k=5 knn.temperature=0.5")
-  assert run_of().config.num_epochs == 8 and run_of("num_epochs=0").config.num_epochs == 0
-  config.update(settings="num_epochs=3", evaluation_settings="knn.k=9")
-  assert run_of().config.num_epochs == 3 and run_of("num_epochs=0").config.num_epochs == 0
-  assert (run_of().evaluation.knn.k, run_of().evaluation.knn.temperature) == (9, 0.5)
-  config.update(variant="cifar10", settings="", evaluation_settings="")
-  assert digest(run_of().config, ("name",)) == digest(pirl.get_config("cifar10"), ("name",))
-  assert (run_of().evaluation.knn.k, run_of().evaluation.knn.temperature) == (200, 0.07)
+  config.embedded.settings.num_epochs = 8
+  config.embedded.evaluation_settings.knn.update(k=5, temperature=0.5)
+  assert trial_of().config.num_epochs == 8 and trial_of({"num_epochs": 0}).config.num_epochs == 0
+  config.settings.num_epochs = 3
+  config.evaluation_settings.knn.k = 9
+  assert trial_of().config.num_epochs == 3 and trial_of({"num_epochs": 0}).config.num_epochs == 0
+  assert (trial_of().evaluation.knn.k, trial_of().evaluation.knn.temperature) == (9, 0.5)
+  config.settings.num_epochs = config.evaluation_settings.knn.k = None
+  config.variant = "cifar10"
+  assert digest(trial_of().config, ("name",)) == digest(pirl.get_config("cifar10"), ("name",))
+  assert (trial_of().evaluation.knn.k, trial_of().evaluation.knn.temperature) == (200, 0.07)
 
 
 def test_a_study_goes_on_where_it_stopped_and_does_nothing_twice(fakes, tmp_path, capsys):
@@ -260,21 +278,22 @@ def test_runs_are_shared_and_more_seeds_points_and_evaluations_add_to_them(fakes
   config = config_of(points=SMALL, seeds=(0,))
   study.run(config, str(tmp_path))
   fakes.calls.clear()
-  other = config_of("pretext", points="NPID++ | | pirl pretext_weight=0; Again | | pirl pretext_weight=0.0",
-                    reference="Again", seeds=(0, 1))
+  again = [("NPID++", "", "pirl", {"pretext_weight": 0}), ("Again", "", "pirl", {"pretext_weight": 0.0})]
+  other = config_of("pretext", points=again, reference="Again", seeds=(0, 1))
   study.run(other, str(tmp_path))
   assert kinds(fakes) == ["train", "judge"]  # the new seed, once for both points
   assert (tmp_path / "pretext" / "study.csv").exists() and (tmp_path / "lambda" / "study.csv").exists()
   fakes.calls.clear()
-  study.run(config_of(points=SMALL, seeds=(0,), evaluation_settings="knn.k=5"), str(tmp_path))
+  study.run(config_of(points=SMALL, seeds=(0,), evaluation_settings={"knn": {"k": 5}}), str(tmp_path))
   assert kinds(fakes) == ["judge"] * 2
   fakes.calls.clear()
-  study.run(config_of(points=SMALL, more_points="PIRL | 1 | pirl pretext_weight=1", seeds=(0,)), str(tmp_path))
+  more = [("PIRL", 1, "pirl", {"pretext_weight": 1})]
+  study.run(config_of(points=SMALL, more_points=more, seeds=(0,)), str(tmp_path))
   assert kinds(fakes) == ["train", "judge"]
 
 
 def test_a_run_counts_only_with_its_last_checkpoint_and_a_result_of_it(fakes, tmp_path):
-  config = config_of(points="PIRL | 0 | pirl", reference="", seeds=(0,))
+  config = config_of(points=[("PIRL", 0, "pirl", {})], reference="", seeds=(0,))
   study.run(config, str(tmp_path))
   (folder,) = (tmp_path / "runs").iterdir()
   (result,) = (folder / "results").iterdir()
@@ -303,14 +322,14 @@ def test_a_run_that_fails_is_named(monkeypatch, fakes, tmp_path):
 
 
 def test_table_files_and_what_is_printed(monkeypatch, fakes, tmp_path, capsys):
-  config = config_of(points=SMALL, more_points="PIRL | 1 | pirl pretext_weight=1", seeds=(0, 1, 2))
+  config = config_of(points=SMALL, more_points=[("PIRL", 1, "pirl", {"pretext_weight": 1})], seeds=(0, 1, 2))
   accuracy = {0.0: (0.30, 0.32, 0.31), 0.5: (0.40, 0.44, 0.42), 1.0: (0.41, 0.43, 0.42)}
 
   def judge(evaluation, workdir):
-    run = next(run for run in runs if str(run.folder) == evaluation.checkpoint)
-    write_result(run.folder, evaluation, {"top1": accuracy[run.config.pretext_weight][run.config.seed]})
+    trial = next(trial for trial in trials if str(trial.folder) == evaluation.checkpoint)
+    write_result(trial.folder, evaluation, {"top1": accuracy[trial.config.pretext_weight][trial.config.seed]})
 
-  runs = [create_run(config, point, seed, tmp_path) for point in read_points(config) for seed in (0, 1, 2)]
+  trials = [create_trial(config, point, seed, tmp_path) for point in read_points(config) for seed in (0, 1, 2)]
   monkeypatch.setattr(evaluate, "run", judge)
   study.run(config, str(tmp_path))
 
@@ -319,7 +338,7 @@ def test_table_files_and_what_is_printed(monkeypatch, fakes, tmp_path, capsys):
   assert [(row["x"], row["seed"], float(row["value"])) for row in rows] == [
     (f"{x:g}", str(seed), value) for x, values in accuracy.items() for seed, value in enumerate(values)]
   assert rows[4] == {"study": "lambda", "series": "PIRL", "x": "0.5", "seed": "1", "figure": "kNN top-1", "layer": "",
-                     "value": "0.44", "run": str(runs[4].folder)}
+                     "value": "0.44", "run": str(trials[4].folder)}
 
   stored = json.loads((tmp_path / "lambda" / "study.json").read_text())
   zero, half, one = stored["cells"]
@@ -331,7 +350,8 @@ def test_table_files_and_what_is_printed(monkeypatch, fakes, tmp_path, capsys):
   assert zero["difference"]["verdict"] == "difference shown"
   assert one["difference"]["mean"] == pytest.approx(0, abs=1e-9)
   assert one["difference"]["verdict"] == "no difference shown"
-  assert stored["config"]["points"] == SMALL and stored["seeds"] == [0, 1, 2]
+  assert stored["config"]["points"] == [list(point) for point in SMALL] and stored["seeds"] == [0, 1, 2]
+  assert stored["config"]["embedded.settings.num_epochs"] == 24 and None not in stored["config"].values()
   said = capsys.readouterr().out
   assert "PIRL 0      31.0 +- 1.0    -11.0 [-13.5, -8.5]\n" in said
   assert "PIRL 0.5    42.0 +- 2.0    reference\n" in said and "no difference shown" in said.split("PIRL 1 ")[-1]
@@ -396,15 +416,15 @@ def test_which_figures_are_taken(protocol):
 def test_every_study_has_its_figure(tmp_path, variant, num_panels, num_seeds):
   config = config_of(variant, seeds=tuple(range(num_seeds)))
   evaluation = configs.evaluate.get_config(config.evaluation)
-  runs = []
+  trials = []
   for point in read_points(config):
     for seed in config.seeds:
       run_config = pirl.get_config()
       run_config.seed = seed
-      runs.append(Run(point, run_config, evaluation, tmp_path / point.label / str(seed)))
-      write_result(runs[-1].folder, evaluation, FOUND[evaluation.protocol])
-      (runs[-1].folder / "trained.json").write_text('{"step": 8}')
-  report.report(config, runs, tmp_path / "out")
+      trials.append(Trial(point, run_config, evaluation, tmp_path / point.label / str(seed)))
+      write_result(trials[-1].folder, evaluation, FOUND[evaluation.protocol])
+      (trials[-1].folder / "trained.json").write_text('{"step": 8}')
+  report.report(config, trials, tmp_path / "out")
   with Image.open(tmp_path / "out" / "study.png") as picture:
     # The differences have a panel of their own beside bars, where there are seeds to compare.
     assert picture.width == round(5.6 * 120) * (num_panels - (config.plot == "bars" and num_seeds == 1))
@@ -412,12 +432,12 @@ def test_every_study_has_its_figure(tmp_path, variant, num_panels, num_seeds):
   with open(tmp_path / "out" / "study.csv", newline="") as file:
     rows = list(csv.DictReader(file))
   figures = {"layers": 3, "invariance": 3}.get(variant, 1)  # both layers and the best one
-  assert len(rows) == len(runs) * figures
+  assert len(rows) == len(trials) * figures
 
-  results = {run.folder: run.result() for run in runs}
-  cells = report.create_cells(runs, results, config.reference)
+  results = {trial.folder: trial.result() for trial in trials}
+  cells = report.create_cells(trials, results, config.reference)
   shown = [cell for cell in cells if bool(cell.layer) == (config.plot == "layers")]
-  first = report.create_panels(config, runs, results, shown, share=variant != "invariance")[0]
+  first = report.create_panels(config, trials, results, shown, share=variant != "invariance")[0]
   name, line = next(iter(first.lines.items()))
   assert {
     "layers": ("PIRL", ["conv1", "res2"], [10, 20]), "pretext": ("PIRL (Jigsaw)", [""], [40]),
@@ -435,6 +455,48 @@ def test_points_that_were_added_stand_in_the_line_where_they_belong():
   assert panel.lines["A"].x == [0.5, 1, 10] and panel.lines["A"].y == [50, 100, 1_000]
 
 
+def test_every_point_has_a_line_over_the_layers():
+  cells = [Cell("A", x, f"top-1 of {layer}", layer, (0.1,)) for x in ("1", "2") for layer in ("res2", "res3")]
+  panel = lines_panel(cells, title="", figure="top-1", x_label="", log_x=False, share=True)
+  assert {name: line.x for name, line in panel.lines.items()} == {"A 1": ["res2", "res3"], "A 2": ["res2", "res3"]}
+
+
+def test_a_series_has_one_colour_in_every_panel(monkeypatch, tmp_path):
+  cells = [Cell(series, x, "top-1", "", (0.1, 0.2), Difference(0.1, 0, 0.2))
+           for series, x in (("A", "1"), ("A", "2"), ("B", ""))]
+  panels = bars_panels(cells, title="", figure="top-1", x_label="", reference="B", share=True)
+  panels.append(Panel("elsewhere", "", "bars", {"C": Line([""], [1]), "B": Line([""], [2])}))
+  panels.append(Panel("elsewhere", "", "lines", {"B": Line([1, 2], [1, 2]), "A (derived)": Line([1], [2], series="A")}))
+  panels.append(Panel("elsewhere", "", "bands", {"C": Line([1, 2], [1, 2], [1, 1])}))
+  assert colours_of(panels) == {"A": "C0", "B": "C1", "C": "C2"}
+  drawn = []
+
+  def noted(kind, draw):
+    return lambda *args, **kwargs: drawn.append((kind, kwargs.get("color"))) or draw(*args, **kwargs)
+
+  for kind in ("bar", "errorbar", "plot", "fill_between"):
+    monkeypatch.setattr(Axes, kind, noted(kind, getattr(Axes, kind)))
+  save_panels(tmp_path / "figure.png", "", panels)
+  assert [color for kind, color in drawn if kind == "bar"] == ["C0", "C0", "C1", "C2", "C1"]
+  assert [color for kind, color in drawn if kind == "errorbar" and color in ("C0", "C1")] == [
+    "C0", "C0", "C1", "C1", "C0"]
+  assert ("plot", "C2") in drawn and ("fill_between", "C2") in drawn
+
+
+@pytest.mark.parametrize("plot, evaluation", [
+  ("bars", "knn"), ("lines", "knn"), ("layers", "linear_small"), ("distances", "invariance")])
+def test_a_study_names_its_panel_and_its_axes(tmp_path, plot, evaluation):
+  config = config_of("own", points=[("A", 1, "pirl", {})], seeds=(0, 1), plot=plot, evaluation=evaluation,
+                     panel_title="here", x_label="across", y_label="upwards")
+  trials = [create_trial(config, point, seed, tmp_path) for point in read_points(config) for seed in config.seeds]
+  results = {trial.folder: {"figures": FOUND[trials[0].evaluation.protocol]} for trial in trials}
+  cells = report.create_cells(trials, results, "")
+  shown = [cell for cell in cells if bool(cell.layer) == (plot == "layers")]
+  (panel,) = report.create_panels(config, trials, results, shown, share=False)
+  assert (panel.title, panel.x_label) == ("here", "across")
+  assert panel.y_label == "upwards\n(mean and standard deviation over 2 seeds)"
+
+
 def test_the_folder_of_compiled_programs(monkeypatch, tmp_path):
   chosen = jax.config.jax_compilation_cache_dir
   study.keep_compiled(tmp_path / "compiled")
@@ -447,12 +509,16 @@ def test_the_folder_of_compiled_programs(monkeypatch, tmp_path):
     jax.config.update("jax_compilation_cache_dir", chosen)
 
 
+# The runs of test_evaluate.py, whose compiled programs are found again.
+TINY = {
+  "num_epochs": 2, "batch_size": 32, "num_negatives": 32, "data": {"num_images": 128, "image_size": 16},
+  "jigsaw": {"crop_size": 18, "patch_size": 5}, "model": {"dim": 16}, "optimizer": {"learning_rate": 0.1},
+  "evaluate": {"num_images": 48, "batch_size": 32}}
+
+
 def test_a_study_of_real_runs(tmp_path):
-  config = config_of(points="PIRL | 0.5 | pirl", seeds=(0, 1), evaluation_settings="knn.k=20")
-  # The runs of test_evaluate.py, whose compiled programs are found again.
-  config.settings = (
-    "num_epochs=2 batch_size=32 num_negatives=32 data.num_images=128 data.image_size=16 jigsaw.crop_size=18 "
-    "jigsaw.patch_size=5 model.dim=16 optimizer.learning_rate=0.1 evaluate.num_images=48 evaluate.batch_size=32")
+  config = config_of(points=[("PIRL", 0.5, "pirl", {})], seeds=(0, 1), settings=TINY,
+                     evaluation_settings={"knn": {"k": 20}})
   study.run(config, str(tmp_path))
   stored = json.loads((tmp_path / "lambda" / "study.json").read_text())
   (cell,) = stored["cells"]
@@ -467,23 +533,22 @@ def test_a_study_of_real_runs(tmp_path):
   assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")} == before
 
 
-@pytest.mark.parametrize("name", list(studies.VARIANTS))
+@pytest.mark.parametrize("name", PAPERS)
 def test_every_run_of_every_study_is_possible_as_far_as_its_config_tells(name, tmp_path):
   config = studies.get_config(name)
   points = read_points(config)
-  runs = [create_run(config, point, seed, tmp_path) for point in points for seed in config.seeds]
-  for run in runs:
-    parts_lib.check_config(run.config)
-  assert len({run.folder for run in runs}) == len(points) * len(config.seeds)
+  trials = [create_trial(config, point, seed, tmp_path) for point in points for seed in config.seeds]
+  for trial in trials:
+    parts_lib.check_config(trial.config)
+  assert len({trial.folder for trial in trials}) == len(points) * len(config.seeds)
 
 
 def test_settings_of_one_system_leave_the_others_alone(tmp_path):
   def rate(system, **fields):
-    point = Point("A", "", system, "")
-    return create_run(config_of(**fields), point, 0, tmp_path).config.optimizer.learning_rate
+    point = Point("A", "", system, {})
+    return create_trial(config_of(**fields), point, 0, tmp_path).config.optimizer.learning_rate
 
   assert (rate("pirl"), rate("jigsaw"), rate("rotnet")) == (0.2, 0.1, 0.4)
-  given = {"settings": "optimizer.learning_rate=0.3 rotnet:optimizer.learning_rate=0.7"}
-  assert (rate("pirl", **given), rate("jigsaw", **given), rate("rotnet", **given)) == (0.3, 0.3, 0.7)
-  with pytest.raises(UserError, match="no system 'rotnt'"):
-    rate("pirl", settings="rotnt:num_epochs=3")
+  fields = {"settings": {"optimizer": {"learning_rate": 0.3}},
+            "system_settings": {"rotnet": {"optimizer": {"learning_rate": 0.7}}}}
+  assert (rate("pirl", **fields), rate("jigsaw", **fields), rate("rotnet", **fields)) == (0.3, 0.3, 0.7)
