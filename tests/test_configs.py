@@ -161,7 +161,7 @@ def test_the_table_of_systems_names_every_imagenet_config():
 def test_every_field_of_an_evaluation_or_a_study_is_read_by_its_job(name, rooms):
   """By its name in the job's files; a group that is handed on as keywords is a TypeError where nothing takes one."""
   package = Path(system.__file__).parent
-  source = "".join((package / room).read_text() for room in rooms) + (package.parent / "launch.py").read_text()
+  source = "".join((package / room).read_text() for room in rooms) + (package / "launching.py").read_text()
   handed_on = {"linear", "semi_supervised"}
   fields = {field for variant in MODULES[name].VARIANTS
             for field in flatten(MODULES[name].get_config(variant).to_dict())}

@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import launch
 from configs import evaluate as evaluate_config
 from configs.base import get_base
-from pirl_jax import runs, system
+from pirl_jax import launching, runs, system
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.models import resnet
@@ -123,12 +122,12 @@ def launched(config, workdir, patch):
   parts_lib.check_config(config)
   read = set()
   patch.setattr(pretrain, "check_config", lambda config: None)
-  patch.setattr(launch, "CONFIG", SimpleNamespace(value=Recorded(config, read)))
-  patch.setattr(launch, "WORKDIR", SimpleNamespace(value=workdir))
+  patch.setattr(launching, "CONFIG", SimpleNamespace(value=Recorded(config, read)))
+  patch.setattr(launching, "WORKDIR", SimpleNamespace(value=workdir))
   for flag, value in (("COORDINATOR", ""), ("NUM_PROCESSES", 1), ("PROCESS_ID", None)):
-    patch.setattr(launch, flag, SimpleNamespace(value=value))
-  patch.setattr(launch, "quiet", lambda: None)
-  launch.main(["launch.py"])
+    patch.setattr(launching, flag, SimpleNamespace(value=value))
+  patch.setattr(launching, "quiet", lambda: None)
+  launching.main(["launch.py"])
   return read
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-import configs
-from configs import evaluate as evaluations
+from pirl_jax import configs
+from pirl_jax.configs import evaluate as evaluations
 from pirl_jax.errors import UserError
 from pirl_jax.storage.files import read_json
 
@@ -156,7 +156,7 @@ def system_config(system: str, variant: str) -> ConfigDict:
   """
   if system not in systems():
     raise UserError(f"configs/ has no system {system!r}; choose from {', '.join(systems())}")
-  return importlib.import_module(f"configs.{system}").get_config(variant)
+  return importlib.import_module(f"pirl_jax.configs.{system}").get_config(variant)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from configs import evaluate as evaluations
+from pirl_jax.configs import evaluate as evaluations
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.storage.checkpoints import Checkpoints

@@ -1,0 +1,38 @@
+"""Which file `--config` means: a config that comes with the package, by its name, or a file of the user's own."""
+
+from pathlib import Path
+
+from pirl_jax import configs
+from pirl_jax.errors import UserError
+
+PARTS = ("__init__", "base", "data_sets")
+"""Files of configs/ that other configs are made of; they describe no job."""
+
+
+def names() -> list[str]:
+  """Returns the names of the configs that come with the package, sorted."""
+  return sorted(path.stem for path in _folder().glob("*.py") if path.stem not in PARTS)
+
+
+def locate(argument: str) -> str:
+  """Returns FILE[:VARIANT], with a file that exists, for what stands behind `--config=`.
+
+  Args:
+    argument: NAME[:VARIANT] is a config of the package, FILE.py[:VARIANT] the user's own. `configs/NAME.py`, as the
+      docs write it, is the package's if the current folder has no such file.
+
+  Raises:
+    UserError: there is no such config.
+  """
+  path, colon, variant = argument.partition(":")
+  if path.endswith(".py") and Path(path).is_file():
+    return argument
+  name = path.removeprefix("configs/").removesuffix(".py") if path.startswith("configs/") else path
+  if name in names():
+    return f"{_folder() / name}.py{colon}{variant}"
+  raise UserError(f"--config={argument}: {path!r} is no config's name and no Python file; choose from "
+                  f"{', '.join(names())}, or give the path of a file of your own")
+
+
+def _folder() -> Path:
+  return Path(configs.__path__[0])
