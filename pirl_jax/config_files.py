@@ -1,5 +1,6 @@
 """Which file `--config` means: a config that comes with the package, by its name, or a file of the user's own."""
 
+import re
 from pathlib import Path
 
 from pirl_jax import configs
@@ -27,9 +28,9 @@ def locate(argument: str) -> str:
   path, colon, variant = argument.partition(":")
   if path.endswith(".py") and Path(path).is_file():
     return argument
-  name = path.removeprefix("configs/").removesuffix(".py") if path.startswith("configs/") else path
-  if name in names():
-    return f"{_folder() / name}.py{colon}{variant}"
+  name = re.fullmatch(r"configs/(\w+)\.py|(\w+)", path)
+  if name and (name[1] or name[2]) in names():
+    return f"{_folder() / (name[1] or name[2])}.py{colon}{variant}"
   raise UserError(f"--config={argument}: {path!r} is no config's name and no Python file; choose from "
                   f"{', '.join(names())}, or give the path of a file of your own")
 
