@@ -28,7 +28,7 @@ class _ConfigFile(config_flags.ConfigFileFlagParser):
     return super().parse(config_files.locate(path))
 
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, for example configs/pirl.py:imagenet.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: pirl:imagenet, or a file, my_config.py.")
 flags.FLAGS["config"].parser = _ConfigFile("config")
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; each job has a default of its own.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, for processes started by hand.")

@@ -108,6 +108,7 @@ def test_the_tested_versions_lie_within_the_ranges_that_are_asked_for():
   exact = dict(line.split("#")[0].strip().lower().split("==") for line in
                (ROOT / "requirements.txt").read_text().splitlines() if "==" in line)
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-  asked = [Requirement(text) for text in project["dependencies"] + project["optional-dependencies"]["dev"]]
+  extras = project["optional-dependencies"]
+  asked = [Requirement(text) for text in project["dependencies"] + extras["dev"] + extras["docs"]]
   for requirement in asked:
     assert requirement.specifier.contains(exact[requirement.name.lower()]), requirement

@@ -28,9 +28,9 @@ EPOCH = 4  # steps: 128 pictures in batches of 32
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A run of an epoch, as launch.py leaves it."""
+  """A run of two epochs, as launch.py leaves it."""
   folder = tmp_path_factory.mktemp("smoke") / "run"
-  launch(*TRAINING, "--config.num_epochs=1", f"--workdir={folder}")
+  launch(*TRAINING, "--config.num_epochs=2", f"--workdir={folder}")
   return folder
 
 
@@ -67,7 +67,7 @@ def test_a_view():
 
 def test_a_run_takes_every_step_and_leaves_its_files(run):
   found = rows(run)
-  assert [row["step"] for row in found] == list(range(1, EPOCH + 1))
+  assert [row["step"] for row in found] == list(range(1, 2 * EPOCH + 1))
   assert np.isfinite([row["loss"] for row in found]).all()
   left = {path.name for path in run.iterdir()}
   assert {"config.json", "metrics.jsonl", "views.png", "curves.png", "checkpoints"} <= left
@@ -85,6 +85,6 @@ def test_features_are_exported(run):
 
 
 def test_the_same_command_goes_on(run):
-  launch(*TRAINING, "--config.num_epochs=2", f"--workdir={run}")
-  assert [row["step"] for row in rows(run)] == list(range(1, 2 * EPOCH + 1))
-  assert Checkpoints(run / "checkpoints", keep=3).steps()[-1] == 2 * EPOCH
+  launch(*TRAINING, "--config.num_epochs=3", f"--workdir={run}")
+  assert [row["step"] for row in rows(run)] == list(range(1, 3 * EPOCH + 1))
+  assert Checkpoints(run / "checkpoints", keep=3).steps()[-1] == 3 * EPOCH
