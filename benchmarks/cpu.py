@@ -32,7 +32,7 @@ PROGRAMS = ("trunk", "torch", "step")
 
 
 def _config(network):
-  from configs import pirl
+  from pirl_jax.configs import pirl
   variant, changes, _ = NETWORKS[network]
   config = pirl.get_config(variant)
   config.update(changes)

@@ -14,6 +14,7 @@ import numpy as np
 
 from pirl_jax.views import photometric
 from pirl_jax.views.jigsaw import Jigsaw
+from pirl_jax.views.recipe import BASE, GBLUR, Recipe
 from pirl_jax.views.two_views import make_views
 
 ROUNDS = 5
@@ -93,7 +94,7 @@ def crops(rng, num, size):
 def jitter_cases(rng, sizes):
   """sizes: (number of pictures, side). One function a way, over all sizes."""
   ways = (fixed_order, slots, select_of_four, switch_of_orders)
-  recipe = photometric.Recipe(group_probability=0, grayscale_probability=0, flip_probability=0)
+  recipe = Recipe(group_probability=0, grayscale_probability=0, flip_probability=0)
   batches = []
   for num, size in sizes:
     keys = jax.random.split(jax.random.key(0), num)
@@ -117,7 +118,7 @@ def views_cases(rng):
     keys = jax.random.split(jax.random.key(0), num)
     image, pretext = crops(rng, num, size), crops(rng, num, pretext_size)
     jigsaw = Jigsaw(crop_size=pretext_size, crop_scale=(0.6, 1.0), grid=3, patch_size=patch_size)
-    for list_name, recipe in (("base", photometric.BASE), ("gblur", photometric.GBLUR)):
+    for list_name, recipe in (("base", BASE), ("gblur", GBLUR)):
       views = jax.jit(make_views(jigsaw, recipe=recipe, pretext_recipe=recipe))
       label = f"views {list_name}, {name}: {num} x ({size} px + 9 of {patch_size} px)"
       cases[label] = functools.partial(views, keys, image, pretext)

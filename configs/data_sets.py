@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
-from configs.base import get_base
+from pirl_jax.configs.base import get_base
 from pirl_jax.errors import UserError
 
 

@@ -6,8 +6,8 @@ as in configs/pirl.py: it is PIRL's covariant twin.
 
 from ml_collections import ConfigDict
 
-from configs import data_sets
-from configs.data_sets import compose
+from pirl_jax.configs import data_sets
+from pirl_jax.configs.data_sets import compose
 
 
 def covariant(config: ConfigDict, *, num_permutations: int = 100) -> None:

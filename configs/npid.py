@@ -5,8 +5,8 @@ Wu et al. 2018 (arXiv 1805.01978). On the small sets everything but that term is
 
 from ml_collections import ConfigDict
 
-from configs import data_sets
-from configs.data_sets import compose
+from pirl_jax.configs import data_sets
+from pirl_jax.configs.data_sets import compose
 
 
 def npid(config: ConfigDict) -> None:

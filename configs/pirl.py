@@ -8,9 +8,9 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from configs import data_sets
-from configs.data_sets import compose, imagenet
-from pirl_jax.views.photometric import GBLUR
+from pirl_jax.configs import data_sets
+from pirl_jax.configs.data_sets import compose, imagenet
+from pirl_jax.views.recipe import GBLUR
 
 
 def epochs(number: int):

@@ -5,8 +5,8 @@ Its batch statistics are measured on the training pictures; else a deep network 
 
 from ml_collections import ConfigDict
 
-from configs import data_sets
-from configs.data_sets import compose
+from pirl_jax.configs import data_sets
+from pirl_jax.configs.data_sets import compose
 
 
 def untrained(config: ConfigDict) -> None:

@@ -5,8 +5,8 @@ Gidaris et al. 2018. On the small sets everything but the objective is as in PIR
 
 from ml_collections import ConfigDict
 
-from configs import data_sets
-from configs.data_sets import compose
+from pirl_jax.configs import data_sets
+from pirl_jax.configs.data_sets import compose
 
 
 def covariant(config: ConfigDict) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-import configs
-from configs import base, evaluate
+from pirl_jax import configs
+from pirl_jax.configs import base, evaluate
 from pirl_jax.errors import UserError
 
 NO_SYSTEMS = ("__init__", "base", "checkpoints", "data_sets", "evaluate", "study")

@@ -5,8 +5,8 @@ The same trunk, trained on every label of the training pictures, with crops and 
 
 from ml_collections import ConfigDict
 
-from configs import data_sets
-from configs.data_sets import compose
+from pirl_jax.configs import data_sets
+from pirl_jax.configs.data_sets import compose
 
 
 def supervised(config: ConfigDict) -> None:

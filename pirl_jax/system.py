@@ -14,8 +14,8 @@ from pirl_jax.errors import UserError
 from pirl_jax.models.heads import ClassHead, ImageHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
-from pirl_jax.views.photometric import Recipe
 from pirl_jax.views.pretext import Pretext
+from pirl_jax.views.recipe import Recipe
 from pirl_jax.views.two_views import create_pretext, make_views
 
 OBJECTIVES = ("invariant", "covariant", "supervised")

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import data_sets
 from pirl_jax import system
+from pirl_jax.configs import data_sets
 from pirl_jax.data.batches import steps_per_epoch
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.protocols import PROTOCOLS
@@ -25,7 +25,7 @@ from pirl_jax.training import parts as parts_lib
 
 MODULES = {}
 for path in sorted((Path(__file__).parents[1] / "configs").glob("*.py")):
-  module = importlib.import_module(f"configs.{path.stem}")
+  module = importlib.import_module(f"pirl_jax.configs.{path.stem}")
   if hasattr(module, "get_config"):
     MODULES[path.stem] = module
 CONFIGS = {f"{name}:{variant}": (name, variant) for name, module in MODULES.items() for variant in module.VARIANTS}
@@ -161,7 +161,7 @@ def test_the_table_of_systems_names_every_imagenet_config():
 def test_every_field_of_an_evaluation_or_a_study_is_read_by_its_job(name, rooms):
   """By its name in the job's files; tests/evaluation/test_protocols.py looks at the group of a protocol."""
   package = Path(system.__file__).parent
-  source = "".join((package / room).read_text() for room in rooms) + (package.parent / "launch.py").read_text()
+  source = "".join((package / room).read_text() for room in rooms) + (package / "launching.py").read_text()
   handed_on = {*PROTOCOLS, "settings", "system_settings", "evaluation_settings", "embedded"}
   fields = {field for variant in MODULES[name].VARIANTS
             for field in flatten(MODULES[name].get_config(variant).to_dict())}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from configs import pirl
+from pirl_jax.configs import pirl
 from pirl_jax.training import pretrain
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import evaluate as evaluate_configs
-from configs import pirl
+from pirl_jax.configs import evaluate as evaluate_configs
+from pirl_jax.configs import pirl
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.storage.checkpoints import Checkpoints

@@ -28,6 +28,7 @@ from pirl_jax.storage.settings import flatten
 from pirl_jax.training import parts as parts_lib
 from pirl_jax.training import pretrain
 from pirl_jax.views import jigsaw, normalisation, permutations, photometric, rotation, two_views
+from pirl_jax.views.recipe import Recipe
 
 # The same examples at every run, and no folder of them left behind.
 few = settings(max_examples=8, deadline=None, derandomize=True, database=None,
@@ -238,7 +239,7 @@ def test_rotation(seed, side, turns):
 
 @functools.cache
 def augment(strength, blur):
-  recipe = photometric.Recipe(
+  recipe = Recipe(
     brightness=strength, contrast=strength, saturation=strength, hue=strength / 2, jitter_probability=1.0,
     group_probability=0.66, grayscale_probability=0.2, blur_probability=blur, blur_radius=(0.1, 2.0),
     flip_probability=0.5)
@@ -292,7 +293,7 @@ def test_operations_on_pixels(name, seed, data, height, width, contents):
        side=st.sampled_from([6, 12]), num_permutations=st.sampled_from([0, 5]))
 def test_views_have_the_shapes_and_labels_they_say(seed, name, batch, side, num_permutations):
   rng = np.random.default_rng(seed)
-  recipe = photometric.Recipe(brightness=0.4, flip_probability=0.5)
+  recipe = Recipe(brightness=0.4, flip_probability=0.5)
   group = {"crop_size": side, "crop_scale": (0.5, 1.0), "grid": 2, "patch_size": 3,
            "num_permutations": num_permutations}
   pretext = two_views.create_pretext(name, image_size=side, image_scale=(0.5, 1.0), settings={"jigsaw": group})
@@ -364,7 +365,7 @@ def test_any_bytes_are_broken_or_a_picture(content, magic):
     assert crops.decode(magic + content).shape[2] == 3
 
 
-SYSTEMS = {name: importlib.import_module(f"configs.{name}").get_config()
+SYSTEMS = {name: importlib.import_module(f"pirl_jax.configs.{name}").get_config()
            for name in ("pirl", "npid", "jigsaw", "rotnet", "supervised", "random_init")}
 SMALL = {"data.num_images": 64, "evaluate.num_images": 16, "num_negatives": 16, "batch_size": 16,
          "evaluate.batch_size": 16, "jigsaw.num_permutations": 0}

@@ -19,10 +19,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import launch
-from configs import evaluate as evaluate_config
-from configs.base import get_base
-from pirl_jax import runs, system
+from pirl_jax import launching, runs, system
+from pirl_jax.configs import evaluate as evaluate_config
+from pirl_jax.configs.base import get_base
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.method import losses
@@ -80,7 +79,7 @@ def folder(tmp_path_factory):
 
 def tiny(name, folder, **changes):
   """Returns the config of a system, with the network and the pictures made small: two steps in all."""
-  config = importlib.import_module(f"configs.{name}").get_config()
+  config = importlib.import_module(f"pirl_jax.configs.{name}").get_config()
   config.update_from_flattened_dict({
     "num_epochs": min(config.num_epochs, 1), "batch_size": NUM_IMAGES // 2, "num_negatives": 16,
     "data.num_images": NUM_IMAGES, "data.root": str(folder), "data.image_size": 16, "data.num_threads": 1,
@@ -127,12 +126,12 @@ def launched(config, workdir, patch):
   parts_lib.check_config(config)
   read = set()
   patch.setattr(pretrain, "check_config", lambda config: None)
-  patch.setattr(launch, "CONFIG", SimpleNamespace(value=Recorded(config, read)))
-  patch.setattr(launch, "WORKDIR", SimpleNamespace(value=workdir))
+  patch.setattr(launching, "CONFIG", SimpleNamespace(value=Recorded(config, read)))
+  patch.setattr(launching, "WORKDIR", SimpleNamespace(value=workdir))
   for flag, value in (("COORDINATOR", ""), ("NUM_PROCESSES", 1), ("PROCESS_ID", None)):
-    patch.setattr(launch, flag, SimpleNamespace(value=value))
-  patch.setattr(launch, "quiet", lambda: None)
-  launch.main(["launch.py"])
+    patch.setattr(launching, flag, SimpleNamespace(value=value))
+  patch.setattr(launching, "quiet", lambda: None)
+  launching.main(["launch.py"])
   return read
 
 

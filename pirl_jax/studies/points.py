@@ -12,8 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import evaluate as evaluations
-from configs.study import OWN_EVALUATION_FIELDS, OWN_FIELDS, systems
+from pirl_jax.configs import evaluate as evaluations
+from pirl_jax.configs.study import OWN_EVALUATION_FIELDS, OWN_FIELDS, systems
 from pirl_jax.errors import UserError
 from pirl_jax.storage.files import read_json
 from pirl_jax.storage.settings import flatten
@@ -161,7 +161,7 @@ def system_config(system: str, variant: str) -> ConfigDict:
   """
   if system not in systems():
     raise UserError(f"configs/ has no system {system!r}; choose from {', '.join(systems())}")
-  return importlib.import_module(f"configs.{system}").get_config(variant)
+  return importlib.import_module(f"pirl_jax.configs.{system}").get_config(variant)
 
 
 def given(config: ConfigDict) -> dict[str, Any]:

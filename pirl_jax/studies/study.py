@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from configs import evaluate as evaluations
-from configs.study import systems
+from pirl_jax.configs import evaluate as evaluations
+from pirl_jax.configs.study import systems
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.evaluation.protocols import protocol_of

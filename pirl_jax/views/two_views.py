@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from pirl_jax.errors import UserError
 from pirl_jax.views.jigsaw import Jigsaw
 from pirl_jax.views.normalisation import normalise
-from pirl_jax.views.photometric import Recipe, apply_photometric, draw_photometric
+from pirl_jax.views.photometric import apply_photometric, draw_photometric
 from pirl_jax.views.pretext import Pretext
+from pirl_jax.views.recipe import Recipe
 from pirl_jax.views.rotation import Rotation
 from pirl_jax.views.rotation_jigsaw import RotationJigsaw
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint import CheckpointManager, args
 
-import configs.evaluate
-from configs import pirl
+import pirl_jax.configs.evaluate
+from pirl_jax.configs import pirl
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.evaluation.protocols import PROTOCOLS, knn
@@ -52,7 +52,7 @@ def run(runs, tmp_path):
 
 
 def config_of(variant, *checkpoints, **fields):
-  config = configs.evaluate.get_config(variant)
+  config = pirl_jax.configs.evaluate.get_config(variant)
   config.checkpoint = ",".join(map(str, checkpoints))
   config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
   return config
@@ -330,16 +330,16 @@ def test_impossible_values(run, fields, said):
   assert sorted(run.rglob("*")) == before
 
 
-@pytest.mark.parametrize("variant", configs.evaluate.VARIANTS)
+@pytest.mark.parametrize("variant", pirl_jax.configs.evaluate.VARIANTS)
 def test_every_variant_loads_and_has_an_adapter(variant):
-  config = configs.evaluate.get_config(variant)
+  config = pirl_jax.configs.evaluate.get_config(variant)
   assert config.protocol in PROTOCOLS and variant.startswith(config.protocol)
   assert config.protocol in config and config.name == variant
 
 
 def test_no_protocol():
   with pytest.raises(UserError, match="needs a protocol.*knn, linear"):
-    configs.evaluate.get_config("")
+    pirl_jax.configs.evaluate.get_config("")
 
 
 def test_runs_on_different_pictures_are_not_compared(runs, tmp_path):

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from test_evaluate import small_run
 
-import configs.evaluate
-from configs import study as study_config
+import pirl_jax.configs.evaluate
+from pirl_jax.configs import study as study_config
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate, protocols, training
 from pirl_jax.evaluation.protocols import PROTOCOLS, protocol_of
@@ -27,9 +27,9 @@ from pirl_jax.views.normalisation import normalise
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("variant", configs.evaluate.VARIANTS)
+@pytest.mark.parametrize("variant", pirl_jax.configs.evaluate.VARIANTS)
 def test_the_group_of_a_variant_is_the_settings_field_by_field(variant):
-  config = configs.evaluate.get_config(variant)
+  config = pirl_jax.configs.evaluate.get_config(variant)
   settings = protocol_of(config.protocol).settings
   assert set(config[config.protocol]) == {field.name for field in dataclasses.fields(settings)}
   assert dataclasses.asdict(settings(**config[config.protocol])) == config[config.protocol].to_dict()
@@ -90,12 +90,12 @@ def example(tmp_path, monkeypatch):
   names = dict(vars(configs.evaluate))
   exec(variant, names)
   assert isinstance(names[NAME], types.FunctionType)
-  monkeypatch.setitem(configs.evaluate.VARIANTS, NAME, names[NAME])
+  monkeypatch.setitem(pirl_jax.configs.evaluate.VARIANTS, NAME, names[NAME])
 
 
 def test_a_new_protocol_needs_its_file_its_line_and_its_variant_and_nothing_else(example, tmp_path):
   run = small_run(tmp_path / "run", num_epochs=1)
-  config = configs.evaluate.get_config(NAME)
+  config = pirl_jax.configs.evaluate.get_config(NAME)
   config.checkpoint = f"{run},{run}+{small_run(tmp_path / 'other', seed=1, num_epochs=1)}"
   evaluate.run(config, str(tmp_path / "both"))
   stored = json.loads((tmp_path / "both" / "results" / f"{NAME}.json").read_text())

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import jigsaw
+from pirl_jax.configs import jigsaw
 from pirl_jax.errors import UserError
 from pirl_jax.method.optimizer import cosine_schedule, create_optimizer, step_schedule
 from pirl_jax.models.heads import PatchesClassHead

@@ -23,7 +23,7 @@ from pirl_jax.models.resnet import ResNet
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.views.jigsaw import Jigsaw
-from pirl_jax.views.photometric import Recipe
+from pirl_jax.views.recipe import Recipe
 from pirl_jax.views.two_views import make_views
 
 N, B, CLASSES, ORDERS = 43, 16, 4, 6

@@ -15,7 +15,7 @@ import pytest
 from launching import LIMIT, ROOT, STEPS, TRAINING, Launch, assert_same, launch, rows, wait_for
 from test_checkpoints import make_state
 
-from configs import pirl
+from pirl_jax.configs import pirl
 from pirl_jax.errors import UserError
 from pirl_jax.figures import pictures
 from pirl_jax.runtime import mesh as mesh_lib

@@ -17,7 +17,7 @@ from absl import flags
 from launching import ROOT
 from ml_collections import config_flags
 
-from configs import study as studies
+from pirl_jax.configs import study as studies
 from pirl_jax.studies import study
 from pirl_jax.studies.points import create_trial, read_points
 

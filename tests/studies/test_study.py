@@ -16,9 +16,9 @@ from launching import ROOT
 from matplotlib.axes import Axes
 from PIL import Image
 
-import configs.evaluate
-from configs import pirl
-from configs import study as studies
+import pirl_jax.configs.evaluate
+from pirl_jax.configs import pirl
+from pirl_jax.configs import study as studies
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.evaluation.protocols import PROTOCOLS, protocol_of
@@ -114,7 +114,7 @@ def test_the_kinds_of_values():
                       "data.image_scale": [0.5, 1.0], "data.split": ""}, where="here", fixed=())
   assert config.num_epochs == 1_000 and type(config.pretext_weight) is float and config.evaluate.learning is False
   assert config.data.image_scale == (0.5, 1.0) and config.data.root == "my pictures" and config.data.split == ""
-  evaluation = configs.evaluate.get_config("knn")
+  evaluation = pirl_jax.configs.evaluate.get_config("knn")
   set_fields(evaluation, {"data.image_size": 16, "knn.temperature": 1e-1}, where="here", fixed=())
   assert evaluation.data.image_size == 16 and evaluation.knn.temperature == 0.1
 
@@ -415,7 +415,7 @@ def test_which_figures_are_taken(protocol):
   ("lambda", 2), ("permutations", 2), ("negatives", 2), ("pretext", 3), ("layers", 2), ("invariance", 1), ("draw", 2)])
 def test_every_study_has_its_figure(tmp_path, variant, num_panels, num_seeds):
   config = config_of(variant, seeds=tuple(range(num_seeds)))
-  evaluation = configs.evaluate.get_config(config.evaluation)
+  evaluation = pirl_jax.configs.evaluate.get_config(config.evaluation)
   trials = []
   for point in read_points(config):
     for seed in config.seeds:

@@ -12,7 +12,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.views.jigsaw import Jigsaw, cut_patches, draw_jigsaw
 from pirl_jax.views.normalisation import denormalise
 from pirl_jax.views.permutations import permutation_subset
-from pirl_jax.views.photometric import Recipe
+from pirl_jax.views.recipe import Recipe
 from pirl_jax.views.two_views import make_views
 
 

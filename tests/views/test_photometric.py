@@ -12,7 +12,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from pirl_jax.errors import UserError
 from pirl_jax.views import photometric
-from pirl_jax.views.photometric import BASE, GBLUR, Recipe, apply_photometric, draw_photometric
+from pirl_jax.views.photometric import apply_photometric, draw_photometric
+from pirl_jax.views.recipe import BASE, GBLUR, Recipe
 
 RNG = np.random.default_rng(0)
 HEIGHT, WIDTH = 17, 23

@@ -8,7 +8,7 @@ import pytest
 from pirl_jax.errors import UserError
 from pirl_jax.views.jigsaw import Jigsaw
 from pirl_jax.views.normalisation import denormalise
-from pirl_jax.views.photometric import GBLUR, Recipe
+from pirl_jax.views.recipe import GBLUR, Recipe
 from pirl_jax.views.two_views import create_pretext, make_views
 
 RNG = np.random.default_rng(0)

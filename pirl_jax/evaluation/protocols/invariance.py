@@ -27,7 +27,7 @@ from pirl_jax.method.randomness import view_keys
 from pirl_jax.models.network import Model, Network
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.runtime.progress import Progress
-from pirl_jax.views.photometric import Recipe
+from pirl_jax.views.recipe import Recipe
 from pirl_jax.views.two_views import make_views
 
 NO_AUGMENTATION = Recipe(brightness=0, contrast=0, saturation=0, hue=0, jitter_probability=0, group_probability=0,

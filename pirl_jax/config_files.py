@@ -1,0 +1,63 @@
+"""Which file `--config` means: a config that comes with the package, by its name, or a file of the user's own."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections.config_flags import config_flags
+
+from pirl_jax import configs
+from pirl_jax.errors import UserError
+
+PARTS = ("__init__", "base", "data_sets")
+"""Files of configs/ that other configs are made of; they describe no job."""
+
+
+class _Parser(config_flags.ConfigFileFlagParser):
+  """Loads the config that `locate` finds."""
+
+  def parse(self, path):
+    return super().parse(locate(path))
+
+
+def define_flag(values: flags.FlagValues = flags.FLAGS, **options: Any) -> flags.FlagHolder:
+  """Defines the flag --config among `values`, and returns what has its value.
+
+  Args:
+    values: those of the program, if no others are given.
+    options: of `config_flags.DEFINE_config_file`.
+  """
+  holder = config_flags.DEFINE_config_file(
+    "config", None, "What to run: pirl:imagenet, or a file, my_config.py.", flag_values=values, **options)
+  values["config"].parser = _Parser("config")
+  return holder
+
+
+def names() -> list[str]:
+  """Returns the names of the configs that come with the package, sorted."""
+  return sorted(path.stem for path in _folder().glob("*.py") if path.stem not in PARTS)
+
+
+def locate(argument: str) -> str:
+  """Returns FILE[:VARIANT], with a file that exists, for what stands behind `--config=`.
+
+  Args:
+    argument: NAME[:VARIANT] is a config of the package, FILE.py[:VARIANT] the user's own. `configs/NAME.py`, as the
+      docs write it, is the package's if the current folder has no such file.
+
+  Raises:
+    UserError: there is no such config.
+  """
+  path, colon, variant = argument.partition(":")
+  if path.endswith(".py") and Path(path).is_file():
+    return argument
+  name = re.fullmatch(r"configs/(\w+)\.py|(\w+)", path)
+  if name and (name[1] or name[2]) in names():
+    return f"{_folder() / (name[1] or name[2])}.py{colon}{variant}"
+  raise UserError(f"--config={argument}: {path!r} is no config's name and no Python file; choose from "
+                  f"{', '.join(names())}, or give the path of a file of your own")
+
+
+def _folder() -> Path:
+  return Path(configs.__path__[0])
