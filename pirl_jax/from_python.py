@@ -1,4 +1,4 @@
-"""The jobs of launch.py, called from Python: in this process, and with its signals left alone."""
+"""Pre-training and evaluation as launch.py does them, called from Python: in this process, its signals left alone."""
 
 from collections.abc import Mapping
 from os import PathLike, fspath
@@ -32,10 +32,10 @@ def pretrain(config: ConfigDict | Mapping[str, Any], workdir: str | PathLike[str
     UserError: the config, the data or what lies in `workdir` does not allow it. Nothing has been compiled or written.
   """
   config = _config_of(config, "pretrain")
-  folder = Path(fspath(workdir) or f"runs/{config.name}").expanduser().absolute()
+  folder = Path(fspath(workdir) or f"runs/{config.name}").expanduser()
   with hushed():
     training.pretrain(config, folder, Stopping())  # not entered: it takes no signals
-  return folder
+  return folder.absolute()
 
 
 def evaluate(config: ConfigDict | Mapping[str, Any], workdir: str | PathLike[str] = "") -> dict[str, dict[str, Any]]:
