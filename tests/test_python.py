@@ -168,7 +168,7 @@ def kernel(tmp_path, monkeypatch):
 
 def test_the_notebook_runs(tmp_path, kernel, monkeypatch):
   monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-  shares, outputs = run_notebook(tmp_path, {"config.num_epochs = 24": "config.num_epochs = 1"})
+  shares, outputs = run_notebook(tmp_path, {"config.num_epochs = 24": "config.num_epochs = 2"})
   assert shares["num"] == 512 and 0 < shares["features"] < 1
   assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
   assert not [output for output in outputs if output.get("name") == "stderr"]
