@@ -114,7 +114,9 @@ def test_the_page_can_be_run_from_top_to_bottom(tmp_path, monkeypatch, capsys, q
   rng = np.random.default_rng(0)
   for name, side in (("cat.jpg", 50), ("dog.png", 40)):
     cv2.imwrite(name, rng.integers(0, 256, (side, 60, 3), np.uint8))
-  pirl_jax.pretrain(tiny(), "runs/pirl")
+  config = tiny()
+  config.num_epochs = 0
+  pirl_jax.pretrain(config, "runs/pirl")
   blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
   assert len(blocks) == 7
   names = {}
@@ -168,7 +170,9 @@ def kernel(tmp_path, monkeypatch):
 
 def test_the_notebook_runs(tmp_path, kernel, monkeypatch):
   monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-  shares, outputs = run_notebook(tmp_path, {"config.num_epochs = 24": "config.num_epochs = 2"})
+  shares, outputs = run_notebook(tmp_path, {
+    "config.num_epochs = 24": "config.num_epochs = 2", "config.num_negatives = 1024": "config.num_negatives = 256",
+    "config.data.num_images = 1024": "config.data.num_images = 256"})
   assert shares["num"] == 512 and 0 < shares["features"] < 1
   assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
   assert not [output for output in outputs if output.get("name") == "stderr"]

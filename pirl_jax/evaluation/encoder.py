@@ -6,7 +6,7 @@ Letters: N pictures, D numbers of a feature, H W height and width.
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ class Encoder:
     return (f"Encoder({str(self.folder)!r}, step={self.step}, arch={self.config['model']['arch']!r}, "
             f"image_size={self.image_size}, layers={self.layers})")
 
-  def _batches(self, images: Any) -> Iterator[dict[str, np.ndarray]]:
+  def _batches(self, images: Any) -> Generator[dict[str, np.ndarray], None, None]:
     """Yields one batch after the other, each a set of pictures of its own: a generator is read as it is needed."""
     single = is_one(images)
     if not single and not isinstance(images, Iterable):
