@@ -42,8 +42,12 @@ class Run:
   model: Model
 
 
-def run_folder(name: str) -> Path:
+def run_folder(name: str, *, field: str = "--config.checkpoint") -> Path:
   """Returns the absolute folder of the run that a user means: the run's own, or its folder of checkpoints.
+
+  Args:
+    name: what the user gave.
+    field: where it was given, for the message.
 
   Raises:
     UserError: there is nothing of the kind.
@@ -51,14 +55,13 @@ def run_folder(name: str) -> Path:
   given = Path(name).expanduser().absolute()
   folder = given.parent if given.name == "checkpoints" else given
   if not folder.is_dir():
-    raise UserError(f"--config.checkpoint={name}: there is no such folder; give the folder of a run")
+    raise UserError(f"{field}={name}: there is no such folder; give the folder of a run")
   if not (folder / "checkpoints").is_dir():
     if given.name.isdigit() and given.parent.name == "checkpoints":
-      raise UserError(f"--config.checkpoint={name} is a single checkpoint; give the run and the step: "
-                      f"--config.checkpoint={given.parent.parent} --config.step={given.name}")
+      raise UserError(f"{field}={name} is a single checkpoint; give the folder of its run, {given.parent.parent}, and "
+                      f"step={given.name}")
     found = ", ".join(sorted(child.name for child in folder.iterdir())[:5]) or "nothing"
-    raise UserError(f"--config.checkpoint={name} is not the folder of a run: it has no folder checkpoints (found: "
-                    f"{found})")
+    raise UserError(f"{field}={name} is not the folder of a run: it has no folder checkpoints (found: {found})")
   return folder
 
 
@@ -90,7 +93,7 @@ def open_run(folder: Path, label: str, step: int, mesh: jax.sharding.Mesh) -> Ru
   for path, value in jax.tree_util.tree_leaves_with_path(variables):
     if not np.isfinite(value).all():
       raise UserError(f"checkpoint {folder / 'checkpoints' / str(step)} holds values that are not finite, in "
-                      f"{jax.tree_util.keystr(path, simple=True, separator='/')}; choose another with --config.step")
+                      f"{jax.tree_util.keystr(path, simple=True, separator='/')}; choose another step")
   return Run(label, folder, step, step == steps[-1], meta, Model(network, variables))
 
 

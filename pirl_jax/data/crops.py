@@ -9,7 +9,7 @@ import struct
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # One picture a thread: OpenCV's own threads would only fight with the loader's.
 cv2.setNumThreads(1)
@@ -75,6 +75,8 @@ def _decode_with_pillow(image: bytes) -> np.ndarray:
       return np.asarray(picture.convert("RGB"))
   except BrokenPicture:
     raise
+  except UnidentifiedImageError as error:  # its own message shows an address in memory
+    raise BrokenPicture("neither JPEG, PNG, WebP nor BMP") from error
   except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged bytes
     raise BrokenPicture(str(error)) from error
 

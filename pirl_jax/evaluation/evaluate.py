@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from pirl_jax.data import sources
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Pictures, own_sizes
 from pirl_jax.evaluation.outcome import Outcome, format_table
 from pirl_jax.evaluation.protocol import Evaluation
 from pirl_jax.evaluation.protocols import protocol_of
@@ -43,8 +43,8 @@ EMBEDDED_DEFAULTS = DATA_DEFAULTS | {"num_images": 4_096, "test_num_images": 1_0
 """The same for drawn pictures, of which there is no natural number."""
 
 
-def run(config: ConfigDict, workdir: str) -> None:
-  """Judges the checkpoints of `config` and writes result, table and plot.
+def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
+  """Judges the checkpoints of `config`, writes result, table and plot, and returns the outcomes by the runs' labels.
 
   One run's results go into its folder (or `workdir`), those of an ensemble A+B into runs/A+B, those of a comparison
   into runs/compare.
@@ -76,6 +76,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         result_path.with_suffix(ending).rename(older.with_name(f"{older.stem}{ending}"))
     print(f"the result of step {older_step} is now {older}")
   finish(config, evaluations, settings, outcomes, result_path, time.perf_counter() - started)
+  return outcomes
 
 
 def data_of(config: ConfigDict, run: Run) -> dict[str, Any]:
@@ -114,10 +115,8 @@ def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> d
     UserError: one is out of range, or the runs of an ensemble have seen pictures of different sizes.
   """
   def sizes_of_run(run):
-    own, held_out = run.meta["config"]["data"], run.meta["config"]["evaluate"]
-    sizes = {"image_size": own["image_size"], "crop_fraction": held_out["crop_fraction"],
-             "batch_size": held_out["batch_size"], "num_threads": own["num_threads"]}
-    return sizes | {name: config.data[name] for name in sizes if config.data[name] is not None}
+    own = own_sizes(run.meta["config"], num_devices=mesh.size)
+    return own | {name: config.data[name] for name in own if config.data[name] is not None}
 
   first, *others = subject.runs
   sizes = sizes_of_run(first)
@@ -127,8 +126,6 @@ def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> d
         raise UserError(f"the networks of {subject.label} look at the same picture, and data.{name} is {sizes[name]} "
                         f"in {first.label} and {value} in {other.label}; give one, "
                         f"--config.data.{name}={sizes[name]}")
-  if config.data.batch_size is None:  # the run's, which may have been on another number of devices
-    sizes["batch_size"] = -(-sizes["batch_size"] // mesh.size) * mesh.size
   if sizes["batch_size"] % mesh.size or sizes["batch_size"] < 1:
     raise UserError(f"data.batch_size={sizes['batch_size']} does not divide among {mesh.size} devices; "
                     f"try --config.data.batch_size={max(1, sizes['batch_size'] // mesh.size) * mesh.size}")

@@ -4,7 +4,8 @@ Letters: B batch, H side in pixels.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -38,3 +39,15 @@ class Pictures:
     return batches.eval_batches(
       self.source, batch_size=self.batch_size, image_size=self.image_size, crop_fraction=self.crop_fraction,
       squash=squash, num_threads=self.num_threads)
+
+
+def own_sizes(config: Mapping[str, Any], *, num_devices: int) -> dict[str, Any]:
+  """Returns `image_size`, `crop_fraction`, `batch_size` and `num_threads` of `Pictures` as a run tests by itself.
+
+  Args:
+    config: of the run.
+    num_devices: that share a batch; they may be others than the run's, so its batch is rounded up to a multiple.
+  """
+  data, held_out = config["data"], config["evaluate"]
+  return {"image_size": data["image_size"], "crop_fraction": held_out["crop_fraction"],
+          "batch_size": -(-held_out["batch_size"] // num_devices) * num_devices, "num_threads": data["num_threads"]}

@@ -1,8 +1,10 @@
 """Keeps the libraries quiet: a run speaks for itself."""
 
+import contextlib
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 
 from absl import logging as absl_logging
 
@@ -23,3 +25,14 @@ def quiet() -> None:
       shown(unraisable)
 
   sys.unraisablehook = unraisablehook
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+  """Keeps the notes of Orbax and others from being printed while it lasts, in a program that is not ours to silence."""
+  before = absl_logging.get_verbosity()
+  absl_logging.set_verbosity(absl_logging.FATAL)
+  try:
+    yield
+  finally:
+    absl_logging.set_verbosity(before)

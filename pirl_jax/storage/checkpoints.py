@@ -219,7 +219,7 @@ class Checkpoints:
   def _unreadable(self, step, error):
     others = ", ".join(str(other) for other in self.steps() if other != step)
     return UserError(f"checkpoint {self._folder / str(step)} cannot be read ({reason_of(error)})"
-                     + (f"; choose another with --config.step, there are {others}" if others else ""))
+                     + (f"; choose another step, there are {others}" if others else ""))
 
   def restore_newest(self, check_meta: Callable[[dict[str, Any]], None], like: TrainState, mesh: jax.sharding.Mesh, *,
                      say: Callable[[str], None]) -> TrainState:

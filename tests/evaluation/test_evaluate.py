@@ -299,7 +299,7 @@ def test_when_the_run_has_gone_on_the_result_of_the_earlier_step_keeps_a_name_of
   ("", "config.checkpoint is empty"),
   ("{run}/nothing", "no such folder"),
   ("{run}/results", "not the folder of a run"),
-  ("{run}/checkpoints/4", "--config.step=4"),
+  ("{run}/checkpoints/4", "give the folder of its run, .*/run, and step=4"),
   ("{run},{run}", "twice"),
   ("{run}+{run}", "twice"),
   ("{run}+", "nothing on one side of a plus"),

@@ -87,7 +87,7 @@ def example(tmp_path, monkeypatch):
   for name, module in ast.literal_eval(f"{{{line}}}").items():
     monkeypatch.setitem(PROTOCOLS, name, module)
     monkeypatch.delitem(sys.modules, f"{protocols.__name__}.{module}", raising=False)
-  names = dict(vars(configs.evaluate))
+  names = dict(vars(pirl_jax.configs.evaluate))
   exec(variant, names)
   assert isinstance(names[NAME], types.FunctionType)
   monkeypatch.setitem(pirl_jax.configs.evaluate.VARIANTS, NAME, names[NAME])
