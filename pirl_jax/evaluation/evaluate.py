@@ -33,7 +33,7 @@ from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import read_json, write_json
 from pirl_jax.storage.formats import upgrade_config
-from pirl_jax.storage.settings import flatten
+from pirl_jax.storage.settings import difference
 from pirl_jax.views.two_views import make_views
 
 DATA_FIELDS = ("source", "name", "root", "split", "test_split", "labels", "num_images", "test_num_images")
@@ -241,15 +241,12 @@ def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int 
     raise UserError(f"{path} holds the results of {', '.join(found)}, and now it is {', '.join(settings)}; {way_out}")
   older = None
   for label, now in settings.items():
-    old, new = flatten(found[label]), flatten(now)
-    if len(settings) == 1 and old.get("step") != new["step"]:  # the run has gone on since, by the config it has now
-      older = old.get("step")
-      old, new = ({field: value for field, value in flat.items() if field.split(".")[0] not in ("step", "run_config")}
-                  for flat in (old, new))
-    for field in sorted(old.keys() | new.keys()):
-      if old.get(field) != new.get(field):
-        raise UserError(f"{path} holds a result with {field}={old.get(field)!r}, and now it is {new.get(field)!r}; "
-                        f"{way_out}")
+    free = ()
+    if len(settings) == 1 and found[label].get("step") != now["step"]:
+      older, free = found[label].get("step"), ("step", "run_config.")  # the run has gone on since, by its config of now
+    if different := difference(found[label], now, free=free):
+      field, before, value = different
+      raise UserError(f"{path} holds a result with {field}={before!r}, and now it is {value!r}; {way_out}")
   return older
 
 

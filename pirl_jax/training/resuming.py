@@ -15,7 +15,7 @@ from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import locked, read_json, write_json
 from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, upgrade_config
 from pirl_jax.storage.logbook import METRICS, read_rows
-from pirl_jax.storage.settings import flatten
+from pirl_jax.storage.settings import difference
 from pirl_jax.training.parts import Run
 
 FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "data.num_threads", "data.max_bad_fraction")
@@ -78,7 +78,7 @@ def check_same_config(config: ConfigDict, workdir: Path) -> None:
     return
   try:
     stored = upgrade_config(json.loads(path.read_text()))
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it to go on, the checkpoints hold "
                     "the config, too; or choose another --workdir") from error
   compare_configs(config, stored, workdir)
@@ -86,12 +86,10 @@ def check_same_config(config: ConfigDict, workdir: Path) -> None:
 
 def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -> None:
   """Raises UserError if the config stored with the run in `workdir` differs in a field that may not change."""
-  before, now = flatten(stored), flatten(json.loads(json.dumps(config.to_dict())))
-  for field in sorted(before.keys() | now.keys()):
-    free = any(field == name or (name.endswith(".") and field.startswith(name)) for name in FREE_ON_RESUME)
-    if not free and before.get(field) != now.get(field):
-      raise UserError(f"{workdir} holds a run with {field}={before.get(field)!r}, and now it is {now.get(field)!r}; "
-                      f"choose another --workdir, or give the old value to go on")
+  if found := difference(stored, json.loads(json.dumps(config.to_dict())), free=FREE_ON_RESUME):
+    field, before, now = found
+    raise UserError(f"{workdir} holds a run with {field}={before!r}, and now it is {now!r}; choose another --workdir, "
+                    "or give the old value to go on")
 
 
 def restore(parts: Run, checkpoints: Checkpoints) -> TrainState:
