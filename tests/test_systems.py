@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 import launch
 from configs import evaluate as evaluate_config
 from configs.base import get_base
-from pirl_jax import runs, system
+from pirl_jax import jobs, runs, system
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.models import resnet
@@ -127,7 +127,7 @@ def launched(config, workdir, patch):
   patch.setattr(launch, "WORKDIR", SimpleNamespace(value=workdir))
   for flag, value in (("COORDINATOR", ""), ("NUM_PROCESSES", 1), ("PROCESS_ID", None)):
     patch.setattr(launch, flag, SimpleNamespace(value=value))
-  patch.setattr(launch, "quiet", lambda: None)
+  patch.setattr(jobs, "quiet", lambda: None)
   launch.main(["launch.py"])
   return read
 

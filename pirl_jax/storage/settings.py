@@ -1,5 +1,6 @@
 """Settings in nested groups, JSON values: as flat names, compared, and with what an older program did not know yet."""
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,19 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any], *, free: Seque
     if not may_differ and before.get(field) != now.get(field):
       return field, before.get(field), now.get(field)
   return None
+
+
+def field_problem(field: str, settings: Mapping[str, Any]) -> str:
+  """Returns "" if `field`, "group.field" or a group, is there; else that it is not, and the nearest name that is."""
+  known = flatten(settings)
+  if field in known or any(name.startswith(f"{field}.") for name in known):
+    return ""
+  groups = {name: name.rpartition(".") for name in known}
+  group, _, last = field.rpartition(".")
+  nearest = difflib.get_close_matches(last, sorted({name for *_, name in groups.values()}), n=1)
+  near = [name for name in known if groups[name][2] in nearest]
+  near = [name for name in near if groups[name][0] == group] or near  # else it is in another group than was thought
+  return f"there is no config field {field}" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
 def with_defaults(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pirl_jax.storage.settings import difference, flatten, with_defaults
+from pirl_jax.storage.settings import difference, field_problem, flatten, with_defaults
 
 SETTINGS = {"seed": 0, "model": {"arch": "resnet8", "head": {"dim": 8}}, "log": {}}
 
@@ -22,6 +22,19 @@ def test_flat_names():
   ({**SETTINGS, "zoom": {"factor": 2.0}}, (), ("zoom.factor", None, 2.0))])
 def test_the_first_field_that_differs_is_named_with_both_values(now, free, found):
   assert difference(SETTINGS, now, free=free) == found
+
+
+@pytest.mark.parametrize("field, near", [
+  ("sed", "seed"), ("model.arc", "model.arch"), ("arch", "model.arch"), ("modle.arch", "model.arch"),
+  ("dim", "model.head.dim or head.dim"), ("model.head.din", "model.head.dim"), ("head.din", "head.dim")])
+def test_a_misspelt_field_is_answered_by_the_nearest(field, near):
+  assert field_problem(field, {**SETTINGS, "head": {"dim": 3}}) == (
+    f"there is no config field {field}; did you mean {near}?")
+
+
+def test_a_field_that_is_like_no_other_or_is_there():
+  assert field_problem("zzz.q", SETTINGS) == "there is no config field zzz.q"
+  assert [field_problem(field, SETTINGS) for field in ("seed", "model", "model.head", "model.head.dim")] == [""] * 4
 
 
 def test_missing_fields_and_groups_have_their_defaults_and_all_others_stay():
