@@ -16,7 +16,7 @@ from pirl_jax.storage.files import locked, read_json, write_json
 from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, upgrade_config
 from pirl_jax.storage.logbook import METRICS, read_rows
 from pirl_jax.storage.settings import difference
-from pirl_jax.training.parts import Run
+from pirl_jax.training.parts import Parts
 
 FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "data.num_threads", "data.max_bad_fraction")
 """Fields that may change when a run goes on; a name that ends with a dot stands for its whole group."""
@@ -46,7 +46,7 @@ def _unwritable(workdir, error):
   return UserError(f"nothing can be written to {workdir} ({error.strerror}); make room, or choose another --workdir")
 
 
-def check_new(parts: Run) -> None:
+def check_new(parts: Parts) -> None:
   """Raises UserError where a run has come so far that it had checkpoints: to begin anew would lose its rows, too."""
   rows, before = read_rows(parts.workdir / METRICS), read_json(parts.workdir / "config.json") or parts.config.to_dict()
   # The first is on disk before the second is begun.
@@ -56,7 +56,7 @@ def check_new(parts: Run) -> None:
                     "anew")
 
 
-def begin(parts: Run) -> None:
+def begin(parts: Parts) -> None:
   """Writes down what the run is and with which pictures it begins.
 
   Raises:
@@ -92,7 +92,7 @@ def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -
                     "or give the old value to go on")
 
 
-def restore(parts: Run, checkpoints: Checkpoints) -> TrainState:
+def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
   """Returns the state of the newest checkpoint of this very run.
 
   Raises:
@@ -122,14 +122,14 @@ def restore(parts: Run, checkpoints: Checkpoints) -> TrainState:
   return checkpoints.restore_newest(check, jax.eval_shape(parts.initial_state), parts.mesh, say=print)
 
 
-def run_meta(parts: Run) -> dict[str, Any]:
+def run_meta(parts: Parts) -> dict[str, Any]:
   """Returns what must be the same for a checkpoint to belong to this run, JSON values."""
   return {
     "data": parts.train.fingerprint, "num_images": parts.layout.num_images, "num_strata": parts.layout.num_strata,
     "model": parts.config.model.to_dict(), "num_classes": len(parts.train.class_names)}
 
 
-def save(parts: Run, state: TrainState, checkpoints: Checkpoints, **options: Any) -> None:
+def save(parts: Parts, state: TrainState, checkpoints: Checkpoints, **options: Any) -> None:
   """Starts to write a checkpoint of the state, see `Checkpoints.save`."""
   step = int(state.step)
   checkpoints.save(step, state, {**run_meta(parts), "step": step, "config": parts.config.to_dict()}, **options)
