@@ -47,7 +47,10 @@ def _unwritable(workdir, error):
 
 
 def check_new(parts: Parts) -> None:
-  """Raises UserError where a run has come so far that it had checkpoints: to begin anew would lose its rows, too."""
+  """Raises UserError if metrics.jsonl shows that this run had checkpoints but none are left.
+
+  To start over would erase its metrics as well.
+  """
   rows, before = read_rows(parts.workdir / METRICS), read_json(parts.workdir / "config.json") or parts.config.to_dict()
   # The first is on disk before the second is begun.
   if rows and rows[-1]["step"] > 2 * before["checkpoint"]["every_steps"]:

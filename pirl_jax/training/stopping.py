@@ -77,7 +77,7 @@ class Stopping:
 
   @contextlib.contextmanager
   def held(self, hold: bool = True) -> Iterator[None]:
-    """Within it a signal raises nothing and waits to be asked for by `requested`; with `hold` False it does again."""
+    """While held, a signal only sets a flag, which `requested` reports; `held(False)`: it raises `Stopped` at once."""
     before, self._held = self._held, hold
     try:
       if not hold:
