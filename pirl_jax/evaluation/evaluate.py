@@ -39,6 +39,8 @@ from pirl_jax.views.two_views import make_views
 
 SOURCE_FIELDS = tuple(field.name for field in dataclasses.fields(sources.DataSettings)
                       if field.name not in sources.READING)
+"""Of `DataSettings`: which pictures."""
+
 DATA_FIELDS = (*SOURCE_FIELDS, "test_split", "test_num_images")
 """Of `config.data`: which pictures. They come from the run together, or not at all."""
 
