@@ -101,19 +101,20 @@ def _create_step(network):
 
   from pirl_jax import system
   from pirl_jax.method import losses, memory_bank, optimizer
+  from pirl_jax.method.contrast import Contrast
   from pirl_jax.method.state import create_state
-  from pirl_jax.method.step import make_train_step
+  from pirl_jax.method.step import make_contrastive_step
   from pirl_jax.runtime import mesh as mesh_lib
 
   config, num_rows = _config(network), NETWORKS[network][2]
   model, mesh = system.network_of(config, num_classes=0), mesh_lib.create_mesh()
   sgd = optimizer.create_optimizer(optax.constant_schedule(0.05), momentum=0.9, weight_decay=1e-4)
   layout = memory_bank.create_layout(num_rows, num_devices=mesh.size, num_negatives=config.num_negatives)
-  step = make_train_step(
+  loss_fn = losses.make_loss("infonce", temperature=config.temperature, num_images=num_rows,
+                             num_negatives=config.num_negatives)
+  step = make_contrastive_step(
     model.with_batch_norm_axis(mesh_lib.AXIS), sgd, system.views_of(config),
-    losses.make_loss("infonce", temperature=config.temperature, num_images=num_rows,
-                     num_negatives=config.num_negatives),
-    layout, mesh, num_negatives=config.num_negatives, temperature=config.temperature,
+    Contrast(loss_fn, layout, num_negatives=config.num_negatives, temperature=config.temperature), mesh,
     pretext_weight=config.pretext_weight, bank_momentum=config.bank.momentum)
   state = create_state(0, model, sgd, layout, mesh=mesh, dim=config.model.dim, bank_dtype=jnp.float32,
                        inputs=system.network_inputs(config))

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from pirl_jax.data.records import Source
-from pirl_jax.data.sources import open_source
+from pirl_jax.data.sources import DataSettings, open_source
 from pirl_jax.data.subsets import Subset
 from pirl_jax.evaluation.inputs import Pictures
 from pirl_jax.evaluation.layers import layer_features
@@ -51,8 +51,7 @@ def main() -> None:
   mesh = create_mesh()
   print(f"{mesh.size} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, pictures per second")
   if arguments.folder:
-    photographs = open_source("folder", name="", root=arguments.folder, split="", labels="none", image_size=224,
-                              num_images=0)
+    photographs = open_source(DataSettings("folder", root=arguments.folder, split=""))
     first = Subset(photographs, range(min(arguments.num, len(photographs))))
     cases = [("resnet50", "imagenet", Pictures(first, 224, 224 / 256, 32, os.cpu_count()))]
   else:
@@ -71,7 +70,7 @@ def main() -> None:
 
 def textures(num: int, size: int) -> Source:
   """Returns embedded pictures."""
-  return open_source("embedded", name="", root="", split="train", labels="folder", image_size=size, num_images=num)
+  return open_source(DataSettings("embedded", num_images=num, image_size=size))
 
 
 def create_model(arch: str, stem: str, pictures: Pictures, mesh) -> Model:

@@ -21,7 +21,7 @@ from PIL import Image, ImageEnhance
 
 from pirl_jax.data.batches import train_batches
 from pirl_jax.data.crops import crop_box
-from pirl_jax.data.sources import open_source
+from pirl_jax.data.sources import DataSettings, open_source
 
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
 _STD = np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
@@ -35,9 +35,7 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=5)
   arguments = parser.parse_args()
 
-  source = open_source(
-    "folder", name="", root=arguments.folder, split="", labels="none", image_size=224, num_images=0
-  )
+  source = open_source(DataSettings("folder", root=arguments.folder, split=""))
   print(source.description)
   paths = [os.path.join(arguments.folder, source.picture_name(i)) for i in range(len(source))]
   pipelines = {"pillow": pillow_samples(paths), "ours": our_samples(source)}

@@ -1,4 +1,7 @@
-"""Every field of a pre-training run, once, with its meaning and unit. The values are the paper's main run."""
+"""Every field of a pre-training run, once, with its meaning and unit. The values are the paper's main run.
+
+A new field has the value here that leaves everything as it was: that is its value in runs stored without the field.
+"""
 
 from ml_collections import ConfigDict
 

@@ -7,6 +7,7 @@ answers which question.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from pirl_jax.configs.base import get_base as get_run_base
 from pirl_jax.errors import UserError
 
 
@@ -35,6 +36,9 @@ def get_base() -> ConfigDict:
   data.crop_fraction = placeholder(float)  # share of the shorter side that the centre crop keeps
   data.batch_size = placeholder(int)  # test pictures at a time, over all devices
   data.num_threads = placeholder(int)  # that decode
+  for name, value in get_run_base().data.items():  # what a single source has of its own, as in configs/base.py
+    if name not in data and name not in ("image_scale", "max_bad_fraction"):  # the two are of training alone
+      data[name] = placeholder(type(value))
   return config
 
 

@@ -1,23 +1,16 @@
 """What launch.py and the command pirl-jax do: --config=CONFIG[:VARIANT] [--workdir=DIR] [--config.FIELD=VALUE ...]
 
-Reads the flags and the config, joins the other processes of the run, if there are any, and hands the config to the job
-that `config.job` names.
+Reads the flags and the config, and hands the config to the job that it names (`jobs`).
 """
 
-import importlib
-import signal
 import sys
-from contextlib import nullcontext
 
 from absl import app, flags
 
-from pirl_jax import config_files
+from pirl_jax import config_files, jobs
 from pirl_jax.errors import UserError
 from pirl_jax.runtime import memory
-from pirl_jax.runtime.quieting import quiet
-
-JOBS = {"pretrain": "pirl_jax.training.pretrain", "evaluate": "pirl_jax.evaluation.evaluate",
-        "study": "pirl_jax.studies.study", "checkpoints": "pirl_jax.runs"}
+from pirl_jax.storage.settings import field_problem
 
 CONFIG = config_files.define_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; each job has a default of its own.")
@@ -39,7 +32,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     named = CONFIG.value is not None and "job" in CONFIG.value
   # absl and ml_collections raise all of these for a misspelt field, a value of another type or an unknown file.
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-    raise _one_line(error) from error
+    raise _one_line(error, argv) from error
   if not named:
     raise UserError("no config; for a first run: python launch.py --config=configs/pirl.py")
   if rest[1:]:
@@ -47,43 +40,28 @@ def parse_flags(argv: list[str]) -> list[str]:
   return rest
 
 
-def _one_line(error):
-  """Returns the UserError that a config file raised, or one with the text of whatever went wrong with the flags."""
-  # The libraries wrap the first error in others and paste its traceback into their message.
+def _one_line(error, argv):
+  """Returns what went wrong as a UserError: the libraries wrap the first error in others and paste its traceback."""
   chain = [error]
-  while chain[-1].__cause__ or chain[-1].__context__:
-    chain.append(chain[-1].__cause__ or chain[-1].__context__)
+  while following := chain[-1].__cause__ or chain[-1].__context__:
+    chain.append(following)
   if isinstance(chain[-1], UserError):
     return chain[-1]
-  fields = [str(part.args[0]) for part in chain if isinstance(part, KeyError)]
-  if fields:  # the longest has the name that was meant
-    return UserError("there is no config field " + " ".join(max(fields, key=len).split()))
-  return UserError(" ".join(str(error).split()))
+  problems = []
+  if any(isinstance(part, KeyError) for part in chain):  # of a field's name they tell the last part alone
+    config = config_files.define_flag(alone := flags.FlagValues(), sys_argv=argv[:1])
+    alone(argv, known_only=True)
+    given = [argument.partition("=")[0].lstrip("-").removeprefix("no") for argument in argv if argument.startswith("-")]
+    fields = [name.removeprefix("config.") for name in given if name.startswith("config.")]
+    problems = [problem for field in fields if (problem := field_problem(field, config.value.to_dict()))]
+  return UserError(problems[0] if problems else " ".join(str(error).split()))
 
 
-def main(argv: list[str]) -> None:
-  """Runs the job of the config."""
-  del argv
-  quiet()
-  config = CONFIG.value
-  if config.job not in JOBS:
-    raise UserError(f"job={config.job!r} is unknown; choose from {', '.join(JOBS)}")
-  # A job that trains ends with 0 after SIGTERM. A verification that is broken off must not pass for one that found
-  # nothing.
-  trains = config.job in ("pretrain", "study")
-  if trains:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+def main(_: list[str]) -> None:
+  """Runs the job that the config names."""
   if KEEP_MEMORY.value:
     memory.keep_freed()
-  # Imported by name, so that a mistyped flag is answered before JAX has loaded.
-  jax, processes = importlib.import_module("jax"), importlib.import_module("pirl_jax.runtime.processes")
-  # Of several processes JAX takes the signal for itself and tells the others.
-  jax.config.update("jax_enable_preemption_service", trains)
-  with processes.processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value):
-    run = importlib.import_module(JOBS[config.job]).run
-    stopping = importlib.import_module("pirl_jax.training.stopping")
-    with stopping.Stopping() if trains and processes.alone() else nullcontext():
-      run(config, WORKDIR.value)
+  jobs.carry_out(CONFIG.value, WORKDIR.value, (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value))
 
 
 def start() -> None:

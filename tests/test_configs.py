@@ -17,6 +17,7 @@ from pirl_jax import system
 from pirl_jax.configs import data_sets
 from pirl_jax.data.batches import steps_per_epoch
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation import evaluate
 from pirl_jax.evaluation.protocols import PROTOCOLS
 from pirl_jax.method import memory_bank
 from pirl_jax.method.optimizer import create_optimizer
@@ -161,10 +162,12 @@ def test_the_table_of_systems_names_every_imagenet_config():
 def test_every_field_of_an_evaluation_or_a_study_is_read_by_its_job(name, rooms):
   """By its name in the job's files; tests/evaluation/test_protocols.py looks at the group of a protocol."""
   package = Path(system.__file__).parent
-  source = "".join((package / room).read_text() for room in rooms) + (package / "launching.py").read_text()
+  source = "".join((package / room).read_text() for room in rooms) + (package / "jobs.py").read_text()
   handed_on = {*PROTOCOLS, "settings", "system_settings", "evaluation_settings", "embedded"}
+  pictures = {f"data.{name}" for name in evaluate.SOURCE_FIELDS}  # handed on whole, as `DataSettings`
   fields = {field for variant in MODULES[name].VARIANTS
             for field in flatten(MODULES[name].get_config(variant).to_dict())}
   unread = [field for field in fields if field.split(".")[0] not in handed_on
+            and field not in pictures
             and not any(quoted in source for quoted in (f".{field.split('.')[-1]}", f'"{field.split(".")[-1]}"'))]
   assert not unread

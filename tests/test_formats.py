@@ -6,15 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from pirl_jax import runs, system
+from pirl_jax.configs import checkpoints as checkpoints_config
 from pirl_jax.configs import evaluate as evaluate_configs
 from pirl_jax.configs import pirl
+from pirl_jax.configs.base import get_base
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
+from pirl_jax.runtime import mesh as mesh_lib
+from pirl_jax.storage import formats
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.formats import FORMAT
 from pirl_jax.training import parts as parts_lib
-from pirl_jax.training import pretrain
+from pirl_jax.training import pretrain, resuming
+from pirl_jax.views.photometric import Recipe
 
 STORED = Path(__file__).parent / "stored"
 
@@ -50,6 +57,7 @@ def test_a_run_of_an_old_format_is_evaluated_as_by_its_own_version(run):
   path, = (run / "results").glob("*.json")
   for group, field in (("model", "remat"), ("data", "max_bad_fraction")):
     del result["settings"]["run_config"][group][field]
+  del result["settings"]["knn"]["temperature"]
   path.write_text(json.dumps(result))
   evaluate.run(changed, "")
   assert json.loads(path.read_text())["settings"]["run_config"]["model"]["remat"] is False
@@ -60,6 +68,45 @@ def test_a_run_of_an_old_format_goes_on_as_in_its_own_version(run):
   pretrain.run(config(), str(run))
   found = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
   np.testing.assert_allclose(found[4:], [3.9118990898132324, 4.361735820770264], rtol=1e-4)
+
+
+def with_new_fields(changed, *, factor=1.0):
+  """Adds a group and a field of which no stored run has heard; the others are as they were."""
+  with changed.unlocked():
+    changed.zoom = ConfigDict({"factor": factor, "sides": (1, 2)})
+    changed.photometric.vignette = 0.0
+    changed.pretext_photometric.vignette = 0.0
+  return changed
+
+
+@pytest.mark.parametrize("run", [2], indirect=True)
+def test_a_new_field_and_a_new_group_have_their_defaults_in_older_runs(run, monkeypatch, capsys):
+  monkeypatch.setattr(formats, "get_base", lambda: with_new_fields(get_base()))
+  monkeypatch.setattr(system, "Recipe", lambda *, vignette, **known: Recipe(**known))
+  with pytest.raises(UserError, match=r"holds a run with zoom.factor=1.0, and now it is 2.0; .* give the old value"):
+    pretrain.run(with_new_fields(config(), factor=2.0), str(run))
+  job = checkpoints_config.get_config()
+  job.checkpoint = str(run)
+  runs.run(job, "")
+  opened = runs.open_run(run, "run", 4, mesh_lib.create_mesh())
+  assert opened.meta["config"]["zoom"] == {"factor": 1.0, "sides": [1, 2]}
+  assert opened.meta["config"]["pretext_photometric"]["vignette"] == 0.0
+  pretrain.run(with_new_fields(config()), str(run))
+  assert "goes on from step 4 of 6" in capsys.readouterr().out
+  assert json.loads((run / "config.json").read_text())["zoom"] == {"factor": 1.0, "sides": [1, 2]}
+
+
+@pytest.mark.parametrize("run", [2], indirect=True)
+@pytest.mark.parametrize("part", ["model", "log", "pretext_photometric", "checkpoint"])
+def test_a_stored_config_that_lacks_a_group_is_the_same_run(run, part):
+  path = run / "config.json"
+  stored = json.loads(path.read_text())
+  del stored[part]
+  path.write_text(json.dumps(stored))
+  upgraded = formats.upgrade_config(stored)
+  assert set(upgraded[part]) == set(get_base()[part])
+  if part != "model":  # of which the run has values of its own
+    resuming.check_same_config(config(), run)
 
 
 @pytest.mark.parametrize("run", [1], indirect=True)

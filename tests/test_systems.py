@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from pirl_jax import launching, runs, system
+from pirl_jax import jobs, launching, runs, system
 from pirl_jax.configs import evaluate as evaluate_config
 from pirl_jax.configs.base import get_base
 from pirl_jax.errors import UserError
@@ -130,7 +130,7 @@ def launched(config, workdir, patch):
   patch.setattr(launching, "WORKDIR", SimpleNamespace(value=workdir))
   for flag, value in (("COORDINATOR", ""), ("NUM_PROCESSES", 1), ("PROCESS_ID", None)):
     patch.setattr(launching, flag, SimpleNamespace(value=value))
-  patch.setattr(launching, "quiet", lambda: None)
+  patch.setattr(jobs, "quiet", lambda: None)
   launching.main(["launch.py"])
   return read
 

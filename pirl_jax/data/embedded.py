@@ -1,9 +1,12 @@
 """The embedded textures as a source: no file, no download."""
 
+from typing import ClassVar, Self
+
 import numpy as np
 
 from pirl_jax.data import textures
 from pirl_jax.data.records import Record, Source
+from pirl_jax.data.sources import DataSettings
 from pirl_jax.errors import UserError
 
 # Counted up whenever a change of `textures.py` changes a pixel: it is part of the fingerprint.
@@ -16,6 +19,15 @@ MAX_BYTES = 4 * 2**30
 
 class TextureSource(Source):
   """`num_images` textures of a split, drawn once and held in memory (3 kB each at 32 x 32)."""
+
+  draws = True
+  defaults: ClassVar = Source.defaults | {"num_images": 4_096, "test_num_images": 1_024}
+
+  @classmethod
+  def open(cls, settings: DataSettings, class_names: tuple[str, ...] | None) -> Self:
+    """Draws the pictures; their classes are always the same."""
+    del class_names
+    return cls(settings.num_images, size=settings.image_size, split=settings.split)
 
   def __init__(self, num_images: int, *, size: int, split: str):
     if num_images < 1:

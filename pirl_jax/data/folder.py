@@ -8,10 +8,12 @@ import collections
 import hashlib
 import os
 import stat
+from typing import Self
 
 import numpy as np
 
 from pirl_jax.data.records import Record, Source, printable
+from pirl_jax.data.sources import DataSettings
 from pirl_jax.errors import UserError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -34,6 +36,11 @@ class FolderSource(Source):
     UserError: no such folder, no pictures in it, a sub-folder that cannot be listed, labels asked for where
       there are no sub-folders, or a class that is not among `class_names`.
   """
+
+  @classmethod
+  def open(cls, settings: DataSettings, class_names: tuple[str, ...] | None) -> Self:
+    """Lists the folder."""
+    return cls(settings.root, split=settings.split, labels=settings.labels, class_names=class_names)
 
   def __init__(self, root: str, *, split: str, labels: str, class_names: tuple[str, ...] | None = None):
     self._root = _split_folder(root, split)

@@ -5,9 +5,12 @@ fingerprint.
 """
 
 import abc
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import numpy as np
+
+if TYPE_CHECKING:
+  from pirl_jax.data.sources import DataSettings
 
 
 class Record(NamedTuple):
@@ -25,12 +28,25 @@ class Source(abc.ABC):
     fingerprint: differs from another source's if record i could be another picture there.
     class_names: one name a class, in the order of the labels; () when there are no labels.
     multi_label: a picture may show any number of the classes; then there are `targets`, but no `labels`.
+    slow_labels: the labels are read picture by picture the first time, which takes as long as an epoch without crops.
+    draws: class attribute: the pictures are made, as many as `num_images` asks for; else it takes so many of them.
+    defaults: class attribute: what an evaluation takes that names this source and says no more: `split`, `labels` and
+      `num_images`, and for the held-out pictures `test_split` and `test_num_images`.
   """
 
   description: str
   fingerprint: str
   class_names: tuple[str, ...]
   multi_label: bool = False
+  slow_labels: bool = False
+  draws: ClassVar[bool] = False
+  defaults: ClassVar[dict[str, str | int]] = {
+    "split": "train", "test_split": "test", "labels": "folder", "num_images": 0, "test_num_images": 0}
+
+  @classmethod
+  def open(cls, settings: "DataSettings", class_names: tuple[str, ...] | None) -> Self:
+    """Returns the pictures of `settings`, see `sources.open_source`; whatever stands in `sources.SOURCES` has it."""
+    raise NotImplementedError(f"{cls.__name__} is not opened from settings")
 
   @abc.abstractmethod
   def __len__(self) -> int:

@@ -1,56 +1,89 @@
 """`open_source`: the one door to every kind of pictures."""
 
-from pirl_jax.data.embedded import TextureSource
-from pirl_jax.data.folder import FolderSource
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any, Self
+
 from pirl_jax.data.records import Record, Source
 from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
 
-__all__ = ["Record", "Source", "open_source"]
+__all__ = ["DataSettings", "Record", "Source", "kind_of", "open_source"]
 
-SOURCES = ("embedded", "folder", "tfds")
+SOURCES = {"embedded": "pirl_jax.data.embedded:TextureSource", "folder": "pirl_jax.data.folder:FolderSource",
+           "tfds": "pirl_jax.data.tfds_source:TfdsSource"}
+"""MODULE:CLASS by `data.source`. By name: TFDS takes half a second to import, for which the others need not wait."""
+
 LABELS = ("none", "folder")
 
 
-def open_source(
-  source: str,
-  *,
-  name: str,
-  root: str,
-  split: str,
-  labels: str,
-  image_size: int,
-  num_images: int,
-  class_names: tuple[str, ...] | None = None,
-) -> Source:
-  """Opens the pictures of one split; a TFDS set that is not there yet is prepared first.
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+  """Which pictures and how they are read: `config.data` of a run, field by field, with the values of configs/base.py.
 
-  Args:
-    source: "embedded", "folder" or "tfds".
+  Attributes:
+    source: a name of `SOURCES`.
     name: tfds: name of the data set, with its config and version if wanted ("imagenet2012", "cifar10:3.0.2").
     root: folder: the folder of pictures; tfds: its data directory, "" for its default.
     split: embedded: any name; folder: a sub-folder, "" for all; tfds: a split ("train", "train[:10%]").
-    labels: folder: "folder" (the first sub-folder is the class) or "none". The other two bring their own
-      labels.
-    image_size: embedded only: side in pixels.
+    labels: folder: "folder" (the first sub-folder is the class) or "none". The other two bring their own labels.
     num_images: embedded: how many to draw; else so many at random, the same ones in every run, or all (0).
-    class_names: folder: the classes of the training pictures, when a held-out split is opened.
+    image_size: side in pixels of the image view, and of the embedded pictures.
+    image_scale: share of the picture's area that the image crop covers.
+    num_threads: that decode and crop.
+    max_bad_fraction: of the pictures that may turn out broken.
+  """
+
+  source: str = "tfds"
+  name: str = ""
+  root: str = ""
+  split: str = "train"
+  labels: str = "none"
+  num_images: int = 0
+  image_size: int = 224
+  image_scale: tuple[float, float] = (0.08, 1.0)
+  num_threads: int = 16
+  max_bad_fraction: float = 0.05
+
+  @classmethod
+  def of(cls, data: Mapping[str, Any]) -> Self:
+    """Returns the settings in a `config.data`, also one that was stored as JSON."""
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in dict(**data).items()})
+
+
+READING = ("image_size", "image_scale", "num_threads", "max_bad_fraction")
+"""The fields that say how pictures are read; all others say which."""
+
+
+def kind_of(source: str) -> type[Source]:
+  """Returns the class of that name in `SOURCES`.
+
+  Raises:
+    UserError: there is none.
+  """
+  if source not in SOURCES:
+    raise UserError(f"data.source={source!r} is unknown; choose one of: {', '.join(SOURCES)}")
+  module, _, name = SOURCES[source].partition(":")
+  return getattr(importlib.import_module(module), name)
+
+
+def open_source(settings: DataSettings, *, class_names: tuple[str, ...] | None = None) -> Source:
+  """Opens the pictures of one split; a TFDS set that is not there yet is prepared first.
+
+  Args:
+    settings: which pictures.
+    class_names: of the training pictures, when a held-out split is opened.
 
   Raises:
     UserError: for whatever a user can mend.
   """
-  if source not in SOURCES:
-    raise UserError(f"data.source={source!r} is unknown; choose one of: {', '.join(SOURCES)}")
-  if labels not in LABELS:
-    raise UserError(f"data.labels={labels!r} is unknown; choose one of: {', '.join(LABELS)}")
-  if source == "embedded":
-    return TextureSource(num_images, size=image_size, split=split)
-  if source == "folder":
-    pictures = FolderSource(root, split=split, labels=labels, class_names=class_names)
-  else:
-    from pirl_jax.data.tfds_source import TfdsSource  # half a second that the other two need not wait
-
-    pictures = TfdsSource(name, data_dir=root, split=split)
-  if num_images > len(pictures):
-    raise UserError(f"num_images={num_images}, but there are only {len(pictures)} pictures; 0 takes all of them")
-  return Subset(pictures, sorted(shuffled(range(len(pictures)), seed=0)[:num_images])) if num_images else pictures
+  kind = kind_of(settings.source)
+  if settings.labels not in LABELS:
+    raise UserError(f"data.labels={settings.labels!r} is unknown; choose one of: {', '.join(LABELS)}")
+  pictures, number = kind.open(settings, class_names), settings.num_images
+  if not number or kind.draws:
+    return pictures
+  if number > len(pictures):
+    raise UserError(f"num_images={number}, but there are only {len(pictures)} pictures; 0 takes all of them")
+  return Subset(pictures, sorted(shuffled(range(len(pictures)), seed=0)[:number]))

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import os
 import pathlib
+from typing import Self
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -17,6 +18,7 @@ import tensorflow_datasets as tfds
 from pirl_jax.data.builders import OWN_BUILDERS
 from pirl_jax.data.crops import BrokenPicture, decode
 from pirl_jax.data.records import Record, Source, printable
+from pirl_jax.data.sources import DataSettings
 from pirl_jax.errors import UserError
 from pirl_jax.storage.files import locked
 
@@ -38,6 +40,14 @@ class TfdsSource(Source):
     UserError: unknown name or split, no image feature, a set that cannot be prepared here or lies there in a
       format without random access.
   """
+
+  slow_labels = True
+
+  @classmethod
+  def open(cls, settings: DataSettings, class_names: tuple[str, ...] | None) -> Self:
+    """Opens the set, which names its classes itself."""
+    del class_names
+    return cls(settings.name, data_dir=settings.root, split=settings.split)
 
   def __init__(self, name: str, *, data_dir: str, split: str):
     builder = _builder(name, data_dir)

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from pirl_jax.configs.evaluate import get_config
 from pirl_jax.data import sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Pictures, own_sizes
@@ -30,17 +31,14 @@ from pirl_jax.runs import Run
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.files import read_json, write_json
 from pirl_jax.storage.formats import upgrade_config
-from pirl_jax.storage.settings import first_difference, flatten
+from pirl_jax.storage.settings import difference, with_defaults
 
-DATA_FIELDS = ("source", "name", "root", "split", "test_split", "labels", "num_images", "test_num_images")
+SOURCE_FIELDS = tuple(field.name for field in dataclasses.fields(sources.DataSettings)
+                      if field.name not in sources.READING)
+"""Of `DataSettings`: which pictures."""
+
+DATA_FIELDS = (*SOURCE_FIELDS, "test_split", "test_num_images")
 """Of `config.data`: which pictures. They come from the run together, or not at all."""
-
-DATA_DEFAULTS = {"name": "", "root": "", "split": "train", "test_split": "test", "labels": "folder",
-                 "num_images": 0, "test_num_images": 0}
-"""Of the fields that are not given beside a source."""
-
-EMBEDDED_DEFAULTS = DATA_DEFAULTS | {"num_images": 4_096, "test_num_images": 1_024}
-"""The same for drawn pictures, of which there is no natural number."""
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
@@ -82,8 +80,14 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
 def data_of(config: ConfigDict, run: Run) -> dict[str, Any]:
   """Returns the fields `DATA_FIELDS` of the pictures to judge `run` on: given ones, and else the run's own."""
   given = {name: config.data[name] for name in DATA_FIELDS if config.data[name] is not None}
-  of_source = EMBEDDED_DEFAULTS if config.data.source == "embedded" else DATA_DEFAULTS
-  return _full_root((own_data(run) if config.data.source is None else of_source) | given)
+  of_source = source_defaults(given["source"]) if config.data.source is not None else own_data(run)
+  return _full_root(of_source | given)
+
+
+def source_defaults(source: str) -> dict[str, Any]:
+  """Returns the fields `DATA_FIELDS` of a source of which nothing but the name is given."""
+  settings = dataclasses.asdict(sources.DataSettings(source=source))
+  return {name: settings[name] for name in SOURCE_FIELDS} | sources.kind_of(source).defaults
 
 
 def own_data(run: Run) -> dict[str, Any]:
@@ -150,8 +154,8 @@ def prepare(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_
   sizes = sizes_of(config, subject, mesh)
 
   def open_split(split, class_names=None, num_images=data["num_images"]):
-    source = open_fn(data["source"], data["name"], data["root"], split, data["labels"], sizes["image_size"],
-                     num_images, class_names)
+    which = {name: data[name] for name in SOURCE_FIELDS} | {"split": split, "num_images": num_images}
+    source = open_fn(sources.DataSettings(**which, image_size=sizes["image_size"]), class_names)
     return Pictures(source, **sizes)
 
   train = open_split(data["split"])
@@ -170,11 +174,9 @@ def prepare(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_
     output=output if num_subjects == 1 else output.with_name(config.name))
 
 
-def open_pictures(source: str, name: str, root: str, split: str, labels: str, image_size: int, num_images: int,
-                  class_names: tuple[str, ...] | None) -> sources.Source:
+def open_pictures(settings: sources.DataSettings, class_names: tuple[str, ...] | None) -> sources.Source:
   """Returns the pictures, see `sources.open_source`, and prints what was found."""
-  pictures = sources.open_source(source, name=name, root=root, split=split, labels=labels, image_size=image_size,
-                                 num_images=num_images, class_names=class_names)
+  pictures = sources.open_source(settings, class_names=class_names)
   print(f"pictures: {pictures.description}")
   return pictures
 
@@ -233,21 +235,24 @@ def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int 
     raise UserError(f"{path} holds the results of {', '.join(found)}, and now it is {', '.join(settings)}; {way_out}")
   older = None
   for label, now in settings.items():
-    old, new = flatten(found[label]), flatten(now)
-    if len(settings) == 1 and old.get("step") != new["step"]:  # the run has gone on since, by the config it has now
-      older = old.get("step")
-      old, new = ({field: value for field, value in flat.items() if field.split(".")[0] not in ("step", "run_config")}
-                  for flat in (old, new))
-    if difference := first_difference(old, new):
-      raise UserError(f"{path} holds a result with {difference}; {way_out}")
+    free = ()
+    if len(settings) == 1 and found[label].get("step") != now["step"]:
+      older, free = found[label].get("step"), ("step", "run_config.")  # the run has gone on since, by its config of now
+    if different := difference(found[label], now, free=free):
+      field, before, value = different
+      raise UserError(f"{path} holds a result with {field}={before!r}, and now it is {value!r}; {way_out}")
   return older
 
 
 def _as_now(settings):
-  """Returns the settings of a stored result with the configs of the runs as this version of the program has them."""
-  stored = settings["run_config"]
-  return {**settings, "run_config": {run: upgrade_config(config) for run, config in stored.items()}
-          if "ensemble" in settings else upgrade_config(stored)}
+  """Returns the settings of a stored result as this version has them: what they lack has its default."""
+  stored, data, protocol = settings["run_config"], settings["data"], settings["protocol"]
+  configs = {run: upgrade_config(config) for run, config in stored.items()} if "ensemble" in settings else (
+    upgrade_config(stored))
+  # Where the pictures lie is never stored.
+  defaults = {"data": {name: value for name, value in source_defaults(data["source"]).items() if name != "root"},
+              protocol: json.loads(json.dumps(get_config(protocol)[protocol].to_dict()))}
+  return with_defaults({**settings, "run_config": configs}, defaults)
 
 
 def measure(evaluation: Evaluation) -> Outcome:

@@ -1,7 +1,11 @@
 """The format of what a run stores about itself, and how older ones are read."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
+
+from pirl_jax.configs.base import get_base
+from pirl_jax.storage.settings import with_defaults
 
 FORMAT = 5
 """Of the items of a checkpoint and of the config in its `meta`.
@@ -33,18 +37,15 @@ def upgrade(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the config of a run of any format with the fields of today: those that it lacks say what was then done."""
-  config = dict(config)
+  """Returns the config of a run of any format with the fields of today, JSON values.
+
+  A field or a group that it lacks has its value in configs/base.py, which is what was done before it could be chosen;
+  of the pretext views' photometric list, that of the image's list in the same run.
+  """
   data, jigsaw = dict(config["data"]), dict(config["jigsaw"])
   for old, new in (("pretext_size", "crop_size"), ("pretext_scale", "crop_scale")):
     if old in data:
       jigsaw[new] = data.pop(old)
-  defaults = {"objective": "invariant", "micro_batches": 1, "negative_sampling": "shared",
-              "pretext_photometric": config["photometric"]}
-  groups = {
-    "jigsaw": {"augment": "patches", "num_permutations": 0, "permutation_subset": "max_avg", **jigsaw},
-    "model": {"remat": False, **config["model"]},
-    "optimizer": {"warmup_factor": 0.0, "schedule": "cosine", "milestones": [0.6, 0.8], "decay_factor": 0.1,
-                  "decay_biases": False, **config["optimizer"]},
-  }
-  return {**defaults, **config, "data": {"max_bad_fraction": 0.05, **data}, **groups}
+  defaults = json.loads(json.dumps(get_base().to_dict()))
+  defaults["pretext_photometric"] = photometric = with_defaults(config["photometric"], defaults["photometric"])
+  return with_defaults({**config, "data": data, "jigsaw": jigsaw, "photometric": photometric}, defaults)

@@ -1,9 +1,11 @@
-"""Settings in nested groups, as flat names."""
+"""Settings in nested groups, JSON values: as flat names, compared, and with what an older program did not know yet."""
 
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """Returns {"group.field": value} of nested dicts."""
   flat = {}
   for name, value in tree.items():
@@ -11,14 +13,48 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def first_difference(stored: dict[str, Any], now: dict[str, Any]) -> str:
-  """Returns "field=old, and now it is new" of the first field, by name, that differs; "" if none does.
+def difference(before: Mapping[str, Any], now: Mapping[str, Any], *, free: Sequence[str] = ()) -> (
+    tuple[str, Any, Any] | None):
+  """Returns (field, value before, value now) of the first field, by its name, that differs; None if none does.
 
   Args:
-    stored: {"group.field": value}; a field that is missing counts as None.
-    now: the same.
+    before: nested settings.
+    now: the others; a field that one of the two lacks is None there.
+    free: fields that may differ; a name that ends with a dot stands for its whole group.
   """
-  for field in sorted(stored.keys() | now.keys()):
-    if stored.get(field) != now.get(field):
-      return f"{field}={stored.get(field)!r}, and now it is {now.get(field)!r}"
-  return ""
+  before, now = flatten(before), flatten(now)
+  for field in sorted(before.keys() | now.keys()):
+    may_differ = any(field == name or name.endswith(".") and field.startswith(name) for name in free)
+    if not may_differ and before.get(field) != now.get(field):
+      return field, before.get(field), now.get(field)
+  return None
+
+
+def field_problem(field: str, settings: Mapping[str, Any]) -> str:
+  """Returns "" if `field`, "group.field" or a group, is there; else that it is not, and the nearest name that is."""
+  known = flatten(settings)
+  if field in known or any(name.startswith(f"{field}.") for name in known):
+    return ""
+  groups = {name: name.rpartition(".") for name in known}
+  group, _, last = field.rpartition(".")
+  nearest = difflib.get_close_matches(last, sorted({name for *_, name in groups.values()}), n=1)
+  near = [name for name in known if groups[name][2] in nearest]
+  near = [name for name in near if groups[name][0] == group] or near  # else it is in another group than was thought
+  return f"there is no config field {field}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+
+
+def with_defaults(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns `stored` with the default of every field, and of every field of a group, that is missing there.
+
+  Fields without a default stay.
+
+  Raises:
+    TypeError, AttributeError: a group of `defaults` is a single value in `stored`.
+  """
+  filled = dict(stored)
+  for name, default in defaults.items():
+    if isinstance(default, dict):
+      filled[name] = with_defaults(stored.get(name, {}), default)
+    else:
+      filled.setdefault(name, default)
+  return filled

@@ -16,7 +16,8 @@ from pirl_jax.configs import evaluate as evaluations
 from pirl_jax.configs.study import OWN_EVALUATION_FIELDS, OWN_FIELDS, systems
 from pirl_jax.errors import UserError
 from pirl_jax.storage.files import read_json
-from pirl_jax.storage.settings import flatten
+from pirl_jax.storage.formats import upgrade_config
+from pirl_jax.storage.settings import difference, flatten
 
 MARK = "trained.json"
 """In a run's folder, written when its training has returned: the step of its last checkpoint."""
@@ -148,9 +149,30 @@ def create_trial(config: ConfigDict, point: Point, seed: int, root: Path) -> Tri
   run_config.seed = seed
   run_config.name = f"{point.system}-{digest(run_config, ('name', 'seed'))}-{seed}"
   folder = root / "runs" / run_config.name
+  if not folder.is_dir() and (older := older_folder(root / "runs", f"{point.system}-*-{seed}", run_config)):
+    folder, run_config.name = older, older.name
   evaluation.name = f"{config.evaluation}-{digest(evaluation, OWN_EVALUATION_FIELDS)}"
   evaluation.checkpoint = str(folder)
   return Trial(point, run_config, evaluation, folder)
+
+
+def older_folder(runs: Path, pattern: str, config: ConfigDict) -> Path | None:
+  """Returns the folder of a run of this very config that a program with fewer fields named by another digest, or None.
+
+  Args:
+    runs: where to look.
+    pattern: of the folder's name.
+    config: of the run; its name does not count.
+  """
+  now = json.loads(json.dumps(config.to_dict()))
+  for path in sorted(runs.glob(f"{pattern}/config.json")):
+    try:
+      stored = upgrade_config(read_json(path) or {})
+    except (KeyError, TypeError, AttributeError):  # it is damaged, which matters to whoever trains there
+      continue
+    if difference(stored, now, free=("name",)) is None:
+      return path.parent
+  return None
 
 
 def system_config(system: str, variant: str) -> ConfigDict:

@@ -28,6 +28,9 @@ from pirl_jax.studies.report import report
 from pirl_jax.training import pretrain
 from pirl_jax.training.parts import build, check_config
 
+TRAINS = True
+"""Asked to stop, this job saves the state of the run it trains and ends well, see `jobs`."""
+
 PLOTS = ("lines", "bars", "layers", "distances")
 
 COMPILED_SECONDS = 0.3

@@ -13,7 +13,7 @@ from pirl_jax.method.health import QUANTITIES
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.files import write_json
 from pirl_jax.storage.logbook import Logbook
-from pirl_jax.training.parts import Run
+from pirl_jax.training.parts import Parts
 
 COLLAPSED_SPREAD = 0.05
 """`embedding_spread` below which all embeddings are taken to be alike: 1 fills the sphere."""
@@ -84,7 +84,7 @@ def _also(names):
 class Broken:
   """Counts and names the pictures that could not be read, each once."""
 
-  def __init__(self, parts: Run, book: Logbook):
+  def __init__(self, parts: Parts, book: Logbook):
     self._source, self._book, self._seen = parts.train, book, set()
     self._layout, self._limit = parts.layout, parts.config.data.max_bad_fraction
     self._path, self._count = parts.workdir / "broken_pictures.json", 0

@@ -19,11 +19,11 @@ from pirl_jax.models.network import Model
 from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.logbook import Logbook
-from pirl_jax.training.parts import Run, test_pictures
+from pirl_jax.training.parts import Parts, test_pictures
 from pirl_jax.training.stopping import Stopping
 
 
-def calibrate(parts: Run, state: TrainState) -> TrainState:
+def calibrate(parts: Parts, state: TrainState) -> TrainState:
   """Returns the untrained state with the batch statistics of the training pictures: random initialisation."""
   variables = features.calibrate_batch_stats(
     batch_stats_fn(parts), {"params": state.params, "batch_stats": state.batch_stats},
@@ -32,7 +32,7 @@ def calibrate(parts: Run, state: TrainState) -> TrainState:
   return state.replace(batch_stats={**state.batch_stats, "trunk": trunk})
 
 
-def unlabelled(parts: Run) -> str:
+def unlabelled(parts: Parts) -> str:
   """Returns which pictures have no labels, so that kNN cannot be measured; "" if it can."""
   for name, source in (("training", parts.train), ("held-out", parts.test)):
     if source is None:
@@ -59,7 +59,7 @@ class StoppablePictures(Pictures):
         yield batch
 
 
-def make_evaluation(parts: Run, book: Logbook, stopping: Stopping) -> Callable | None:
+def make_evaluation(parts: Parts, book: Logbook, stopping: Stopping) -> Callable | None:
   """Returns evaluate(state) -> kNN figures of the held-out pictures; None where it cannot be done.
 
   The neighbours are the rows of the bank; without a bank, the trunk's features of the training pictures. It raises
@@ -83,9 +83,9 @@ def make_evaluation(parts: Run, book: Logbook, stopping: Stopping) -> Callable |
     return evaluate_features
   on_every_device = jax.jit(lambda x: x, out_shardings=mesh_lib.whole(parts.mesh))
 
-  @functools.cache  # at the first evaluation: a TFDS set has to be read once from end to end for its labels
+  @functools.cache  # at the first evaluation: slow labels are read from end to end
   def row_labels():
-    if config.data.source == "tfds":
+    if parts.train.slow_labels:
       book.say(f"reading the labels of {len(parts.train):,} pictures, once")
     labels = parts.train.labels()
     by_row = np.full(parts.layout.num_rows, -1, np.int32)
@@ -105,7 +105,7 @@ def make_evaluation(parts: Run, book: Logbook, stopping: Stopping) -> Callable |
   return evaluate
 
 
-def measure_learning(parts: Run, state: TrainState) -> dict[str, Any]:
+def measure_learning(parts: Parts, state: TrainState) -> dict[str, Any]:
   """Returns kNN on raw pixels, the untrained and the trained network."""
   config = parts.config
   initial = parts.initial_state()
@@ -125,7 +125,7 @@ def measure_learning(parts: Run, state: TrainState) -> dict[str, Any]:
            "test_fingerprint": parts.test.fingerprint})
 
 
-def batch_stats_fn(parts: Run) -> Callable:
+def batch_stats_fn(parts: Parts) -> Callable:
   """Returns stats_fn(variables, image) -> batch statistics, for `calibrate_batch_stats`."""
   def batch_stats(variables, image):
     _, updated = parts.parallel_network.apply(variables, image, train=True, method="features",

@@ -27,7 +27,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Parts:
   """What a run is made of, built before anything compiles or is written."""
 
   config: ConfigDict
@@ -60,46 +60,53 @@ class Run:
       bank_dtype=DTYPES[config.bank.dtype], inputs=system.network_inputs(config), with_bank=system.has_bank(config))
 
 
+def _one_of(choices):
+  return lambda value: value in choices, f"choose from {', '.join(choices)}"
+
+
+RULES = (
+  (("batch_size", "micro_batches", "data.image_size", "data.num_threads", "jigsaw.crop_size", "jigsaw.grid",
+    "jigsaw.patch_size", "model.dim", "checkpoint.every_steps", "checkpoint.keep", "evaluate.k", "evaluate.batch_size",
+    "log.every_steps"), lambda value: value >= 1, "a whole number from 1 is needed"),
+  (("data.image_size", "jigsaw.crop_size", "jigsaw.patch_size"), lambda value: value <= 10_000,
+   "at most 10,000 is possible"),
+  (("model.dim",), lambda value: value <= 65_536, "at most 65,536 is possible"),
+  (("num_epochs",), lambda value: value >= 0, "0 (the untrained network) or more is needed"),
+  (("evaluate.every_epochs",), lambda value: value >= 0, "0 (never) or more is needed"),
+  (("num_negatives",), lambda value: value >= 0, "0 (every row) or more is needed"),
+  (("data.num_images", "evaluate.num_images", "jigsaw.num_permutations"), lambda value: value >= 0,
+   "0 (all) or more is needed"),
+  (("pretext_weight", "bank.momentum", "optimizer.momentum", "data.max_bad_fraction"), lambda value: 0 <= value <= 1,
+   "it lies in [0, 1]"),
+  (("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.end_factor", "optimizer.warmup_epochs",
+    "optimizer.warmup_factor"), lambda value: 0 <= value < float("inf"), "a finite number from 0 is needed"),
+  (("evaluate.temperature",), lambda value: 0 < value < float("inf"), "a number above 0 is needed"),
+  (("evaluate.crop_fraction", "optimizer.decay_factor"), lambda value: 0 < value <= 1, "it lies in (0, 1]"),
+  (("data.image_scale", "jigsaw.crop_scale"), lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
+   "it is (smallest, largest), within (0, 1]"),
+  (("objective",), *_one_of(system.OBJECTIVES)),
+  (("negative_sampling",), *_one_of(("shared", "per_image"))),
+  (("jigsaw.permutation_subset",), *_one_of(SUBSETS)),
+  (("optimizer.schedule",), *_one_of(("cosine", "steps"))),
+  (("model.dtype", "bank.dtype"), *_one_of(DTYPES)),
+  (("model.head",), *_one_of(("linear", "mlp"))),
+  (("model.batch_norm",), *_one_of(("global", "device"))),
+  (("optimizer.update_interval",), *_one_of(("step", "epoch"))),
+  (("model.dtype", "bank.dtype"), lambda value: value != "float64" or jax.config.jax_enable_x64,
+   "JAX computes in it only with JAX_ENABLE_X64=1 in the environment"),
+)
+"""(Fields, whether a value of them is possible, what is), in the order in which they are looked at."""
+
+
 def check_config(config: ConfigDict) -> None:
   """Raises UserError for a value that no data could make possible."""
-  def require(holds, field, rule):
-    if not holds:
-      raise UserError(f"{field}={_get(config, field)!r} is not possible: {rule}")
-
-  for field in ("batch_size", "micro_batches", "data.image_size", "data.num_threads", "jigsaw.crop_size", "jigsaw.grid",
-                "jigsaw.patch_size", "model.dim", "checkpoint.every_steps", "checkpoint.keep", "evaluate.k",
-                "evaluate.batch_size", "log.every_steps"):
-    require(_get(config, field) >= 1, field, "a whole number from 1 is needed")
-  for field, most in (("data.image_size", 10_000), ("jigsaw.crop_size", 10_000), ("jigsaw.patch_size", 10_000),
-                      ("model.dim", 65_536)):
-    require(_get(config, field) <= most, field, f"at most {most:,} is possible")
-  for field, zero in (("num_epochs", "the untrained network"), ("evaluate.every_epochs", "never"),
-                      ("num_negatives", "every row"), ("data.num_images", "all"), ("evaluate.num_images", "all"),
-                      ("jigsaw.num_permutations", "all")):
-    require(_get(config, field) >= 0, field, f"0 ({zero}) or more is needed")
-  for field in ("pretext_weight", "bank.momentum", "optimizer.momentum", "data.max_bad_fraction"):
-    require(0 <= _get(config, field) <= 1, field, "it lies in [0, 1]")
-  for field in ("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.end_factor",
-                "optimizer.warmup_epochs", "optimizer.warmup_factor"):
-    require(0 <= _get(config, field) < float("inf"), field, "a finite number from 0 is needed")
-  require(0 < config.evaluate.temperature < float("inf"), "evaluate.temperature", "a number above 0 is needed")
-  require(0 < config.evaluate.crop_fraction <= 1, "evaluate.crop_fraction", "it lies in (0, 1]")
-  require(0 < config.optimizer.decay_factor <= 1, "optimizer.decay_factor", "it lies in (0, 1]")
-  for field in ("data.image_scale", "jigsaw.crop_scale"):
-    scale = _get(config, field)
-    require(len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, field, "it is (smallest, largest), within (0, 1]")
-  for field, choices in (("objective", system.OBJECTIVES), ("negative_sampling", ("shared", "per_image")),
-                         ("jigsaw.permutation_subset", SUBSETS),
-                         ("optimizer.schedule", ("cosine", "steps")), ("model.dtype", DTYPES),
-                         ("bank.dtype", DTYPES), ("model.head", ("linear", "mlp")),
-                         ("model.batch_norm", ("global", "device")),
-                         ("optimizer.update_interval", ("step", "epoch"))):
-    require(_get(config, field) in choices, field, f"choose from {', '.join(choices)}")
-  for field in ("model.dtype", "bank.dtype"):
-    require(_get(config, field) != "float64" or jax.config.jax_enable_x64, field,
-            "JAX computes in it only with JAX_ENABLE_X64=1 in the environment")
-  require(config.num_negatives or config.negative_sampling == "shared", "negative_sampling",
-          "num_negatives=0 takes every row for every image, there is nothing to draw")
+  for fields, holds, rule in RULES:
+    for field in fields:
+      if not holds(_get(config, field)):
+        raise UserError(f"{field}={_get(config, field)!r} is not possible: {rule}")
+  if not config.num_negatives and config.negative_sampling != "shared":
+    raise UserError(f"negative_sampling={config.negative_sampling!r} is not possible: num_negatives=0 takes every row "
+                    "for every image, there is nothing to draw")
 
 
 def _get(config, field):
@@ -108,7 +115,7 @@ def _get(config, field):
   return config
 
 
-def build(config: ConfigDict, workdir: Path) -> Run:
+def build(config: ConfigDict, workdir: Path) -> Parts:
   """Returns the parts of the run: opens the data and checks that all fits, without compiling or writing anything.
 
   Raises:
@@ -141,7 +148,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   schedule = make_schedule(config, steps_per_epoch)
   optimizer = create_optimizer(schedule, momentum=config.optimizer.momentum, weight_decay=config.optimizer.weight_decay,
                                decay_biases=config.optimizer.decay_biases)
-  return Run(config, workdir, mesh, train, test, layout, network, optimizer, schedule, views_fn, steps_per_epoch)
+  return Parts(config, workdir, mesh, train, test, layout, network, optimizer, schedule, views_fn, steps_per_epoch)
 
 
 def make_loss(config: ConfigDict, layout: memory_bank.Layout) -> Callable:
@@ -169,19 +176,18 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
 
 def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source | None]:
   """Returns the training pictures and the held-out ones (None without `evaluate.split`), and prints what was found."""
-  data = config.data
-  common = dict(name=data.name, root=data.root, labels=data.labels, image_size=data.image_size)
-  train = sources.open_source(data.source, split=data.split, num_images=data.num_images, **common)
+  data = sources.DataSettings.of(config.data)
+  train = sources.open_source(data)
   print(f"training pictures: {train.description}")
   if not config.evaluate.split:
     return train, None
-  test = sources.open_source(data.source, split=config.evaluate.split, num_images=config.evaluate.num_images,
-                             class_names=train.class_names, **common)
+  held_out = dataclasses.replace(data, split=config.evaluate.split, num_images=config.evaluate.num_images)
+  test = sources.open_source(held_out, class_names=train.class_names)
   print(f"held-out pictures: {test.description}")
   return train, test
 
 
-def make_step(parts: Run) -> Callable:
+def make_step(parts: Parts) -> Callable:
   """Returns train_step(state, batch) -> (state, metrics) of the run's system."""
   config = parts.config
   common = parts.parallel_network, parts.optimizer, parts.views_fn
@@ -193,7 +199,7 @@ def make_step(parts: Run) -> Callable:
                                bank_momentum=config.bank.momentum, micro_batches=config.micro_batches)
 
 
-def test_pictures(parts: Run, source: sources.Source) -> Pictures:
+def test_pictures(parts: Parts, source: sources.Source) -> Pictures:
   """Returns the pictures of a source under the test transform."""
   config = parts.config
   return Pictures(source, image_size=config.data.image_size, crop_fraction=config.evaluate.crop_fraction,

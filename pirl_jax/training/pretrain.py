@@ -28,10 +28,13 @@ from pirl_jax.storage.logbook import Logbook
 from pirl_jax.storage.settings import flatten
 from pirl_jax.training.guards import Broken, Guard
 from pirl_jax.training.measuring import calibrate, make_evaluation, measure_learning, unlabelled
-from pirl_jax.training.parts import Run, build, check_config, make_step
+from pirl_jax.training.parts import Parts, build, check_config, make_step
 from pirl_jax.training.resuming import begin, check_new, check_same_config, hold, restore, save
 from pirl_jax.training.stopping import Stopped, Stopping
 from pirl_jax.views.normalisation import denormalise
+
+TRAINS = True
+"""Asked to stop, this job saves its state and ends well, see `jobs`."""
 
 STEPS_IN_FLIGHT = 2
 """Steps that the devices may be behind the host: enough to keep them busy, and no pile of batches in memory."""
@@ -83,7 +86,7 @@ def pretrain(config: ConfigDict, workdir: Path, stopping: Stopping) -> None:
       finish(parts, state, book)
 
 
-def prepare(config: ConfigDict, workdir: Path) -> Run:
+def prepare(config: ConfigDict, workdir: Path) -> Parts:
   """Returns the parts of the run, see `build`, after all checks that need no other process.
 
   Raises:
@@ -94,7 +97,7 @@ def prepare(config: ConfigDict, workdir: Path) -> Run:
   return build(config, workdir)
 
 
-def train(parts: Run, state: TrainState, checkpoints: Checkpoints, book: Logbook, stopping: Stopping) -> TrainState:
+def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbook, stopping: Stopping) -> TrainState:
   """Returns the state after the last step.
 
   Raises:
@@ -166,7 +169,7 @@ def train(parts: Run, state: TrainState, checkpoints: Checkpoints, book: Logbook
   return state
 
 
-def save_views(parts: Run, batch: dict[str, np.ndarray]) -> None:
+def save_views(parts: Parts, batch: dict[str, np.ndarray]) -> None:
   """Saves a picture of the first images of the batch as the network sees them, views.png."""
   shown = {name: value[:8] for name, value in batch.items()}
   keys = view_keys(parts.config.seed, 0, jnp.asarray(shown["index"]))
@@ -175,7 +178,7 @@ def save_views(parts: Run, batch: dict[str, np.ndarray]) -> None:
     None if view is None else denormalise(view) for view in (image, pretext)))
 
 
-def finish(parts: Run, state: TrainState, book: Logbook) -> None:
+def finish(parts: Parts, state: TrainState, book: Logbook) -> None:
   """Ends the run: the table of what was learnt, the curves, and a list of everything written."""
   config = parts.config
   first = jax.process_index() == 0

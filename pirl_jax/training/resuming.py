@@ -15,8 +15,8 @@ from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import locked, read_json, write_json
 from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, upgrade_config
 from pirl_jax.storage.logbook import METRICS, read_rows
-from pirl_jax.storage.settings import first_difference, flatten
-from pirl_jax.training.parts import Run
+from pirl_jax.storage.settings import difference
+from pirl_jax.training.parts import Parts
 
 FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "data.num_threads", "data.max_bad_fraction")
 """Fields that may change when a run goes on; a name that ends with a dot stands for its whole group."""
@@ -46,8 +46,11 @@ def _unwritable(workdir, error):
   return UserError(f"nothing can be written to {workdir} ({error.strerror}); make room, or choose another --workdir")
 
 
-def check_new(parts: Run) -> None:
-  """Raises UserError where a run has come so far that it had checkpoints: to begin anew would lose its rows, too."""
+def check_new(parts: Parts) -> None:
+  """Raises UserError if metrics.jsonl shows that this run had checkpoints but none are left.
+
+  To start over would erase its metrics as well.
+  """
   rows, before = read_rows(parts.workdir / METRICS), read_json(parts.workdir / "config.json") or parts.config.to_dict()
   # The first is on disk before the second is begun.
   if rows and rows[-1]["step"] > 2 * before["checkpoint"]["every_steps"]:
@@ -56,7 +59,7 @@ def check_new(parts: Run) -> None:
                     "anew")
 
 
-def begin(parts: Run) -> None:
+def begin(parts: Parts) -> None:
   """Writes down what the run is and with which pictures it begins.
 
   Raises:
@@ -78,7 +81,7 @@ def check_same_config(config: ConfigDict, workdir: Path) -> None:
     return
   try:
     stored = upgrade_config(json.loads(path.read_text()))
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it to go on, the checkpoints hold "
                     "the config, too; or choose another --workdir") from error
   compare_configs(config, stored, workdir)
@@ -86,16 +89,13 @@ def check_same_config(config: ConfigDict, workdir: Path) -> None:
 
 def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -> None:
   """Raises UserError if the config stored with the run in `workdir` differs in a field that may not change."""
-  def fixed(settings):
-    return {field: value for field, value in flatten(settings).items()
-            if not any(field == name or (name.endswith(".") and field.startswith(name)) for name in FREE_ON_RESUME)}
-
-  if difference := first_difference(fixed(stored), fixed(json.loads(json.dumps(config.to_dict())))):
-    raise UserError(f"{workdir} holds a run with {difference}; "
-                    "choose another --workdir, or give the old value to go on")
+  if found := difference(stored, json.loads(json.dumps(config.to_dict())), free=FREE_ON_RESUME):
+    field, before, now = found
+    raise UserError(f"{workdir} holds a run with {field}={before!r}, and now it is {now!r}; choose another --workdir, "
+                    "or give the old value to go on")
 
 
-def restore(parts: Run, checkpoints: Checkpoints) -> TrainState:
+def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
   """Returns the state of the newest checkpoint of this very run.
 
   Raises:
@@ -125,14 +125,14 @@ def restore(parts: Run, checkpoints: Checkpoints) -> TrainState:
   return checkpoints.restore_newest(check, jax.eval_shape(parts.initial_state), parts.mesh, say=print)
 
 
-def run_meta(parts: Run) -> dict[str, Any]:
+def run_meta(parts: Parts) -> dict[str, Any]:
   """Returns what must be the same for a checkpoint to belong to this run, JSON values."""
   return {
     "data": parts.train.fingerprint, "num_images": parts.layout.num_images, "num_strata": parts.layout.num_strata,
     "model": parts.config.model.to_dict(), "num_classes": len(parts.train.class_names)}
 
 
-def save(parts: Run, state: TrainState, checkpoints: Checkpoints, **options: Any) -> None:
+def save(parts: Parts, state: TrainState, checkpoints: Checkpoints, **options: Any) -> None:
   """Starts to write a checkpoint of the state, see `Checkpoints.save`."""
   step = int(state.step)
   checkpoints.save(step, state, {**run_meta(parts), "step": step, "config": parts.config.to_dict()}, **options)

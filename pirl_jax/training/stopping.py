@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C: the step in hand is finished and saved before the program ends."""
+"""SIGTERM and Ctrl-C: the step in hand is finished and saved before the program ends.
+
+JAX is imported where it is needed: `note_sigterm` answers while it loads.
+"""
 
 import contextlib
 import os
@@ -6,14 +9,27 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Self
 
-from jax.experimental import multihost_utils
-
-from pirl_jax.runtime.processes import alone
-
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+
+
+def note_sigterm() -> Callable[[bool], None]:
+  """Notes SIGTERM instead of ending the program, until it is known what it means.
+
+  Returns:
+    settle(trains), after which it ends the program: with exit code 0 in a job that trains, else as it did before. A
+    signal that was noted is answered then.
+  """
+  noted = []
+  before = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+
+  def settle(trains):
+    signal.signal(signal.SIGTERM, (lambda number, _: sys.exit(EXIT_CODES[number])) if trains else before)
+    if noted:
+      os.kill(os.getpid(), signal.SIGTERM)
+  return settle
 
 
 class Stopped(SystemExit):
@@ -29,6 +45,8 @@ class Stopping:
 
   def __init__(self):
     """Has not been asked."""
+    from pirl_jax.runtime.processes import alone
+
     self._asked, self._held = None, False
     self._questions = 0
     self._alone = alone()
@@ -59,7 +77,7 @@ class Stopping:
 
   @contextlib.contextmanager
   def held(self, hold: bool = True) -> Iterator[None]:
-    """Within it a signal raises nothing and waits to be asked for by `requested`; with `hold` False it does again."""
+    """While held, a signal only sets a flag, which `requested` reports; `held(False)`: it raises `Stopped` at once."""
     before, self._held = self._held, hold
     try:
       if not hold:
@@ -79,6 +97,8 @@ class Stopping:
 
     Of several processes it is True a single time.
     """
+    from jax.experimental import multihost_utils
+
     self._questions += 1
     return self._asked is not None if self._alone else multihost_utils.reached_preemption_sync_point(self._questions)
 

@@ -17,14 +17,12 @@ from PIL import Image
 
 from pirl_jax.data import tfds_source
 from pirl_jax.data.crops import decode
-from pirl_jax.data.sources import open_source
+from pirl_jax.data.sources import DataSettings, open_source
 from pirl_jax.errors import UserError
 
 
 def opened(root, name, split="train"):
-  return open_source(
-    "tfds", name=name, root=str(root), split=split, labels="none", image_size=0, num_images=0
-  )
+  return open_source(DataSettings("tfds", name=name, root=str(root), split=split))
 
 
 def stl_archive(root, counts=(("train", 12), ("test", 7), ("unlabeled", 9))):
@@ -378,10 +376,9 @@ def test_tensorflow_is_never_imported(cifar):
 
     sys.meta_path.insert(0, Trap())
     from pirl_jax.data.batches import eval_batches, train_batches
-    from pirl_jax.data.sources import open_source
+    from pirl_jax.data.sources import DataSettings, open_source
 
-    source = open_source("tfds", name="cifar10", root=sys.argv[1], split="train", labels="none",
-                         image_size=0, num_images=0)
+    source = open_source(DataSettings("tfds", name="cifar10", root=sys.argv[1]))
     stream = train_batches(source, crops={"image_crop": (32, (0.2, 1.0)), "pretext_crop": (36, (0.6, 1.0))},
                            batch_size=32, seed=0, start_step=0, num_threads=2)
     assert all(next(stream)["valid"].all() for _ in range(4))

@@ -9,14 +9,13 @@ import pytest
 from PIL import Image
 
 from pirl_jax.data.crops import decode
-from pirl_jax.data.sources import open_source
+from pirl_jax.data.sources import DataSettings, open_source
 from pirl_jax.errors import UserError
 
 
-def opened(source, **changes):
-  num_images = 20 if source == "embedded" else 0
-  arguments = dict(name="", root="", split="", labels="none", image_size=32, num_images=num_images)
-  return open_source(source, **{**arguments, **changes})
+def opened(source, *, class_names=None, **changes):
+  given = dict(split="", image_size=32, num_images=20 if source == "embedded" else 0) | changes
+  return open_source(DataSettings(source, **given), class_names=class_names)
 
 
 def file_of(colour, file_format="PNG"):

@@ -1,10 +1,12 @@
 """SIGTERM and Ctrl-C, as a user or a scheduler sends them."""
 
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from launching import TRAINING, Launch, launch, rows, wait_for
+from launching import ROOT, TRAINING, Launch, launch, rows, wait_for
 
 BOUND = 60  # seconds in which a run ends that was asked to, with other tests beside it
 ENDLESS = *TRAINING, "--config.num_epochs=5_000", "--config.checkpoint.every_steps=1_000_000"
@@ -33,6 +35,18 @@ def test_a_run_saves_before_it_ends_and_goes_on(tmp_path, number, code):
   with Launch(*ENDLESS, f"--workdir={tmp_path}") as running:
     wait_for(lambda: len(rows(tmp_path)) > last + 3)
   assert steps(tmp_path) == list(range(1, len(rows(tmp_path)) + 1))
+
+
+@pytest.mark.parametrize("trains, code", [(True, 0), (False, -signal.SIGTERM)])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_while_jax_loads_is_answered_once_the_job_has_said_what_it_is_to_it(trains, code, when):
+  lines = ["import os, signal, sys", "from pirl_jax.training.stopping import note_sigterm", "settle = note_sigterm()",
+           "assert 'jax' not in sys.modules", "ask = lambda: os.kill(os.getpid(), signal.SIGTERM)"]
+  lines += ["ask()", "print('noted', flush=True)", f"settle({trains})"] if when == "before" else [
+    f"settle({trains})", "print('noted', flush=True)", "ask()"]
+  ended = subprocess.run([sys.executable, "-c", "; ".join([*lines, "print('never')"])], cwd=ROOT, text=True,
+                         capture_output=True, timeout=60)
+  assert (ended.returncode, ended.stdout) == (code, "noted\n"), ended.stderr
 
 
 def test_while_the_first_step_compiles_there_is_nothing_to_wait_for(tmp_path, monkeypatch):
