@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_evaluate import small_run
@@ -107,7 +108,7 @@ def test_a_new_protocol_needs_its_file_its_line_and_its_variant_and_nothing_else
   source = evaluate.open_pictures("embedded", "", "", "train", "folder", 16, 128, None)
   image = np.stack([source[i].image for i in range(128)])
   features = jax.jit(lambda x: subject.model.network.apply(subject.model.variables, x, method="features")["pooled"])(
-    normalise(image))
+    normalise(jnp.asarray(image)))
   values = np.linalg.svd(np.float64(features), compute_uv=False)
   share = values / values.sum()
   assert found["figures"]["effective_rank"] == pytest.approx(np.exp(-np.sum(share * np.log(share))), rel=1e-3)
