@@ -170,7 +170,7 @@ def kernel(tmp_path, monkeypatch):
 
 def test_the_notebook_runs_with_an_untrained_network(tmp_path, kernel, monkeypatch):
   monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-  # Of the untrained network: to compile the step and to train are three quarters of the time, and the slow test's.
+  # Of the untrained network: to compile the step and to train are left to the slow test.
   shares, outputs = run_notebook(tmp_path, {"config.num_epochs = 24": "config.num_epochs = 0"})
   assert shares["num"] == 512 and 0 < shares["features"] < 1
   assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
