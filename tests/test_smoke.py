@@ -41,7 +41,8 @@ def judged(run, variant):
     "checkpoint": str(run), "data.source": "embedded", "data.num_images": 64, "data.test_num_images": 32,
     "data.test_split": "test"})
   evaluate.run(config, "")
-  return json.loads((run / "results" / f"{variant}.json").read_text())["figures"]
+  result, = (run / "results").glob(f"{variant}-*.json")
+  return json.loads(result.read_text())["figures"]
 
 
 def test_a_loss():
@@ -79,7 +80,9 @@ def test_the_checkpoint_is_judged_by_nearest_neighbours(run):
 
 
 def test_features_are_exported(run):
-  with np.load(judged(run, "features")["path"]) as exported:
+  judged(run, "features")
+  file, = (run / "results").glob("features-*-train.npz")
+  with np.load(file) as exported:
     assert exported["features"].shape[0] == 64 and np.isfinite(exported["features"]).all()
     np.testing.assert_array_equal(exported["index"], np.arange(64))
 
