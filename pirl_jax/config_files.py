@@ -2,12 +2,36 @@
 
 import re
 from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections.config_flags import config_flags
 
 from pirl_jax import configs
 from pirl_jax.errors import UserError
 
 PARTS = ("__init__", "base", "data_sets")
 """Files of configs/ that other configs are made of; they describe no job."""
+
+
+class _Parser(config_flags.ConfigFileFlagParser):
+  """Loads the config that `locate` finds."""
+
+  def parse(self, path):
+    return super().parse(locate(path))
+
+
+def define_flag(values: flags.FlagValues = flags.FLAGS, **options: Any) -> flags.FlagHolder:
+  """Defines the flag --config among `values`, and returns what has its value.
+
+  Args:
+    values: those of the program, if no others are given.
+    options: of `config_flags.DEFINE_config_file`.
+  """
+  holder = config_flags.DEFINE_config_file(
+    "config", None, "What to run: pirl:imagenet, or a file, my_config.py.", flag_values=values, **options)
+  values["config"].parser = _Parser("config")
+  return holder
 
 
 def names() -> list[str]:

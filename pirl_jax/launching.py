@@ -10,7 +10,6 @@ import sys
 from contextlib import nullcontext
 
 from absl import app, flags
-from ml_collections.config_flags import config_flags
 
 from pirl_jax import config_files
 from pirl_jax.errors import UserError
@@ -19,17 +18,7 @@ from pirl_jax.runtime.quieting import quiet
 JOBS = {"pretrain": "pirl_jax.training.pretrain", "evaluate": "pirl_jax.evaluation.evaluate",
         "study": "pirl_jax.studies.study", "checkpoints": "pirl_jax.runs"}
 
-
-
-class _ConfigFile(config_flags.ConfigFileFlagParser):
-  """Loads a config of the package by its name, too."""
-
-  def parse(self, path):
-    return super().parse(config_files.locate(path))
-
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "What to run: pirl:imagenet, or a file, my_config.py.")
-flags.FLAGS["config"].parser = _ConfigFile("config")
+CONFIG = config_files.define_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; each job has a default of its own.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, for processes started by hand.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes; 1: this one alone.")

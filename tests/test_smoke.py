@@ -59,8 +59,8 @@ def test_a_view():
                    flip_probability=0)
   rotation = create_pretext("rotation", image_size=8, image_scale=(0.2, 1.0), settings={})
   crops = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
-  image, pretext, turns = make_views(rotation, recipe=nothing, pretext_recipe=nothing)(
-    jax.random.split(jax.random.key(0), 4), crops, crops)
+  views_fn = jax.jit(make_views(rotation, recipe=nothing, pretext_recipe=nothing))
+  image, pretext, turns = views_fn(jax.random.split(jax.random.key(0), 4), crops, crops)
   np.testing.assert_array_equal(denormalise(image), crops)
   expected = [np.rot90(crop, turn) for crop, turn in zip(crops, np.asarray(turns), strict=True)]
   np.testing.assert_array_equal(denormalise(pretext)[:, 0], expected)
