@@ -1,4 +1,4 @@
-"""The whole way once, in under a minute: python -m pytest -m smoke
+"""The whole way once, in about a minute: python -m pytest -m smoke
 
 A loss, a view, a tiny run; then the run goes on, and is judged and exported.
 """
