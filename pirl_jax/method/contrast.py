@@ -128,7 +128,7 @@ class Contrast:
     def sums(part):
       images, embs = part["images"], embs_fn(part)
       view = "pretext" if "pretext" in embs else "image"
-      return losses.nce_normaliser_sums(*self.scores(memory, images, view, embs[view]), images.valid)
+      return losses.nce_normaliser_sums(*self.scores(memory, images, view, embs[view]), images.share > 0)
 
     def first():
       return losses.nce_normaliser(*jax.tree.map(jnp.sum, jax.lax.map(sums, parts)),
