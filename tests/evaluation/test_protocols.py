@@ -17,6 +17,7 @@ from test_evaluate import small_run
 
 import pirl_jax.configs.evaluate
 from pirl_jax.configs import study as study_config
+from pirl_jax.data.sources import DataSettings, open_source
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate, protocols, training
 from pirl_jax.evaluation.protocols import PROTOCOLS, protocol_of
@@ -106,7 +107,7 @@ def test_a_new_protocol_needs_its_file_its_line_and_its_variant_and_nothing_else
   assert found["settings"][NAME] == {"layer": "pooled", "epsilon": 1e-7}
 
   (subject,) = open_subjects(str(run), 0, mesh_lib.create_mesh(1))
-  source = evaluate.open_pictures("embedded", "", "", "train", "folder", 16, 128, None)
+  source = open_source(DataSettings("embedded", image_size=16, num_images=128))
   image = np.stack([source[i].image for i in range(128)])
   features = jax.jit(lambda x: subject.model.network.apply(subject.model.variables, x, method="features")["pooled"])(
     normalise(jnp.asarray(image)))
