@@ -38,8 +38,7 @@ def conv(images: jax.Array, kernel: jax.Array, window_strides: Sequence[int], pa
   """Returns the convolution f[N, h, w, O] of images f[N, H, W, C] with a kernel f[k, l, C, O].
 
   It takes the arguments of `jax.lax.conv_general_dilated`, for `flax.linen.Conv(conv_general_dilated=conv)`, and gives
-  its values and gradients to rounding. Within `shard_map`, images and kernel must vary over the same mesh axes if a
-  gradient is taken.
+  its values and gradients to rounding.
 
   Args:
     images: in the order NHWC.
@@ -59,7 +58,17 @@ def conv(images: jax.Array, kernel: jax.Array, window_strides: Sequence[int], pa
   assert all(set(dilation or (1,)) == {1} for dilation in (lhs_dilation, rhs_dilation)), (lhs_dilation, rhs_dilation)
   order = jax.lax.conv_dimension_numbers(images.shape, kernel.shape, _ORDER)
   assert dimension_numbers in (order, None), dimension_numbers
-  return _conv(images, kernel, stride, pad, precision)
+  return _conv(*_varying_alike(images, kernel), stride, pad, precision)
+
+
+def _varying_alike(images, kernel):
+  """Returns both, inside `shard_map` as varying over the same axes of the mesh.
+
+  A gradient then varies as what it is taken by, and is summed over the devices where that was the same on all of them.
+  """
+  axes = [jax.typeof(x).mat.varying for x in (images, kernel)]
+  return (jax.lax.pcast(images, tuple(axes[1] - axes[0]), to="varying"),
+          jax.lax.pcast(kernel, tuple(axes[0] - axes[1]), to="varying"))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

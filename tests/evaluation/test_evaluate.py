@@ -23,6 +23,7 @@ from pirl_jax.runs import Run
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.formats import FORMAT
+from pirl_jax.storage.settings import flatten
 from pirl_jax.training import pretrain
 
 
@@ -88,7 +89,7 @@ def test_every_protocol_writes_its_result_and_gives_the_same_on_one_device(run, 
   before = (run / "config.json").read_bytes()
   monkeypatch.setattr(mesh_lib, "create_mesh", lambda num_devices=1, create=mesh_lib.create_mesh: create(num_devices))
   evaluate.run(config_of(protocol, run, **QUICK[protocol]), "")
-  one, eight = (evaluate.flatten(found["figures"]) for found in (result_of(run, protocol), result))
+  one, eight = (flatten(found["figures"]) for found in (result_of(run, protocol), result))
   assert (run / "config.json").read_bytes() == before
   assert one.keys() == eight.keys()
   for name, value in eight.items():
@@ -145,7 +146,7 @@ def test_protocols_of_features_judge_an_ensemble(runs, tmp_path, monkeypatch, pr
   result = result_of(tmp_path / "runs" / "a+b", protocol)
   assert result["settings"]["ensemble"] == ["a", "b"] and result["step"] == "8+8"
   assert not (tmp_path / "runs" / "a+b" / "results" / "unfinished").exists()
-  assert evaluate.flatten(result["figures"])[dim] == 2 * 64
+  assert flatten(result["figures"])[dim] == 2 * 64
 
 
 def test_what_is_exported_of_an_ensemble_is_what_its_runs_have_side_by_side(runs, tmp_path):

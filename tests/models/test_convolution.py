@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 from pirl_jax.models import convolution
 from pirl_jax.models.resnet import create_resnet
@@ -157,6 +158,24 @@ def test_other_platforms_have_convolutions_of_xlas_own(platform):
     return sorted(operations), sorted(re.findall(r"dim_numbers = (\S+ \S+)", text))
 
   assert counts(convolution.conv) == counts(plain)
+
+
+@pytest.mark.parametrize("split", ["images", "kernel", "both"])
+def test_on_several_devices_a_gradient_is_summed_where_its_array_is_the_same(split):
+  """Each of 4 devices has its own images, its own kernel, or both."""
+  rng = np.random.default_rng(0)
+  images, kernel = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((8, 6, 6, 3), (12, 3, 3, 5)))
+  mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,))
+  specs = tuple(P("data") if split in (name, "both") else P() for name in ("images", "kernel"))
+
+  def gradients(conv):
+    def loss(images, kernel):
+      result = conv(images, jnp.reshape(kernel, (-1, 3, 3, 5))[:3].transpose(1, 2, 0, 3), (1, 1), ((1, 1), (1, 1)))
+      return jax.lax.psum(jnp.sum(jnp.sin(result)), "data")
+    return jax.jit(jax.shard_map(jax.grad(loss, argnums=(0, 1)), mesh=mesh, in_specs=specs, out_specs=specs))
+
+  found, expected = (gradients(conv)(images, kernel) for conv in (convolution.conv, plain))
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
 
 
 def test_what_it_does_not_do_is_refused():
