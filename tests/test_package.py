@@ -41,7 +41,7 @@ def test_every_config_loads_without_jax():
 def test_a_misspelt_field_is_answered_without_jax():
   result = python("-c", MISSPELT, "--config=pirl:folder", "--config.batchsize=2")
   assert result.returncode == 2
-  assert "there is no config field" in result.stderr and '"batch_size"' in result.stderr
+  assert result.stderr == "error: there is no config field batchsize; did you mean batch_size?\n"
 
 
 @pytest.mark.parametrize("written, variant", [
@@ -96,7 +96,7 @@ def test_the_installed_package_finds_its_configs_beside_a_strangers(installed, t
     (tmp_path / f"{stranger}.py").write_text("raise AssertionError('a module of the user')")
   result = python("-m", "pirl_jax", "--config=npid:imagenet", "--config.no_such=1", cwd=tmp_path,
                   PYTHONPATH=str(installed))
-  assert (result.returncode, result.stderr) == (2, "error: there is no config field 'no_such'\n")
+  assert (result.returncode, result.stderr) == (2, "error: there is no config field no_such\n")
   own = tmp_path / "own.py"
   own.write_text("from pirl_jax.configs import pirl\n\ndef get_config():\n  config = pirl.get_config('folder')\n"
                  "  config.job = 'dance'\n  return config\n")

@@ -128,7 +128,8 @@ def launched(config, workdir, patch):
   patch.setattr(pretrain, "check_config", lambda config: None)
   patch.setattr(launching, "CONFIG", SimpleNamespace(value=Recorded(config, read)))
   patch.setattr(launching, "WORKDIR", SimpleNamespace(value=workdir))
-  for flag, value in (("COORDINATOR", ""), ("NUM_PROCESSES", 1), ("PROCESS_ID", None)):
+  for flag, value in (("COORDINATOR", ""), ("NUM_PROCESSES", 1), ("PROCESS_ID", None),
+                      ("KEEP_MEMORY", False)):
     patch.setattr(launching, flag, SimpleNamespace(value=value))
   patch.setattr(jobs, "quiet", lambda: None)
   launching.main(["launch.py"])

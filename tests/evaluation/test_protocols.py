@@ -96,10 +96,10 @@ def example(tmp_path, monkeypatch):
 
 
 def test_a_new_protocol_needs_its_file_its_line_and_its_variant_and_nothing_else(example, tmp_path):
-  run = small_run(tmp_path / "run", num_epochs=1)
+  run = small_run(tmp_path / "run")
   config = pirl_jax.configs.evaluate.get_config(NAME)
   config.data.crop_fraction = 1.0  # the whole picture
-  config.checkpoint = f"{run},{run}+{small_run(tmp_path / 'other', seed=1, num_epochs=1)}"
+  config.checkpoint = f"{run},{run}+{small_run(tmp_path / 'other', seed=1)}"
   evaluate.run(config, str(tmp_path / "both"))
   stored = json.loads((tmp_path / "both" / "results" / f"{NAME}.json").read_text())
   assert stored["protocol"] == NAME and list(stored["runs"]) == ["run", "run+other"]
