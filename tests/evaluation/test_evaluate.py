@@ -397,7 +397,7 @@ def test_a_damaged_checkpoint_is_named_with_the_others(run):
   for path in (run / "checkpoints" / "8" / "model").rglob("*"):
     if path.is_file():
       path.write_bytes(b"")
-  with pytest.raises(UserError, match=r"checkpoints/8 cannot be read.*--config\.step, there are 4"):
+  with pytest.raises(UserError, match=r"checkpoints/8 cannot be read.*choose another step, there are 4"):
     stored_variables(run, step=0)
 
 
