@@ -115,7 +115,7 @@ def _widened(function):
 def _forward(images, kernel, *, stride, pad, precision):
   if _is_product(kernel, pad):
     return _product(images[:, ::stride, ::stride], kernel[0, 0], precision=precision)
-  if _num_points(images) <= _num_points(kernel[None]):
+  if _num_points(images) <= _num_taps(kernel):
     shape = _result_shape(images, kernel, stride, pad)
     return _product(images.reshape(len(images), -1), _dense(kernel, images, shape, stride, pad),
                     precision=precision).reshape(shape)
@@ -130,7 +130,7 @@ def _images_slope(images, kernel, slope, *, stride, pad, precision):
     return jax.lax.pad(out, jnp.zeros((), out.dtype), (
       (0, 0, 0), *((0, side - 1 - stride * (n - 1), stride - 1) for side, n in
                    ((height, slope.shape[1]), (width, slope.shape[2]))), (0, 0, 0)))
-  if _num_points(images) <= _num_points(kernel[None]) or _num_points(slope) < _num_points(kernel[None]):
+  if _num_points(images) <= _num_taps(kernel) or _num_points(slope) < _num_taps(kernel):
     dense = _dense(kernel, images, slope.shape, stride, pad)
     return _product(slope.reshape(len(slope), -1), dense.T, precision=precision).reshape(images.shape)
   turned = kernel[::-1, ::-1].swapaxes(2, 3)
@@ -147,7 +147,7 @@ def _kernel_slope(images, kernel, slope, *, stride, pad, precision):
   if _is_product(kernel, pad):
     rows = images[:, ::stride, ::stride].reshape(-1, images.shape[-1])
     return _product(rows.T, slope.reshape(-1, slope.shape[-1]), precision=precision)[None, None]
-  if _num_points(images) < _num_points(kernel[None]):
+  if _num_points(images) < _num_taps(kernel):
     dense = _product(images.reshape(len(images), -1).T, slope.reshape(len(slope), -1), precision=precision)
     return _undense(dense, kernel, images, slope.shape, stride, pad)
   padding = [(pad, k - 1 - pad - side + 1 + stride * (n - 1)) for k, side, n in
@@ -219,6 +219,10 @@ def _is_product(kernel, pad):
 
 def _num_points(images):
   return images.shape[1] * images.shape[2]
+
+
+def _num_taps(kernel):
+  return kernel.shape[0] * kernel.shape[1]
 
 
 def _product(rows, matrix, *, precision):

@@ -226,7 +226,7 @@ def _measure(evaluation: Evaluation) -> Outcome:
 
 def _check(evaluation: Evaluation) -> None:
   svm_layers(evaluation.subject.model, evaluation.settings.layers, image_size=evaluation.train.image_size,
-                field="low_shot.layers")
+             field="low_shot.layers")
 
 
 PROTOCOL = Protocol(
