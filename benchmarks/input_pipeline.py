@@ -1,9 +1,9 @@
-"""Pictures per second and core: this project's input pipeline against the usual one with Pillow.
+"""Images per second and core: this project's input pipeline against the usual one with Pillow.
 
   python -m benchmarks.input_pipeline FOLDER [--seconds=10] [--rounds=5]
 
 FOLDER holds photographs of full size. Both pipelines do the host's whole share of a PIRL sample of ImageNet:
-read and decode the picture, crop it twice (224 px of 8-100 % of its area, 255 px of 60-100 %). The usual
+read and decode the image, crop it twice (224 px of 8-100 % of its area, 255 px of 60-100 %). The usual
 pipeline then goes on, as the host has to when the device does not: 9 patches of 64 px from the 255 px crop,
 colour jitter and random grey on all ten crops, floats, normalised, one batch. Here the device does that, in
 about a hundredth of its time. Both run in one thread; the denominator is the CPU time of the process, so that
@@ -37,7 +37,7 @@ def main() -> None:
 
   source = open_source(DataSettings("folder", root=arguments.folder, split=""))
   print(source.description)
-  paths = [os.path.join(arguments.folder, source.picture_name(i)) for i in range(len(source))]
+  paths = [os.path.join(arguments.folder, source.image_name(i)) for i in range(len(source))]
   pipelines = {"pillow": pillow_samples(paths), "ours": our_samples(source)}
   for samples in pipelines.values():  # first use: caches, tables, look-ups
     next(samples)
@@ -48,7 +48,7 @@ def main() -> None:
   ratios = [ours / pillow for ours, pillow in zip(speeds["ours"], speeds["pillow"], strict=True)]
 
   print(
-    f"\npictures per second and core, {arguments.rounds} rounds of {arguments.seconds:g} CPU seconds each"
+    f"\nimages per second and core, {arguments.rounds} rounds of {arguments.seconds:g} CPU seconds each"
   )
   print(f"{'pipeline':<28}{'minimum':>9}{'median':>9}{'maximum':>9}")
   titles = {"pillow": "Pillow, jitter on ten crops", "ours": "pirl_jax.data"}
@@ -91,9 +91,9 @@ def pillow_samples(paths: list[str]):
   while True:
     images, patches = [], []
     for path in rng.choice(paths, min(32, len(paths)), replace=False):
-      picture = Image.open(path).convert("RGB")
-      images.append(to_float(colour_jitter(pick, resized_crop(rng, picture, 224, (0.08, 1.0)))))
-      pretext = resized_crop(rng, picture, 255, (0.6, 1.0))
+      image = Image.open(path).convert("RGB")
+      images.append(to_float(colour_jitter(pick, resized_crop(rng, image, 224, (0.08, 1.0)))))
+      pretext = resized_crop(rng, image, 255, (0.6, 1.0))
       for cell in range(9):
         left, top = 85 * (cell % 3) + pick.randint(0, 20), 85 * (cell // 3) + pick.randint(0, 20)
         patches.append(to_float(colour_jitter(pick, pretext.crop((left, top, left + 64, top + 64)))))
@@ -101,19 +101,19 @@ def pillow_samples(paths: list[str]):
     yield len(images)
 
 
-def to_float(picture: Image.Image) -> np.ndarray:
+def to_float(image: Image.Image) -> np.ndarray:
   """Returns f32[3, H, W], normalised."""
-  values = np.asarray(picture).transpose(2, 0, 1).astype(np.float32) / 255
+  values = np.asarray(image).transpose(2, 0, 1).astype(np.float32) / 255
   return (values - _MEAN) / _STD
 
 
-def resized_crop(rng, picture: Image.Image, size: int, scale: tuple[float, float]) -> Image.Image:
-  """Torchvision's RandomResizedCrop on a PIL picture."""
-  top, left, height, width = crop_box(rng, picture.height, picture.width, scale, (3 / 4, 4 / 3))
-  return picture.crop((left, top, left + width, top + height)).resize((size, size), Image.BILINEAR)
+def resized_crop(rng, image: Image.Image, size: int, scale: tuple[float, float]) -> Image.Image:
+  """Torchvision's RandomResizedCrop on a PIL image."""
+  top, left, height, width = crop_box(rng, image.height, image.width, scale, (3 / 4, 4 / 3))
+  return image.crop((left, top, left + width, top + height)).resize((size, size), Image.BILINEAR)
 
 
-def colour_jitter(pick: random.Random, picture: Image.Image) -> Image.Image:
+def colour_jitter(pick: random.Random, image: Image.Image) -> Image.Image:
   """Brightness, contrast, saturation and hue in random order, then grey with probability 0.2."""
   operations = [
     lambda p: ImageEnhance.Brightness(p).enhance(pick.uniform(0.6, 1.4)),
@@ -123,13 +123,13 @@ def colour_jitter(pick: random.Random, picture: Image.Image) -> Image.Image:
   ]
   pick.shuffle(operations)
   for operation in operations:
-    picture = operation(picture)
-  return picture.convert("L").convert("RGB") if pick.random() < 0.2 else picture
+    image = operation(image)
+  return image.convert("L").convert("RGB") if pick.random() < 0.2 else image
 
 
-def turn_hue(picture: Image.Image, share: float) -> Image.Image:
+def turn_hue(image: Image.Image, share: float) -> Image.Image:
   """Turns the hue by a share of the circle, on 8-bit HSV."""
-  hue, saturation, value = picture.convert("HSV").split()
+  hue, saturation, value = image.convert("HSV").split()
   turned = Image.fromarray(np.asarray(hue) + np.uint8(int(share * 255) % 256))
   return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
 

@@ -1,6 +1,6 @@
 """What a run will need, worked out before it is started: `python -m benchmarks.plan --images=1_281_167 --devices=8`
 
-Memory of a device, bytes moved, share of compute, host cores for the pictures and wall-clock time, with every
+Memory of a device, bytes moved, share of compute, host cores for the images and wall-clock time, with every
 assumption printed. FLOPs, weights and activations come from the network itself (traced, never run); the rates of chips
 are their makers', and the share of them that is reached is assumed. `--check` holds sizes, FLOPs and bytes against a
 program that is compiled here; no time was held against a GPU or TPU yet.
@@ -26,7 +26,7 @@ from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime import mesh as mesh_lib
 
 DIM = 128
-PICTURES_PER_CORE = 557
+IMAGES_PER_CORE = 557
 """Decoded and cropped twice in a core-second, ImageNet's JPEGs: `python -m benchmarks.input_pipeline`, Xeon 2.1 GHz."""
 
 PASSES = 4
@@ -163,7 +163,7 @@ def report(case: Case, chip_name: str, efficiency: float) -> None:
         f"{1e3 * arithmetic:.1f}, {passed / 1e9:.0f} GB of activations {1e3 * traffic:.1f}: the longer), "
         f"bank {1e3 * bank_seconds:.2f}, links {1e3 * link_seconds:.2f} ({found['bytes sent'] / 1e6:.0f} MB)")
   print(f"share of the network {network_seconds / step:.0%}; {case.batch / step:,.0f} images a second, "
-        f"{case.batch / step / PICTURES_PER_CORE:.0f} host cores in all to decode them")
+        f"{case.batch / step / IMAGES_PER_CORE:.0f} host cores in all to decode them")
   print(f"wall-clock: {steps:,} steps, {steps * step / 86_400:,.1f} days, "
         f"{steps * step / 3_600 / case.epochs:,.2f} hours an epoch")
 
@@ -229,7 +229,7 @@ def main() -> None:
     return
   print(f"""assumed: {efficiency:.0%} of the rates of arithmetic, memory and links; the network takes the longer of
 its arithmetic and of {PASSES} passes of its activations through memory; the bank is float32 products; nothing
-overlaps; {PICTURES_PER_CORE} pictures decoded a core-second; weights and momentum on every device; XLA may keep a third
+overlaps; {IMAGES_PER_CORE} images decoded a core-second; weights and momentum on every device; XLA may keep a third
 less of the activations than is counted here""")
   for number in [images] if images else SETS.values():
     report(Case(images=number, **given), chip, efficiency)

@@ -92,7 +92,7 @@ def crops(rng, num, size):
 
 
 def jitter_cases(rng, sizes):
-  """sizes: (number of pictures, side). One function a way, over all sizes."""
+  """sizes: (number of images, side). One function a way, over all sizes."""
   ways = (fixed_order, slots, select_of_four, switch_of_orders)
   recipe = Recipe(group_probability=0, grayscale_probability=0, flip_probability=0)
   batches = []

@@ -31,18 +31,18 @@ def get_base() -> ConfigDict:
   config.data = data = ConfigDict()
   data.source = "tfds"  # "embedded" (textures, no download), "folder" or "tfds"
   data.name = ""  # tfds: name of the data set, as in its catalog
-  data.root = ""  # folder: the folder of pictures; tfds: where prepared sets lie ("": its default)
+  data.root = ""  # folder: the folder of images; tfds: where prepared sets lie ("": its default)
   data.split = "train"  # tfds: a split; folder: a sub-folder ("": everything)
   data.labels = "none"  # folder: "folder" takes the sub-folders as classes; for kNN and objective=supervised only
-  data.num_images = 0  # embedded: how many to draw; else so many pictures at random instead of all (0)
+  data.num_images = 0  # embedded: how many to draw; else so many images at random instead of all (0)
   data.image_size = 224  # pixels, side of the image view
-  data.image_scale = (0.08, 1.0)  # share of the picture's area that the image crop covers
+  data.image_scale = (0.08, 1.0)  # share of the image's area that the image crop covers
   data.num_threads = 16  # that decode and crop
-  data.max_bad_fraction = 0.05  # of the pictures that may turn out broken; with more the run stops
+  data.max_bad_fraction = 0.05  # of the images that may turn out broken; with more the run stops
 
   config.jigsaw = jigsaw = ConfigDict()  # of "jigsaw" and "rotation_jigsaw"; "rotation" turns a crop like the image's
   jigsaw.crop_size = 255  # pixels, side of the crop that is cut into patches
-  jigsaw.crop_scale = (0.6, 1.0)  # share of the picture's area that it covers
+  jigsaw.crop_scale = (0.6, 1.0)  # share of the image's area that it covers
   jigsaw.grid = 3  # cells a side
   jigsaw.patch_size = 64  # pixels, side of a patch, at most crop_size // grid
   jigsaw.augment = "patches"  # the list below is drawn for each patch; "crop": for the whole crop before it is cut
@@ -101,13 +101,13 @@ def get_base() -> ConfigDict:
   checkpoint.keep = 3  # the last so many, and the one with the best kNN
 
   config.evaluate = evaluate = ConfigDict()
-  evaluate.every_epochs = 10  # kNN of held-out pictures against the bank; 0: never
-  evaluate.split = ""  # of the held-out pictures; "": none, and no kNN
-  evaluate.num_images = 0  # embedded: how many held-out pictures to draw
+  evaluate.every_epochs = 10  # kNN of held-out images against the bank; 0: never
+  evaluate.split = ""  # of the held-out images; "": none, and no kNN
+  evaluate.num_images = 0  # embedded: how many held-out images to draw
   evaluate.k = 200  # neighbours, or as many as there are
   evaluate.temperature = 0.07
   evaluate.crop_fraction = 0.875  # share of the shorter side that the centre crop keeps
-  evaluate.batch_size = 1024  # pictures, over all devices
+  evaluate.batch_size = 1024  # images, over all devices
   evaluate.learning = False  # ends the run with kNN on raw pixels, untrained and trained network
 
   config.log = log = ConfigDict()

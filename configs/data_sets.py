@@ -33,7 +33,7 @@ def cifar10(config: ConfigDict) -> None:
   """
   # 48 pixels for the jigsaw: cells of 16 and patches of 12 keep the paper's ratio of 64 to 85, and 12 pixels leave
   # the stride-8 trunk more than a point to look at, where patches of 8 cut from 32 pixels would not.
-  small_pictures(config, image_size=32, cell=16, patch_size=12)
+  small_images(config, image_size=32, cell=16, patch_size=12)
   resnet18(config)
   config.num_epochs = 200
   config.num_negatives = 4_096  # NPID's best on CIFAR-10 (its table 1)
@@ -44,12 +44,12 @@ def cifar10(config: ConfigDict) -> None:
 
 
 def stl10(config: ConfigDict) -> None:
-  """STL-10 by TFDS, 100,000 unlabelled pictures of 96 pixels, ResNet-18 with a 3x3 stem. One GPU.
+  """STL-10 by TFDS, 100,000 unlabelled images of 96 pixels, ResNet-18 with a 3x3 stem. One GPU.
 
   The jigsaw of pirl_pytorch (cells of 32) with the paper's ratio of patch to cell; its 6,400 negatives and 100 epochs.
   There are no labels in this split, so health figures take the place of kNN. Not measured.
   """
-  small_pictures(config, image_size=96, cell=32, patch_size=24)
+  small_images(config, image_size=96, cell=32, patch_size=24)
   resnet18(config)
   config.num_epochs = 100
   config.num_negatives = 6_400
@@ -59,9 +59,9 @@ def stl10(config: ConfigDict) -> None:
 
 
 def folder(config: ConfigDict) -> None:
-  """Any folder of pictures: --config.data.root=DIR. ResNet-50 at 224 pixels: one GPU or more.
+  """Any folder of images: --config.data.root=DIR. ResNet-50 at 224 pixels: one GPU or more.
 
-  For other sizes see `small_pictures`; for a CPU there is `folder_small`.
+  For other sizes see `small_images`; for a CPU there is `folder_small`.
   """
   config.num_epochs = 200
   config.batch_size = 256
@@ -72,7 +72,7 @@ def folder(config: ConfigDict) -> None:
 
 
 def folder_small(config: ConfigDict) -> None:
-  """A folder of small pictures on a CPU: views of 32 pixels, ResNet-8. CIFAR-10: 15 minutes on two cores, kNN 47 %."""
+  """A folder of small images on a CPU: views of 32 pixels, ResNet-8. CIFAR-10: 15 minutes on two cores, kNN 47 %."""
   folder(config)
   small_network(config)
   config.num_epochs = 15
@@ -94,8 +94,8 @@ def supervised_schedule(config: ConfigDict) -> None:
                           milestones=(30 / 105, 60 / 105, 90 / 105, 100 / 105))
 
 
-def small_pictures(config: ConfigDict, *, image_size: int, cell: int, patch_size: int) -> None:
-  """Sets the sizes of the views, in pixels, and a test crop that is the whole picture."""
+def small_images(config: ConfigDict, *, image_size: int, cell: int, patch_size: int) -> None:
+  """Sets the sizes of the views, in pixels, and a test crop that is the whole image."""
   config.data.image_size = image_size
   config.jigsaw.crop_size = cell * config.jigsaw.grid
   config.jigsaw.patch_size = patch_size
@@ -112,7 +112,7 @@ def small_network(config: ConfigDict) -> None:
   an image's own row, the oldest, is less similar to it than the others are. On 50,000 images the loss fell slowly over
   the 3.6 epochs that were tried.
   """
-  small_pictures(config, image_size=32, cell=12, patch_size=10)
+  small_images(config, image_size=32, cell=12, patch_size=10)
   config.batch_size = 128
   config.num_negatives = 2_048
   config.loss = "infonce"

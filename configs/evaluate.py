@@ -26,15 +26,15 @@ def get_base() -> ConfigDict:
   config.data = data = ConfigDict()
   data.source = placeholder(str)  # "embedded", "folder" or "tfds"
   data.name = placeholder(str)  # tfds: name of the data set
-  data.root = placeholder(str)  # folder: the folder of pictures; tfds: where prepared sets lie
-  data.split = placeholder(str)  # of the training pictures
-  data.test_split = placeholder(str)  # of the held-out pictures
+  data.root = placeholder(str)  # folder: the folder of images; tfds: where prepared sets lie
+  data.split = placeholder(str)  # of the training images
+  data.test_split = placeholder(str)  # of the held-out images
   data.labels = placeholder(str)  # folder: "folder" takes the sub-folders as classes
-  data.num_images = placeholder(int)  # embedded: how many training pictures to draw; else so many at random, 0: all
-  data.test_num_images = placeholder(int)  # the same of held-out pictures
-  data.image_size = placeholder(int)  # pixels, side of the pictures as the network sees them
+  data.num_images = placeholder(int)  # embedded: how many training images to draw; else so many at random, 0: all
+  data.test_num_images = placeholder(int)  # the same of held-out images
+  data.image_size = placeholder(int)  # pixels, side of the images as the network sees them
   data.crop_fraction = placeholder(float)  # share of the shorter side that the centre crop keeps
-  data.batch_size = placeholder(int)  # test pictures at a time, over all devices
+  data.batch_size = placeholder(int)  # test images at a time, over all devices
   data.num_threads = placeholder(int)  # that decode
   for name, value in get_run_base().data.items():  # what a single source has of its own, as in configs/base.py
     if name not in data and name not in ("image_scale", "max_bad_fraction"):  # the two are of training alone
@@ -64,7 +64,7 @@ def linear(config: ConfigDict) -> None:
   linear.nesterov = False
   linear.weight_decay = 5e-4
   linear.head = "bn"  # before the linear layer: "bn" (no scale or shift), "bn_affine", "plain" (none)
-  linear.image_scale = (0.08, 1.0)  # share of the picture's area that the random crop covers
+  linear.image_scale = (0.08, 1.0)  # share of the image's area that the random crop covers
   linear.cached = False  # features taken once, without augmentation; for small data
 
 
@@ -86,7 +86,7 @@ def linear_vissl(config: ConfigDict) -> None:
 
 
 def linear_small(config: ConfigDict) -> None:
-  """vissl's settings for CIFAR, STL-10 and the like: the whole picture and its mirror image, no random crop."""
+  """vissl's settings for CIFAR, STL-10 and the like: the whole image and its mirror image, no random crop."""
   linear_vissl(config)
   config.linear.image_scale = (1.0, 1.0)
 
@@ -108,7 +108,7 @@ def linear_simclr(config: ConfigDict) -> None:
 def svm(config: ConfigDict) -> None:
   """Linear SVMs, one against the rest, cost by cross-validation: the protocol of VOC07, on any labels."""
   config.svm = svm = ConfigDict()
-  svm.layers = ""  # "": the pooled features for pictures of up to 96 pixels, every map of the trunk for larger ones
+  svm.layers = ""  # "": the pooled features for images of up to 96 pixels, every map of the trunk for larger ones
   svm.costs = "paper"  # the grid: "paper" (fssb's, 26 values) or "vissl" (11)
   svm.num_folds = 3
 
@@ -138,7 +138,7 @@ def low_shot_voc07(config: ConfigDict) -> None:
 def semi_supervised(config: ConfigDict) -> None:
   """The whole network, fine-tuned on a share of the labels: the paper's section 3.3, by NPID's procedure."""
   config.semi_supervised = semi = ConfigDict()
-  semi.fractions = (0.01, 0.1)  # of the labelled pictures, in (0, 1]
+  semi.fractions = (0.01, 0.1)  # of the labelled images, in (0, 1]
   semi.balanced = False  # the same share of every class instead of a plain draw
   semi.num_epochs = 70
   semi.batch_size = 256
@@ -148,7 +148,7 @@ def semi_supervised(config: ConfigDict) -> None:
   semi.momentum = 0.9
   semi.nesterov = False
   semi.weight_decay = 0.0
-  semi.image_scale = (0.08, 1.0)  # share of the picture's area that the random crop covers
+  semi.image_scale = (0.08, 1.0)  # share of the image's area that the random crop covers
 
 
 def semi_supervised_vissl(config: ConfigDict) -> None:
@@ -158,7 +158,7 @@ def semi_supervised_vissl(config: ConfigDict) -> None:
 
 
 def semi_supervised_small(config: ConfigDict) -> None:
-  """For data of some thousand pictures, where 10 % of the labels make one batch of 256 and 70 steps in all.
+  """For data of some thousand images, where 10 % of the labels make one batch of 256 and 70 steps in all.
 
   Embedded run: 28.8 and 64.3 % top-1 instead of 21.1 and 41.4 %.
   """
@@ -176,19 +176,19 @@ def semi_supervised_full(config: ConfigDict) -> None:
 def invariance(config: ConfigDict) -> None:
   """Distances between an image and its transformed version: the paper's figure 4."""
   config.invariance = invariance = ConfigDict()
-  invariance.split = placeholder(str)  # "train" or "test" pictures; without a value test, where there are any
+  invariance.split = placeholder(str)  # "train" or "test" images; without a value test, where there are any
   invariance.representation = "heads"  # f and g; "trunk": pooled features, for networks without f and g
-  invariance.num_pictures = 2_000
-  invariance.num_transforms = 10  # draws of t for each picture
+  invariance.num_pictures = 2_000  # images; the name is that of stored results
+  invariance.num_transforms = 10  # draws of t for each image
   invariance.num_bins = 50  # of the histogram over [0, 2]
 
 
 def retrieval(config: ConfigDict) -> None:
-  """Nearest neighbours of some pictures, as a picture; mean average precision."""
+  """Nearest neighbours of some images, as a plot; mean average precision."""
   config.retrieval = retrieval = ConfigDict()
   retrieval.layer = "pooled"  # a layer of the trunk, or "embedding"
-  retrieval.gallery = "features"  # of the training pictures, or "bank": the run's memory bank
-  retrieval.queries = placeholder(str)  # "train" or "test" pictures; without a value test, where there are any
+  retrieval.gallery = "features"  # of the training images, or "bank": the run's memory bank
+  retrieval.queries = placeholder(str)  # "train" or "test" images; without a value test, where there are any
   retrieval.num_queries = 1_000
   retrieval.num_shown = 8
   retrieval.num_neighbours = 8

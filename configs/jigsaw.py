@@ -20,7 +20,7 @@ def covariant(config: ConfigDict, *, num_permutations: int = 100) -> None:
 def imagenet(num_permutations: int):
   """Returns vissl's jigsaw_8gpu_resnet.yaml: 105 epochs, batch 256.
 
-  There the picture's shorter side becomes 256 pixels and 255 x 255 of them are cut at random; here it is the random
+  There the image's shorter side becomes 256 pixels and 255 x 255 of them are cut at random; here it is the random
   crop of PIRL's jigsaw.
   """
   def apply(config):

@@ -42,7 +42,7 @@ def softmax(config: ConfigDict) -> None:
 
 
 def jitter(config: ConfigDict) -> None:
-  """Sets the photometric list of NPID: colour jitter, and no grey pictures. (In vissl it comes before the crop.)"""
+  """Sets the photometric list of NPID: colour jitter, and no grey images. (In vissl it comes before the crop.)"""
   config.photometric.update(hue=0.4, group_probability=0.0, grayscale_probability=0.0)
 
 

@@ -82,7 +82,7 @@ def pycontrast(config: ConfigDict) -> None:
 
 
 def yfcc_1m(config: ConfigDict) -> None:
-  """The paper's section 3.4: a million pictures at random of a folder of YFCC-100M, --config.data.root=DIR; no labels.
+  """The paper's section 3.4: a million images at random of a folder of YFCC-100M, --config.data.root=DIR; no labels.
 
   The rest is as on ImageNet; linear top-1 on ImageNet 57.8.
   """

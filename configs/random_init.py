@@ -1,6 +1,6 @@
 """The untrained network, saved like a run, for evaluation: python launch.py --config=configs/random_init.py[:VARIANT]
 
-Its batch statistics are measured on the training pictures; else a deep network that never trained gives noise alone.
+Its batch statistics are measured on the training images; else a deep network that never trained gives noise alone.
 """
 
 from ml_collections import ConfigDict

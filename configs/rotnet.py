@@ -18,7 +18,7 @@ def covariant(config: ConfigDict) -> None:
 def imagenet(config: ConfigDict) -> None:
   """vissl rotnet_8gpu_resnet.yaml: 105 epochs, batch 256; linear top-1 48.2 there, 48.9 in the paper.
 
-  There the flip comes after the rotation, which makes 90 degrees of a picture look like 270 degrees of its mirror
+  There the flip comes after the rotation, which makes 90 degrees of an image look like 270 degrees of its mirror
   image; here before it.
   """
   data_sets.imagenet(config)

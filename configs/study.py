@@ -47,7 +47,7 @@ def get_base() -> ConfigDict:
   config.evaluation = "knn"  # variant of configs/evaluate.py
 
   config.embedded = embedded = no_settings()  # the same three, taken first if there is no variant
-  # A quarter of the pictures, each seen 24 times, teach more in 25,000 views than all of them. The rates are the best
+  # A quarter of the images, each seen 24 times, teach more in 25,000 views than all of them. The rates are the best
   # for a seed that is in no study (100): of 0.025 to 0.2 for PIRL, of up to 1.6 for the covariant systems. NPID's is
   # that of seeds 0 to 2, because seed 100 misled: at 0.2 it got 46 %, they 29 % on average (43 % at 0.1).
   embedded.settings.update(num_negatives=1024, batch_size=64, num_epochs=24)

@@ -1,6 +1,6 @@
 """The supervised baseline, which predicts the class: python launch.py --config=configs/supervised.py[:VARIANT]
 
-The same trunk, trained on every label of the training pictures, with crops and flips alone.
+The same trunk, trained on every label of the training images, with crops and flips alone.
 """
 
 from ml_collections import ConfigDict

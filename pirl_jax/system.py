@@ -47,7 +47,7 @@ def pretext_of(config: Mapping[str, Any]) -> Pretext:
 
 
 def views_of(config: Mapping[str, Any]) -> Callable:
-  """Returns the views_fn of `make_views` for the training pictures of a run."""
+  """Returns the views_fn of `make_views` for the training images of a run."""
   recipes = {name: Recipe(**config[group]) for name, group in (("recipe", "photometric"),
                                                                ("pretext_recipe", "pretext_photometric"))}
   return make_views(pretext_of(config) if uses_pretext(config) else None, **recipes)
@@ -69,7 +69,7 @@ def network_of(config: Mapping[str, Any], *, num_classes: int) -> Network:
 
   Args:
     config: of the run.
-    num_classes: of the training pictures; only the supervised network depends on it.
+    num_classes: of the training images; only the supervised network depends on it.
 
   Raises:
     UserError: see `create_resnet`, `create_pretext`; or there is nothing to predict.
@@ -79,7 +79,7 @@ def network_of(config: Mapping[str, Any], *, num_classes: int) -> Network:
                         remat=model["remat"])
   if config["objective"] == "supervised":
     if num_classes < 2:
-      raise UserError(f"objective=supervised needs labels of two classes or more, and the training pictures have "
+      raise UserError(f"objective=supervised needs labels of two classes or more, and the training images have "
                       f"{num_classes}; folders of classes are taken with --config.data.labels=folder")
     return Network(trunk, image_head=ClassHead(num_classes))
   if config["objective"] == "covariant":

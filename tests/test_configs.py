@@ -164,10 +164,10 @@ def test_every_field_of_an_evaluation_or_a_study_is_read_by_its_job(name, rooms)
   package = Path(system.__file__).parent
   source = "".join((package / room).read_text() for room in rooms) + (package / "jobs.py").read_text()
   handed_on = {*PROTOCOLS, "settings", "system_settings", "evaluation_settings", "embedded"}
-  pictures = {f"data.{name}" for name in evaluate.SOURCE_FIELDS}  # handed on whole, as `DataSettings`
+  images = {f"data.{name}" for name in evaluate.SOURCE_FIELDS}  # handed on whole, as `DataSettings`
   fields = {field for variant in MODULES[name].VARIANTS
             for field in flatten(MODULES[name].get_config(variant).to_dict())}
   unread = [field for field in fields if field.split(".")[0] not in handed_on
-            and field not in pictures
+            and field not in images
             and not any(quoted in source for quoted in (f".{field.split('.')[-1]}", f'"{field.split(".")[-1]}"'))]
   assert not unread

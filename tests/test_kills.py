@@ -18,14 +18,14 @@ STEPS = 120
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-  """Returns the flags of a run of 120 steps over 40 pictures, three of them broken, and few checkpoints apart."""
-  root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+  """Returns the flags of a run of 120 steps over 40 images, three of them broken, and few checkpoints apart."""
+  root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
   for split, count in (("train", 20), ("test", 8)):
     for label in ("cats", "dogs"):
       (root / split / label).mkdir(parents=True)
       for i in range(count):
         cv2.imwrite(str(root / split / label / f"{i:02}.png"), rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
-  (root / "train" / "cats" / "03.png").write_bytes(b"no picture at all")
+  (root / "train" / "cats" / "03.png").write_bytes(b"no image at all")
   for name in ("cats/11.png", "dogs/19.png"):
     path = root / "train" / name
     path.write_bytes(path.read_bytes()[:300])

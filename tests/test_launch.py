@@ -42,7 +42,7 @@ def test_mistyped_commands(arguments, said):
   ("num_negatives=8192", "only 4096 images; try --config.num_negatives=4096"),
   ("num_negatives=1000", "try --config.num_negatives=768"),
   ("jigsaw.patch_size=13", "12"),
-  ("batch_size=5000", "only 4096 pictures"),
+  ("batch_size=5000", "only 4096 images"),
   ("temperature=0.01", "0.03"),
   ("loss=nec", "nce, infonce, eq4"),
   ("pretext=puzzle", "jigsaw"),
@@ -72,15 +72,15 @@ def test_devices_that_do_not_divide(tmp_path):
   assert "batch_size=128 does not divide among 3 devices; try --config.batch_size=126" in result.stderr
 
 
-def test_folder_of_pictures_with_a_broken_one_trains_and_names_it_without_tensorflow(tmp_path):
+def test_folder_of_images_with_a_broken_one_trains_and_names_it_without_tensorflow(tmp_path):
   rng = np.random.default_rng(0)
   for split, count in (("train", 20), ("test", 8)):
     for label in ("cats", "dogs"):
       (tmp_path / split / label).mkdir(parents=True)
       for i in range(count):
-        picture = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-        cv2.imwrite(str(tmp_path / split / label / f"{i}.{'png' if i % 2 else 'jpg'}"), picture)
-  (tmp_path / "train" / "dogs" / "broken.jpg").write_bytes(b"no picture at all")
+        image = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / split / label / f"{i}.{'png' if i % 2 else 'jpg'}"), image)
+  (tmp_path / "train" / "dogs" / "broken.jpg").write_bytes(b"no image at all")
   arguments = [
     "--config=configs/pirl.py:folder", f"--config.data.root={tmp_path}", "--config.data.split=train",
     "--config.data.labels=folder", "--config.evaluate.split=test", "--config.evaluate.every_epochs=1",

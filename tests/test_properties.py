@@ -250,7 +250,7 @@ def augment(strength, blur):
 @few
 @given(seed=seeds, strength=st.sampled_from([0.0, 0.4, 1.0]), blur=st.sampled_from([0.0, 0.5]),
        contents=st.sampled_from(["noise", "black", "white", "one pixel"]), side=st.sampled_from([1, 2, 7]))
-def test_augmented_pictures_stay_pictures(seed, strength, blur, contents, side):
+def test_augmented_images_stay_images(seed, strength, blur, contents, side):
   image = {"noise": np.random.default_rng(seed).integers(0, 256, (3, side, side)),
            "black": np.zeros((3, side, side)), "white": np.full((3, side, side), 255),
            "one pixel": np.eye(3 * side * side)[0].reshape(3, side, side) * 255}[contents].astype(np.float32)
@@ -328,7 +328,7 @@ def test_subsets_of_permutations(data, num_patches, subset):
 @many
 @given(seed=seeds, height=st.integers(1, 3_000), width=st.integers(1, 3_000), low=st.floats(0.01, 1),
        high=st.floats(0.01, 1))
-def test_crops_lie_within_the_picture(seed, height, width, low, high):
+def test_crops_lie_within_the_image(seed, height, width, low, high):
   scale = min(low, high), max(low, high)
   top, left, crop_height, crop_width = crops.crop_box(
     np.random.default_rng(seed), height, width, scale, (3 / 4, 4 / 3))
@@ -338,14 +338,14 @@ def test_crops_lie_within_the_picture(seed, height, width, low, high):
 
 @functools.cache
 def encoded(ending):
-  picture = np.random.default_rng(0).integers(0, 256, (24, 31, 3), dtype=np.uint8)
-  return cv2.imencode(ending, picture)[1].tobytes()
+  image = np.random.default_rng(0).integers(0, 256, (24, 31, 3), dtype=np.uint8)
+  return cv2.imencode(ending, image)[1].tobytes()
 
 
 @pytest.mark.parametrize("ending", [".jpg", ".png", ".webp", ".bmp"])
 @many
 @given(seed=seeds, changes=st.integers(0, 20), cut=st.booleans(), where=st.sampled_from(["anywhere", "header"]))
-def test_a_damaged_picture_is_broken_or_a_picture_and_nothing_else(ending, seed, changes, cut, where):
+def test_a_damaged_image_is_broken_or_an_image_and_nothing_else(ending, seed, changes, cut, where):
   rng, content = np.random.default_rng(seed), bytearray(encoded(ending))
   for _ in range(changes):
     content[rng.integers(len(content) if where == "anywhere" else 40)] = rng.integers(256)
@@ -353,15 +353,15 @@ def test_a_damaged_picture_is_broken_or_a_picture_and_nothing_else(ending, seed,
     content = content[:rng.integers(len(content))]
   try:
     found = crops.decode(bytes(content))
-  except crops.BrokenPicture:
+  except crops.BrokenImage:
     return
   assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3 and found.size
 
 
 @many
 @given(content=st.binary(max_size=200), magic=st.sampled_from([b"", b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"RIFF", b"BM"]))
-def test_any_bytes_are_broken_or_a_picture(content, magic):
-  with contextlib.suppress(crops.BrokenPicture):
+def test_any_bytes_are_broken_or_an_image(content, magic):
+  with contextlib.suppress(crops.BrokenImage):
     assert crops.decode(magic + content).shape[2] == 3
 
 
@@ -379,7 +379,7 @@ STRANGE = {
 @settings(many, max_examples=200)
 @given(data=st.data(), system=st.sampled_from(sorted(SYSTEMS)), count=st.integers(1, 3))
 def test_strange_values_are_refused_in_one_line_or_possible(data, system, count):
-  """Before anything is compiled or written: the pictures are opened, and the state and the step are planned."""
+  """Before anything is compiled or written: the images are opened, and the state and the step are planned."""
   config = SYSTEMS[system].copy_and_resolve_references()
   fields = flatten(config.to_dict())
   config.update_from_flattened_dict({name: value for name, value in SMALL.items() if name in fields})

@@ -126,7 +126,7 @@ def test_the_page_can_be_run_from_top_to_bottom(tmp_path, monkeypatch, capsys, q
   assert names["features"].shape == (4, 64) and names["many"].shape == (1_000, 2048)
   np.testing.assert_array_equal(names["features"][2:], np.repeat(names["one"], 2, axis=0))
   printed = capsys.readouterr().out
-  assert "images[1], nothing.jpg, is not there; give the path of a picture" in printed
+  assert "images[1], nothing.jpg, is not there; give the path of an image" in printed
 
   np.testing.assert_allclose(names["infonce"](
     names["positive"], names["Scores"](names["score"], names["weight"]), normaliser=jnp.float32(1))[0],

@@ -23,7 +23,7 @@ from pirl_jax.views.two_views import create_pretext, make_views
 
 pytestmark = pytest.mark.smoke
 
-EPOCH = 4  # steps: 128 pictures in batches of 32
+EPOCH = 4  # steps: 128 images in batches of 32
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ SYSTEMS = {
   "supervised": ("supervised", KNN),
   "random_init": ("random_init", {}),
 }
-"""(Config file, changes) by name. Those on a folder without labels have no held-out pictures either."""
+"""(Config file, changes) by name. Those on a folder without labels have no held-out images either."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,8 +69,8 @@ def small():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A folder of pictures and nothing else."""
-  root = tmp_path_factory.mktemp("pictures")
+  """A folder of images and nothing else."""
+  root = tmp_path_factory.mktemp("images")
   rng = np.random.default_rng(0)
   for i in range(NUM_IMAGES):
     cv2.imwrite(str(root / f"{i}.png"), rng.integers(0, 256, (16, 18, 3), dtype=np.uint8))
@@ -78,7 +78,7 @@ def folder(tmp_path_factory):
 
 
 def tiny(name, folder, **changes):
-  """Returns the config of a system, with the network and the pictures made small: two steps in all."""
+  """Returns the config of a system, with the network and the images made small: two steps in all."""
   config = importlib.import_module(f"pirl_jax.configs.{name}").get_config()
   config.update_from_flattened_dict({
     "num_epochs": min(config.num_epochs, 1), "batch_size": NUM_IMAGES // 2, "num_negatives": 16,
@@ -243,11 +243,11 @@ def test_without_epochs_it_is_the_initial_network_with_measured_statistics(run_o
   jax.tree.map(np.testing.assert_array_equal, state.params, initial.params)
   measured, fresh = (jax.tree.leaves(x.batch_stats["trunk"]) for x in (state, initial))
   assert all(np.isfinite(x).all() and (x != y).all() for x, y in zip(measured, fresh, strict=True))
-  # Of the first layer they can be said by hand: the mean of what it gives for the pictures as the test sees them.
-  batches = parts_lib.test_pictures(SimpleNamespace(config=config), parts_lib.open_data(config)[0]).test_batches()
-  pictures = np.concatenate([batch["image"][batch["valid"]] for batch in batches])[:60]  # what fills whole batches
+  # Of the first layer they can be said by hand: the mean of what it gives for the images as the test sees them.
+  batches = parts_lib.test_images(SimpleNamespace(config=config), parts_lib.open_data(config)[0]).test_batches()
+  images = np.concatenate([batch["image"][batch["valid"]] for batch in batches])[:60]  # what fills whole batches
   conv = jax.lax.conv_general_dilated(
-    normalisation.normalise(jnp.asarray(pictures)), state.params["trunk"]["conv1"]["kernel"], (2, 2), ((1, 1), (1, 1)),
+    normalisation.normalise(jnp.asarray(images)), state.params["trunk"]["conv1"]["kernel"], (2, 2), ((1, 1), (1, 1)),
     dimension_numbers=("NHWC", "HWIO", "NHWC"))
   np.testing.assert_allclose(state.batch_stats["trunk"]["bn1"]["mean"], np.mean(conv, axis=(0, 1, 2)), atol=1e-5)
 
@@ -260,7 +260,7 @@ def test_without_epochs_it_is_the_initial_network_with_measured_statistics(run_o
   assert {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")} == checkpoints
 
 
-def test_supervised_on_pictures_without_labels_is_refused(folder, tmp_path):
+def test_supervised_on_images_without_labels_is_refused(folder, tmp_path):
   with pytest.raises(UserError, match="objective=supervised needs labels.*--config.data.labels=folder") as error:
     pretrain.run(tiny("supervised", folder, **UNLABELLED, **{"data.labels": "none"}), str(tmp_path / "run"))
   assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

@@ -1,1 +1,1 @@
-"""From pictures on disk to batches on the devices: sources, crops, batches, and the embedded textures."""
+"""From images on disk to batches on the devices: sources, crops, batches, and the embedded textures."""

@@ -1,6 +1,6 @@
-"""Batches of crops for pre-training, batches of whole pictures for evaluation.
+"""Batches of crops for pre-training, batches of whole images for evaluation.
 
-Letters: B global batch, b this process's part of it, N pictures, H W S sides in pixels.
+Letters: B global batch, b this process's part of it, N images, H W S sides in pixels.
 
 A training batch is a function of (seed, step) alone. Nothing has to be saved to go on from step s: the stream
 is built again and cut off before batch s. Neither the number of threads nor that of processes changes it.
@@ -15,20 +15,20 @@ from collections.abc import Iterator, Mapping, Sequence
 import grain
 import numpy as np
 
-from pirl_jax.data.crops import BrokenPicture, centre_crop, decode, random_resized_crop, squash_resize
+from pirl_jax.data.crops import BrokenImage, centre_crop, decode, random_resized_crop, squash_resize
 from pirl_jax.data.records import Source
 from pirl_jax.errors import UserError
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
-  """Returns the number of whole batches in an epoch; the pictures left over are others in each epoch.
+  """Returns the number of whole batches in an epoch; the images left over are others in each epoch.
 
   Raises:
-    UserError: fewer pictures than a batch.
+    UserError: fewer images than a batch.
   """
   if not 0 < batch_size <= num_images:
     raise UserError(
-      f"batch_size={batch_size}, but there are only {num_images} pictures: a batch never holds a picture twice; "
+      f"batch_size={batch_size}, but there are only {num_images} images: a batch never holds an image twice; "
       f"choose a batch_size from 1 to {num_images}"
     )
   return num_images // batch_size
@@ -47,11 +47,11 @@ def train_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Returns the endless stream of training batches from batch `start_step` on; call its `close()` when done.
 
-  Each picture is decoded once and cropped as often as there are `crops`, independently. Within an epoch no picture
+  Each image is decoded once and cropped as often as there are `crops`, independently. Within an epoch no image
   comes twice, so that no row of the bank is written twice by one step; each epoch has another order and other crops.
 
   Args:
-    crops: for each name the side S in pixels, and the range of the share of the picture's area that the crop covers.
+    crops: for each name the side S in pixels, and the range of the share of the image's area that the crop covers.
     batch_size: B, over all processes.
     seed: any integer. start_step: batches already seen.
     process_index, process_count: this process gets that block of each batch, of process_count blocks.
@@ -59,15 +59,15 @@ def train_batches(
 
   Returns:
     Iterator of {NAME OF CROP: u8[b, S, S, 3], "index": i32[b], "label": i32[b], "valid": bool[b]}. Where `valid` is
-    False the picture could not be read and its crops are zero; label is -1 where there is none.
+    False the image could not be read and its crops are zero; label is -1 where there is none.
 
   Raises:
-    UserError: fewer pictures than a batch, a batch that the processes cannot share, a scale outside of (0,
+    UserError: fewer images than a batch, a batch that the processes cannot share, a scale outside of (0,
       1].
   """
   for name, (_, (low, high)) in crops.items():
     if not 0 < low <= high <= 1:
-      raise UserError(f"crops of {name} cover {low} to {high} of the picture; choose 0 < low <= high <= 1")
+      raise UserError(f"crops of {name} cover {low} to {high} of the image; choose 0 < low <= high <= 1")
 
   crop_fn = functools.partial(_crops, source, crops=dict(crops))
   return _train_stream(
@@ -90,15 +90,15 @@ def labelled_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Returns the endless stream of augmented batches with labels, for classifiers: random resized crop and flip.
 
-  Like `train_batches` a function of (seed, step), each epoch in another order; a picture comes at most once in an
-  epoch, and the pictures left over are others in each.
+  Like `train_batches` a function of (seed, step), each epoch in another order; an image comes at most once in an
+  epoch, and the images left over are others in each.
 
   Args:
-    source: the pictures.
+    source: the images.
     indices: i[N], those of its records that take part.
     batch_size: B, over all processes, at most N.
     image_size: H, side of the crop.
-    image_scale: range of the share of the picture's area that it covers.
+    image_scale: range of the share of the image's area that it covers.
     seed: any integer.
     start_step: batches already seen.
     process_index, process_count: see `train_batches`.
@@ -106,10 +106,10 @@ def labelled_batches(
 
   Returns:
     Iterator of {"image": u8[b, H, H, 3], "index": i32[b], "label": i32[b], "valid": bool[b]}; `valid` is False, and the
-    image zero, where the picture could not be read.
+    image zero, where the image could not be read.
 
   Raises:
-    UserError: fewer pictures than a batch, or a batch that the processes cannot share.
+    UserError: fewer images than a batch, or a batch that the processes cannot share.
   """
   crop_fn = functools.partial(_labelled_crop, source, np.asarray(indices), size=image_size, scale=tuple(image_scale))
   return _train_stream(
@@ -121,15 +121,15 @@ def eval_batches(
   source: Source, *, batch_size: int, image_size: int, crop_fraction: float, num_threads: int, start: int = 0,
   squash: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Returns every picture from index `start` on once, in order, in batches of one size; nothing is random.
+  """Returns every image from index `start` on once, in order, in batches of one size; nothing is random.
 
   Args:
     batch_size: B. image_size: H, side of the test crop. crop_fraction: see `crops.centre_crop`.
-    squash: the whole picture instead of its centre, see `crops.squash_resize`; crop_fraction has a part in it too.
+    squash: the whole image instead of its centre, see `crops.squash_resize`; crop_fraction has a part in it too.
     num_threads: threads that decode; 0 works in the caller's thread.
 
   Returns:
-    Iterator of {"image": u8[B, H, H, 3], "index": i32[B], "label": i32[B], "valid": bool[B]}. A picture that
+    Iterator of {"image": u8[B, H, H, 3], "index": i32[B], "label": i32[B], "valid": bool[B]}. An image that
     cannot be read has valid False; the last batch is filled up with valid False and index -1. Label is -1
     where there is none.
 
@@ -141,7 +141,7 @@ def eval_batches(
   num_batches = -(-max(0, len(source) - start) // batch_size)
   crop_fn = functools.partial(squash_resize if squash else _centre_crop, fraction=crop_fraction)
   size = _part_size(batch_size, image_size, num_threads)
-  read_fn = functools.partial(_test_pictures, source, num=size, size=image_size, crop_fn=crop_fn)
+  read_fn = functools.partial(_test_images, source, num=size, size=image_size, crop_fn=crop_fn)
   parts = grain.MapDataset.range(start, start + num_batches * batch_size, size).map(read_fn)
   return _start(parts, batch_size // size, num_threads, batch_fn=_join)
 
@@ -160,14 +160,14 @@ def place(batch: dict[str, np.ndarray], mesh) -> dict:
   rows, num_devices = len(batch["index"]), len(mesh.local_devices)
   if rows % num_devices:
     raise UserError(
-      f"{rows} pictures of a batch cannot be shared by {num_devices} devices; choose a multiple"
+      f"{rows} images of a batch cannot be shared by {num_devices} devices; choose a multiple"
     )
   return {name: jax.make_array_from_process_local_data(split(mesh), value) for name, value in batch.items()}
 
 
 _RUNNING = weakref.WeakSet()
 
-_PART_BYTES = 2**20  # at most, of the test pictures read at a time: 341 of 32 pixels, 6 of 224
+_PART_BYTES = 2**20  # at most, of the test images read at a time: 341 of 32 pixels, 6 of 224
 
 
 def _train_stream(
@@ -184,7 +184,7 @@ def _train_stream(
   local_size = batch_size // process_count
   # The order of these lines is the contract. Crops before anything is cut: a record's draws follow from its place in
   # the global stream, whichever process has it. Whole batches before repeat: no batch straddles two epochs, which could
-  # hold a picture twice. Of the endless stream each process takes its block of every batch, from start_step on.
+  # hold an image twice. Of the endless stream each process takes its block of every batch, from start_step on.
   stream = grain.MapDataset.range(num_records).shuffle(seed=order_seed).random_map(crop_fn, seed=crop_seed)
   stream = stream[: whole_batches * batch_size].repeat()
 
@@ -228,38 +228,38 @@ def _close_all() -> None:
       stream.close()
 
 
-_NO_PICTURE = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
+_NO_IMAGE = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
 """What there is instead of a file that was there when the run began."""
 
 
 def _read(source: Source, index: int) -> tuple[np.ndarray | None, int]:
-  """Returns (u8[H, W, 3] or None for a picture that cannot be read, label).
+  """Returns (u8[H, W, 3] or None for an image that cannot be read, label).
 
   Raises:
-    UserError: not the picture is at fault but the disk or the network.
+    UserError: not the image is at fault but the disk or the network.
   """
   label = -1
   try:
     record = source[index]
     label = record.label
     return decode(record.image), label
-  except (BrokenPicture, *_NO_PICTURE):
+  except (BrokenImage, *_NO_IMAGE):
     return None, label
-  # A disk that fails is no property of the picture and must not drop it from the training.
+  # A disk that fails is no property of the image and must not drop it from the training.
   except OSError as error:
-    raise UserError(f"{source.picture_name(index)} cannot be read because the disk or the network fails "
+    raise UserError(f"{source.image_name(index)} cannot be read because the disk or the network fails "
                     f"({error.strerror or error}); once it is back, or the file is there again from a copy, the same "
                     "command goes on") from error
 
 
 def _crops(source: Source, index: int, rng: np.random.Generator, *, crops) -> dict[str, np.ndarray]:
-  picture, label = _read(source, index)
+  image, label = _read(source, index)
   return {
-    **{name: np.zeros((size, size, 3), np.uint8) if picture is None
-       else random_resized_crop(rng, picture, size=size, scale=scale) for name, (size, scale) in crops.items()},
+    **{name: np.zeros((size, size, 3), np.uint8) if image is None
+       else random_resized_crop(rng, image, size=size, scale=scale) for name, (size, scale) in crops.items()},
     "index": np.int32(index),
     "label": np.int32(label),
-    "valid": np.bool_(picture is not None),
+    "valid": np.bool_(image is not None),
   }
 
 
@@ -267,25 +267,25 @@ def _labelled_crop(
   source: Source, indices: np.ndarray, position: int, rng: np.random.Generator, *, size: int, scale
 ) -> dict[str, np.ndarray]:
   index = int(indices[position])
-  picture, label = _read(source, index)
-  if picture is None:
+  image, label = _read(source, index)
+  if image is None:
     crop = np.zeros((size, size, 3), np.uint8)
   else:
-    crop = random_resized_crop(rng, picture, size=size, scale=scale)
+    crop = random_resized_crop(rng, image, size=size, scale=scale)
     if rng.random() < 0.5:
       crop = np.ascontiguousarray(crop[:, ::-1])
   return {
     "image": crop,
     "index": np.int32(index),
     "label": np.int32(label),
-    "valid": np.bool_(picture is not None),
+    "valid": np.bool_(image is not None),
   }
 
 
 def _part_size(batch_size: int, image_size: int, num_threads: int) -> int:
-  """Returns how many test pictures are read at a time, a divisor of B.
+  """Returns how many test images are read at a time, a divisor of B.
 
-  Each hand-over between grain's threads costs up to a quarter of a millisecond, fifty times what a small picture does
+  Each hand-over between grain's threads costs up to a quarter of a millisecond, fifty times what a small image does
   that lies in memory. But every thread has a part of the batch, and photographs still come a few at a time.
   """
   most = min(_PART_BYTES // (3 * image_size**2), batch_size // max(1, num_threads))
@@ -299,22 +299,22 @@ def _join(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _centre_crop(picture: np.ndarray, *, size: int, fraction: float) -> np.ndarray:
-  # Such a picture is its own crop; to work that out would be a third of what it costs.
-  return picture if fraction == 1 and picture.shape[:2] == (size, size) else centre_crop(
-    picture, size=size, fraction=fraction)
+def _centre_crop(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray:
+  # Such an image is its own crop; to work that out would be a third of what it costs.
+  return image if fraction == 1 and image.shape[:2] == (size, size) else centre_crop(
+    image, size=size, fraction=fraction)
 
 
-def _test_pictures(source: Source, first: int, *, num: int, size: int, crop_fn) -> dict[str, np.ndarray]:
-  """Returns the pictures from `first` on as a batch of `num`; those behind the last one are padding."""
+def _test_images(source: Source, first: int, *, num: int, size: int, crop_fn) -> dict[str, np.ndarray]:
+  """Returns the images from `first` on as a batch of `num`; those behind the last one are padding."""
   images = np.empty((num, size, size, 3), np.uint8)
   index, labels = np.full(num, -1, np.int32), np.full(num, -1, np.int32)
   valid = np.zeros(num, bool)
   num_there = max(0, min(num, len(source) - first))
   for row in range(num_there):
-    picture, labels[row] = _read(source, first + row)
-    if picture is not None:
-      images[row] = crop_fn(picture, size=size)
+    image, labels[row] = _read(source, first + row)
+    if image is not None:
+      images[row] = crop_fn(image, size=size)
       valid[row] = True
   index[:num_there] = np.arange(first, first + num_there)
   images[~valid] = 0

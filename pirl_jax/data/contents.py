@@ -1,4 +1,4 @@
-"""What a set of pictures held when a run began, so that the run can say what has changed when it goes on."""
+"""What a set of images held when a run began, so that the run can say what has changed when it goes on."""
 
 import gzip
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from pirl_jax.data.records import Source
 from pirl_jax.storage.files import write_file
 
-FILE = "pictures.txt.gz"
+FILE = "pictures.txt.gz"  # the name that it has in the runs of before
 NAMED = 3
 
 
 def remember(source: Source, folder: Path) -> None:
-  """Writes the list of the pictures into the run's folder, if it is not there and there is one to write."""
+  """Writes the list of the images into the run's folder, if it is not there and there is one to write."""
   path = folder / FILE
   if not path.exists() and (lines := source.listing()) is not None:
     write_file(path, gzip.compress("\n".join(lines).encode(), mtime=0))

@@ -1,6 +1,6 @@
-"""Decoding and the random resized crop: all that the host does to a picture.
+"""Decoding and the random resized crop: all that the host does to an image.
 
-Letters: H W height and width of the picture, S side of the crop; every picture is u8[H, W, 3], RGB.
+Letters: H W height and width of the image, S side of the crop; every image is u8[H, W, 3], RGB.
 """
 
 import io
@@ -11,30 +11,30 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# One picture a thread: OpenCV's own threads would only fight with the loader's.
+# One image a thread: OpenCV's own threads would only fight with the loader's.
 cv2.setNumThreads(1)
-# Broken pictures are counted and named by us; OpenCV need not tell each on stderr as well.
+# Broken images are counted and named by us; OpenCV need not tell each on stderr as well.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 _MAX_PIXELS = 2**28  # 0.8 GB once decoded: no photograph, but perhaps a decompression bomb
-# RGB, and stored orientation: the EXIF tag is ignored, as PIL's usual loader does, whose pictures the method
+# RGB, and stored orientation: the EXIF tag is ignored, as PIL's usual loader does, whose images the method
 # was tuned on.
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
-class BrokenPicture(Exception):
-  """These bytes cannot be made into a picture."""
+class BrokenImage(Exception):
+  """These bytes cannot be made into an image."""
 
 
 def decode(image: bytes | np.ndarray) -> np.ndarray:
-  """Returns u8[H, W, 3], RGB, of an encoded picture; an array u8[H, W, 3] comes back as it is.
+  """Returns u8[H, W, 3], RGB, of an encoded image; an array u8[H, W, 3] comes back as it is.
 
   Grey, palette, CMYK and YCCK become RGB, alpha is dropped (as PIL's `convert("RGB")` does), 16 bits are cut
   to the upper 8 and the EXIF orientation is ignored. The format is told by the content. OpenCV decodes
   ordinary JPEG and PNG, Pillow the rest.
 
   Raises:
-    BrokenPicture: not a picture, damaged, cut short, or of more than 2**28 pixels.
+    BrokenImage: not an image, damaged, cut short, or of more than 2**28 pixels.
   """
   if isinstance(image, np.ndarray):
     return image
@@ -43,42 +43,42 @@ def decode(image: bytes | np.ndarray) -> np.ndarray:
     # OpenCV fills what is missing with grey and only prints a warning. The marker of the end cannot occur
     # inside the scan, so a file without one behind the first scan has been cut short.
     if image.rfind(b"\xff\xd9", scan) < 0:
-      raise BrokenPicture("JPEG is cut short")
+      raise BrokenImage("JPEG is cut short")
     opencv = components in (1, 3)
   elif image[:8] == b"\x89PNG\r\n\x1a\n":
     if len(image) < 33:
-      raise BrokenPicture("PNG is cut short")
+      raise BrokenImage("PNG is cut short")
     width, height = struct.unpack(">II", image[16:24])
     if image.rfind(b"IEND") < 0:
-      raise BrokenPicture("PNG is cut short")
+      raise BrokenImage("PNG is cut short")
     opencv = True
   else:
     return _decode_with_pillow(image)
   if height * width > _MAX_PIXELS:
-    raise BrokenPicture(f"{width} x {height} pixels are too many")
+    raise BrokenImage(f"{width} x {height} pixels are too many")
   if not opencv:
     return _decode_with_pillow(image)
   try:
     decoded = cv2.imdecode(np.frombuffer(image, np.uint8), _FLAGS)
   except cv2.error as error:
-    raise BrokenPicture(str(error)) from error
+    raise BrokenImage(str(error)) from error
   if decoded is None:
-    raise BrokenPicture("OpenCV cannot decode it")
+    raise BrokenImage("OpenCV cannot decode it")
   return decoded
 
 
 def _decode_with_pillow(image: bytes) -> np.ndarray:
   try:
-    with Image.open(io.BytesIO(image), formats=("JPEG", "PNG", "WEBP", "BMP")) as picture:
-      if picture.width * picture.height > _MAX_PIXELS:
-        raise BrokenPicture(f"{picture.width} x {picture.height} pixels are too many")
-      return np.asarray(picture.convert("RGB"))
-  except BrokenPicture:
+    with Image.open(io.BytesIO(image), formats=("JPEG", "PNG", "WEBP", "BMP")) as opened:
+      if opened.width * opened.height > _MAX_PIXELS:
+        raise BrokenImage(f"{opened.width} x {opened.height} pixels are too many")
+      return np.asarray(opened.convert("RGB"))
+  except BrokenImage:
     raise
   except UnidentifiedImageError as error:  # its own message shows an address in memory
-    raise BrokenPicture("neither JPEG, PNG, WebP nor BMP") from error
+    raise BrokenImage("neither JPEG, PNG, WebP nor BMP") from error
   except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged bytes
-    raise BrokenPicture(str(error)) from error
+    raise BrokenImage(str(error)) from error
 
 
 def _jpeg_header(image: bytes) -> tuple[int, int, int, int]:
@@ -99,7 +99,7 @@ def _jpeg_header(image: bytes) -> tuple[int, int, int, int]:
     if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and offset + 10 <= len(image):
       frame = struct.unpack_from(">HHB", image, offset + 5)
     offset += 2 + length
-  raise BrokenPicture("JPEG without a readable header")
+  raise BrokenImage("JPEG without a readable header")
 
 
 def crop_box(
@@ -108,7 +108,7 @@ def crop_box(
   """Returns (top, left, height, width) of a random crop by the rule of torchvision's
   `RandomResizedCrop.get_params`.
 
-  The area is uniform in `scale` (shares of the picture), the aspect ratio log-uniform in `ratio`; after ten
+  The area is uniform in `scale` (shares of the image), the aspect ratio log-uniform in `ratio`; after ten
   boxes that do not fit, the largest central box of an allowed ratio. Four draws a try that fits, two a try
   that does not.
   """
@@ -146,7 +146,7 @@ def centre_crop(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray:
   """Returns u8[S, S, 3], the test crop: shorter side resized to round(size / fraction), then the central
   square.
 
-  `fraction` is 224/256 for ImageNet, 1.0 for small pictures.
+  `fraction` is 224/256 for ImageNet, 1.0 for small images.
   """
   height, width = image.shape[:2]
   shorter = round(size / fraction)
@@ -159,11 +159,11 @@ def centre_crop(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray:
 
 
 def squash_resize(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray:
-  """Returns u8[S, S, 3], the whole picture with its aspect changed.
+  """Returns u8[S, S, 3], the whole image with its aspect changed.
 
   In two steps: the shorter side to round(size / fraction), as for `centre_crop`, then both sides to `size`. With
   224/256 that is what vissl does for its SVMs. With 1.0 it is one step, straight to the square, as for its low-shot
-  SVMs, and a small square picture stays as it is.
+  SVMs, and a small square image stays as it is.
   """
   height, width = image.shape[:2]
   if fraction < 1:
@@ -175,7 +175,7 @@ def squash_resize(image: np.ndarray, *, size: int, fraction: float) -> np.ndarra
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
   """Returns u8[height, width, 3], bilinear and free of aliasing.
 
-  Torchvision on PIL pictures uses a triangle as wide as the shrinking factor s, of variance s^2 / 6. Up to s
+  Torchvision on PIL images uses a triangle as wide as the shrinking factor s, of variance s^2 / 6. Up to s
   = 2 a bilinear look-up (variance 1 / 6) after three taps that bring the rest comes as close to that as
   OpenCV's INTER_AREA does, in less than half the time: on photographs 0.9 to 1.0 grey levels away on average,
   where plain bilinear is 2.1 away.

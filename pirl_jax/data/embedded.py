@@ -14,7 +14,7 @@ _VERSION = 1
 
 
 MAX_BYTES = 4 * 2**30
-"""Of all pictures of a split; to draw as many takes a minute."""
+"""Of all images of a split; to draw as many takes a minute."""
 
 
 class TextureSource(Source):
@@ -25,13 +25,13 @@ class TextureSource(Source):
 
   @classmethod
   def open(cls, settings: DataSettings, class_names: tuple[str, ...] | None) -> Self:
-    """Draws the pictures; their classes are always the same."""
+    """Draws the images; their classes are always the same."""
     del class_names
     return cls(settings.num_images, size=settings.image_size, split=settings.split)
 
   def __init__(self, num_images: int, *, size: int, split: str):
     if num_images < 1:
-      raise UserError(f"data.num_images is {num_images}; the embedded data set needs at least 1 picture")
+      raise UserError(f"data.num_images is {num_images}; the embedded data set needs at least 1 image")
     if size < 8:
       raise UserError(f"the embedded textures are {size} px wide; below 8 px nothing can be seen of them")
     if 3 * num_images * size**2 > MAX_BYTES:
@@ -42,7 +42,7 @@ class TextureSource(Source):
     self.class_names = textures.FAMILIES
     self.fingerprint = f"textures:{_VERSION}:{split}:size={size}:{num_images}"
     self.description = (
-      f"embedded textures, split {split}: {num_images} pictures of {size} x {size} px, "
+      f"embedded textures, split {split}: {num_images} images of {size} x {size} px, "
       f"{len(self.class_names)} classes"
     )
 
@@ -52,7 +52,7 @@ class TextureSource(Source):
   def __getitem__(self, index: int) -> Record:
     return Record(self._images[index], int(self._labels[index]))
 
-  def picture_name(self, index: int) -> str:
+  def image_name(self, index: int) -> str:
     """Returns e.g. "texture 12 (dots)"."""
     return f"texture {index} ({self.class_names[self._labels[index]]})"
 

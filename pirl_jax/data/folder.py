@@ -1,6 +1,6 @@
-"""A folder of pictures, nested or flat, as a source.
+"""A folder of images, nested or flat, as a source.
 
-Record i is the i-th picture in the order of the relative paths, compared byte by byte, so that neither the
+Record i is the i-th image in the order of the relative paths, compared byte by byte, so that neither the
 file system's order nor the locale has a say.
 """
 
@@ -22,18 +22,18 @@ _NAMES_SHOWN = 3  # of the files left out, for each reason
 
 
 class FolderSource(Source):
-  """Every picture below `root` / `split`.
+  """Every image below `root` / `split`.
 
   Args:
     root: the folder; links to folders are followed, loops are not.
     split: a sub-folder of it, or "" for the whole of it.
-    labels: "folder" takes the first sub-folder as the class (a picture outside any has label -1), "none" has
+    labels: "folder" takes the first sub-folder as the class (an image outside any has label -1), "none" has
       no labels.
     class_names: classes to use instead of the sub-folders found, so that a held-out split agrees with the
       training split.
 
   Raises:
-    UserError: no such folder, no pictures in it, a sub-folder that cannot be listed, labels asked for where
+    UserError: no such folder, no images in it, a sub-folder that cannot be listed, labels asked for where
       there are no sub-folders, or a class that is not among `class_names`.
   """
 
@@ -49,7 +49,7 @@ class FolderSource(Source):
     found = sorted(_walk(self._root, left_out), key=lambda item: os.fsencode(item[0]))
     if not found:
       raise UserError(
-        f"no pictures in {shown}{_left_out_text(left_out, separator='; ')}: "
+        f"no images in {shown}{_left_out_text(left_out, separator='; ')}: "
         f"files ending in {', '.join(ENDINGS)} are read; point data.root (and data.split) at them"
       )
     self._paths, self._sizes = zip(*found, strict=True)
@@ -63,7 +63,7 @@ class FolderSource(Source):
       self._labels, self.class_names = _label(self._paths, shown, class_names)
     classes = f", {len(self.class_names)} classes" if self._labels is not None else ", no labels"
     self.description = (
-      f"folder {shown}: {len(found)} pictures{classes}{_left_out_text(left_out, separator=chr(10) + '  ')}"
+      f"folder {shown}: {len(found)} images{classes}{_left_out_text(left_out, separator=chr(10) + '  ')}"
     )
 
   def __len__(self) -> int:
@@ -75,7 +75,7 @@ class FolderSource(Source):
       with open(os.path.join(self._root, self._paths[index]), "rb") as file:
         return Record(file.read(), label)
     except FileNotFoundError as error:
-      # One file gone is a broken picture; the whole folder gone (a disk unmounted, say) must not pass for a
+      # One file gone is a broken image; the whole folder gone (a disk unmounted, say) must not pass for a
       # million of them.
       if not os.path.isdir(self._root):
         raise UserError(
@@ -83,12 +83,12 @@ class FolderSource(Source):
         ) from error
       raise
 
-  def picture_name(self, index: int) -> str:
+  def image_name(self, index: int) -> str:
     """Returns the path below the split's folder."""
     return printable(self._paths[index])
 
   def listing(self) -> list[str] | None:
-    """Returns "SIZE PATH" of every picture, the size in bytes."""
+    """Returns "SIZE PATH" of every image, the size in bytes."""
     return [f"{size} {printable(path)}" for size, path in zip(self._sizes, self._paths, strict=True)]
 
   def labels(self) -> np.ndarray | None:
@@ -99,11 +99,11 @@ class FolderSource(Source):
 def _split_folder(root: str, split: str) -> str:
   if not root:
     raise UserError(
-      "data.root is empty; give the folder of pictures, e.g. --config.data.root=/path/to/pictures"
+      "data.root is empty; give the folder of images, e.g. --config.data.root=/path/to/images"
     )
   root = os.path.abspath(os.path.expanduser(root))
   if not os.path.isdir(root):
-    raise UserError(f"data.root={printable(root)} is not a folder; give the folder of pictures")
+    raise UserError(f"data.root={printable(root)} is not a folder; give the folder of images")
   folder = os.path.join(root, split)
   if not os.path.isdir(folder):
     names = sorted(
@@ -128,7 +128,7 @@ def _listed(folder: str) -> list[str]:
 
 
 def _walk(root: str, left_out: dict[str, list[str]]):
-  """Yields (relative path, size in bytes) of every picture; what is left out is noted by its reason.
+  """Yields (relative path, size in bytes) of every image; what is left out is noted by its reason.
 
   A deep tree must not meet Python's limit of recursion, hence the stack. A link is a loop when it leads to
   one of the folders above it; the same folder met twice side by side is meant so.
@@ -152,7 +152,7 @@ def _walk(root: str, left_out: dict[str, list[str]]):
         else:
           stack.append((path, (*above, (status.st_dev, status.st_ino))))
       elif os.path.splitext(name)[1].lower() not in ENDINGS:
-        left_out["not a picture by its ending"].append(path)
+        left_out["not an image by its ending"].append(path)
       elif not stat.S_ISREG(status.st_mode):
         left_out["not a regular file"].append(path)
       elif status.st_size == 0:
@@ -179,13 +179,13 @@ def _left_out_text(left_out: dict[str, list[str]], *, separator: str) -> str:
 
 
 def _label(paths, shown, class_names) -> tuple[np.ndarray, tuple[str, ...]]:
-  """Returns (labels i32[N], class names): the first part of each path, -1 for a picture that lies in no
+  """Returns (labels i32[N], class names): the first part of each path, -1 for an image that lies in no
   sub-folder."""
   classes = [path.split("/", 1)[0] if "/" in path else None for path in paths]
   found = sorted({name for name in classes if name is not None}, key=os.fsencode)
   if not found:
     raise UserError(
-      f"data.labels=folder, but the pictures of {shown} lie in no sub-folders; "
+      f"data.labels=folder, but the images of {shown} lie in no sub-folders; "
       "sort them into one sub-folder a class, or set data.labels=none"
     )
   if class_names is None:
@@ -195,7 +195,7 @@ def _label(paths, shown, class_names) -> tuple[np.ndarray, tuple[str, ...]]:
     if printable(name) not in number:
       raise UserError(
         f"class {printable(name)!r} of {shown} is not among the {len(class_names)} classes of the training "
-        f"pictures ({', '.join(class_names[:10])}{', ...' if len(class_names) > 10 else ''}); "
+        f"images ({', '.join(class_names[:10])}{', ...' if len(class_names) > 10 else ''}); "
         "both splits need the same sub-folders"
       )
   number = {name: number[printable(name)] for name in found} | {None: -1}

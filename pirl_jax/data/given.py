@@ -1,6 +1,6 @@
-"""Pictures that somebody hands over in Python, as a source: paths, PIL images and arrays.
+"""Images that somebody hands over in Python, as a source: paths, PIL images and arrays.
 
-Letters: H W height and width of a picture, which may be another for each.
+Letters: H W height and width of an image, which may be another for each.
 """
 
 import os
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pirl_jax.data.crops import BrokenPicture, decode
+from pirl_jax.data.crops import BrokenImage, decode
 from pirl_jax.data.records import Record, Source, printable
 from pirl_jax.errors import UserError
 
@@ -18,28 +18,28 @@ KINDS = "a path, a PIL image, or an array u8[H, W, 3], u8[H, W] or float in [0, 
 
 
 class GivenSource(Source):
-  """The pictures of a list. There are no labels, and a picture that cannot be read is an error, not a gap."""
+  """The images of a list. There are no labels, and an image that cannot be read is an error, not a gap."""
 
   class_names = ()
   fingerprint = "given"
 
-  def __init__(self, pictures: Sequence[Any], *, names: Sequence[str]):
-    """Looks at no picture yet.
+  def __init__(self, images: Sequence[Any], *, names: Sequence[str]):
+    """Looks at no image yet.
 
     Args:
-      pictures: what `pixels_of` takes.
+      images: what `pixels_of` takes.
       names: of each, for messages.
     """
-    self._pictures, self._names = pictures, names
-    self.description = f"{len(pictures)} given pictures"
+    self._images, self._names = images, names
+    self.description = f"{len(images)} given images"
 
   def __len__(self) -> int:
-    return len(self._pictures)
+    return len(self._images)
 
   def __getitem__(self, index: int) -> Record:
-    return Record(pixels_of(self._pictures[index], self._names[index]), -1)
+    return Record(pixels_of(self._images[index], self._names[index]), -1)
 
-  def picture_name(self, index: int) -> str:
+  def image_name(self, index: int) -> str:
     """Returns the name that was given."""
     return self._names[index]
 
@@ -48,7 +48,7 @@ class GivenSource(Source):
 
 
 def is_one(images: Any) -> bool:
-  """Returns whether that is a single picture, not several: a path, a PIL image, or an array of up to three axes.
+  """Returns whether that is a single image, not several: a path, a PIL image, or an array of up to three axes.
 
   An array of text or of objects holds several, such as paths.
   """
@@ -57,28 +57,28 @@ def is_one(images: Any) -> bool:
   return hasattr(images, "__array__") and np.ndim(images) <= 3 and np.asarray(images).dtype.kind not in "OUS"
 
 
-def pixels_of(picture: Any, name: str) -> np.ndarray:
-  """Returns u8[H, W, 3], RGB, of one picture.
+def pixels_of(image: Any, name: str) -> np.ndarray:
+  """Returns u8[H, W, 3], RGB, of one image.
 
-  - A path: a JPEG, PNG, WebP or BMP file, read as every other picture of the program is, see `crops.decode`.
+  - A path: a JPEG, PNG, WebP or BMP file, read as every other image of the program is, see `crops.decode`.
   - A PIL image: its convert("RGB"); modes without 8-bit levels (I, I;16, F) are refused.
   - An array, of numpy or of whatever numpy can read: u8[H, W, 3]; u8[H, W], which is grey; or floating point of these
     shapes in [0, 1], rounded to the nearest of 256 levels.
 
   Args:
-    picture: one of these.
+    image: one of these.
     name: for the message.
 
   Raises:
     UserError: it is none of these, or cannot be read.
   """
-  if isinstance(picture, (str, os.PathLike)):
-    return _read_file(picture, f"{name}, {printable(os.fsdecode(picture))},")
-  if isinstance(picture, Image.Image):
-    return _convert(picture, name)
-  if hasattr(picture, "__array__"):
-    return _levels(np.asarray(picture), name)
-  raise UserError(f"{name} is of type {type(picture).__name__}; give {KINDS}")
+  if isinstance(image, (str, os.PathLike)):
+    return _read_file(image, f"{name}, {printable(os.fsdecode(image))},")
+  if isinstance(image, Image.Image):
+    return _convert(image, name)
+  if hasattr(image, "__array__"):
+    return _levels(np.asarray(image), name)
+  raise UserError(f"{name} is of type {type(image).__name__}; give {KINDS}")
 
 
 def _read_file(path, name):
@@ -89,29 +89,29 @@ def _read_file(path, name):
     raise UserError(f"{name} is a folder; give its files one by one, for example sorted(folder.glob('*.jpg'))"
                     ) from error
   except FileNotFoundError as error:
-    raise UserError(f"{name} is not there; give the path of a picture") from error
+    raise UserError(f"{name} is not there; give the path of an image") from error
   except OSError as error:
     raise UserError(f"{name} cannot be read ({error.strerror or error})") from error
   except ValueError as error:  # a path with a zero byte in it
     raise UserError(f"{name} is no path ({error})") from error
-  except BrokenPicture as error:
+  except BrokenImage as error:
     raise UserError(f"{name} cannot be decoded: {error}; leave it out, or mend it") from error
 
 
-def _convert(picture, name):
-  if picture.mode[0] in "IF":
-    raise UserError(f"{name} is a PIL image of mode {picture.mode}, which has no 8-bit levels; give it as an array of "
+def _convert(image, name):
+  if image.mode[0] in "IF":
+    raise UserError(f"{name} is a PIL image of mode {image.mode}, which has no 8-bit levels; give it as an array of "
                     "floats in [0, 1]")
   try:
-    return np.asarray(picture.convert("RGB"))
+    return np.asarray(image.convert("RGB"))
   except Exception as error:  # its file is decoded only now, and Pillow's plug-ins raise nearly anything
-    raise UserError(f"{name}, a PIL image of mode {picture.mode}, cannot be made RGB: {error}") from error
+    raise UserError(f"{name}, a PIL image of mode {image.mode}, cannot be made RGB: {error}") from error
 
 
 def _levels(array, name):
   seen = f"{name} is an array {array.dtype}[{', '.join(map(str, array.shape))}]"
   if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[2] != 3 or not array.size:
-    raise UserError(f"{seen}; a picture is [H, W, 3], RGB with the channels last, or [H, W], grey")
+    raise UserError(f"{seen}; an image is [H, W, 3], RGB with the channels last, or [H, W], grey")
   if array.dtype.kind == "f":
     if not (array.min() >= 0 and array.max() <= 1):  # written so that a NaN fails it
       raise UserError(f"{seen} with values from {array.min():g} to {array.max():g}; floats lie in [0, 1], and levels "

@@ -1,4 +1,4 @@
-"""What every source of pictures offers: records by index, for ever the same.
+"""What every source of images offers: records by index, for ever the same.
 
 The index of a record is its row in the memory bank, so whatever could change it belongs into the source's
 fingerprint.
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Record(NamedTuple):
-  """One picture as it is stored: decoding is left to the loader's threads."""
+  """One image as it is stored: decoding is left to the loader's threads."""
 
   image: bytes | np.ndarray  # an encoded file, or u8[H, W, 3]
   label: int  # index into the source's class names; -1 = unlabelled
@@ -25,13 +25,13 @@ class Source(abc.ABC):
 
   Attributes:
     description: a few lines for the user: what was found, what was left out and why.
-    fingerprint: differs from another source's if record i could be another picture there.
+    fingerprint: differs from another source's if record i could be another image there.
     class_names: one name a class, in the order of the labels; () when there are no labels.
-    multi_label: a picture may show any number of the classes; then there are `targets`, but no `labels`.
-    slow_labels: the labels are read picture by picture the first time, which takes as long as an epoch without crops.
-    draws: class attribute: the pictures are made, as many as `num_images` asks for; else it takes so many of them.
+    multi_label: an image may show any number of the classes; then there are `targets`, but no `labels`.
+    slow_labels: the labels are read image by image the first time, which takes as long as an epoch without crops.
+    draws: class attribute: the images are made, as many as `num_images` asks for; else it takes so many of them.
     defaults: class attribute: what an evaluation takes that names this source and says no more: `split`, `labels` and
-      `num_images`, and for the held-out pictures `test_split` and `test_num_images`.
+      `num_images`, and for the held-out images `test_split` and `test_num_images`.
   """
 
   description: str
@@ -45,7 +45,7 @@ class Source(abc.ABC):
 
   @classmethod
   def open(cls, settings: "DataSettings", class_names: tuple[str, ...] | None) -> Self:
-    """Returns the pictures of `settings`, see `sources.open_source`; whatever stands in `sources.SOURCES` has it."""
+    """Returns the images of `settings`, see `sources.open_source`; whatever stands in `sources.SOURCES` has it."""
     raise NotImplementedError(f"{cls.__name__} is not opened from settings")
 
   @abc.abstractmethod
@@ -57,8 +57,8 @@ class Source(abc.ABC):
     """Returns record `index`, 0 <= index < len(self)."""
 
   @abc.abstractmethod
-  def picture_name(self, index: int) -> str:
-    """Returns a printable name by which a person finds the picture again."""
+  def image_name(self, index: int) -> str:
+    """Returns a printable name by which a person finds the image again."""
 
   @abc.abstractmethod
   def labels(self) -> np.ndarray | None:
@@ -72,10 +72,10 @@ class Source(abc.ABC):
     return None
 
   def targets(self) -> np.ndarray | None:
-    """Returns i8[N, C], by picture and class, or None when the set has no labels.
+    """Returns i8[N, C], by image and class, or None when the set has no labels.
 
     1: the class is there. 0: it is not. -1: only as an object that is marked as difficult (VOC), which is neither. Of a
-    set with one label a picture these are rows with a single 1; a picture without its label has a row of 0, and
+    set with one label an image these are rows with a single 1; an image without its label has a row of 0, and
     `labels() < 0` tells it from one that shows no class.
 
     May read every record the first time.

@@ -1,4 +1,4 @@
-"""`open_source`: the one door to every kind of pictures."""
+"""`open_source`: the one door to every kind of images."""
 
 import dataclasses
 import importlib
@@ -20,19 +20,19 @@ LABELS = ("none", "folder")
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-  """Which pictures and how they are read: `config.data` of a run, field by field, with the values of configs/base.py.
+  """Which images and how they are read: `config.data` of a run, field by field, with the values of configs/base.py.
 
   Attributes:
     source: a name of `SOURCES`.
     name: tfds: name of the data set, with its config and version if wanted ("imagenet2012", "cifar10:3.0.2").
-    root: folder: the folder of pictures; tfds: its data directory, "" for its default.
+    root: folder: the folder of images; tfds: its data directory, "" for its default.
     split: embedded: any name; folder: a sub-folder, "" for all; tfds: a split ("train", "train[:10%]").
     labels: folder: "folder" (the first sub-folder is the class) or "none". The other two bring their own labels.
     num_images: embedded: how many to draw; else so many at random, the same ones in every run, or all (0).
-    image_size: side in pixels of the image view, and of the embedded pictures.
-    image_scale: share of the picture's area that the image crop covers.
+    image_size: side in pixels of the image view, and of the embedded images.
+    image_scale: share of the image's area that the image crop covers.
     num_threads: that decode and crop.
-    max_bad_fraction: of the pictures that may turn out broken.
+    max_bad_fraction: of the images that may turn out broken.
   """
 
   source: str = "tfds"
@@ -53,7 +53,7 @@ class DataSettings:
 
 
 READING = ("image_size", "image_scale", "num_threads", "max_bad_fraction")
-"""The fields that say how pictures are read; all others say which."""
+"""The fields that say how images are read; all others say which."""
 
 
 def kind_of(source: str) -> type[Source]:
@@ -69,11 +69,11 @@ def kind_of(source: str) -> type[Source]:
 
 
 def open_source(settings: DataSettings, *, class_names: tuple[str, ...] | None = None) -> Source:
-  """Opens the pictures of one split; a TFDS set that is not there yet is prepared first.
+  """Opens the images of one split; a TFDS set that is not there yet is prepared first.
 
   Args:
-    settings: which pictures.
-    class_names: of the training pictures, when a held-out split is opened.
+    settings: which images.
+    class_names: of the training images, when a held-out split is opened.
 
   Raises:
     UserError: for whatever a user can mend.
@@ -81,9 +81,9 @@ def open_source(settings: DataSettings, *, class_names: tuple[str, ...] | None =
   kind = kind_of(settings.source)
   if settings.labels not in LABELS:
     raise UserError(f"data.labels={settings.labels!r} is unknown; choose one of: {', '.join(LABELS)}")
-  pictures, number = kind.open(settings, class_names), settings.num_images
+  images, number = kind.open(settings, class_names), settings.num_images
   if not number or kind.draws:
-    return pictures
-  if number > len(pictures):
-    raise UserError(f"num_images={number}, but there are only {len(pictures)} pictures; 0 takes all of them")
-  return Subset(pictures, sorted(shuffled(range(len(pictures)), seed=0)[:number]))
+    return images
+  if number > len(images):
+    raise UserError(f"num_images={number}, but there are only {len(images)} images; 0 takes all of them")
+  return Subset(images, sorted(shuffled(range(len(images)), seed=0)[:number]))

@@ -1,4 +1,4 @@
-"""Fixed subsets of the pictures: the same on every machine and for ever.
+"""Fixed subsets of the images: the same on every machine and for ever.
 
 The records are put in the order of the SHA-256 digest of the text SEED:INDEX, and the first ones are taken. That asks
 nothing of a random generator, whose stream a later version may change, and makes a smaller subset part of a larger one.
@@ -31,9 +31,9 @@ class Subset(Source):
   def __getitem__(self, index: int) -> Record:
     return self._source[int(self._index[index])]
 
-  def picture_name(self, index: int) -> str:
-    """Returns the name that the picture has in the source."""
-    return self._source.picture_name(int(self._index[index]))
+  def image_name(self, index: int) -> str:
+    """Returns the name that the image has in the source."""
+    return self._source.image_name(int(self._index[index]))
 
   def listing(self) -> list[str] | None:
     """Returns that of the whole source."""
@@ -78,7 +78,7 @@ def draw_subset(labels: np.ndarray, fraction: float, *, seed: int, balanced: boo
     taken = order[:round(fraction * len(order))]
   if not len(taken):
     least = min(1.0, 1 / max(len(order), 1))
-    raise UserError(f"a fraction of {fraction} of {len(order)} labelled pictures is none; "
+    raise UserError(f"a fraction of {fraction} of {len(order)} labelled images is none; "
                     f"take {least:.2g} or more")
   return np.sort(taken)
 

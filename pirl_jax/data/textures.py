@@ -9,7 +9,7 @@ Letters: N images, n of them drawn together, S side in pixels.
 
 Record i is a function of (split, i) alone: its numbers come from a hash of the two (no generator that
 would have to be advanced), and pixels are computed with the operations that IEEE 754 rounds exactly (no
-library sine or exponential), so that the picture is the same on every machine and in every set that is long
+library sine or exponential), so that the image is the same on every machine and in every set that is long
 enough to hold it.
 """
 
@@ -21,10 +21,10 @@ import numpy as np
 FAMILIES = ("stripes", "checks", "dots", "rings", "blobs", "veins", "bricks", "waves", "grid", "hexagons")
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_EXTENT = 32.0  # a picture is 32 units wide, whatever its size in pixels: a bigger one shows the same finer
+_EXTENT = 32.0  # an image is 32 units wide, whatever its size in pixels: a bigger one shows the same finer
 _NUM_WAVES = 7  # plane waves in the random field behind blobs and veins
 _NUM_DRAWS = 40 + 2 * _NUM_WAVES
-_CHUNK_PIXELS = 1 << 16  # pictures drawn together: small enough for the temporaries to stay in cache
+_CHUNK_PIXELS = 1 << 16  # images drawn together: small enough for the temporaries to stay in cache
 
 
 def create_textures(
@@ -34,7 +34,7 @@ def create_textures(
 
   Args:
     num_images: N.
-    size: S, side of the square pictures in pixels.
+    size: S, side of the square images in pixels.
     split: any name ("train", "test"); splits have nothing in common but the families.
 
   Returns:
@@ -53,7 +53,7 @@ def create_textures(
 
 
 def _draw(pattern_fn, hashes: np.ndarray, size: int) -> np.ndarray:
-  """Returns u8[n, S, S, 3]: the pictures of one family whose records have these hashes."""
+  """Returns u8[n, S, S, 3]: the images of one family whose records have these hashes."""
   draws = _Draws(_uniforms(hashes, _NUM_DRAWS))
   centres = ((np.arange(size) + 0.5) * (_EXTENT / size) - _EXTENT / 2).astype(np.float32)
   x, y = centres[None, None, :], centres[None, :, None]

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from pirl_jax.data.builders import OWN_BUILDERS
-from pirl_jax.data.crops import BrokenPicture, decode
+from pirl_jax.data.crops import BrokenImage, decode
 from pirl_jax.data.records import Record, Source, printable
 from pirl_jax.data.sources import DataSettings
 from pirl_jax.errors import UserError
@@ -29,7 +29,7 @@ _SAMPLED_RECORDS = 16  # whose pixels go into the fingerprint
 class TfdsSource(Source):
   """One split of the TFDS data set `name` ("cifar10", "imagenet2012:5.1.0", "set/config").
 
-  The pictures are the set's image feature, the labels its class label; of several the one that the set names
+  The images are the set's image feature, the labels its class label; of several the one that the set names
   in its supervised keys. Without one there are no labels.
 
   Args:
@@ -82,9 +82,9 @@ class TfdsSource(Source):
       self._label, self.class_names = None, ()  # a split without labels in a set that has some, as STL-10's
     self.fingerprint = f"tfds:{builder.info.full_name}:{split}:{num_records}:{digest}"
     classes = f"{len(self.class_names)} classes" if self.class_names else "no labels"
-    classes += ", any number of them in a picture" if self.multi_label else ""
+    classes += ", any number of them in an image" if self.multi_label else ""
     self.description = (
-      f"TFDS {builder.info.full_name}, split {split}: {num_records} pictures, {classes}, "
+      f"TFDS {builder.info.full_name}, split {split}: {num_records} images, {classes}, "
       f"from {printable(str(builder.data_dir))}"
     )
 
@@ -95,7 +95,7 @@ class TfdsSource(Source):
     record = self._records[index]
     return Record(record[self._image], int(record[self._label]) if self._label else -1)
 
-  def picture_name(self, index: int) -> str:
+  def image_name(self, index: int) -> str:
     """Returns e.g. "train[12]": the place among the stored records."""
     return f"{self._split}[{index}]"
 
@@ -229,7 +229,7 @@ def _only(builder: tfds.core.DatasetBuilder, kind: type) -> str | None:
 
 
 def _label_sets(builder: tfds.core.DatasetBuilder) -> tuple[str, str] | tuple[None, None]:
-  """Returns the keys of the classes in a picture and of those that it shows not only with difficulty, of a set with
+  """Returns the keys of the classes in an image and of those that it shows not only with difficulty, of a set with
   sequences of class labels and no class label; the same key twice where the set makes no such difference."""
   features = builder.info.features
   keys = [key for key, feature in features.items()
@@ -242,7 +242,7 @@ def _label_sets(builder: tfds.core.DatasetBuilder) -> tuple[str, str] | tuple[No
 
 
 def _digest(info, records: Source) -> str:
-  """Returns a hash of the lengths of the shards and of some pictures: another order on disk almost surely
+  """Returns a hash of the lengths of the shards and of some images: another order on disk almost surely
   differs.
 
   Of the pixels, not of the stored bytes: the same set prepared twice has its fields in another order.
@@ -252,7 +252,7 @@ def _digest(info, records: Source) -> str:
   )
   for index in _sample(len(records)):
     image, label = records[index]
-    with contextlib.suppress(BrokenPicture):
+    with contextlib.suppress(BrokenImage):
       image = decode(image).tobytes()
     digest.update(image + b"%d" % label)
   return digest.hexdigest()[:32]

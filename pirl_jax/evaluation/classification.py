@@ -1,41 +1,41 @@
 """What the protocols share that tell classes: labels, and the rank of the true class.
 
-Letters: N pictures, L classes.
+Letters: N images, L classes.
 """
 
 import numpy as np
 
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 
 
-def check_classes(train: Pictures, test: Pictures, *, protocol: str) -> None:
-  """Raises UserError unless both have labels, one a picture, of the same classes."""
-  for name, pictures in (("training", train), ("held-out", test)):
-    if pictures.source.multi_label:
-      raise UserError(f"{protocol} needs one label a picture, and each of the {name} pictures may show several "
+def check_classes(train: Images, test: Images, *, protocol: str) -> None:
+  """Raises UserError unless both have labels, one an image, of the same classes."""
+  for name, images in (("training", train), ("held-out", test)):
+    if images.source.multi_label:
+      raise UserError(f"{protocol} needs one label an image, and each of the {name} images may show several "
                       "classes; choose other data, or the protocol svm")
-    if not pictures.source.class_names:
-      raise UserError(f"{protocol} needs labels, and the {name} pictures have none "
+    if not images.source.class_names:
+      raise UserError(f"{protocol} needs labels, and the {name} images have none "
                       "(for folders of classes: --config.data.labels=folder)")
-  names, test_names = (pictures.source.class_names for pictures in (train, test))
+  names, test_names = (images.source.class_names for images in (train, test))
   if names != test_names:
     different = ", ".join(sorted(set(names) ^ set(test_names))[:5]) or "the order"
-    raise UserError(f"the {len(names)} classes of the training pictures are not the {len(test_names)} of the held-out "
-                    f"pictures (different: {different}); choose splits of one data set")
+    raise UserError(f"the {len(names)} classes of the training images are not the {len(test_names)} of the held-out "
+                    f"images (different: {different}); choose splits of one data set")
 
 
-def read_labels(train: Pictures, test: Pictures, *, protocol: str) -> np.ndarray:
-  """Returns the labels of the training pictures, i32[N], -1 where one has none.
+def read_labels(train: Images, test: Images, *, protocol: str) -> np.ndarray:
+  """Returns the labels of the training images, i32[N], -1 where one has none.
 
   Raises:
-    UserError: see `check_classes`; or there are classes, and not a single picture of one split has a label.
+    UserError: see `check_classes`; or there are classes, and not a single image of one split has a label.
   """
   check_classes(train, test, protocol=protocol)
-  labels = {name: pictures.source.labels() for name, pictures in (("training", train), ("held-out", test))}
+  labels = {name: images.source.labels() for name, images in (("training", train), ("held-out", test))}
   for name, found in labels.items():
     if not np.any(found >= 0):
-      raise UserError(f"{protocol} needs labels, and none of the {len(found)} {name} pictures has one")
+      raise UserError(f"{protocol} needs labels, and none of the {len(found)} {name} images has one")
   return labels["training"]
 
 

@@ -1,6 +1,6 @@
-"""Features of anyone's pictures by the network of a run, from Python.
+"""Features of anyone's images by the network of a run, from Python.
 
-Letters: N pictures, D numbers of a feature, H W height and width.
+Letters: N images, D numbers of a feature, H W height and width.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import numpy as np
 from pirl_jax.data.given import KINDS, GivenSource, is_one
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import stream_features, unit_norm
-from pirl_jax.evaluation.inputs import Pictures, own_sizes
+from pirl_jax.evaluation.inputs import Images, own_sizes
 from pirl_jax.evaluation.layers import EMBEDDING, check_layers, has_embedding, layer_features, layer_names
 from pirl_jax.models.network import Model
 from pirl_jax.runs import open_run, run_folder
@@ -31,9 +31,9 @@ def load(path: str | PathLike[str], step: int | None = None, *, batch_size: int 
   Args:
     path: the run's folder.
     step: of the checkpoint; None: the newest.
-    batch_size: pictures that pass through the network at a time, rounded up to a multiple of the devices; fewer are
+    batch_size: images that pass through the network at a time, rounded up to a multiple of the devices; fewer are
       filled up to it. None: as the run evaluates, then features are bit for bit those of configs/evaluate.py:features.
-      For a few pictures and a large network a small one is quicker, and features may differ in the last bits.
+      For a few images and a large network a small one is quicker, and features may differ in the last bits.
 
   Raises:
     UserError: no such run or checkpoint, or one that is damaged.
@@ -52,7 +52,7 @@ def load(path: str | PathLike[str], step: int | None = None, *, batch_size: int 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Encoder:
-  """A frozen network that turns pictures into features; `load` makes one.
+  """A frozen network that turns images into features; `load` makes one.
 
   Attributes:
     folder: of the run.
@@ -62,7 +62,7 @@ class Encoder:
     mesh: the devices.
     image_size: pixels, side of the square that the network sees.
     crop_fraction: share of the shorter side that the centre crop keeps.
-    batch_size: pictures that pass through the network at a time.
+    batch_size: images that pass through the network at a time.
     num_threads: that decode.
   """
 
@@ -86,18 +86,18 @@ class Encoder:
     return (*layer_names(network), EMBEDDING) if has_embedding(network) else layer_names(network)
 
   def __call__(self, images: Any, layer: str = "pooled") -> np.ndarray:
-    """Returns the features of the pictures, f32[N, D], in their order.
+    """Returns the features of the images, f32[N, D], in their order.
 
-    Each picture has the run's test transform: the shorter side resized, then the centre crop. The map of a layer of the
+    Each image has the run's test transform: the shorter side resized, then the centre crop. The map of a layer of the
     trunk is pooled to about 9,000 numbers, see `layers.pool`; "embedding" has unit norm, the others are as they are.
 
     Args:
-      images: one picture (N is 1) or an iterable of several, a generator too, of any and of mixed sizes. A picture is a
+      images: one image (N is 1) or an iterable of several, a generator too, of any and of mixed sizes. An image is a
         path, a PIL image, or an array, see `given.pixels_of`; an array of four axes holds several.
       layer: one of `layers`.
 
     Raises:
-      UserError: an unknown layer, no picture, or one that cannot be read; the message names it.
+      UserError: an unknown layer, no image, or one that cannot be read; the message names it.
     """
     check_layers(self.model.network, (layer,), field="the argument layer")
     forward_fn = layer_features(self.model.network, (layer,))
@@ -111,15 +111,15 @@ class Encoder:
             f"image_size={self.image_size}, layers={self.layers})")
 
   def _batches(self, images: Any) -> Generator[dict[str, np.ndarray], None, None]:
-    """Yields one batch after the other, each a set of pictures of its own: a generator is read as it is needed."""
+    """Yields one batch after the other, each a set of images of its own: a generator is read as it is needed."""
     single = is_one(images)
     if not single and not isinstance(images, Iterable):
       raise UserError(f"images is of type {type(images).__name__}; give {KINDS}, or several of them")
     waiting, first = iter([images] if single else images), 0
     while chunk := list(itertools.islice(waiting, self.batch_size)):
       names = ["images" if single else f"images[{first + number}]" for number in range(len(chunk))]
-      yield from Pictures(GivenSource(chunk, names=names), self.image_size, self.crop_fraction, self.batch_size,
-                          self.num_threads).test_batches()
+      yield from Images(GivenSource(chunk, names=names), self.image_size, self.crop_fraction, self.batch_size,
+                        self.num_threads).test_batches()
       first += len(chunk)
     if not first:
-      raise UserError("images is empty; give one picture or more")
+      raise UserError("images is empty; give one image or more")

@@ -1,4 +1,4 @@
-"""An evaluation from its config: restore the networks, open the pictures, run the protocol, write what it found.
+"""An evaluation from its config: restore the networks, open the images, run the protocol, write what it found.
 
 Each protocol is a file in `pirl_jax/evaluation/protocols/`; none is known by name here.
 """
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from pirl_jax.configs.evaluate import get_config
 from pirl_jax.data import sources
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Pictures, own_sizes
+from pirl_jax.evaluation.inputs import Images, own_sizes
 from pirl_jax.evaluation.outcome import Outcome, format_table
 from pirl_jax.evaluation.protocol import Evaluation
 from pirl_jax.evaluation.protocols import protocol_of
@@ -35,10 +35,10 @@ from pirl_jax.storage.settings import difference, with_defaults
 
 SOURCE_FIELDS = tuple(field.name for field in dataclasses.fields(sources.DataSettings)
                       if field.name not in sources.READING)
-"""Of `DataSettings`: which pictures."""
+"""Of `DataSettings`: which images."""
 
 DATA_FIELDS = (*SOURCE_FIELDS, "test_split", "test_num_images")
-"""Of `config.data`: which pictures. They come from the run together, or not at all."""
+"""Of `config.data`: which images. They come from the run together, or not at all."""
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
@@ -55,8 +55,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
     raise UserError(f"config.name={config.name!r} becomes part of file names: letters, digits, _ . - only")
   mesh = mesh_lib.create_mesh()
   subjects = open_subjects(config.checkpoint, config.step, mesh)
-  check_same_pictures({run.label: data_of(config, run) for subject in subjects for run in subject.runs})
-  open_once = functools.cache(open_pictures)
+  check_same_images({run.label: data_of(config, run) for subject in subjects for run in subject.runs})
+  open_once = functools.cache(open_images)
   evaluations = [prepare(config, subject, mesh, open_once, workdir, len(subjects)) for subject in subjects]
   first = evaluations[0]
   settings = {evaluation.subject.label: settings_of(evaluation) for evaluation in evaluations}
@@ -78,7 +78,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
 
 
 def data_of(config: ConfigDict, run: Run) -> dict[str, Any]:
-  """Returns the fields `DATA_FIELDS` of the pictures to judge `run` on: given ones, and else the run's own."""
+  """Returns the fields `DATA_FIELDS` of the images to judge `run` on: given ones, and else the run's own."""
   given = {name: config.data[name] for name in DATA_FIELDS if config.data[name] is not None}
   of_source = source_defaults(given["source"]) if config.data.source is not None else own_data(run)
   return _full_root(of_source | given)
@@ -91,7 +91,7 @@ def source_defaults(source: str) -> dict[str, Any]:
 
 
 def own_data(run: Run) -> dict[str, Any]:
-  """Returns the fields `DATA_FIELDS` of the pictures of the run itself."""
+  """Returns the fields `DATA_FIELDS` of the images of the run itself."""
   data, held_out = run.meta["config"]["data"], run.meta["config"]["evaluate"]
   return _full_root({name: data[name] for name in DATA_FIELDS if name in data} | {
     "test_split": held_out["split"], "test_num_images": held_out["num_images"]})
@@ -101,22 +101,22 @@ def _full_root(data):
   return {**data, "root": os.path.abspath(os.path.expanduser(data["root"])) if data["root"] else ""}
 
 
-def check_same_pictures(data: dict[str, dict[str, Any]]) -> None:
-  """Raises UserError unless all runs, by their labels, are judged on the same pictures."""
+def check_same_images(data: dict[str, dict[str, Any]]) -> None:
+  """Raises UserError unless all runs, by their labels, are judged on the same images."""
   (label, first), *others = data.items()
   for other_label, other in others:
     for field in DATA_FIELDS:
       if other[field] != first[field]:
-        raise UserError(f"the runs have different pictures (data.{field}: {first[field]!r} in {label}, "
+        raise UserError(f"the runs have different images (data.{field}: {first[field]!r} in {label}, "
                         f"{other[field]!r} in {other_label}); name those to judge both on, "
                         "--config.data.source=... and so on")
 
 
 def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Returns `image_size`, `crop_fraction`, `batch_size` and `num_threads` of `Pictures`: given ones, else the run's.
+  """Returns `image_size`, `crop_fraction`, `batch_size` and `num_threads` of `Images`: given ones, else the run's.
 
   Raises:
-    UserError: one is out of range, or the runs of an ensemble have seen pictures of different sizes.
+    UserError: one is out of range, or the runs of an ensemble have seen images of different sizes.
   """
   def sizes_of_run(run):
     own = own_sizes(run.meta["config"], num_devices=mesh.size)
@@ -127,7 +127,7 @@ def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> d
   for other in others:
     for name in ("image_size", "crop_fraction"):
       if (value := sizes_of_run(other)[name]) != sizes[name]:
-        raise UserError(f"the networks of {subject.label} look at the same picture, and data.{name} is {sizes[name]} "
+        raise UserError(f"the networks of {subject.label} look at the same image, and data.{name} is {sizes[name]} "
                         f"in {first.label} and {value} in {other.label}; give one, "
                         f"--config.data.{name}={sizes[name]}")
   if sizes["batch_size"] % mesh.size or sizes["batch_size"] < 1:
@@ -143,9 +143,9 @@ def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> d
 
 def prepare(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_fn: Callable, workdir: str,
             num_subjects: int) -> Evaluation:
-  """Returns the evaluation of one subject: its pictures are opened and all is checked, but nothing computed or written.
+  """Returns the evaluation of one subject: its images are opened and all is checked, but nothing computed or written.
 
-  `open_fn` is `open_pictures`, or that with a memory: several subjects are judged on the same pictures.
+  `open_fn` is `open_images`, or that with a memory: several subjects are judged on the same images.
 
   Raises:
     UserError: something does not fit.
@@ -156,7 +156,7 @@ def prepare(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_
   def open_split(split, class_names=None, num_images=data["num_images"]):
     which = {name: data[name] for name in SOURCE_FIELDS} | {"split": split, "num_images": num_images}
     source = open_fn(sources.DataSettings(**which, image_size=sizes["image_size"]), class_names)
-    return Pictures(source, **sizes)
+    return Images(source, **sizes)
 
   train = open_split(data["split"])
   test = None
@@ -174,16 +174,16 @@ def prepare(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_
     output=output if num_subjects == 1 else output.with_name(config.name))
 
 
-def open_pictures(settings: sources.DataSettings, class_names: tuple[str, ...] | None) -> sources.Source:
-  """Returns the pictures, see `sources.open_source`, and prints what was found."""
-  pictures = sources.open_source(settings, class_names=class_names)
-  print(f"pictures: {pictures.description}")
-  return pictures
+def open_images(settings: sources.DataSettings, class_names: tuple[str, ...] | None) -> sources.Source:
+  """Returns the images, see `sources.open_source`, and prints what was found."""
+  images = sources.open_source(settings, class_names=class_names)
+  print(f"images: {images.description}")
+  return images
 
 
 def result_name(config: ConfigDict, subject: Subject, data: dict[str, Any]) -> str:
   """Returns the name of the result file, without ending: NAME, or NAME-DATA-STEP for other data or an older step."""
-  # Labels for pictures that the run had without do not make other pictures of them.
+  # Labels for images that the run had without do not make other images of them.
   other_data = any(data[name] != own for run in subject.runs for name, own in own_data(run).items() if name != "labels")
   if not other_data and subject.newest:
     return config.name
@@ -202,7 +202,7 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
     "protocol": evaluation.config.protocol,
     evaluation.config.protocol: dataclasses.asdict(evaluation.settings),
     "seed": evaluation.config.seed,
-    # Where the pictures lie does not matter, their fingerprints do.
+    # Where the images lie does not matter, their fingerprints do.
     "data": {name: value for name, value in evaluation.data.items() if name != "root"},
     "train_fingerprint": evaluation.train.source.fingerprint,
     "test_fingerprint": evaluation.test.source.fingerprint if evaluation.test else None,
@@ -249,7 +249,7 @@ def _as_now(settings):
   stored, data, protocol = settings["run_config"], settings["data"], settings["protocol"]
   configs = {run: upgrade_config(config) for run, config in stored.items()} if "ensemble" in settings else (
     upgrade_config(stored))
-  # Where the pictures lie is never stored.
+  # Where the images lie is never stored.
   defaults = {"data": {name: value for name, value in source_defaults(data["source"]).items() if name != "root"},
               protocol: json.loads(json.dumps(get_config(protocol)[protocol].to_dict()))}
   return with_defaults({**settings, "run_config": configs}, defaults)

@@ -1,6 +1,6 @@
-"""Features of pictures by a frozen network, and batch statistics for one that has none yet.
+"""Features of images by a frozen network, and batch statistics for one that has none yet.
 
-Letters: B batch, N pictures with a feature, D features, H W sides.
+Letters: B batch, N images with a feature, D features, H W sides.
 """
 
 import functools
@@ -29,7 +29,7 @@ class Features(NamedTuple):
     features: f32[N, D], or a dict of such where the forward function returns one.
     labels: i32[N]; -1: unlabelled.
     index: i32[N], the records' numbers, rising.
-    num_broken: pictures left out because they could not be read.
+    num_broken: images left out because they could not be read.
   """
 
   features: Any
@@ -47,15 +47,15 @@ def unit_norm(features: np.ndarray) -> np.ndarray:
 def extract_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any,
                      batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh,
                      on_batch: Callable[[int], None] | None = None) -> Features:
-  """Returns the features of all pictures that can be read, on the host.
+  """Returns the features of all images that can be read, on the host.
 
   Arguments as `stream_features`, and:
 
   Args:
-    on_batch: called with the number of pictures of each batch, padding not counted, once it is computed.
+    on_batch: called with the number of images of each batch, padding not counted, once it is computed.
 
   Raises:
-    UserError: B is not a multiple of the number of devices, or there is no picture that can be read.
+    UserError: B is not a multiple of the number of devices, or there is no image that can be read.
   """
   parts = []
   for part in stream_features(forward_fn, variables, batches, mesh):
@@ -64,7 +64,7 @@ def extract_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any
       on_batch(len(part.index) + part.num_broken)
   num_broken = sum(part.num_broken for part in parts)
   if not sum(len(part.index) for part in parts):
-    raise UserError(f"no picture to take features of: {num_broken} broken, none that can be read")
+    raise UserError(f"no image to take features of: {num_broken} broken, none that can be read")
   features, labels, index = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(part[:3] for part in parts))
   order = np.argsort(index, kind="stable")
   return Features(jax.tree.map(lambda x: x[order], features), labels[order], index[order], num_broken)
@@ -75,14 +75,14 @@ def stream_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any,
   """Yields the features of one batch after the other, on the host, in the order in which they come.
 
   Neither batch size nor device count changes a feature (but for the rounding of its sums): `forward_fn` must
-  treat every picture alone, as batch norm with running statistics does.
+  treat every image alone, as batch norm with running statistics does.
 
   Args:
     forward_fn: forward_fn(variables, image f32[b, H, W, 3] normalised) -> f32[b, D] or a dict of such. It is
       traced once for as long as the same function is given (a new lambda at each call compiles at each call).
     variables: what `forward_fn` reads, the same on every device.
     batches: dicts of image u8[B, H, W, 3], index i32[B], label i32[B], valid bool[B]; B a multiple of the
-      number of devices. Padding has valid False and index -1, a broken picture valid False and its index.
+      number of devices. Padding has valid False and index -1, a broken image valid False and its index.
       Several processes all give all batches.
     mesh: the devices; each computes its part of a batch.
 
@@ -110,12 +110,12 @@ def stream_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any,
 def calibrate_batch_stats(stats_fn: Callable[[Any, jax.Array], Any], variables: Mapping[str, Any],
                           batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, *,
                           momentum: float) -> dict[str, Any]:
-  """Returns `variables` with "batch_stats" measured over the pictures, for a network that has never trained.
+  """Returns `variables` with "batch_stats" measured over the images, for a network that has never trained.
 
   A statistic is the mean, over batches, of the statistic of each batch: no decay, so early batches count as
-  much as late ones (the variance is the mean variance within a batch). Pictures that can be read are gathered
-  into full batches; the rest that fills none is dropped, so padding and broken pictures have no part in it.
-  Where there are fewer pictures than one batch takes, they are repeated in turn until it is full.
+  much as late ones (the variance is the mean variance within a batch). Images that can be read are gathered
+  into full batches; the rest that fills none is dropped, so padding and broken images have no part in it.
+  Where there are fewer images than one batch takes, they are repeated in turn until it is full.
 
   Args:
     stats_fn: stats_fn(variables, image f32[b, H, W, 3] normalised) -> the "batch_stats" after a forward pass
@@ -127,7 +127,7 @@ def calibrate_batch_stats(stats_fn: Callable[[Any, jax.Array], Any], variables: 
     momentum: the share of the old statistics that batch norm keeps, in [0, 1) (flax's meaning of the word).
 
   Raises:
-    UserError: B is not a multiple of the number of devices, or there is no picture that can be read.
+    UserError: B is not a multiple of the number of devices, or there is no image that can be read.
   """
   measure = _make_stats(stats_fn, mesh)
   # From zeros a pass in training mode leaves (1 - momentum) x the statistics of the batch.
@@ -154,13 +154,13 @@ def _full_batches(batches) -> Iterator[np.ndarray]:
       waiting = waiting[size:]
   if not any_full:
     if waiting is None or not len(waiting):
-      raise UserError("no picture to measure batch statistics on: none can be read")
-    yield np.resize(waiting, (size, *waiting.shape[1:]))  # repeats the pictures in turn
+      raise UserError("no image to measure batch statistics on: none can be read")
+    yield np.resize(waiting, (size, *waiting.shape[1:]))  # repeats the images in turn
 
 
 def _place(image, mesh):
   if len(image) % mesh.size:
-    raise UserError(f"a batch of {len(image)} pictures cannot be split over {mesh.size} devices; "
+    raise UserError(f"a batch of {len(image)} images cannot be split over {mesh.size} devices; "
                     f"take a multiple of {mesh.size}")
   # Where this process has all devices the compiled program splits a numpy array itself, at a tenth of the price; of a
   # small network on a CPU that is 2 % of the time.

@@ -1,4 +1,4 @@
-"""What every protocol is given: a restored network, or an ensemble, and pictures under the test transform.
+"""What every protocol is given: a restored network, or an ensemble, and images under the test transform.
 
 Letters: B batch, H side in pixels.
 """
@@ -14,14 +14,14 @@ from pirl_jax.data.records import Source
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
-  """The pictures of one split and how an evaluation reads them.
+class Images:
+  """The images of one split and how an evaluation reads them.
 
   Attributes:
-    source: the pictures.
+    source: the images.
     image_size: H.
     crop_fraction: share of the shorter side that the centre crop keeps.
-    batch_size: pictures of a test batch, over all devices.
+    batch_size: images of a test batch, over all devices.
     num_threads: that decode.
   """
 
@@ -35,14 +35,14 @@ class Pictures:
     return len(self.source)
 
   def test_batches(self, *, squash: bool = False) -> Iterator[dict[str, np.ndarray]]:
-    """Returns every picture once, see `batches.eval_batches`; `squash` takes the whole picture, its aspect changed."""
+    """Returns every image once, see `batches.eval_batches`; `squash` takes the whole image, its aspect changed."""
     return batches.eval_batches(
       self.source, batch_size=self.batch_size, image_size=self.image_size, crop_fraction=self.crop_fraction,
       squash=squash, num_threads=self.num_threads)
 
 
 def own_sizes(config: Mapping[str, Any], *, num_devices: int) -> dict[str, Any]:
-  """Returns `image_size`, `crop_fraction`, `batch_size` and `num_threads` of `Pictures` as a run tests by itself.
+  """Returns `image_size`, `crop_fraction`, `batch_size` and `num_threads` of `Images` as a run tests by itself.
 
   Args:
     config: of the run.

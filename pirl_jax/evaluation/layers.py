@@ -1,6 +1,6 @@
 """The features of each layer of the trunk as flat vectors of about 9,000 numbers.
 
-The pooling of the paper's linear classifiers and SVMs: at 224 pixels with vissl's own kernels, for networks and picture
+The pooling of the paper's linear classifiers and SVMs: at 224 pixels with vissl's own kernels, for networks and image
 sizes that it does not know by the rule behind their dimensions (`pirl_jax.evaluation.layers.SIZE`).
 
 Letters: B batch, H W height and width, C channels, D numbers of a vector.
@@ -115,7 +115,7 @@ def named_layers(model: Model, names: str, *, otherwise: Sequence[str], image_si
 
 
 def pool(features: jax.Array) -> jax.Array:
-  """Returns f32[B, h, w, C], average-pooled to at most `SIZE` numbers a picture, of a map [B, H, W, C].
+  """Returns f32[B, h, w, C], average-pooled to at most `SIZE` numbers an image, of a map [B, H, W, C].
 
   Where vissl has a kernel for the map's size it is used; conv1's counts the zeros of the padding, as PyTorch's
   AvgPool2d does. Else the average is over the cells of PyTorch's adaptive pooling; a map that is small enough stays.

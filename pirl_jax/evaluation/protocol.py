@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.subjects import Subject
 from pirl_jax.runs import Run
@@ -25,7 +25,7 @@ class Evaluation:
     settings: the protocol's own group of the config, as the dataclass that the protocol names.
     subject: what is judged.
     data: the fields `DATA_FIELDS`, resolved.
-    train, test: the pictures; `test` is None where there are none.
+    train, test: the images; `test` is None where there are none.
     open_split: opens any other split of the same data.
     mesh: the devices.
     snapshots: folder of what an interrupted protocol has done, gone when the evaluation has ended.
@@ -36,9 +36,9 @@ class Evaluation:
   settings: Any
   subject: Subject
   data: dict[str, Any]
-  train: Pictures
-  test: Pictures | None
-  open_split: Callable[[str], Pictures]
+  train: Images
+  test: Images | None
+  open_split: Callable[[str], Images]
   mesh: jax.sharding.Mesh
   snapshots: Path
   output: Path
@@ -55,19 +55,19 @@ class Evaluation:
                       f"{self.subject.label} is an ensemble; give its runs one by one, --config.checkpoint={folders}")
     return self.subject.runs[0]
 
-  def labelled_test(self) -> Pictures:
-    """Returns the held-out pictures.
+  def labelled_test(self) -> Images:
+    """Returns the held-out images.
 
     Raises:
       UserError: there are none.
     """
     if self.test is None:
-      raise UserError(f"{self.config.protocol} needs held-out pictures, and {self.subject.label} was trained without a "
+      raise UserError(f"{self.config.protocol} needs held-out images, and {self.subject.label} was trained without a "
                       "held-out split; name one with --config.data.test_split=...")
     return self.test
 
-  def either(self, choice: str | None, field: str) -> Pictures:
-    """Returns the training or the held-out pictures as `choice` says; None: the held-out ones where there are any."""
+  def either(self, choice: str | None, field: str) -> Images:
+    """Returns the training or the held-out images as `choice` says; None: the held-out ones where there are any."""
     if choice is None:
       return self.test or self.train
     if choice not in ("train", "test"):
@@ -90,8 +90,8 @@ class Reading:
     figures: from the figures of a result to those of the study, by name; the first is drawn.
     by_layer: the figure of each layer, by its name in the study and in the result; None: there are none.
     distances: the figure that holds a histogram of distances, `counts` and `edges`; None: there is none.
-    needs_test: the figures are of held-out pictures.
-    needs_labels: the figures are there only if the pictures have labels.
+    needs_test: the figures are of held-out images.
+    needs_labels: the figures are there only if the images have labels.
   """
 
   figures: Callable[[dict[str, Any]], dict[str, float]]

@@ -1,4 +1,4 @@
-"""Training a classifier on labelled pictures by SGD: the common settings, the program of a step, and the loop.
+"""Training a classifier on labelled images by SGD: the common settings, the program of a step, and the loop.
 
 Letters: B batch of all devices, b this device's part.
 """
@@ -26,7 +26,7 @@ from pirl_jax.runtime.progress import Progress
 from pirl_jax.storage.snapshots import Snapshots
 
 BASE_BATCH = 256
-"""Pictures of the batch for which the learning rate is given."""
+"""Images of the batch for which the learning rate is given."""
 
 STEPS_IN_FLIGHT = 2
 """Steps that the devices may be behind the host."""
@@ -45,7 +45,7 @@ class TrainingSettings:
   Attributes:
     group: of the config, named in errors.
     advice: what else helps if the loss is not finite, a clause that follows "choose a lower learning rate".
-    num_epochs: >= 1; a batch is always whole, and the pictures left over are others in each epoch.
+    num_epochs: >= 1; a batch is always whole, and the images left over are others in each epoch.
     batch_size: B, >= 1.
     learning_rate: for a batch of 256, above 0; scaled in proportion to the batch.
     milestones: shares of the epochs, in (0, 1), after which the rate is multiplied by `decay_factor`.
@@ -53,7 +53,7 @@ class TrainingSettings:
     momentum: of SGD, in [0, 1).
     nesterov: PyTorch's variant of it.
     weight_decay: >= 0.
-    image_scale: range of the share of the picture's area that the random crop covers, in (0, 1].
+    image_scale: range of the share of the image's area that the random crop covers, in (0, 1].
 
   Raises:
     UserError: a value is out of range.
@@ -113,7 +113,7 @@ class Words:
   Attributes:
     title: of the progress line, and in front of errors.
     losses: their names, in the order in which they are told; ("",) for a single one.
-    unreadable: the error if no picture of an epoch can be read.
+    unreadable: the error if no image of an epoch can be read.
   """
 
   title: str
@@ -146,7 +146,7 @@ def begin_training(state: Mapping[str, Any], losses: Iterable[str]) -> dict[str,
 
   Returns:
     `state`, "step" i32[], and of the epoch of the last step "epoch": "loss" {name: f32[]}, summed over the "num_read"
-    i32[] pictures.
+    i32[] images.
   """
   return {**state, "step": jnp.int32(0),
           "epoch": {"loss": {name: jnp.float32(0) for name in losses}, "num_read": jnp.int32(0)}}
@@ -160,7 +160,7 @@ def make_classifier_step(device_step: Callable, mesh: Mesh, *, steps_per_epoch: 
 
   Args:
     device_step: device_step(state, frozen, batch) -> (state, losses {name: f32[]}, num_read f32[]). The losses are
-      means, before the step, over the `num_read` pictures of the whole batch that can be read (0 if there is none).
+      means, before the step, over the `num_read` images of the whole batch that can be read (0 if there is none).
     mesh: the devices.
     steps_per_epoch: after so many steps the sums of `state["epoch"]` start again.
   """
@@ -187,14 +187,14 @@ def train_classifier(train_step: Callable, state: dict[str, Any], frozen: Any, o
     state: before the first step, see `begin_training`.
     frozen: what the step reads and never changes, whole on every device.
     open_stream: open_stream(start_step=) -> endless iterator of batches, from that step on.
-    settings: how many epochs, and of how many pictures a batch is.
+    settings: how many epochs, and of how many images a batch is.
     steps_per_epoch: of whole batches.
     mesh: the devices.
     folder: holds the snapshots; belongs to exactly this training.
     words: for the progress line and errors.
 
   Raises:
-    UserError: no picture of an epoch can be read, or a loss is not finite.
+    UserError: no image of an epoch can be read, or a loss is not finite.
   """
   num_steps = settings.num_epochs * steps_per_epoch
   with Snapshots(folder) as snapshots:
@@ -229,7 +229,7 @@ def train_classifier(train_step: Callable, state: dict[str, Any], frozen: Any, o
 
 
 def epoch_means(state: Mapping[str, Any]) -> tuple[dict[str, float], int]:
-  """Returns ({name: mean loss of the epoch so far, in nats}, pictures read in it)."""
+  """Returns ({name: mean loss of the epoch so far, in nats}, images read in it)."""
   sums = jax.device_get(state["epoch"])
   num_read = int(sums["num_read"])
   return {name: float(loss) / max(num_read, 1) for name, loss in sums["loss"].items()}, num_read
@@ -240,5 +240,5 @@ def _check_finite(means, settings, words, epoch):
     if not math.isfinite(means[name]):
       on = name and f" on {name}"
       raise UserError(f"{words.title}: the loss{on} is {means[name]} in epoch {epoch} at a learning rate of "
-                      f"{settings.learning_rate} for {BASE_BATCH} pictures; choose a lower "
+                      f"{settings.learning_rate} for {BASE_BATCH} images; choose a lower "
                       f"{settings.group}.learning_rate{settings.advice}")

@@ -33,7 +33,7 @@ class Images(NamedTuple):
   own: jax.Array
   """f32[M, B / M, D], the vectors in these rows."""
   valid: jax.Array
-  """bool[M, B / M]; False for a picture found broken, now or in an earlier step."""
+  """bool[M, B / M]; False for an image found broken, now or in an earlier step."""
   share: jax.Array
   """f32[M, B / M], the weight of each image in every mean over the batch; 0 if it is not valid."""
   drawn: Draws
@@ -46,7 +46,7 @@ class Memory:
 
   Attributes:
     bank: [R, D], this device's rows, see `memory_bank.stored`.
-    usable: bool[R]; False on padding and on the rows of pictures found broken, those of this batch included.
+    usable: bool[R]; False on padding and on the rows of images found broken, those of this batch included.
     images: of the whole batch, [M, B / M, ...].
     drawn: rows i32[K] and vectors f32[K, D] for each view, if the whole batch shares its negatives.
   """
@@ -87,7 +87,7 @@ class Contrast:
 
   def look_up(self, bank: jax.Array, usable: jax.Array, batch: Mapping[str, jax.Array], keys: Mapping[str, jax.Array],
               *, views: tuple[str, ...]) -> Memory:
-    """Returns what the batch is compared with. A picture found broken has no weight from here on.
+    """Returns what the batch is compared with. An image found broken has no weight from here on.
 
     Args:
       bank: [R, D], this device's rows.
@@ -112,12 +112,12 @@ class Contrast:
     return Memory(bank, usable, Images(rows, own.reshape(*rows.shape, -1), valid, share, of_images), of_all)
 
   def normaliser(self, known: jax.Array, memory: Memory, embs_fn: Callable, parts: Any) -> jax.Array:
-    """Returns Z, f32[]: that of the first batch with a picture that could be read, for ever after.
+    """Returns Z, f32[]: that of the first batch with an image that could be read, for ever after.
 
     It is taken from the scores of the pretext view, if there is one. If the loss does not look at Z, Z stays as it is.
 
     Args:
-      known: f32[]; 0 as long as no picture could be read.
+      known: f32[]; 0 as long as no image could be read.
       memory: of this step.
       embs_fn: embs_fn(part) -> {view: f32[B / M, D]}; called only if Z is not known.
       parts: the batch, a tree of [M, ...], with `images` among it.

@@ -59,7 +59,7 @@ class Loss:
     Args:
       positive: f32[B], score of each image with its own row.
       negatives: those of each image.
-      normaliser: f32[], Z; 0 as long as no picture could be read, and then no loss has any weight.
+      normaliser: f32[], Z; 0 as long as no image could be read, and then no loss has any weight.
       watch: watch(score, weight, positive) -> tuple of f32[B, K]: their sums over the negatives, a tuple of f32[B]
         without gradient, are the second thing returned.
     """

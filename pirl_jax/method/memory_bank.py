@@ -283,7 +283,7 @@ def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Arr
     rows: i32[B], global rows, none twice.
     own: f32[B, D], these rows as they are.
     embeddings: f32[B, D], unit vectors f(v_I) of the whole batch.
-    valid: bool[B]; the rows of broken pictures stay as they are.
+    valid: bool[B]; the rows of broken images stay as they are.
     momentum: in [0, 1].
     axis: the mesh axis that splits the bank.
   """
@@ -294,9 +294,9 @@ def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Arr
 
 
 def retire(usable: jax.Array, rows: jax.Array, valid: jax.Array, *, axis: str) -> tuple[jax.Array, jax.Array]:
-  """Returns `usable` with the rows of the batch's broken pictures switched off, and which of the batch now count.
+  """Returns `usable` with the rows of the batch's broken images switched off, and which of the batch now count.
 
-  The second, bool[B] and the same on every device, is False for a picture that was found broken now or ever before:
+  The second, bool[B] and the same on every device, is False for an image that was found broken now or ever before:
   one that can be read every other time would make a run depend on when it was interrupted.
 
   Args:

@@ -25,21 +25,21 @@ def make_prediction_step(network: Network, optimizer: optax.GradientTransformati
   """Returns train_step(state, batch) -> (state, metrics), as `make_contrastive_step`, for a state without a bank.
 
   The loss is the cross-entropy of the transform's label, where the views have one (paper, equation 2), else of the
-  batch's `label` i32[B]; a picture whose label is -1 has no weight. `metrics` holds loss and top1, f32[], and
+  batch's `label` i32[B]; an image whose label is -1 has no weight. `metrics` holds loss and top1, f32[], and
   what `health.not_finite` returns.
 
   Args:
     network: one of its heads gives logits f32[B, L]; the other view is not there.
     optimizer: see `create_optimizer`.
     views_fn: see `views.two_views.make_views`.
-    layout: of the mask of the pictures found broken.
+    layout: of the mask of the images found broken.
     mesh: the devices.
     micro_batches: M, see `make_contrastive_step`.
   """
   predicts_class = network.pretext_head is None
 
   def device_step(state, batch):
-    # 1. A picture found broken has no weight from here on, and one without a label never has any.
+    # 1. An image found broken has no weight from here on, and one without a label never has any.
     batch = split_batch(batch, micro_batches)  # [M, b, ...]
     rows = gather(layout.row_of(batch["index"]), axis=1)  # [M, B / M]
     usable, valid = memory_bank.retire(state.usable, rows, gather(batch["valid"], axis=1), axis=AXIS)

@@ -30,7 +30,7 @@ class TrainState(flax.struct.PyTreeNode):
   opt_state: Any
   """The optimizer's state: momentum and its count."""
   usable: Any
-  """bool[S * R], split over the devices: False on padding and on the rows of pictures found broken."""
+  """bool[S * R], split over the devices: False on padding and on the rows of images found broken."""
   bank: Any
   """[S * R, D], unit rows, see `memory_bank.stored`, split likewise; None for a system without a bank."""
   normaliser: Any

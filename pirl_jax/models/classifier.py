@@ -39,7 +39,7 @@ def on_trunk(classifier: Classifier, key: jax.Array, variables: Mapping[str, Any
     key: of the new layer.
     variables: {"params", "batch_stats"} of a `Network` with the same trunk.
   """
-  fresh = classifier.init(key, jnp.zeros((1, 32, 32, 3)), train=False)  # no parameter depends on the picture's size
+  fresh = classifier.init(key, jnp.zeros((1, 32, 32, 3)), train=False)  # no parameter depends on the image's size
   # Copies, because whoever trains gives the arrays away, and jit may hand an argument through as it is.
   trunk = {name: jax.tree.map(jnp.copy, variables[name]["trunk"]) for name in ("params", "batch_stats")}
   return {"params": {**fresh["params"], "trunk": trunk["params"]}, "batch_stats": {"trunk": trunk["batch_stats"]}}

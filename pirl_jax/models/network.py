@@ -72,7 +72,7 @@ class Network(nn.Module):
 class Ensemble:
   """Several networks as one, for whoever needs nothing but features (PIRL, section 3.2: PIRL-ens.).
 
-  They look at the same picture. What each finds in a layer is put side by side, see `layer_features`.
+  They look at the same image. What each finds in a layer is put side by side, see `layer_features`.
 
   Its variables are a tuple with those of each network, in the same order.
 

@@ -27,8 +27,8 @@ ARCHITECTURES = {
 STEMS = {
   # name: (kernel, stride, max pooling)
   "imagenet": (7, 2, True),
-  "3x3": (3, 1, False),  # small pictures keep their size
-  "3x3s2": (3, 2, False),  # small pictures on a CPU: a quarter of the work
+  "3x3": (3, 1, False),  # small images keep their size
+  "3x3s2": (3, 2, False),  # small images on a CPU: a quarter of the work
 }
 
 

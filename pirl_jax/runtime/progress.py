@@ -17,7 +17,7 @@ class Progress:
   Only the first process prints.
   """
 
-  def __init__(self, title: str, total: int, *, unit: str = "pictures", stream: TextIO | None = None):
+  def __init__(self, title: str, total: int, *, unit: str = "images", stream: TextIO | None = None):
     """Starts the clock.
 
     Args:

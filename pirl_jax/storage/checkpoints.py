@@ -133,7 +133,7 @@ class Checkpoints:
     return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), found, dict(like))
 
   def restore_bank(self, step: int, layout: Layout) -> np.ndarray:
-    """Returns the memory bank in the order of the images, f32[N, D], on the host; rows of broken pictures are zero.
+    """Returns the memory bank in the order of the images, f32[N, D], on the host; rows of broken images are zero.
 
     Args:
       step: of the checkpoint.

@@ -1,7 +1,7 @@
 """The figure of a study.
 
 Beside our own panels stands the paper's figure (PIRL, arXiv 1912.01991) as far as its numbers are known: its figures
-were published as pictures, so that only what its tables and text say can be drawn.
+were published as plots, so that only what its tables and text say can be drawn.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class Panel:
 LAYERS = ("conv1", "res2", "res3", "res4", "res5")
 IMAGENET = "paper, ImageNet, ResNet-50"
 DERIVED = ("derived: the model of table 5, 400 epochs and 4,096 negatives;\n"
-           "the paper shows the other points in its picture alone")
+           "the paper shows the other points in its plot alone")
 
 PAPER = {
   "lambda": Panel(IMAGENET, "linear top-1, %", "lines", {"PIRL (derived)": Line([0.5], [62.2], series="PIRL")},

@@ -77,7 +77,7 @@ class Trial:
     """Returns the result file of this very evaluation of the last checkpoint, or None."""
     protocol = self.evaluation.protocol
     asked = json.loads(json.dumps(self.evaluation[protocol].to_dict()))
-    # Pictures other than the run's own give the file a longer name.
+    # Images other than the run's own give the file a longer name.
     for path in sorted((self.folder / "results").glob(f"{self.evaluation.name}*.json")):
       stored = read_json(path) or {}
       settings = stored.get("settings", {})

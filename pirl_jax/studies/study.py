@@ -101,21 +101,21 @@ def check_trials(trials: Iterable[Trial], waiting: Iterable[Trial]) -> None:
     with named(trial):
       check_config(trial.config)
       if first.get(trial.point) is trial:
-        with contextlib.redirect_stdout(io.StringIO()):  # the pictures found are told when the run begins
+        with contextlib.redirect_stdout(io.StringIO()):  # the images found are told when the run begins
           parts = build(trial.config, trial.folder)
         _check_labels(trial, parts)
 
 
 def _check_labels(trial, parts):
-  """Raises UserError if the evaluation is of the run's own pictures and they lack what it needs."""
+  """Raises UserError if the evaluation is of the run's own images and they lack what it needs."""
   protocol = trial.evaluation.protocol
   reading = protocol_of(protocol).reading
   if any(value is not None for value in trial.evaluation.data.to_dict().values()):
     return
   if parts.test is None and reading.needs_test:
-    raise UserError(f"{protocol} needs held-out pictures; name them with --config.settings.evaluate.split=...")
+    raise UserError(f"{protocol} needs held-out images; name them with --config.settings.evaluate.split=...")
   if not parts.train.class_names and reading.needs_labels:
-    raise UserError(f"{protocol} needs labels, and the training pictures have none; for folders of classes: "
+    raise UserError(f"{protocol} needs labels, and the training images have none; for folders of classes: "
                     "--config.settings.data.labels=folder")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from pirl_jax import system
 from pirl_jax.evaluation import features
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.protocols import knn, learning
 from pirl_jax.method import memory_bank
 from pirl_jax.method.state import TrainState
@@ -19,39 +19,39 @@ from pirl_jax.models.network import Model
 from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.logbook import Logbook
-from pirl_jax.training.parts import Parts, test_pictures
+from pirl_jax.training.parts import Parts, test_images
 from pirl_jax.training.stopping import Stopping
 
 
 def calibrate(parts: Parts, state: TrainState) -> TrainState:
-  """Returns the untrained state with the batch statistics of the training pictures: random initialisation."""
+  """Returns the untrained state with the batch statistics of the training images: random initialisation."""
   variables = features.calibrate_batch_stats(
     batch_stats_fn(parts), {"params": state.params, "batch_stats": state.batch_stats},
-    test_pictures(parts, parts.train).test_batches(), parts.mesh, momentum=BATCH_NORM_MOMENTUM)
+    test_images(parts, parts.train).test_batches(), parts.mesh, momentum=BATCH_NORM_MOMENTUM)
   trunk = jax.device_put(variables["batch_stats"]["trunk"], mesh_lib.whole(parts.mesh))
   return state.replace(batch_stats={**state.batch_stats, "trunk": trunk})
 
 
 def unlabelled(parts: Parts) -> str:
-  """Returns which pictures have no labels, so that kNN cannot be measured; "" if it can."""
+  """Returns which images have no labels, so that kNN cannot be measured; "" if it can."""
   for name, source in (("training", parts.train), ("held-out", parts.test)):
     if source is None:
-      return f"there are no {name} pictures (--config.evaluate.split)"
+      return f"there are no {name} images (--config.evaluate.split)"
     if not source.class_names:
-      return f"the {name} pictures have no labels (for folders of classes: --config.data.labels=folder)"
+      return f"the {name} images have no labels (for folders of classes: --config.data.labels=folder)"
     if source.multi_label:
-      return f"the {name} pictures may show several classes each"
+      return f"the {name} images may show several classes each"
   return ""
 
 
 @dataclasses.dataclass(frozen=True)
-class StoppablePictures(Pictures):
-  """Pictures that are read no further once the run is asked to stop, in all processes alike."""
+class StoppableImages(Images):
+  """Images that are read no further once the run is asked to stop, in all processes alike."""
 
   stopping: Stopping
 
   def test_batches(self, **options: Any) -> Iterator[dict[str, np.ndarray]]:
-    """Returns every picture once, see `Pictures.test_batches`; raises Stopped in between."""
+    """Returns every image once, see `Images.test_batches`; raises Stopped in between."""
     with contextlib.closing(super().test_batches(**options)) as test_batches:
       for batch in test_batches:
         if self.stopping.requested():
@@ -60,9 +60,9 @@ class StoppablePictures(Pictures):
 
 
 def make_evaluation(parts: Parts, book: Logbook, stopping: Stopping) -> Callable | None:
-  """Returns evaluate(state) -> kNN figures of the held-out pictures; None where it cannot be done.
+  """Returns evaluate(state) -> kNN figures of the held-out images; None where it cannot be done.
 
-  The neighbours are the rows of the bank; without a bank, the trunk's features of the training pictures. It raises
+  The neighbours are the rows of the bank; without a bank, the trunk's features of the training images. It raises
   Stopped where it is asked to.
   """
   config = parts.config
@@ -71,7 +71,7 @@ def make_evaluation(parts: Parts, book: Logbook, stopping: Stopping) -> Callable
   if missing := unlabelled(parts):
     book.say(f"no kNN during the run: {missing}")
     return None
-  train_set, test_set = (StoppablePictures(**vars(test_pictures(parts, source)), stopping=stopping)
+  train_set, test_set = (StoppableImages(**vars(test_images(parts, source)), stopping=stopping)
                          for source in (parts.train, parts.test))
 
   def evaluate_features(state):
@@ -86,7 +86,7 @@ def make_evaluation(parts: Parts, book: Logbook, stopping: Stopping) -> Callable
   @functools.cache  # at the first evaluation: slow labels are read from end to end
   def row_labels():
     if parts.train.slow_labels:
-      book.say(f"reading the labels of {len(parts.train):,} pictures, once")
+      book.say(f"reading the labels of {len(parts.train):,} images, once")
     labels = parts.train.labels()
     by_row = np.full(parts.layout.num_rows, -1, np.int32)
     by_row[parts.layout.row_of(np.arange(len(labels)))] = labels
@@ -115,7 +115,7 @@ def measure_learning(parts: Parts, state: TrainState) -> dict[str, Any]:
 
   variables = [{"params": s.params, "batch_stats": s.batch_stats} for s in (initial, state)]
   return learning.measure_learning(
-    test_pictures(parts, parts.train).test_batches, test_pictures(parts, parts.test).test_batches, forward_fn=pooled,
+    test_images(parts, parts.train).test_batches, test_images(parts, parts.test).test_batches, forward_fn=pooled,
     stats_fn=batch_stats_fn(parts),
     untrained=variables[0], trained=variables[1], momentum=BATCH_NORM_MOMENTUM, mesh=parts.mesh,
     settings=learning.LearningSettings(config.evaluate.k, config.evaluate.temperature),

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from pirl_jax import system
 from pirl_jax.data import batches, sources
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.method import losses, memory_bank
 from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.optimizer import cosine_schedule, create_optimizer, step_schedule
@@ -175,15 +175,15 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
 
 
 def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source | None]:
-  """Returns the training pictures and the held-out ones (None without `evaluate.split`), and prints what was found."""
+  """Returns the training images and the held-out ones (None without `evaluate.split`), and prints what was found."""
   data = sources.DataSettings.of(config.data)
   train = sources.open_source(data)
-  print(f"training pictures: {train.description}")
+  print(f"training images: {train.description}")
   if not config.evaluate.split:
     return train, None
   held_out = dataclasses.replace(data, split=config.evaluate.split, num_images=config.evaluate.num_images)
   test = sources.open_source(held_out, class_names=train.class_names)
-  print(f"held-out pictures: {test.description}")
+  print(f"held-out images: {test.description}")
   return train, test
 
 
@@ -199,8 +199,8 @@ def make_step(parts: Parts) -> Callable:
                                bank_momentum=config.bank.momentum, micro_batches=config.micro_batches)
 
 
-def test_pictures(parts: Parts, source: sources.Source) -> Pictures:
-  """Returns the pictures of a source under the test transform."""
+def test_images(parts: Parts, source: sources.Source) -> Images:
+  """Returns the images of a source under the test transform."""
   config = parts.config
-  return Pictures(source, image_size=config.data.image_size, crop_fraction=config.evaluate.crop_fraction,
-                  batch_size=config.evaluate.batch_size, num_threads=config.data.num_threads)
+  return Images(source, image_size=config.data.image_size, crop_fraction=config.evaluate.crop_fraction,
+                batch_size=config.evaluate.batch_size, num_threads=config.data.num_threads)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from pirl_jax import system
 from pirl_jax.data import batches
 from pirl_jax.evaluation.protocols import learning
-from pirl_jax.figures import pictures
+from pirl_jax.figures import plots
 from pirl_jax.method.health import NOT_FINITE
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import TrainState
@@ -58,8 +58,8 @@ def pretrain(config: ConfigDict, workdir: Path, stopping: Stopping) -> None:
   parts = processes.together(prepare, config, workdir)
   processes.check_alike({
     "the folder of the run": str(workdir), **flatten(config.to_dict()),
-    "the training pictures": parts.train.fingerprint,
-    "the held-out pictures": parts.test and parts.test.fingerprint,
+    "the training images": parts.train.fingerprint,
+    "the held-out images": parts.test and parts.test.fingerprint,
     "the version of jax": jax.__version__, "the format of checkpoints": FORMAT})
   with processes.together(hold, workdir), Checkpoints(
       workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
@@ -122,7 +122,7 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
   if start_step and evaluates(start_step) and not book.has(start_step, "knn_top1"):
     with stopping.held(False), book.paused():
       measure(start_step)
-  guard = Guard(parts.workdir, picture_name=parts.train.picture_name, say=book.say)
+  guard = Guard(parts.workdir, image_name=parts.train.image_name, say=book.say)
   waited, in_flight, broken = 0.0, deque(), Broken(parts, book)
   for step in range(start_step + 1, parts.total_steps + 1):
     started = time.perf_counter()
@@ -170,11 +170,11 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
 
 
 def save_views(parts: Parts, batch: dict[str, np.ndarray]) -> None:
-  """Saves a picture of the first images of the batch as the network sees them, views.png."""
+  """Saves a plot of the first images of the batch as the network sees them, views.png."""
   shown = {name: value[:8] for name, value in batch.items()}
   keys = view_keys(parts.config.seed, 0, jnp.asarray(shown["index"]))
   image, pretext, _ = jax.jit(parts.views_fn)(keys, shown.get("image_crop"), shown.get("pretext_crop"))
-  pictures.save_views_picture(parts.workdir / "views.png", *(
+  plots.save_views_plot(parts.workdir / "views.png", *(
     None if view is None else denormalise(view) for view in (image, pretext)))
 
 
@@ -184,7 +184,7 @@ def finish(parts: Parts, state: TrainState, book: Logbook) -> None:
   first = jax.process_index() == 0
   if first:
     with book.tolerant("curves.png"):
-      pictures.save_curves(parts.workdir / "curves.png", book.rows)
+      plots.save_curves(parts.workdir / "curves.png", book.rows)
   book.say(book.summary())
   if config.evaluate.learning and not unlabelled(parts):
     table = measure_learning(parts, state)

@@ -60,7 +60,7 @@ def check_new(parts: Parts) -> None:
 
 
 def begin(parts: Parts) -> None:
-  """Writes down what the run is and with which pictures it begins.
+  """Writes down what the run is and with which images it begins.
 
   Raises:
     UserError: nothing can be written.
@@ -113,7 +113,7 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
     for name, now in expected.items():
       if meta.get(name) != now:
         if name == "data" and (changes := contents.difference(parts.train, parts.workdir)):
-          raise UserError(f"the training pictures are not those with which the run in {parts.workdir} began; "
+          raise UserError(f"the training images are not those with which the run in {parts.workdir} began; "
                           f"{changes}; restore them, or choose another --workdir")
         raise UserError(f"the checkpoint in {parts.workdir} has {name} {meta.get(name)!r}, and this run {now!r}; "
                         "choose another --workdir")

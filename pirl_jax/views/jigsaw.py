@@ -24,7 +24,7 @@ class Jigsaw(Pretext):
 
   Attributes:
     crop_size: S, in pixels.
-    crop_scale: range of the share of the picture's area that the crop covers.
+    crop_scale: range of the share of the image's area that the crop covers.
     grid: cells a side.
     patch_size: h = w, in pixels.
     augment: "patches": the photometric list and the flip are drawn for each patch; "crop": for the crop as a whole,

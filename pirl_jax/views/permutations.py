@@ -31,7 +31,7 @@ def permutation_subset(num_permutations: int, *, num_patches: int = 9, subset: s
   measure, and of these the first in lexicographic order. So a smaller subset is the beginning of a larger one.
 
   The official script starts with a random permutation and takes the first of equals. Relabelling the patches changes
-  no distance, so any start is as good as another; with the identity, T = 1 is the picture in its own order.
+  no distance, so any start is as good as another; with the identity, T = 1 is the image in its own order.
 
   10,000 of nine patches take 3 s on one core. What was chosen is kept in the folder pirl_jax of XDG_CACHE_HOME
   (~/.cache), where one may write there.

@@ -1,11 +1,11 @@
-"""Photometric operations with the semantics of PIL and of torchvision on PIL pictures, under jit and vmap.
+"""Photometric operations with the semantics of PIL and of torchvision on PIL images, under jit and vmap.
 
-A picture here is `f32[3, H, W]` that holds whole grey levels 0..255, and every operation returns whole levels
-again, as PIL's 8-bit pictures do: a sequence of operations then agrees with PIL's sequence, not only each operation
+An image here is `f32[3, H, W]` that holds whole grey levels 0..255, and every operation returns whole levels
+again, as PIL's 8-bit images do: a sequence of operations then agrees with PIL's sequence, not only each operation
 by itself. Channels come first because the operations mix channels or neighbours, never many channels, and a last
 axis of 3 would fill 3 of 128 lanes on TPU. Every parameter of an operation may be traced.
 
-`Recipe` says how often and how strongly, `draw_photometric` draws the parameters of one picture, and
+`Recipe` says how often and how strongly, `draw_photometric` draws the parameters of one image, and
 `apply_photometric` applies them. Letters: H W height and width.
 """
 
@@ -24,7 +24,7 @@ _CONTRAST, _SATURATION, _HUE = 1, 2, 3
 
 
 class Photometric(NamedTuple):
-  """The parameters drawn for one picture; None where the recipe leaves the operation out.
+  """The parameters drawn for one image; None where the recipe leaves the operation out.
 
   A coin that came up tails is stored as the operation's identity: factor 1, hue 0, 8 bits, threshold 256, radius 0.
   """
@@ -44,7 +44,7 @@ class Photometric(NamedTuple):
 
 
 def draw_photometric(key: jax.Array, *, recipe: Recipe) -> Photometric:
-  """Returns the parameters for one picture, drawn as `recipe` says from a single key.
+  """Returns the parameters for one image, drawn as `recipe` says from a single key.
 
   Each parameter has its own place among the uniform numbers: to switch one operation off leaves the draws of the
   others as they were. Factors are multiples of 2^-12.

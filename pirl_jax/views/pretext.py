@@ -20,7 +20,7 @@ class Pretext(abc.ABC):
 
   Attributes:
     crop_size: S, in pixels.
-    crop_scale: range of the share of the picture's area that the crop covers, within (0, 1].
+    crop_scale: range of the share of the image's area that the crop covers, within (0, 1].
     head: head g, built as head(dim, mlp=...): pooled features f32[B, P, C] -> f32[B, D].
     covariant_head: built as covariant_head(T): f32[B, P, C] -> logits f32[B, T].
     settings: name of the config group whose fields are keyword arguments of the class; "": it has none.
@@ -51,5 +51,5 @@ class Pretext(abc.ABC):
       key: of the transform alone.
       crop: u8[S, S, 3].
       augment: [n, H, W, 3] -> f32[n, H, W, 3], normalised: the photometric list and the flip, drawn anew for each of
-        the n pictures. A transform decides whether that comes before or after it.
+        the n images. A transform decides whether that comes before or after it.
     """

@@ -20,7 +20,7 @@ NUM_ANGLES = 4
 class Rotation(Pretext):
   """One view: the image, augmented as usual and then turned by 0, 90, 180 or 270 degrees. The label counts the turns.
 
-  Turned last, because a flip behind it would make 90 degrees of one picture look like 270 degrees of its mirror image.
+  Turned last, because a flip behind it would make 90 degrees of one image look like 270 degrees of its mirror image.
   """
 
   crop_size: int

@@ -65,9 +65,9 @@ def make_views(pretext: Pretext | None, *, recipe: Recipe, pretext_recipe: Recip
     if pretext is None or pretext_crop is None:
       return image, None, None
 
-    def augment(pictures):
-      keys = jax.random.split(pretext_key, len(pictures))
-      return jax.vmap(lambda key, picture: view(key, picture, pretext_recipe))(keys, pictures)
+    def augment(crops):
+      keys = jax.random.split(pretext_key, len(crops))
+      return jax.vmap(lambda key, crop: view(key, crop, pretext_recipe))(keys, crops)
 
     return image, *pretext(transform_key, pretext_crop, augment)
 

@@ -64,9 +64,9 @@ def test_crops_nobody_asks_for_are_not_made_and_the_first_is_the_same_without_th
   np.testing.assert_array_equal(one["image_crop"], both["image_crop"])
 
 
-def test_index_names_its_picture():
+def test_index_names_its_image():
   class Flat(TextureSource):
-    """Every picture is one colour, its index."""
+    """Every image is one colour, its index."""
 
     def __getitem__(self, index):
       return Record(np.full((20, 20, 3), index, np.uint8), 0)
@@ -76,7 +76,7 @@ def test_index_names_its_picture():
       assert np.all(batch["image_crop"][row] == index) and np.all(batch["pretext_crop"][row] == index)
 
 
-def test_every_epoch_holds_each_picture_at_most_once_in_another_order():
+def test_every_epoch_holds_each_image_at_most_once_in_another_order():
   per_epoch = steps_per_epoch(NUM_IMAGES, BATCH)
   assert per_epoch == 6
   stream = take(3 * per_epoch)
@@ -90,7 +90,7 @@ def test_every_epoch_holds_each_picture_at_most_once_in_another_order():
   assert all(np.mean(a == b) < 0.2 for a, b in itertools.combinations(epochs, 2))
 
 
-def test_crops_of_one_picture_differ_from_epoch_to_epoch_and_between_the_two():
+def test_crops_of_one_image_differ_from_epoch_to_epoch_and_between_the_two():
   stream = take(30)
   crops = {}
   for batch in stream:
@@ -134,7 +134,7 @@ def test_processes_together_see_the_single_stream(count):
 
 
 class Damaged(TextureSource):
-  """Pictures 3 and 5 cannot be decoded, 11 is gone, 12 may not be read."""
+  """Images 3 and 5 cannot be decoded, 11 is gone, 12 may not be read."""
 
   def __getitem__(self, index):
     if index == 11:
@@ -146,7 +146,7 @@ class Damaged(TextureSource):
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
-def test_broken_pictures_are_marked_and_change_no_other(num_threads):
+def test_broken_images_are_marked_and_change_no_other(num_threads):
   damaged = Damaged(NUM_IMAGES, size=32, split="train")
   seen = set()
   for found, whole in zip(take(12, damaged, num_threads=num_threads), take(12), strict=True):
@@ -160,7 +160,7 @@ def test_broken_pictures_are_marked_and_change_no_other(num_threads):
   assert seen == {3, 5, 11, 12}
 
 
-def test_a_failing_disk_is_no_broken_picture():
+def test_a_failing_disk_is_no_broken_image():
   class Failing(TextureSource):
     def __getitem__(self, index):
       raise OSError(5, "Input/output error")
@@ -172,7 +172,7 @@ def test_a_failing_disk_is_no_broken_picture():
 @pytest.mark.parametrize(
   "changes, words",
   [
-    ({"batch_size": 51}, "batch_size=51.*50 pictures"),
+    ({"batch_size": 51}, "batch_size=51.*50 images"),
     ({"batch_size": 0}, "batch_size=0"),
     ({"process_count": 3}, "batch_size=8.*3 processes"),
     ({"crops": {"image_crop": (24, (0.0, 1.0))}}, "crops of image_crop cover 0.0 to 1.0"),
@@ -204,14 +204,14 @@ def test_eval_batches_go_through_all_in_order(num_threads, start):
 
 
 @pytest.mark.parametrize("crop_fraction", [1.0, 0.875])
-def test_eval_batches_squash_whole_pictures(crop_fraction):
+def test_eval_batches_squash_whole_images(crop_fraction):
   class Wide(TextureSource):
     """White at the left and the right edge, which a centre crop does not see."""
 
     def __getitem__(self, index):
-      picture = np.full((20, 40, 3), index, np.uint8)
-      picture[:, :6] = picture[:, 34:] = 255
-      return Record(picture, 0)
+      image = np.full((20, 40, 3), index, np.uint8)
+      image[:, :6] = image[:, 34:] = 255
+      return Record(image, 0)
 
   source = Wide(5, size=32, split="train")
   arguments = dict(batch_size=4, image_size=16, crop_fraction=crop_fraction, num_threads=0)
@@ -295,7 +295,7 @@ def test_place_splits_rows_over_the_devices():
   for name, value in placed.items():
     np.testing.assert_array_equal(value, batch[name])
     assert [shard.data.shape[0] for shard in value.addressable_shards] == [2] * 4
-  with pytest.raises(UserError, match="8 pictures.*3 devices"):
+  with pytest.raises(UserError, match="8 images.*3 devices"):
     place(batch, jax.sharding.Mesh(np.array(jax.devices()[:3]), ("data",)))
 
 
@@ -329,7 +329,7 @@ def test_the_benchmark_prints_its_table(tmp_path):
   done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
   assert done.returncode == 0, done.stderr
   ratio = float(done.stdout.splitlines()[-1].split()[-2])
-  assert "60 pictures" in done.stdout and ratio > 1.5  # 4 on photographs
+  assert "60 images" in done.stdout and ratio > 1.5  # 4 on photographs
 
 
 def take_labelled(count, source=SOURCE, **changes):
@@ -346,12 +346,12 @@ SOME = np.array([3, 4, 5, 11, 12, 17, 20, 21, 30, 31, 32, 33, 40, 41, 42, 43, 44
 
 
 class Numbered(TextureSource):
-  """The left half of every picture is its index, the right half 100 more: whatever the crop, it can be read off."""
+  """The left half of every image is its index, the right half 100 more: whatever the crop, it can be read off."""
 
   def __getitem__(self, index):
-    picture = np.full((40, 40, 3), index, np.uint8)
-    picture[:, 20:] += 100
-    return Record(picture, int(self._labels[index]))
+    image = np.full((40, 40, 3), index, np.uint8)
+    image[:, 20:] += 100
+    return Record(image, int(self._labels[index]))
 
 
 def test_labelled_shapes_and_types():
@@ -378,7 +378,7 @@ def test_labelled_image_index_and_label_belong_together(indices):
 
 
 @pytest.mark.parametrize("indices", [np.arange(NUM_IMAGES), SOME])
-def test_labelled_epochs_hold_a_picture_at_most_once_in_another_order(indices):
+def test_labelled_epochs_hold_an_image_at_most_once_in_another_order(indices):
   per_epoch = len(indices) // BATCH
   stream = take_labelled(3 * per_epoch, indices=indices)
   epochs = [np.concatenate([b["index"] for b in stream[e * per_epoch:(e + 1) * per_epoch]]) for e in range(3)]
@@ -412,7 +412,7 @@ def test_labelled_crops_cover_the_share_asked_for_and_half_are_flipped():
 
   wide = slopes(image_scale=(1.0, 1.0))
   assert 0.42 < np.mean(wide < 0) < 0.58  # of 480 coins: within 3.5 standard deviations
-  np.testing.assert_allclose(np.abs(wide), 4 * 60 / 24, rtol=0.05)  # the whole picture on 24 columns
+  np.testing.assert_allclose(np.abs(wide), 4 * 60 / 24, rtol=0.05)  # the whole image on 24 columns
   # A sixteenth of the area is about a quarter of the width, between ratios of 3/4 and 4/3.
   assert np.all(np.abs(slopes(image_scale=(1 / 16, 1 / 16))) < 4 * 60 / 24 / 3)
 
@@ -440,7 +440,7 @@ def test_labelled_processes_together_see_the_single_stream(count):
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
-def test_labelled_broken_pictures_are_marked_and_change_no_other(num_threads):
+def test_labelled_broken_images_are_marked_and_change_no_other(num_threads):
   damaged = Damaged(NUM_IMAGES, size=32, split="train")
   seen = set()
   for found, whole in zip(take_labelled(12, damaged, num_threads=num_threads), take_labelled(12), strict=True):
@@ -455,5 +455,5 @@ def test_labelled_broken_pictures_are_marked_and_change_no_other(num_threads):
 
 
 def test_labelled_batch_larger_than_the_subset():
-  with pytest.raises(UserError, match="batch_size=20.*19 pictures"):
+  with pytest.raises(UserError, match="batch_size=20.*19 images"):
     take_labelled(1, indices=SOME, batch_size=20)

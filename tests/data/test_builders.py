@@ -27,7 +27,7 @@ def opened(root, name, split="train"):
 
 def stl_archive(root, counts=(("train", 12), ("test", 7), ("unlabeled", 9))):
   rng = np.random.default_rng(1)
-  members, pictures = {}, {}
+  members, examples = {}, {}
   for split, count in counts:
     images = rng.integers(0, 256, (count, 96, 96, 3), dtype=np.uint8)
     labels = rng.integers(1, 11, count)
@@ -37,14 +37,14 @@ def stl_archive(root, counts=(("train", 12), ("test", 7), ("unlabeled", 9))):
     )
     if split != "unlabeled":
       members[f"stl10_binary/{split}_y.bin"] = bytes(labels.tolist())
-    pictures[split] = list(
+    examples[split] = list(
       zip(images, (labels - 1).tolist() if split != "unlabeled" else [-1] * count, strict=True)
     )
   write_archive(root / "downloads" / "manual" / "stl10_binary.tar.gz", members)
-  return pictures
+  return examples
 
 
-VOC = {  # split: {picture: [(class, difficult), ...]}
+VOC = {  # split: {image: [(class, difficult), ...]}
   "train": {"000012": [("car", 0)], "000017": [("person", 0), ("Horse", 0), ("person", 1)], "000023": []},
   "val": {"000005": [("chair", 0), ("chair", 1)], "000007": [("car", 1), ("tvmonitor", 0)], "000009": [("bus", 1)]},
   "test": {f"{i:06d}": [("aeroplane", 0), ("dog", i % 2)] for i in range(1, 8)},
@@ -60,7 +60,7 @@ def annotation(objects):
 
 
 def voc_archives(root):
-  """Writes both small archives; returns {split: {picture: JPEG file}}."""
+  """Writes both small archives; returns {split: {image: JPEG file}}."""
   rng = np.random.default_rng(2)
   files = {}
   for archive, splits in (("VOCtrainval_06-Nov-2007.tar", ("train", "val")), ("VOCtest_06-Nov-2007.tar", ("test",))):
@@ -80,8 +80,8 @@ def voc_archives(root):
   return files
 
 
-def as_set(pictures):
-  return {(image.tobytes(), label) for image, label in pictures}
+def as_set(images):
+  return {(image.tobytes(), label) for image, label in images}
 
 
 def read_all(source):
@@ -95,39 +95,39 @@ def cifar(tmp_path_factory):
 
 
 def test_cifar10_from_the_archive(cifar):
-  root, pictures, train = cifar
+  root, images, train = cifar
   for split, source in (("train", train), ("test", opened(root, "cifar10", "test"))):
-    assert len(source) == len(pictures[split])
+    assert len(source) == len(images[split])
     assert isinstance(source[0].image, bytes)
-    assert as_set(read_all(source)) == as_set(pictures[split])
+    assert as_set(read_all(source)) == as_set(images[split])
     assert source.labels().tolist() == [source[i].label for i in range(len(source))]
     assert source.labels().dtype == np.int32
   assert train.class_names[:2] == ("airplane", "automobile") and len(train.class_names) == 10
   assert not train.multi_label
   np.testing.assert_array_equal(train.targets(), np.eye(10, dtype=np.int8)[train.labels()])
-  assert train.picture_name(3) == "train[3]"
-  assert "cifar10/3.0.2" in train.description and "100 pictures" in train.description
+  assert train.image_name(3) == "train[3]"
+  assert "cifar10/3.0.2" in train.description and "100 images" in train.description
   again = pickle.loads(pickle.dumps(train))
   assert again[5] == train[5]
 
 
 def test_stored_order_is_that_of_tfds_own_builder(cifar):
-  _, pictures, train = cifar
+  _, images, train = cifar
   from tensorflow_datasets.core import hashing
 
   # TFDS stores records in the order of the hash of (split, key); its own CIFAR-10 has the running number as
   # key.
   hasher = hashing.Hasher("train")
   order = sorted(range(100), key=hasher.hash_key)
-  np.testing.assert_array_equal(decode(train[0].image), pictures["train"][order[0]][0])
-  assert train.labels().tolist() == [pictures["train"][i][1] for i in order]
+  np.testing.assert_array_equal(decode(train[0].image), images["train"][order[0]][0])
+  assert train.labels().tolist() == [images["train"][i][1] for i in order]
 
 
 def test_stl10_from_the_archive(tmp_path):
-  pictures = stl_archive(tmp_path)
+  images = stl_archive(tmp_path)
   for split, name in (("train", "train"), ("test", "test"), ("unlabelled", "unlabeled")):
     source = opened(tmp_path, "stl10", split)
-    assert as_set(read_all(source)) == as_set(pictures[name])
+    assert as_set(read_all(source)) == as_set(images[name])
     if split == "unlabelled":
       assert source.labels() is None and source.class_names == ()
     else:
@@ -147,7 +147,7 @@ def test_voc2007_from_the_archives(voc, split, lists):
   source = opened(root, "voc/2007", split)
   files, objects = ({name: value for part in lists for name, value in of[part].items()} for of in (files, VOC))
   assert len(source) == len(files)
-  # The files are kept as they are, not encoded again; the picture says which annotation belongs to it.
+  # The files are kept as they are, not encoded again; the image says which annotation belongs to it.
   name_of = {file: name for name, file in files.items()}
   names = [name_of[source[i].image] for i in range(len(source))]
   assert sorted(names) == sorted(files)
@@ -162,7 +162,7 @@ def test_voc2007_from_the_archives(voc, split, lists):
       expected[label.lower()] = max(expected.get(label.lower(), -1), -1 if difficult else 1)
     assert {source.class_names[i]: int(row[i]) for i in np.flatnonzero(row)} == expected
   assert source.targets() is targets  # read once
-  assert "20 classes, any number of them in a picture" in source.description
+  assert "20 classes, any number of them in an image" in source.description
   again = pickle.loads(pickle.dumps(source))
   np.testing.assert_array_equal(again.targets(), targets)
 
@@ -187,13 +187,13 @@ def test_voc2007_is_stored_as_tfds_stores_it(voc):
     np.testing.assert_allclose(found["bbox"], [[4 / 16, 5 / 20, 8 / 16, 15 / 20]] * len(objects))
 
 
-@pytest.mark.parametrize("damage", ["cut", "picture missing", "no archive"])
+@pytest.mark.parametrize("damage", ["cut", "image missing", "no archive"])
 def test_damaged_voc_archives(tmp_path, damage):
   voc_archives(tmp_path)
   path = tmp_path / "downloads" / "manual" / "VOCtest_06-Nov-2007.tar"
   if damage == "cut":
     path.write_bytes(path.read_bytes()[:7000])
-  elif damage == "picture missing":
+  elif damage == "image missing":
     write_archive(path, {"VOCdevkit/VOC2007/ImageSets/Main/test.txt": b"000001\n"}, "w")
   else:
     path.write_bytes(b"<html>not found</html>")
@@ -299,7 +299,7 @@ def test_damaged_files_of_a_prepared_set(tmp_path):
 
 
 class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """A set of the usual kind; arrays as pictures need TensorFlow to become PNG."""
+  """A set of the usual kind; arrays as images need TensorFlow to become PNG."""
 
   VERSION = tfds.core.Version("1.0.0")
   as_array = False
@@ -348,8 +348,8 @@ def test_a_single_sequence_of_labels_is_multi_label(tmp_path, monkeypatch):
   monkeypatch.setattr(tfds, "builder", lambda name, data_dir: Tags(data_dir=data_dir))
   source = opened(tmp_path, "tags")
   assert source.multi_label and source.labels() is None and source.class_names == ("a", "b", "c")
-  pictures = [int(decode(source[i].image)[0, 0, 0]) for i in range(4)]
-  np.testing.assert_array_equal(source.targets(), np.tri(5, 3, -1, dtype=np.int8)[pictures])
+  images = [int(decode(source[i].image)[0, 0, 0]) for i in range(4)]
+  np.testing.assert_array_equal(source.targets(), np.tri(5, 3, -1, dtype=np.int8)[images])
 
 
 def test_a_set_that_needs_tensorflow_names_the_one_command(tmp_path, monkeypatch):

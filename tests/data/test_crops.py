@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pirl_jax.data import crops
-from pirl_jax.data.crops import BrokenPicture, centre_crop, crop_box, decode, random_resized_crop, squash_resize
+from pirl_jax.data.crops import BrokenImage, centre_crop, crop_box, decode, random_resized_crop, squash_resize
 
 
 def smooth(height=48, width=64, channels=3, seed=0):
@@ -18,9 +18,9 @@ def smooth(height=48, width=64, channels=3, seed=0):
   return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC).reshape(height, width, channels)
 
 
-def encoded(picture, file_format, **options):
+def encoded(image, file_format, **options):
   file = io.BytesIO()
-  picture.save(file, file_format, **options)
+  image.save(file, file_format, **options)
   return file.getvalue()
 
 
@@ -55,8 +55,8 @@ FILES = {
 
 @pytest.mark.parametrize("kind", FILES)
 def test_decode_equals_pillow(kind):
-  with Image.open(io.BytesIO(FILES[kind])) as picture:
-    expected = np.asarray(picture.convert("RGB"))
+  with Image.open(io.BytesIO(FILES[kind])) as image:
+    expected = np.asarray(image.convert("RGB"))
   decoded = decode(FILES[kind])
   assert decoded.dtype == np.uint8 and decoded.shape == (48, 64, 3)
   # Exact where both use one libjpeg-turbo; another build may round the colour conversion otherwise.
@@ -68,8 +68,8 @@ def test_ycck_jpeg_equals_pillow():
   # YCCK).
   cmyk = bytearray(FILES["jpeg cmyk"])
   cmyk[cmyk.index(b"Adobe") + 11] = 2
-  with Image.open(io.BytesIO(bytes(cmyk))) as picture:
-    expected = np.asarray(picture.convert("RGB"))
+  with Image.open(io.BytesIO(bytes(cmyk))) as image:
+    expected = np.asarray(image.convert("RGB"))
   assert np.abs(expected.astype(int) - decode(FILES["jpeg cmyk"])).max() > 20  # the byte does matter
   np.testing.assert_array_equal(decode(bytes(cmyk)), expected)
 
@@ -100,7 +100,7 @@ def test_a_file_cut_short_anywhere_is_broken(kind):
     len(data) - 2,
     len(data) - 12,
   }:
-    with pytest.raises(BrokenPicture):
+    with pytest.raises(BrokenImage):
       decode(data[:length])
 
 
@@ -109,22 +109,22 @@ def test_a_thumbnail_in_the_header_does_not_hide_the_cut():
   comment = b"\xff\xfe" + (len(inner) + 2).to_bytes(2, "big") + inner
   data = inner[:2] + comment + inner[2:]
   np.testing.assert_array_equal(decode(data), decode(inner))
-  with pytest.raises(BrokenPicture, match="cut short"):
+  with pytest.raises(BrokenImage, match="cut short"):
     decode(data[:-200])
 
 
 @pytest.mark.parametrize(
-  "data", [b"", b"not a picture", b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF1234WEBP"]
+  "data", [b"", b"not an image", b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"BM", b"RIFF1234WEBP"]
 )
-def test_no_picture_is_broken(data):
-  with pytest.raises(BrokenPicture):
+def test_no_image_is_broken(data):
+  with pytest.raises(BrokenImage):
     decode(data)
 
 
 def test_damaged_png_is_broken():
   data = bytearray(FILES["png"])
   data[len(data) // 2] ^= 0xFF
-  with pytest.raises(BrokenPicture):
+  with pytest.raises(BrokenImage):
     decode(bytes(data))
 
 
@@ -136,7 +136,7 @@ def test_a_decompression_bomb_is_refused_by_its_header():
     else:
       frame = data.index(b"\xff\xc0")
       data[frame + 5 : frame + 9] = (60000).to_bytes(2, "big") * 2
-    with pytest.raises(BrokenPicture, match="60000 x 60000"):
+    with pytest.raises(BrokenImage, match="60000 x 60000"):
       decode(bytes(data))
 
 
@@ -258,7 +258,7 @@ def test_centre_crop(height, width):
   assert np.abs(crop - expected).mean() < 2
 
 
-def test_centre_crop_leaves_a_small_picture_as_it_is():
+def test_centre_crop_leaves_a_small_image_as_it_is():
   image = photograph_like(32, 32)
   np.testing.assert_array_equal(centre_crop(image, size=32, fraction=1.0), image)
 
@@ -268,7 +268,7 @@ def test_opencv_works_in_one_thread():
 
 
 @pytest.mark.parametrize("height, width", [(300, 400), (400, 300), (256, 256), (50, 1000), (1, 1)])
-def test_squash_resize_takes_the_whole_picture_in_two_steps(height, width):
+def test_squash_resize_takes_the_whole_image_in_two_steps(height, width):
   image = photograph_like(height, width)
   shorter = min(height, width)
   resized = Image.fromarray(image).resize((256 * width // shorter, 256 * height // shorter), Image.BILINEAR)

@@ -74,11 +74,11 @@ def test_a_new_source_trains_is_evaluated_and_leaves_older_runs_as_they_were(ram
   config = tiny(**{"data.source": "ramps", "data.ramp_classes": 3})
   pretrain.run(config, str(tmp_path / "new"))
   output = capsys.readouterr().out
-  assert "training pictures: ramps, split train: 32 pictures of 16 x 16 px, 3 classes" in output
-  assert "held-out pictures: ramps, split test: 16 pictures" in output and "reading the labels" not in output
+  assert "training images: ramps, split train: 32 images of 16 x 16 px, 3 classes" in output
+  assert "held-out images: ramps, split test: 16 images" in output and "reading the labels" not in output
   assert "knn_top1" in json.loads((tmp_path / "new" / "metrics.jsonl").read_text().splitlines()[-1])
 
-  # The run of an older program, which had no such field: it goes on, and is judged on its own pictures and on new ones.
+  # The run of an older program, which had no such field: it goes on, and is judged on its own images and on new ones.
   pretrain.run(tiny(), str(tmp_path / "old"))
   stored = json.loads((tmp_path / "old" / "config.json").read_text())
   assert stored["data"].pop("ramp_classes") == 4

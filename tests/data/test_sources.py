@@ -37,7 +37,7 @@ def test_embedded():
   assert len(source) == 20 and len(source.class_names) == 10
   assert source[3].image.shape == (32, 32, 3) and source[3].label == source.labels()[3]
   np.testing.assert_array_equal(source.targets(), np.eye(10)[source.labels()])
-  assert source.class_names[3] in source.picture_name(3) and "3" in source.picture_name(3)
+  assert source.class_names[3] in source.image_name(3) and "3" in source.image_name(3)
   fingerprints = {
     opened("embedded", **changes).fingerprint
     for changes in (
@@ -75,7 +75,7 @@ def test_folder_is_sorted_by_path_and_read_by_index(tmp_path):
     "B/x.JPeG": file_of(4, "JPEG"),
   }
   source = opened("folder", root=fill(tmp_path, files))
-  names = [source.picture_name(i) for i in range(len(source))]
+  names = [source.image_name(i) for i in range(len(source))]
   assert names == ["B/x.JPeG", "a.webp", "b/10.bmp", "b/2.PNG"]  # byte by byte, in any locale
   assert [int(decode(source[i].image)[0, 0, 0]) for i in range(4)] == [4, 2, 3, 1]
   assert all(isinstance(source[i].image, bytes) and source[i].label == -1 for i in range(4))
@@ -100,9 +100,9 @@ def test_folder_says_what_it_left_out(tmp_path):
   os.symlink("..", tmp_path / "more" / "loop")
   os.mkfifo(tmp_path / "pipe.png")
   source = opened("folder", root=root)
-  assert [source.picture_name(i) for i in range(len(source))] == ["ok.png"]
+  assert [source.image_name(i) for i in range(len(source))] == ["ok.png"]
   for words in (
-    "1 pictures",
+    "1 images",
     "empty file: 1 (empty.png)",
     "hidden: 2 (.cache, .hidden.png)",
     "by its ending: 6 (more/0.gif, more/1.gif, more/2.gif, ...)",
@@ -117,7 +117,7 @@ def test_links_to_folders_are_followed(tmp_path):
   fill(tmp_path / "elsewhere", {"1.png": file_of(1)})
   (tmp_path / "root").mkdir()
   os.symlink("../elsewhere", tmp_path / "root" / "linked")
-  assert opened("folder", root=str(tmp_path / "root")).picture_name(0) == "linked/1.png"
+  assert opened("folder", root=str(tmp_path / "root")).image_name(0) == "linked/1.png"
 
 
 def test_odd_names(tmp_path):
@@ -127,7 +127,7 @@ def test_odd_names(tmp_path):
       file.write(file_of(number))
   source = opened("folder", root=str(tmp_path))
   assert len(source) == len(names)
-  found = {int(decode(source[i].image)[0, 0, 0]): source.picture_name(i) for i in range(len(source))}
+  found = {int(decode(source[i].image)[0, 0, 0]): source.image_name(i) for i in range(len(source))}
   assert found[0] == r"new\nline.png" and found[2] == "utf8-é.png"
   "\n".join(found.values()).encode()  # printable: no lone surrogate
   assert pickle.loads(pickle.dumps(source)).fingerprint == source.fingerprint
@@ -177,12 +177,12 @@ def test_labels_from_folders_agree_between_splits(tmp_path):
 @pytest.mark.parametrize(
   "files, changes, words",
   [
-    ({}, {}, "no pictures"),
-    ({"a.txt": b"x"}, {}, "not a picture by its ending: 1 .a.txt."),
+    ({}, {}, "no images"),
+    ({"a.txt": b"x"}, {}, "not an image by its ending: 1 .a.txt."),
     ({"a.png": b"x"}, {"labels": "folder"}, "data.labels=none"),
     ({"train/a.png": b"x", ".git/x": b""}, {"split": "tset"}, "'tset'.*there are: train; "),
     ({"a.png": b"x"}, {"split": "train"}, "none at all"),
-    ({"train/a.png": b"x", "test/a.txt": b"x"}, {"split": "test"}, "no pictures in .*test"),
+    ({"train/a.png": b"x", "test/a.txt": b"x"}, {"split": "test"}, "no images in .*test"),
   ],
 )
 def test_mistakes_with_folders(tmp_path, files, changes, words):
@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     opened("folder", root=root)
 
 
-def test_a_folder_that_vanishes_is_no_million_of_broken_pictures(tmp_path):
+def test_a_folder_that_vanishes_is_no_million_of_broken_images(tmp_path):
   source = opened("folder", root=fill(tmp_path / "root", {"a.png": file_of(1), "b.png": file_of(1)}))
   os.remove(tmp_path / "root" / "a.png")
   with pytest.raises(FileNotFoundError):
@@ -223,14 +223,14 @@ def test_a_folder_that_vanishes_is_no_million_of_broken_pictures(tmp_path):
     source[1]
 
 
-def test_a_number_of_pictures_of_a_folder_is_a_random_subset_the_same_each_time(tmp_path):
+def test_a_number_of_images_of_a_folder_is_a_random_subset_the_same_each_time(tmp_path):
   root = fill(tmp_path, {f"{name}/{i:02}.png": file_of(i) for name in ("ant", "bee") for i in range(30)})
   whole = opened("folder", root=root, labels="folder")
   source = opened("folder", root=root, labels="folder", num_images=12)
-  names = [source.picture_name(i) for i in range(12)]
+  names = [source.image_name(i) for i in range(12)]
   assert len(source) == 12 and len(set(names)) == 12
   assert names == sorted(names)  # in the folder's order
-  assert names == [opened("folder", root=root, labels="folder", num_images=12).picture_name(i) for i in range(12)]
+  assert names == [opened("folder", root=root, labels="folder", num_images=12).image_name(i) for i in range(12)]
   # Not the first ones, nor every so many: both folders, without a rule.
   index = [names_of(whole).index(name) for name in names]
   assert index[-1] >= 40 and len(set(np.diff(index))) > 2
@@ -246,12 +246,12 @@ def test_a_number_of_pictures_of_a_folder_is_a_random_subset_the_same_each_time(
 
 
 def names_of(source):
-  return [source.picture_name(i) for i in range(len(source))]
+  return [source.image_name(i) for i in range(len(source))]
 
 
 def test_all_of_a_folder_and_more_than_it_has(tmp_path):
   root = fill(tmp_path, {f"{i}.png": file_of(i) for i in range(3)})
   assert names_of(opened("folder", root=root, num_images=0)) == ["0.png", "1.png", "2.png"]
   assert len(opened("folder", root=root, num_images=3)) == 3
-  with pytest.raises(UserError, match="num_images=4, but there are only 3 pictures; 0 takes all"):
+  with pytest.raises(UserError, match="num_images=4, but there are only 3 images; 0 takes all"):
     opened("folder", root=root, num_images=4)

@@ -76,7 +76,7 @@ def test_a_fraction_out_of_range_is_refused(fraction):
     draw_subset(LABELS, fraction, seed=0, balanced=False)
 
 
-def test_a_fraction_of_no_picture_is_refused():
-  with pytest.raises(UserError, match="0.004 of 100 labelled pictures is none; take 0.01 or more"):
+def test_a_fraction_of_no_image_is_refused():
+  with pytest.raises(UserError, match="0.004 of 100 labelled images is none; take 0.01 or more"):
     draw_subset(np.zeros(100, np.int32), 0.004, seed=0, balanced=False)
   assert len(draw_subset(np.zeros(100, np.int32), 0.01, seed=0, balanced=False)) == 1

@@ -18,15 +18,15 @@ def test_shapes_and_balanced_labels():
 @pytest.mark.parametrize("size", [32, 64, 96])
 def test_a_bigger_set_starts_with_the_smaller_one(size):
   small, _ = create_textures(13, size=size, split="train")
-  # 137 crosses the border between the chunks in which pictures are drawn.
+  # 137 crosses the border between the chunks in which images are drawn.
   large, _ = create_textures(137 if size > 32 else 1370, size=size, split="train")
   np.testing.assert_array_equal(small, large[:13])
 
 
-def test_no_picture_is_in_two_splits():
+def test_no_image_is_in_two_splits():
   sets = [create_textures(300, size=32, split=split)[0] for split in ("train", "test")]
-  pictures = [image.tobytes() for images in sets for image in images]
-  assert len(set(pictures)) == len(pictures)
+  pixels = [image.tobytes() for images in sets for image in images]
+  assert len(set(pixels)) == len(pixels)
 
 
 def test_pixels_are_the_same_on_every_machine():

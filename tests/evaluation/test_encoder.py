@@ -1,4 +1,4 @@
-"""The encoder: features of anyone's pictures, bit for bit those that an evaluation writes."""
+"""The encoder: features of anyone's images, bit for bit those that an evaluation writes."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def tiny(system):
   config.data.update(num_images=64, image_size=16)
   config.jigsaw.update(crop_size=18, patch_size=5)
   config.model.dim = 8
-  # The sides are resized to 20 and cut to 16, and a batch is neither a divisor nor a multiple of the pictures.
+  # The sides are resized to 20 and cut to 16, and a batch is neither a divisor nor a multiple of the images.
   config.evaluate.update(num_images=16, crop_fraction=0.8, batch_size=8, every_epochs=0, learning=False)
   return config
 
@@ -57,7 +57,7 @@ def exported(run, photographs, tmp_path, layer):
     "checkpoint": str(run), "features.layer": layer, "data.source": "folder", "data.root": str(photographs),
     "data.split": "", "data.test_split": "", "data.labels": "none"})
   figures, = pirl_jax.evaluate(config, tmp_path).values()
-  assert figures["splits"][""]["num_pictures"] == NUM
+  assert figures["splits"][""]["num_images"] == NUM
   with np.load(figures["written"][0]) as found:
     return found["features"]
 
@@ -72,14 +72,14 @@ def test_features_are_those_that_the_evaluation_writes_bit_for_bit(run, encoder,
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-6)
     expected = unit_norm(expected)
   np.testing.assert_array_equal(features, expected)
-  # However the pictures come, how many, and in which order.
+  # However the images come, how many, and in which order.
   np.testing.assert_array_equal(encoder((str(path) for path in paths), layer), expected)
   np.testing.assert_array_equal(encoder(np.array(list(map(str, paths))), layer), expected)
   np.testing.assert_array_equal(encoder(paths[::-1][:10], layer), expected[::-1][:10])
   np.testing.assert_array_equal(encoder(paths[7], layer), expected[7:8])
 
 
-def test_a_picture_is_the_same_however_it_is_given(encoder, photographs):
+def test_an_image_is_the_same_however_it_is_given(encoder, photographs):
   path = photographs / "03.png"
   levels = np.asarray(Image.open(path))
   expected = encoder(path)
@@ -173,30 +173,30 @@ def test_what_cannot_be_loaded(run, tmp_path):
     pirl_jax.load(damaged)
 
 
-PICTURE = np.zeros((16, 16, 3), np.uint8)
+IMAGE = np.zeros((16, 16, 3), np.uint8)
 
 
 @pytest.mark.parametrize(("images", "said"), [
-  ([], "images is empty; give one picture or more"),
+  ([], "images is empty; give one image or more"),
   (iter(()), "images is empty"),
   (np.zeros((0, 16, 16, 3), np.uint8), "images is empty"),
   (None, "images is of type NoneType; give a path, a PIL image, or an array u8.H, W, 3"),
-  ([PICTURE] * 9 + [5], r"images\[9\] is of type int; give a path"),
-  ("none.jpg", "images, none.jpg, is not there; give the path of a picture"),
-  ([PICTURE, "."], r"images\[1\], \., is a folder; give its files one by one"),
+  ([IMAGE] * 9 + [5], r"images\[9\] is of type int; give a path"),
+  ("none.jpg", "images, none.jpg, is not there; give the path of an image"),
+  ([IMAGE, "."], r"images\[1\], \., is a folder; give its files one by one"),
   ("a\0b", "is no path"),
-  (PICTURE.transpose(2, 0, 1), r"images is an array uint8\[3, 16, 16\]; a picture is \[H, W, 3\]"),
-  ([PICTURE[0, 0]], r"images\[0\] is an array uint8\[3\]; a picture is"),
-  (np.zeros((16, 16, 4), np.uint8), r"uint8\[16, 16, 4\]; a picture is \[H, W, 3\]"),
-  (np.zeros((0, 16), np.uint8), r"uint8\[0, 16\]; a picture is"),
-  (PICTURE.astype(int), "the levels are u8 in .0, 255. or floats in .0, 1."),
-  (PICTURE == 0, "array bool.*; the levels are u8"),
-  (PICTURE + 255.0, r"values from 255 to 255; floats lie in \[0, 1\], and levels from 0 to 255 are u8"),
-  (PICTURE - 0.5, "values from -0.5 to -0.5; floats lie in"),
-  (PICTURE + np.nan, "values from nan to nan; floats lie in"),
+  (IMAGE.transpose(2, 0, 1), r"images is an array uint8\[3, 16, 16\]; an image is \[H, W, 3\]"),
+  ([IMAGE[0, 0]], r"images\[0\] is an array uint8\[3\]; an image is"),
+  (np.zeros((16, 16, 4), np.uint8), r"uint8\[16, 16, 4\]; an image is \[H, W, 3\]"),
+  (np.zeros((0, 16), np.uint8), r"uint8\[0, 16\]; an image is"),
+  (IMAGE.astype(int), "the levels are u8 in .0, 255. or floats in .0, 1."),
+  (IMAGE == 0, "array bool.*; the levels are u8"),
+  (IMAGE + 255.0, r"values from 255 to 255; floats lie in \[0, 1\], and levels from 0 to 255 are u8"),
+  (IMAGE - 0.5, "values from -0.5 to -0.5; floats lie in"),
+  (IMAGE + np.nan, "values from nan to nan; floats lie in"),
   (Image.new("I", (16, 16)), "a PIL image of mode I, which has no 8-bit levels; give it as an array of floats"),
 ])
-def test_what_is_no_picture_is_named(encoder, images, said):
+def test_what_is_no_image_is_named(encoder, images, said):
   with pytest.raises(pirl_jax.UserError, match=said):
     encoder(images)
 
@@ -218,4 +218,4 @@ def test_broken_files_are_named(encoder, photographs, tmp_path):
 def test_an_unknown_layer_names_the_choices(encoder, layer):
   said = f"the layer {layer!r}; this network has conv1, res2, res3, res4, pooled, embedding"
   with pytest.raises(pirl_jax.UserError, match=said):
-    encoder(PICTURE, layer=layer)
+    encoder(IMAGE, layer=layer)

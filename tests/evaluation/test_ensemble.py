@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.layers import check_layers, check_maps, layer_features, layer_names
 from pirl_jax.evaluation.protocols import linear
 from pirl_jax.evaluation.protocols.knn import KnnSettings, measure_knn
@@ -101,7 +101,7 @@ def test_the_same_function_for_equal_ensembles():
 
 def test_a_network_with_itself_has_the_same_neighbours():
   alone = model_of(NETWORK, 0)
-  train, test = (Pictures(TextureSource(num, size=SIZE, split=split), SIZE, 1.0, 16, 1)
+  train, test = (Images(TextureSource(num, size=SIZE, split=split), SIZE, 1.0, 16, 1)
                  for num, split in ((96, "train"), (40, "test")))
   one, both, other = (
     measure_knn(model, train, test, KnnSettings("pooled", 7, 0.07), mesh=create_mesh(8)).figures
@@ -135,7 +135,7 @@ def test_maps_on_different_grids_are_refused():
 # Linear classifiers.
 
 def coloured(num, split):
-  """Textures' labels, with noise about one colour for each class as pictures: random networks tell most of them."""
+  """Textures' labels, with noise about one colour for each class as images: random networks tell most of them."""
   source = TextureSource(num, size=SIZE, split=split)
   rng = np.random.default_rng(num)
   colours = np.random.default_rng(0).uniform(60, 190, (10, 3))
@@ -153,7 +153,7 @@ def classify(folder, model, *, num_devices=8, **changes):
     layers="res4,pooled", num_epochs=3, batch_size=32, learning_rate=0.4, schedule="steps", milestones=(1 / 3,),
     decay_factor=0.1, momentum=0.9, nesterov=False, weight_decay=1e-3, head="bn", image_scale=(0.3, 1.0),
     cached=False) | changes))
-  train, test = (Pictures(source, SIZE, 1.0, 16, 1) for source in (TRAIN, TEST))
+  train, test = (Images(source, SIZE, 1.0, 16, 1) for source in (TRAIN, TEST))
   return linear.measure_linear(model, train, test, settings, mesh=create_mesh(num_devices), seed=5,
                                snapshot_folder=folder).figures
 

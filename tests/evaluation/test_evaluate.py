@@ -1,4 +1,4 @@
-"""The evaluation job: runs, pictures, result files, and every mistake a user can make. The protocols have own files."""
+"""The evaluation job: runs, images, result files, and every mistake a user can make. The protocols have own files."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ QUICK = {
   "features": {},
 }
 TOLERANCE = {"semi_supervised": 0.05, "svm": 0.01, "low_shot": 0.01}
-"""Where float32 sums in another order may tell a picture or two of the 48 otherwise, or rank two of them."""
+"""Where float32 sums in another order may tell an image or two of the 48 otherwise, or rank two of them."""
 
 
 @pytest.mark.parametrize("protocol", QUICK)
@@ -100,7 +100,7 @@ def test_every_protocol_writes_its_result_and_gives_the_same_on_one_device(run, 
 @pytest.mark.parametrize("name", ["../../evil", "/etc/passwd", "..", "a/../../b", "c\0d", "e\nf", "~"])
 def test_names_of_data_sets_stay_in_the_folder_of_the_results(name, tmp_path):
   for data in ({"name": name, "root": "", "source": "tfds"},
-               {"name": "", "root": f"/pictures/{name}", "source": "folder"}):
+               {"name": "", "root": f"/images/{name}", "source": "folder"}):
     path = tmp_path / "results" / f"{evaluate.dated_name(config_of('knn', 'x'), data, 7)}.json"
     assert os.path.normpath(path) == str(path) and path.parent == tmp_path / "results"
     path.parent.mkdir(exist_ok=True)
@@ -174,7 +174,7 @@ def test_what_needs_more_than_features_refuses_an_ensemble_before_anything_is_ju
 
 
 @pytest.mark.parametrize("group, field", [("data", "image_size"), ("evaluate", "crop_fraction")])
-def test_the_runs_of_an_ensemble_see_pictures_of_one_size(runs, tmp_path, monkeypatch, group, field):
+def test_the_runs_of_an_ensemble_see_images_of_one_size(runs, tmp_path, monkeypatch, group, field):
   real = Checkpoints.read_meta
 
   def read_meta(self, step):
@@ -191,7 +191,7 @@ def test_the_runs_of_an_ensemble_see_pictures_of_one_size(runs, tmp_path, monkey
   assert result_of(tmp_path, "knn")["settings"][field] == given
 
 
-def test_the_runs_of_an_ensemble_are_judged_on_the_same_pictures(runs, tmp_path, monkeypatch):
+def test_the_runs_of_an_ensemble_are_judged_on_the_same_images(runs, tmp_path, monkeypatch):
   real = Checkpoints.read_meta
 
   def read_meta(self, step):
@@ -343,7 +343,7 @@ def test_no_protocol():
     pirl_jax.configs.evaluate.get_config("")
 
 
-def test_runs_on_different_pictures_are_not_compared(runs, tmp_path):
+def test_runs_on_different_images_are_not_compared(runs, tmp_path):
   other = small_run(tmp_path / "c", split="other")
   with pytest.raises(UserError, match="data.split: 'train' in a, 'other' in c"):
     evaluate.run(config_of("knn", runs[0], other), str(tmp_path / "both"))
@@ -353,14 +353,14 @@ def test_runs_on_different_pictures_are_not_compared(runs, tmp_path):
 
 
 @pytest.mark.parametrize("protocol", ["knn", "linear", "svm", "low_shot", "semi_supervised"])
-def test_pictures_without_labels_are_refused(run, tmp_path, protocol):
+def test_images_without_labels_are_refused(run, tmp_path, protocol):
   for split in ("train", "test"):
-    (tmp_path / "pictures" / split / "kind").mkdir(parents=True)
+    (tmp_path / "images" / split / "kind").mkdir(parents=True)
     for i in range(16):
-      picture = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-      cv2.imwrite(str(tmp_path / "pictures" / split / "kind" / f"{i}.png"), picture)
+      image = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+      cv2.imwrite(str(tmp_path / "images" / split / "kind" / f"{i}.png"), image)
   with pytest.raises(UserError, match="labels"):
-    evaluate.run(config_of(protocol, run, data__source="folder", data__root=str(tmp_path / "pictures"),
+    evaluate.run(config_of(protocol, run, data__source="folder", data__root=str(tmp_path / "images"),
                            data__labels="none", data__batch_size=8), "")
 
 

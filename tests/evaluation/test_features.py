@@ -14,7 +14,7 @@ from pirl_jax.views.normalisation import normalise
 SIDE = 6
 
 
-def pictures(num):
+def images(num):
   rng = np.random.default_rng(0)
   return rng.integers(0, 256, (num, SIDE, SIDE, 3), np.uint8), rng.integers(-1, 4, num).astype(np.int32)
 
@@ -33,7 +33,7 @@ def batches(image, label, batch_size, broken=()):
 
 
 class Net(nn.Module):
-  """A convolution with batch norm, the average over the picture as feature."""
+  """A convolution with batch norm, the average over the image as feature."""
 
   axis_name: str | None = None
 
@@ -61,7 +61,7 @@ def variables():
 
 @pytest.mark.parametrize(("batch_size", "num_devices"), [(8, 1), (8, 8), (24, 4), (64, 2)])
 def test_features_equal_a_plain_forward_pass(variables, batch_size, num_devices):
-  image, label = pictures(43)
+  image, label = images(43)
   broken = (0, 7, 20, 42)
   found = extract_features(both, variables, batches(image, label, batch_size, broken),
                            create_mesh(num_devices))
@@ -76,7 +76,7 @@ def test_features_equal_a_plain_forward_pass(variables, batch_size, num_devices)
 
 
 def test_features_come_in_the_order_of_the_index(variables):
-  image, label = pictures(20)
+  image, label = images(20)
   shuffled = list(batches(image, label, 8))[::-1]
   found = extract_features(forward, variables, shuffled, create_mesh(4))
   np.testing.assert_array_equal(found.index, np.arange(20))
@@ -85,7 +85,7 @@ def test_features_come_in_the_order_of_the_index(variables):
 
 
 def test_the_same_function_is_traced_once(variables):
-  image, label = pictures(20)
+  image, label = images(20)
   traces = []
 
   def counting(variables, image):
@@ -98,12 +98,12 @@ def test_the_same_function_is_traced_once(variables):
 
 
 def test_what_cannot_be_is_refused(variables):
-  image, label = pictures(9)
-  with pytest.raises(UserError, match="9 pictures cannot be split over 8 devices"):
+  image, label = images(9)
+  with pytest.raises(UserError, match="9 images cannot be split over 8 devices"):
     extract_features(forward, variables, batches(image, label, 9), create_mesh(8))
   for run in (lambda b: extract_features(forward, variables, b, create_mesh(1)),
               lambda b: calibrate_batch_stats(stats, variables, b, create_mesh(1), momentum=0.9)):
-    with pytest.raises(UserError, match="no picture"):
+    with pytest.raises(UserError, match="no image"):
       run(batches(image, label, 4, broken=range(9)))
 
 
@@ -116,7 +116,7 @@ def global_stats(variables, image):
 
 
 def oracle_stats(variables, groups):
-  """Mean over the groups of pictures of mean and variance of the convolution's output, in float64."""
+  """Mean over the groups of images of mean and variance of the convolution's output, in float64."""
   kernel = np.asarray(variables["params"]["conv"]["kernel"], np.float64)
   means, variances = [], []
   for group in groups:
@@ -130,12 +130,12 @@ def oracle_stats(variables, groups):
 
 @pytest.mark.parametrize(("stats_fn", "num_devices"), [(stats, 1), (global_stats, 1), (global_stats, 8)])
 def test_batch_stats_are_the_mean_of_the_batches(variables, stats_fn, num_devices):
-  image, label = pictures(45)
+  image, label = images(45)
   broken = (0, 1, 17)
   image[9:16] //= 4  # batches that differ, so that a weighing of them would show
   found = calibrate_batch_stats(stats_fn, variables, batches(image, label, 8, broken),
                                 create_mesh(num_devices), momentum=0.9)
-  # The 42 pictures that can be read make 5 full batches; the last two have no part.
+  # The 42 images that can be read make 5 full batches; the last two have no part.
   kept = image[np.setdiff1d(np.arange(45), broken)][:40]
   mean, var = oracle_stats(variables, kept.reshape(5, 8, SIDE, SIDE, 3))
   np.testing.assert_allclose(found["batch_stats"]["bn"]["mean"], mean, rtol=1e-4, atol=1e-5)
@@ -144,15 +144,15 @@ def test_batch_stats_are_the_mean_of_the_batches(variables, stats_fn, num_device
 
 
 def test_batch_stats_of_each_device_are_averaged(variables):
-  image, label = pictures(16)
+  image, label = images(16)
   found = calibrate_batch_stats(stats, variables, batches(image, label, 16), create_mesh(4), momentum=0.9)
   mean, var = oracle_stats(variables, image.reshape(4, 4, SIDE, SIDE, 3))
   np.testing.assert_allclose(found["batch_stats"]["bn"]["mean"], mean, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(found["batch_stats"]["bn"]["var"], var, rtol=1e-4, atol=1e-5)
 
 
-def test_fewer_pictures_than_a_batch_are_repeated(variables):
-  image, label = pictures(4)
+def test_fewer_images_than_a_batch_are_repeated(variables):
+  image, label = images(4)
   found = calibrate_batch_stats(stats, variables, batches(image, label, 8), create_mesh(1), momentum=0.9)
   mean, var = oracle_stats(variables, [image])  # twice each: the same mean and variance
   np.testing.assert_allclose(found["batch_stats"]["bn"]["mean"], mean, rtol=1e-4, atol=1e-5)

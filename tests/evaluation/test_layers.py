@@ -157,7 +157,7 @@ def test_features_are_those_of_the_network_with_running_statistics(tiny):
   for layer in names:
     assert flat[layer].dtype == jnp.float32
     np.testing.assert_array_equal(flat[layer], np.reshape(square[layer], (3, -1)))
-  # Each picture alone: no statistics of the batch.
+  # Each image alone: no statistics of the batch.
   alone = layer_features(network, names)(variables, image[1:2])
   for layer in names:
     np.testing.assert_allclose(alone[layer][0], flat[layer][1], atol=1e-4)

@@ -20,7 +20,7 @@ def test_several_runs_stand_side_by_side_and_what_one_lacks_is_a_dash():
 
 
 def test_plain_numbers():
-  outcome = Outcome({}, {"mean distance": 0.123456, "pictures": 12345})
+  outcome = Outcome({}, {"mean distance": 0.123456, "images": 12345})
   assert [line.split()[-1] for line in format_table("x", {"a": outcome}, share=False).splitlines()[1:]] == [
     "0.1235", "12,345"]
 

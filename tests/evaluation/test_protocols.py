@@ -98,7 +98,7 @@ def example(tmp_path, monkeypatch):
 def test_a_new_protocol_needs_its_file_its_line_and_its_variant_and_nothing_else(example, tmp_path):
   run = small_run(tmp_path / "run")
   config = pirl_jax.configs.evaluate.get_config(NAME)
-  config.data.crop_fraction = 1.0  # the whole picture
+  config.data.crop_fraction = 1.0  # the whole image
   config.checkpoint = f"{run},{run}+{small_run(tmp_path / 'other', seed=1)}"
   evaluate.run(config, str(tmp_path / "both"))
   stored = json.loads((tmp_path / "both" / "results" / f"{NAME}.json").read_text())
@@ -114,7 +114,7 @@ def test_a_new_protocol_needs_its_file_its_line_and_its_variant_and_nothing_else
   values = np.linalg.svd(np.float64(features), compute_uv=False)
   share = values / values.sum()
   assert found["figures"]["effective_rank"] == pytest.approx(np.exp(-np.sum(share * np.log(share))), rel=1e-3)
-  assert found["figures"]["num_pictures"] == 128
+  assert found["figures"]["num_images"] == 128
 
   assert report.read_figures(NAME, found["figures"]) == {("effective rank", ""): found["figures"]["effective_rank"]}
   of_study = study_config.get_config("lambda")

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 @pytest.fixture(scope="module")
 def case():
-  """Returns the bank, what of it is usable, a batch with a broken picture, and embeddings of each view."""
+  """Returns the bank, what of it is usable, a batch with a broken image, and embeddings of each view."""
   rng = np.random.default_rng(0)
   bank, usable = jax.device_get(memory_bank.create(jax.random.key(1), LAYOUT, dim=D))
   drawn = np.intersect1d(*(drawn_by_hand(view, None) for view in VIEWS))

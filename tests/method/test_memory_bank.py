@@ -211,7 +211,7 @@ def test_worked_number_of_the_update():
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_retire_switches_off_the_broken_pictures_for_good(num_devices):
+def test_retire_switches_off_the_broken_images_for_good(num_devices):
   layout, mesh, _, usable = create(103, num_devices)
   retire = on_mesh(partial(memory_bank.retire, axis=AXIS), mesh, (P(AXIS), P(), P()), (P(AXIS), P()))
   index, valid = np.array([0, 50, 102, 7]), np.array([True, False, False, True])

@@ -62,7 +62,7 @@ def make_state(system, num_devices):
 
 
 def broken_of(system):
-  """Returns a picture of the first batch that has a label."""
+  """Returns an image of the first batch that has a label."""
   batch = make_batch(system, 0)
   return int(batch["index"][batch["label"] >= 0][3]),
 
@@ -103,7 +103,7 @@ def test_loss_top1_and_gradient_of_the_first_step_by_hand(system):
   assert (batch["label"] == -1).any() and not batch["valid"].all()
   losses, hits = [], []
   for row, label, valid, given in zip(logits.astype(np.float64), labels, batch["valid"], batch["label"], strict=True):
-    if valid and (system == "covariant" or given >= 0):  # a transform has a label for every picture
+    if valid and (system == "covariant" or given >= 0):  # a transform has a label for every image
       losses.append(math.log(sum(math.exp(x) for x in row)) - row[label])
       hits.append(max(range(len(row)), key=lambda i: row[i]) == label)  # noqa: B023, used at once
   assert len(losses) == (B - 1 if system == "covariant" else np.count_nonzero(batch["label"] >= 0) - 1)

@@ -279,7 +279,7 @@ def test_a_draw_for_each_image_by_hand_and_on_eight_devices():
 
 
 class PlainTrunk(nn.Module):
-  """A trunk without batch norm: what it makes of a picture depends on no other."""
+  """A trunk without batch norm: what it makes of an image depends on no other."""
 
   batch_norm_axis: str | None = None
 
@@ -294,7 +294,7 @@ class PlainTrunk(nn.Module):
   {"loss": "nce"}, {"loss": "infonce", "negative_sampling": "per_image"}, {"loss": "eq4", "num_negatives": 0}], ids=str)
 @pytest.mark.parametrize("num_devices, micro_batches", [(1, 4), (2, 8)])
 def test_parts_of_a_batch_make_the_step_of_the_whole(num_devices, micro_batches, options):
-  """Without batch norm, with two broken pictures that fall into different parts: gradient, metrics and bank."""
+  """Without batch norm, with two broken images that fall into different parts: gradient, metrics and bank."""
   options |= {"trunk": PlainTrunk(), "broken": tuple(make_batch(0)["index"][[2, 5]]), "optimizer": PLAIN_SGD}
   whole, parts = run(1, **options), run(num_devices, micro_batches=micro_batches, **options)
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-6), whole, parts)
@@ -319,7 +319,7 @@ def test_normaliser_is_set_once():
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_broken_picture_leaves_the_bank_from_the_step_that_meets_it(num_devices):
+def test_broken_image_leaves_the_bank_from_the_step_that_meets_it(num_devices):
   index = make_batch(0)["index"][5]
   (start, first, second, _), _ = run(num_devices, loss="nce", broken=(index,))
   row = memory_bank.create_layout(N, num_devices=1, num_negatives=K).row_of(index)
@@ -329,8 +329,8 @@ def test_broken_picture_leaves_the_bank_from_the_step_that_meets_it(num_devices)
     assert not state.usable[row] and state.usable.sum() == N - 1
 
 
-def test_picture_once_broken_stays_out_when_it_can_be_read_again():
-  """A second step with the batch of the first: one picture was broken then, and is whole now."""
+def test_image_once_broken_stays_out_when_it_can_be_read_again():
+  """A second step with the batch of the first: one image was broken then, and is whole now."""
   mesh, layout, _, make_state, step = build(1)
   index = make_batch(0)["index"][5]
   before, _ = step(make_state(), jax.device_put(make_batch(0, broken=(index,)), mesh_lib.split(mesh)))
@@ -352,8 +352,8 @@ def test_bfloat16_trunk_keeps_the_state_in_float32():
   np.testing.assert_allclose(metrics[0]["loss"], exact[0]["loss"], rtol=0.05)
 
 
-def test_batch_of_broken_pictures_alone_changes_nothing_but_the_step():
-  """Not even Z: it waits for the first picture that can be read. Weight decay is off."""
+def test_batch_of_broken_images_alone_changes_nothing_but_the_step():
+  """Not even Z: it waits for the first image that can be read. Weight decay is off."""
   states, metrics = run(1, num_steps=1, broken=range(N), optimizer=PLAIN_SGD)
   jax.tree.map(np.testing.assert_array_equal, states[0].params, states[1].params)
   np.testing.assert_array_equal(states[0].bank, states[1].bank)

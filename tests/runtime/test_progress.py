@@ -25,8 +25,8 @@ def test_plain_lines_now_and_then_and_one_at_the_end(clock):
       clock[0] += 1
       line.update(100, note="loss 1")
   assert out.getvalue().splitlines() == [
-    "reading: 1,000 of 2,000 pictures  10 s  100 a second  loss 1",
-    "reading: 2,000 of 2,000 pictures  20 s  100 a second  loss 1"]
+    "reading: 1,000 of 2,000 images  10 s  100 a second  loss 1",
+    "reading: 2,000 of 2,000 images  20 s  100 a second  loss 1"]
 
 
 def test_nothing_is_said_of_an_end_that_was_none(clock):

@@ -17,7 +17,7 @@ from test_checkpoints import make_state
 
 from pirl_jax.configs import pirl
 from pirl_jax.errors import UserError
-from pirl_jax.figures import pictures
+from pirl_jax.figures import plots
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage import checkpoints as checkpoints_lib
 from pirl_jax.storage import tensorboard
@@ -65,7 +65,7 @@ def test_curves_are_drawn_of_the_rows_that_the_disk_did_not_take_too(tmp_path):
     book._file = FullDisk()
     book.log(2, {"loss": 2.0}, data_wait_seconds=0)
     assert [row["loss"] for row in book.rows] == [1, 2]
-    pictures.save_curves(tmp_path / "curves.png", book.rows)
+    plots.save_curves(tmp_path / "curves.png", book.rows)
 
 
 @pytest.mark.parametrize("seconds, writers", [(0, 2), (60, 1)])

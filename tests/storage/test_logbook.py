@@ -155,7 +155,7 @@ def test_only_an_enabled_logbook_writes(tmp_path, clock, capsys):
 def test_without_a_terminal_there_are_plain_lines_now_and_then(tmp_path, clock):
   stream = io.StringIO()
   with open_logbook(tmp_path, stream=stream) as book:
-    book.say("found 3 pictures")
+    book.say("found 3 images")
     for step in range(5, 101, 5):
       clock.now += 4
       book.log(step, {"loss": 5 - step / 100}, data_wait_seconds=1)
@@ -164,7 +164,7 @@ def test_without_a_terminal_there_are_plain_lines_now_and_then(tmp_path, clock):
   printed = stream.getvalue()
   assert "\r" not in printed and "\x1b" not in printed
   first, *progress = printed.splitlines()
-  assert first == "found 3 pictures"
+  assert first == "found 3 images"
   assert [line.split("/")[0] for line in progress] == [
     f"step {step:>3}" for step in (5, 20, 35, 50, 65, 80, 95, 100)]
   rate = "40 images/s  data wait 25%"

@@ -110,10 +110,10 @@ def test_no_study():
 
 def test_the_kinds_of_values():
   config = pirl.get_config()
-  set_fields(config, {"num_epochs": 1_000, "pretext_weight": 1, "evaluate.learning": False, "data.root": "my pictures",
+  set_fields(config, {"num_epochs": 1_000, "pretext_weight": 1, "evaluate.learning": False, "data.root": "my images",
                       "data.image_scale": [0.5, 1.0], "data.split": ""}, where="here", fixed=())
   assert config.num_epochs == 1_000 and type(config.pretext_weight) is float and config.evaluate.learning is False
-  assert config.data.image_scale == (0.5, 1.0) and config.data.root == "my pictures" and config.data.split == ""
+  assert config.data.image_scale == (0.5, 1.0) and config.data.root == "my images" and config.data.split == ""
   evaluation = pirl_jax.configs.evaluate.get_config("knn")
   set_fields(evaluation, {"data.image_size": 16, "knn.temperature": 1e-1}, where="here", fixed=())
   assert evaluation.data.image_size == 16 and evaluation.knn.temperature == 0.1
@@ -171,7 +171,7 @@ def test_settings_that_are_not_possible(field, value, said):
   ({"variant": "cifar100"}, "no variant 'cifar100'"),
   ({"settings": {"num_negatives": 1000}}, "PIRL 0, seed 0: num_negatives=1000 is not 0 .all. or a positive multiple"),
   ({"more_points": [("PIRL", 2, "pirl", {"pretext_weight": 2})]}, "PIRL 2, seed 0: pretext_weight=2.0 is not possible"),
-  ({"settings": {"evaluate": {"split": ""}}}, "knn needs held-out pictures.*--config.settings.evaluate.split="),
+  ({"settings": {"evaluate": {"split": ""}}}, "knn needs held-out images.*--config.settings.evaluate.split="),
   ({"seeds": ()}, "seeds"),
   ({"seeds": (1, 1)}, "each once"),
   ({"seeds": (0.5,)}, "whole numbers"),
@@ -224,7 +224,7 @@ def test_a_run_belongs_to_its_config(tmp_path):
               trial_of(evaluation_settings={"knn": {"k": 5}}).evaluation.name}) == 3
 
 
-def test_what_comes_later_wins_and_the_quick_settings_are_for_the_embedded_pictures_alone(tmp_path):
+def test_what_comes_later_wins_and_the_quick_settings_are_for_the_embedded_images_alone(tmp_path):
   config = config_of()
 
   def trial_of(own=None):
@@ -308,7 +308,7 @@ def test_a_run_counts_only_with_its_last_checkpoint_and_a_result_of_it(fakes, tm
   assert calls_after(result.unlink) == ["train", "judge"]
   assert calls_after(lambda: (folder / "trained.json").write_text("")) == ["train", "judge"]
   assert calls_after(lambda: result.write_text(result.read_text().replace('"step": 8', '"step": 4'))) == ["judge"]
-  renamed = result.with_name(result.stem + "-embedded-8.json")  # as of other pictures than the run's own
+  renamed = result.with_name(result.stem + "-embedded-8.json")  # as of other images than the run's own
   assert calls_after(lambda: result.rename(renamed)) == []
 
 
@@ -425,10 +425,10 @@ def test_every_study_has_its_figure(tmp_path, variant, num_panels, num_seeds):
       write_result(trials[-1].folder, evaluation, FOUND[evaluation.protocol])
       (trials[-1].folder / "trained.json").write_text('{"step": 8}')
   report.report(config, trials, tmp_path / "out")
-  with Image.open(tmp_path / "out" / "study.png") as picture:
+  with Image.open(tmp_path / "out" / "study.png") as plot:
     # The differences have a panel of their own beside bars, where there are seeds to compare.
-    assert picture.width == round(5.6 * 120) * (num_panels - (config.plot == "bars" and num_seeds == 1))
-    assert len(picture.convert("L").getcolors()) > 10
+    assert plot.width == round(5.6 * 120) * (num_panels - (config.plot == "bars" and num_seeds == 1))
+    assert len(plot.convert("L").getcolors()) > 10
   with open(tmp_path / "out" / "study.csv", newline="") as file:
     rows = list(csv.DictReader(file))
   figures = {"layers": 3, "invariance": 3}.get(variant, 1)  # both layers and the best one

@@ -11,10 +11,10 @@ from pirl_jax.training.guards import Guard
 
 
 def guard(folder, said):
-  return Guard(folder, picture_name=lambda index: f"picture {index}", say=said.append)
+  return Guard(folder, image_name=lambda index: f"image {index}", say=said.append)
 
 
-def test_the_first_bad_step_is_named_with_its_pictures(tmp_path):
+def test_the_first_bad_step_is_named_with_its_images(tmp_path):
   watch = guard(tmp_path, [])
   watch.note(1, np.array([5, 6]), jnp.zeros(5, bool))
   watch.check()
@@ -26,7 +26,7 @@ def test_the_first_bad_step_is_named_with_its_pictures(tmp_path):
   assert "\n" not in str(error.value)
   assert json.loads((tmp_path / "not_finite.json").read_text()) == {
     "step": 3, "not_finite": ["the gradients", "the parameters"],
-    "pictures": [{"index": 1, "name": "picture 1"}, {"index": 2, "name": "picture 2"}]}
+    "images": [{"index": 1, "name": "image 1"}, {"index": 2, "name": "image 2"}]}
   watch.check()  # each is looked at once
 
 

@@ -143,7 +143,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_are_never_saved(tmp_path):
     assert not any(checkpoints.check(step, mesh_lib.create_mesh()) for step in checkpoints.steps())
   dump = json.loads((tmp_path / "run" / "not_finite.json").read_text())
   assert f"in step {dump['step']}, {dump['not_finite'][0]} held" in str(error.value)
-  assert len(dump["pictures"]) == 16 and dump["pictures"][0].keys() == {"index", "name"}
+  assert len(dump["images"]) == 16 and dump["images"][0].keys() == {"index", "name"}
 
 
 def test_the_first_bad_step_and_quantity_are_named_within_one_interval(tmp_path, monkeypatch):
@@ -175,25 +175,25 @@ def test_two_runs_at_once_in_a_folder_are_refused(whole_run, monkeypatch):
     pass
 
 
-def test_too_many_broken_pictures_stop_the_run_and_are_listed(tmp_path):
-  root = tmp_path / "pictures"
+def test_too_many_broken_images_stop_the_run_and_are_listed(tmp_path):
+  root = tmp_path / "images"
   root.mkdir()
   for i in range(72):
-    picture = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-    content = cv2.imencode(".png", picture)[1].tobytes()
+    image = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    content = cv2.imencode(".png", image)[1].tobytes()
     (root / f"{i:02}.png").write_bytes(content if i > 4 else content[:200])
   changes = {"data.source": "folder", "data.root": str(root), "data.split": "", "evaluate.split": "",
              "data.num_images": 0, "num_epochs": 6}
-  with pytest.raises(UserError, match=r"[45] of 72 training pictures cannot be read, more than .*=0.05"):
+  with pytest.raises(UserError, match=r"[45] of 72 training images cannot be read, more than .*=0.05"):
     pretrain.run(tiny(**changes), str(tmp_path / "run"))
-  broken = json.loads((tmp_path / "run" / "broken_pictures.json").read_text())
+  broken = json.loads((tmp_path / "run" / "broken_images.json").read_text())
   assert broken["count"] in (4, 5)
-  assert {picture["name"] for picture in broken["pictures"]} <= {f"{i:02}.png" for i in range(5)}
+  assert {image["name"] for image in broken["images"]} <= {f"{i:02}.png" for i in range(5)}
 
 
-def test_bad_pictures_of_every_kind_are_left_out_and_named_also_those_that_go_bad_in_the_middle(
+def test_bad_images_of_every_kind_are_left_out_and_named_also_those_that_go_bad_in_the_middle(
     tmp_path, monkeypatch, capsys):
-  root, rng = tmp_path / "pictures", np.random.default_rng(0)
+  root, rng = tmp_path / "images", np.random.default_rng(0)
   root.mkdir()
 
   def encoded(ending, shape=(20, 20, 3), dtype=np.uint8):
@@ -201,7 +201,7 @@ def test_bad_pictures_of_every_kind_are_left_out_and_named_also_those_that_go_ba
 
   bomb = encoded(".png")
   bomb = bomb[:16] + (70_000).to_bytes(4, "big") * 2 + bomb[24:]
-  at_first = {"a.png": b"no picture", "b.jpg": b"GIF89a" + bytes(100), "c.png": bomb, "d.webp": encoded(".webp")[:100],
+  at_first = {"a.png": b"no image", "b.jpg": b"GIF89a" + bytes(100), "c.png": bomb, "d.webp": encoded(".webp")[:100],
               "e.jpeg": encoded(".jpg")[:-40], "f.bmp": b"\0" * 500}
   later = {"g.png": None, "h.png": b"", "i.png": encoded(".png")[:80], "j.jpg": b"<html>404</html>", "k.png": bomb}
   odd_but_whole = {"l.jpg": encoded(".png"), "m.png": encoded(".png", dtype=np.uint16),
@@ -225,9 +225,9 @@ def test_bad_pictures_of_every_kind_are_left_out_and_named_also_those_that_go_ba
   config = tiny(**{"data.source": "folder", "data.root": str(root), "data.split": "", "evaluate.split": "",
                    "data.num_images": 0, "num_epochs": 6, "data.max_bad_fraction": 0.4})
   pretrain.run(config, str(tmp_path / "run"))
-  broken = json.loads((tmp_path / "run" / "broken_pictures.json").read_text())
+  broken = json.loads((tmp_path / "run" / "broken_images.json").read_text())
   expected = sorted([*at_first, *later, "q.png"])
-  assert [picture["name"] for picture in broken["pictures"]] == expected and broken["count"] == 12
+  assert [image["name"] for image in broken["images"]] == expected and broken["count"] == 12
   output = capsys.readouterr().out
   assert all(f"{name} cannot be read" in output for name in expected)
 

@@ -57,13 +57,13 @@ def test_while_the_first_step_compiles_there_is_nothing_to_wait_for(tmp_path, mo
     sent = time.monotonic()
     (code, output), = running.wait()
   assert code == 0 and time.monotonic() - sent < 5 and "the same command goes on" in output
-  assert not (tmp_path / "checkpoints").exists() and output.startswith("training pictures: ")
+  assert not (tmp_path / "checkpoints").exists() and output.startswith("training images: ")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_measurement_is_broken_off(tmp_path, processes):
-  """Of so many pictures it takes minutes; the checkpoint is that of the step before it."""
+  """Of so many images it takes minutes; the checkpoint is that of the step before it."""
   long = ("--config.evaluate.split=test", "--config.evaluate.num_images=400_000", "--config.evaluate.batch_size=64",
           "--config.evaluate.every_epochs=1")
   with Launch(*TRAINING, *long, f"--workdir={tmp_path}", processes=processes) as running:

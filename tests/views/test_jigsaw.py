@@ -1,4 +1,4 @@
-"""The jigsaw: undone it is the picture; offsets and orders are uniform; labels; what is refused."""
+"""The jigsaw: undone it is the image; offsets and orders are uniform; labels; what is refused."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize(("size", "grid", "patch"), [(12, 3, 4), (13, 2, 6), (10, 1, 10), (255, 3, 85)])
-def test_undone_it_is_the_picture(size, grid, patch):
+def test_undone_it_is_the_image(size, grid, patch):
   # Patches as large as their cells: nothing is lost, so the order alone must bring every pixel back.
   crop = RNG.integers(0, 256, (size, size, 3), np.uint8)
   key = jax.random.key(4)
@@ -130,7 +130,7 @@ def test_the_label_is_the_number_of_the_order_really_applied(subset):
                   permutation_subset=subset)
   assert jigsaw.num_labels == num_orders
   keys = jax.random.split(jax.random.key(5), count)
-  patches, labels = jax.jit(jax.vmap(lambda key: jigsaw(key, numbered_cells(), lambda pictures: pictures)))(keys)
+  patches, labels = jax.jit(jax.vmap(lambda key: jigsaw(key, numbered_cells(), lambda images: images)))(keys)
   assert labels.dtype == jnp.int32
   labels = np.asarray(labels)
   np.testing.assert_array_equal(patches, np.broadcast_to(orders[labels][:, :, None, None, None], (count, 9, 2, 2, 3)))
@@ -152,10 +152,10 @@ def test_offsets_do_not_depend_on_the_order_drawn():
     assert np.abs(mean - 4.5).max() < 5 * 2.88 / math.sqrt(1000)
 
 
-def test_a_single_order_is_the_picture_in_its_own():
+def test_a_single_order_is_the_image_in_its_own():
   jigsaw = Jigsaw(crop_size=6, crop_scale=(0.6, 1.0), grid=3, patch_size=2, num_permutations=1)
   for seed in range(5):
-    patches, label = jigsaw(jax.random.key(seed), numbered_cells(), lambda pictures: pictures)
+    patches, label = jigsaw(jax.random.key(seed), numbered_cells(), lambda images: images)
     assert label == 0
     np.testing.assert_array_equal(patches[:, 0, 0, 0], np.arange(9))
 
@@ -163,7 +163,7 @@ def test_a_single_order_is_the_picture_in_its_own():
 def test_of_all_orders_there_is_no_label():
   jigsaw = Jigsaw(crop_size=6, crop_scale=(0.6, 1.0), grid=3, patch_size=2)
   assert jigsaw.num_labels == 0
-  assert jigsaw(jax.random.key(0), numbered_cells(), lambda pictures: pictures)[1] == -1
+  assert jigsaw(jax.random.key(0), numbered_cells(), lambda images: images)[1] == -1
 
 
 @pytest.mark.parametrize("augment, draws", [("patches", 9), ("crop", 1)])

@@ -77,7 +77,7 @@ def test_all_orders_are_the_largest_subset(subset):
   assert {tuple(row) for row in found.tolist()} == set(itertools.permutations(range(6)))
 
 
-def test_one_permutation_is_the_picture_in_its_own_order():
+def test_one_permutation_is_the_image_in_its_own_order():
   assert permutation_subset(1).tolist() == [list(range(9))]
 
 

@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 HEIGHT, WIDTH = 17, 23
 
 
-def random_pictures(num=6):
+def random_images(num=6):
   """Noise, noise in a narrow band, a ramp with edges, and flat ones: u8[num, H, W, 3]."""
   noise = RNG.integers(0, 256, (num - 4, HEIGHT, WIDTH, 3), np.uint8)
   narrow = RNG.integers(100, 140, (1, HEIGHT, WIDTH, 3), np.uint8)
@@ -28,36 +28,36 @@ def random_pictures(num=6):
   return np.concatenate([noise, narrow, ramp, flat])
 
 
-PICTURES = random_pictures()
+IMAGES = random_images()
 
 
-def planes(pictures):
-  return jnp.asarray(np.moveaxis(pictures, -1, -3), jnp.float32)
+def planes(images):
+  return jnp.asarray(np.moveaxis(images, -1, -3), jnp.float32)
 
 
-def apply_all(operation, pictures, *parameters):
-  """u8 pictures and one parameter each -> u8 pictures, by `operation` under jit and vmap; whole levels are checked."""
-  out = np.asarray(jax.jit(jax.vmap(operation))(planes(pictures), *map(jnp.asarray, parameters)))
+def apply_all(operation, images, *parameters):
+  """u8 images and one parameter each -> u8 images, by `operation` under jit and vmap; whole levels are checked."""
+  out = np.asarray(jax.jit(jax.vmap(operation))(planes(images), *map(jnp.asarray, parameters)))
   np.testing.assert_array_equal(out, np.rint(out))
   assert out.min() >= 0 and out.max() <= 255
   return np.moveaxis(out, -3, -1).astype(np.uint8)
 
 
 def against_pil(operation, pil_operation, parameters):
-  """Returns the absolute differences over all pictures x parameters, i32[parameters, pictures, H, W, 3]."""
+  """Returns the absolute differences over all images x parameters, i32[parameters, images, H, W, 3]."""
   differences = []
   for value in parameters:
-    ours = apply_all(operation, PICTURES, np.full(len(PICTURES), value, np.float32))
-    theirs = np.stack([np.asarray(pil_operation(Image.fromarray(p), value)) for p in PICTURES])
+    ours = apply_all(operation, IMAGES, np.full(len(IMAGES), value, np.float32))
+    theirs = np.stack([np.asarray(pil_operation(Image.fromarray(p), value)) for p in IMAGES])
     differences.append(np.abs(ours.astype(int) - theirs))
   return np.stack(differences)
 
 
-def hue_oracle(picture, turns):
+def hue_oracle(image, turns):
   """colorsys in float64, one pixel at a time, back to whole levels by torchvision's rule."""
-  out = np.empty_like(picture)
-  for place in np.ndindex(picture.shape[:2]):
-    hue, saturation, value = colorsys.rgb_to_hsv(*(picture[place] / 255.0))
+  out = np.empty_like(image)
+  for place in np.ndindex(image.shape[:2]):
+    hue, saturation, value = colorsys.rgb_to_hsv(*(image[place] / 255.0))
     out[place] = [math.floor(c * 255.999 + 1e-9) for c in colorsys.hsv_to_rgb((hue + turns) % 1.0, saturation, value)]
   return out
 
@@ -93,33 +93,33 @@ def test_every_blend_of_two_levels_equals_pil():
 
 
 def test_contrast_rounds_a_mean_of_one_half_up():
-  picture = np.full((2, 2, 3), 10, np.uint8)
-  picture[0] = 11
-  ours = apply_all(photometric.adjust_contrast, picture[None], np.zeros(1, np.float32))
+  image = np.full((2, 2, 3), 10, np.uint8)
+  image[0] = 11
+  ours = apply_all(photometric.adjust_contrast, image[None], np.zeros(1, np.float32))
   np.testing.assert_array_equal(ours[0], 11)
 
 
-def test_contrast_of_a_large_picture_is_exact():
+def test_contrast_of_a_large_image_is_exact():
   # 300 x 300 levels sum to more than 2^24, where float32 sums round; the mean is 1 / 90,000 short of 200.5.
-  picture = np.full((300, 300, 3), 201, np.uint8)
-  picture.reshape(-1, 3)[:45_001] = 200
-  ours = apply_all(photometric.adjust_contrast, picture[None], np.zeros(1, np.float32))[0]
-  np.testing.assert_array_equal(ours, np.asarray(ImageEnhance.Contrast(Image.fromarray(picture)).enhance(0.0)))
+  image = np.full((300, 300, 3), 201, np.uint8)
+  image.reshape(-1, 3)[:45_001] = 200
+  ours = apply_all(photometric.adjust_contrast, image[None], np.zeros(1, np.float32))[0]
+  np.testing.assert_array_equal(ours, np.asarray(ImageEnhance.Contrast(Image.fromarray(image)).enhance(0.0)))
   assert ours[0, 0, 0] == 200
 
 
 @pytest.mark.parametrize("bits", [1, 4, 5, 6, 7, 8])
 def test_posterize_equals_pil(bits):
-  ours = apply_all(photometric.posterize, PICTURES, np.full(len(PICTURES), bits, np.int32))
-  theirs = np.stack([np.asarray(ImageOps.posterize(Image.fromarray(p), bits)) for p in PICTURES])
+  ours = apply_all(photometric.posterize, IMAGES, np.full(len(IMAGES), bits, np.int32))
+  theirs = np.stack([np.asarray(ImageOps.posterize(Image.fromarray(p), bits)) for p in IMAGES])
   np.testing.assert_array_equal(ours, theirs)
 
 
 def test_solarize_equals_pil():
   thresholds = [0, 1, 100, 128, 255, 256]
   assert against_pil(photometric.solarize, lambda p, t: ImageOps.solarize(p, int(t)), thresholds).max() == 0
-  unchanged = apply_all(photometric.solarize, PICTURES, np.full(len(PICTURES), 256, np.int32))
-  np.testing.assert_array_equal(unchanged, PICTURES)
+  unchanged = apply_all(photometric.solarize, IMAGES, np.full(len(IMAGES), 256, np.int32))
+  np.testing.assert_array_equal(unchanged, IMAGES)
 
 
 def test_grayscale_equals_pil():
@@ -130,7 +130,7 @@ def test_grayscale_equals_pil():
 
 
 def test_autocontrast_equals_pil_over_every_range():
-  # One row a picture: all levels of low..high, all 32640 ranges. PIL is one less in some of the whole quotients.
+  # One row an image: all levels of low..high, all 32640 ranges. PIL is one less in some of the whole quotients.
   low, high = np.triu_indices(256, k=1)
   rows = np.clip(np.arange(256)[None], low[:, None], high[:, None])
   image = jnp.broadcast_to(jnp.asarray(rows, jnp.float32)[:, None, None, :], (len(low), 3, 1, 256))
@@ -145,17 +145,17 @@ def test_autocontrast_equals_pil_over_every_range():
     assert not behind[~whole].any()
 
 
-def test_autocontrast_of_pictures_equals_pil():
-  ours = apply_all(photometric.autocontrast, PICTURES).astype(int)
-  theirs = np.stack([np.asarray(ImageOps.autocontrast(Image.fromarray(p))) for p in PICTURES])
+def test_autocontrast_of_images_equals_pil():
+  ours = apply_all(photometric.autocontrast, IMAGES).astype(int)
+  theirs = np.stack([np.asarray(ImageOps.autocontrast(Image.fromarray(p))) for p in IMAGES])
   assert np.abs(ours - theirs).max() <= 1
-  np.testing.assert_array_equal(ours[-2:], PICTURES[-2:])  # flat channels stay
+  np.testing.assert_array_equal(ours[-2:], IMAGES[-2:])  # flat channels stay
 
 
 @pytest.mark.parametrize("turns", [-0.5, -0.2, -1 / 6, 0.0, 0.1, 1 / 3, 0.4999, 0.5])
 def test_hue_equals_float_hsv(turns):
-  ours = apply_all(photometric.adjust_hue, PICTURES, np.full(len(PICTURES), turns, np.float32)).astype(int)
-  theirs = np.stack([hue_oracle(p, float(np.float32(turns))) for p in PICTURES])
+  ours = apply_all(photometric.adjust_hue, IMAGES, np.full(len(IMAGES), turns, np.float32)).astype(int)
+  theirs = np.stack([hue_oracle(p, float(np.float32(turns))) for p in IMAGES])
   assert np.abs(ours - theirs).max() <= 1
   assert (ours != theirs).mean() < 1e-3
 
@@ -182,11 +182,11 @@ def test_jitter_equals_the_plain_sequence_in_all_24_orders():
     lambda p: np.asarray(ImageEnhance.Color(Image.fromarray(p)).enhance(factors[2])),
     lambda p: hue_oracle(p, float(np.float32(turns))),
   ]
-  picture = PICTURES[0]
+  image = IMAGES[0]
   orders = list(itertools.permutations(range(4)))
   expected = []
   for order in orders:
-    current = picture
+    current = image
     for step in order:
       current = steps[step](current)
     expected.append(current)
@@ -204,7 +204,7 @@ def test_jitter_equals_the_plain_sequence_in_all_24_orders():
     )
 
   places = np.argsort(np.asarray(orders), axis=1).astype(np.int32)
-  ours = apply_all(jitter, np.repeat(picture[None], 24, axis=0), places)
+  ours = apply_all(jitter, np.repeat(image[None], 24, axis=0), places)
   off = np.abs(ours.astype(int) - np.stack(expected))
   assert off.max() <= 2
   assert (off > 0).reshape(24, -1).mean(axis=1).max() < 3e-3
@@ -220,7 +220,7 @@ def test_jitter_of_some_operations_equals_their_sequence(present):
   ]
   names = ("brightness", "contrast", "saturation", "hue")
   parameters = {name: jnp.float32(steps[i][1]) if i in present else None for i, name in enumerate(names)}
-  image = planes(PICTURES)[0]
+  image = planes(IMAGES)[0]
   for order in [(3, 2, 1, 0), (1, 3, 0, 2)]:
     expected = image
     for i in order:
@@ -230,10 +230,10 @@ def test_jitter_of_some_operations_equals_their_sequence(present):
     np.testing.assert_array_equal(jitter(image, **parameters, places=places), expected)
 
 
-def replay(picture, drawn, index):
+def replay(pixels, drawn, index):
   """The list of operations by PIL, one after the other, for number `index` of many draws."""
   value = {name: None if v is None else np.asarray(v)[index] for name, v in drawn._asdict().items()}
-  image = Image.fromarray(picture)
+  image = Image.fromarray(pixels)
   for step in np.argsort(value["places"]):
     if step == 3:
       image = Image.fromarray(hue_oracle(np.asarray(image), float(value["hue"])))
@@ -256,10 +256,10 @@ def replay(picture, drawn, index):
 @pytest.mark.parametrize("recipe", [BASE, GBLUR], ids=["base", "gblur"])
 def test_a_whole_recipe_equals_pil_with_the_same_draws(recipe):
   count = 48
-  pictures = RNG.integers(0, 256, (count, HEIGHT, WIDTH, 3), np.uint8)
+  images = RNG.integers(0, 256, (count, HEIGHT, WIDTH, 3), np.uint8)
   drawn = jax.jit(jax.vmap(lambda k: draw_photometric(k, recipe=recipe)))(jax.random.split(jax.random.key(3), count))
-  ours = np.moveaxis(np.asarray(jax.jit(jax.vmap(apply_photometric))(planes(pictures), drawn)), -3, -1)
-  theirs = np.stack([replay(pictures[i], drawn, i) for i in range(count)])
+  ours = np.moveaxis(np.asarray(jax.jit(jax.vmap(apply_photometric))(planes(images), drawn)), -3, -1)
+  theirs = np.stack([replay(images[i], drawn, i) for i in range(count)])
   off = np.abs(ours - theirs.astype(int))
   # A level lost by hue or by PIL's autocontrast may be stretched or inverted later, but there are hardly any.
   assert (off > 0).mean() < 2e-3
@@ -295,7 +295,7 @@ def test_draws_have_their_probabilities_and_ranges():
   near_share = np.bincount(base.bits[group], minlength=9)[4:] / group.sum()
   assert len(near_share) == 5 and np.abs(near_share - 0.2).max() < 0.02
   assert np.array_equal(np.unique(base.threshold[group]), np.arange(257))
-  # The coins of one picture do not hang together.
+  # The coins of one image do not hang together.
   near(base.grayscale & base.flip, 0.1)
   near(base.autocontrast & base.grayscale, 0.132)
   orders = np.unique(base.places, axis=0, return_counts=True)[1]
@@ -319,10 +319,10 @@ def test_a_strength_above_one_starts_at_zero():
   assert 0 <= factors.min() < 0.01 and 2.49 < factors.max() <= 2.5
 
 
-def test_zeros_leave_the_picture_alone_and_nothing_in_the_program():
+def test_zeros_leave_the_image_alone_and_nothing_in_the_program():
   nothing = Recipe(brightness=0, contrast=0, saturation=0, hue=0, group_probability=0, grayscale_probability=0,
                    flip_probability=0)
-  image = planes(PICTURES)[0]
+  image = planes(IMAGES)[0]
 
   def run(key, image):
     return apply_photometric(image, draw_photometric(key, recipe=nothing))
@@ -347,7 +347,7 @@ def test_jit_and_vmap_agree(recipe):
     return apply_photometric(image, draw_photometric(key, recipe=recipe))
 
   keys = jax.random.split(jax.random.key(2), 3)
-  images = planes(PICTURES[:3])
+  images = planes(IMAGES[:3])
   together = jax.jit(jax.vmap(run))(keys, images)
   jitted = jax.jit(run)
   for i in range(3):

@@ -12,13 +12,13 @@ from pirl_jax.views.rotation_jigsaw import RotationJigsaw
 RNG = np.random.default_rng(0)
 
 
-def mirror(pictures):
+def mirror(images):
   """An augmentation that does not commute with a turn."""
-  return pictures[:, :, ::-1]
+  return images[:, :, ::-1]
 
 
 def unlike_pixels(size):
-  """A picture u8[S, S, 3] in which no two pixels are equal; S is at most 16."""
+  """An image u8[S, S, 3] in which no two pixels are equal; S is at most 16."""
   values = np.arange(size * size, dtype=np.uint8).reshape(size, size)
   return np.stack([values, values[::-1], values.T], axis=-1)
 
@@ -33,7 +33,7 @@ def test_rotate_is_numpys_rot90(side):
     np.testing.assert_array_equal(rotate(image, count), np.rot90(image, count))
 
 
-def test_the_label_of_a_rotation_is_the_turn_of_the_augmented_picture():
+def test_the_label_of_a_rotation_is_the_turn_of_the_augmented_image():
   rotation = Rotation(crop_size=6, crop_scale=(0.2, 1.0))
   assert rotation.view_shape == (1, 6, 6, 3) and rotation.num_labels == 4
   crop = unlike_pixels(6)

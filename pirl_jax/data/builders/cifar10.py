@@ -3,19 +3,19 @@
 import tensorflow_datasets as tfds
 
 from pirl_jax.data.builders import archives
-from pirl_jax.data.builders.labelled import LabelledPictures
+from pirl_jax.data.builders.labelled import LabelledImages
 
 _FOLDER = "cifar-10-batches-bin"
 
 
-class Cifar10(LabelledPictures, skip_registration=True):
-  """50,000 training and 10,000 test pictures of 32 x 32 px in 10 classes, stored as PNG."""
+class Cifar10(LabelledImages, skip_registration=True):
+  """50,000 training and 10,000 test images of 32 x 32 px in 10 classes, stored as PNG."""
 
   VERSION = tfds.core.Version("3.0.2")
   URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
   SIDE = 32
   NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-  DESCRIPTION = "CIFAR-10: 60,000 colour pictures of 32 x 32 px in 10 classes."
+  DESCRIPTION = "CIFAR-10: 60,000 colour images of 32 x 32 px in 10 classes."
   HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
   MORE_FEATURES = {"id": tfds.features.Text()}
   SPLITS = {"train": ("train", [f"data_batch_{i}.bin" for i in range(1, 6)]), "test": ("test", ["test_batch.bin"])}

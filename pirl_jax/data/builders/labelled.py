@@ -1,4 +1,4 @@
-"""What the builders of small pictures with one label each share: they are stored as PNG, of one size."""
+"""What the builders of small images with one label each share: they are stored as PNG, of one size."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -10,8 +10,8 @@ from PIL import Image
 from pirl_jax.data.builders import archives
 
 
-class LabelledPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """A set of pictures of `SIDE` x `SIDE` px in the classes `NAMES`, in one archive at `URL`.
+class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """A set of images of `SIDE` x `SIDE` px in the classes `NAMES`, in one archive at `URL`.
 
   A subclass says in `members` what is in which split, and in `read` how a split's records are read.
   """

@@ -17,7 +17,7 @@ _POSES = ("frontal", "rear", "left", "right", "unspecified")
 
 
 class Voc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """2,501 training, 2,510 validation and 4,952 test pictures with objects of 20 classes, as the JPEG files they are."""
+  """2,501 training, 2,510 validation and 4,952 test images with objects of 20 classes, as the JPEG files they are."""
 
   VERSION = tfds.core.Version("5.0.0")
   BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="2007")]
@@ -90,7 +90,7 @@ class Voc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def _objects(annotation: ElementTree.Element) -> list[dict]:
-  """Returns the objects of one picture as the feature "objects" has them."""
+  """Returns the objects of one image as the feature "objects" has them."""
   size = annotation.find("size")
   width, height = float(size.findtext("width")), float(size.findtext("height"))
   found = []

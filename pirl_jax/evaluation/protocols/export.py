@@ -1,6 +1,6 @@
 """Features of one split in a file, for use elsewhere: `.npz` or Parquet.
 
-Letters: N pictures that can be read, D numbers of a feature, n pictures of a batch, H side of a picture in pixels.
+Letters: N images that can be read, D numbers of a feature, n images of a batch, H side of an image in pixels.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from pirl_jax.data.records import Source
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import IN_FLIGHT, stream_features
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.layers import check_features, layer_features
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, beside
@@ -32,7 +32,7 @@ from pirl_jax.runtime.progress import Progress
 from pirl_jax.storage.files import replacing
 
 NAMES_SHOWN = 10
-"""Broken pictures that are named in the figures."""
+"""Broken images that are named in the figures."""
 
 BLOCK_NUMBERS = 2**22
 """Numbers of a Parquet row group, 16 MiB; a batch of more makes one by itself."""
@@ -63,53 +63,53 @@ class ExportSettings:
       raise UserError(f"features.format={self.format!r} is unknown; choose one of: {', '.join(_WRITERS)}")
 
 
-def export_features(model: Model, pictures: Pictures, settings: ExportSettings, *, mesh: Mesh,
+def export_features(model: Model, images: Images, settings: ExportSettings, *, mesh: Mesh,
                     path: str | os.PathLike) -> Outcome:
-  """Writes the features of all pictures that can be read, in the order of their index, and returns what was written.
+  """Writes the features of all images that can be read, in the order of their index, and returns what was written.
 
   - "npz" holds `features` f32[N, D], `index` i32[N], `label` i32[N], `name` str[N], `class_names` str[classes] and
     `layer` str, not compressed. np.load needs no pickle for it.
   - "parquet" has the columns index i32, label i32, name, class (null where there is none) and features, lists of D
     floats; its metadata holds `layer`, and as JSON `class_names`.
 
-  `label` is the class's place in `class_names`, -1 where there is none; `name` is the source's name of the picture.
-  Where a picture may show several classes there is `targets` besides, i8[N, classes] or a column of lists: 1 the class
+  `label` is the class's place in `class_names`, -1 where there is none; `name` is the source's name of the image.
+  Where an image may show several classes there is `targets` besides, i8[N, classes] or a column of lists: 1 the class
   is there, 0 it is not, -1 with difficulty.
 
   The file is there whole or not at all; the first process writes it. Features never stand in memory but for a few
   batches or one block. An `.npz` takes twice its room on the disk until it is done: an array's header says how many
-  rows follow, and that is known when the last picture has been read.
+  rows follow, and that is known when the last image has been read.
 
-  The figures: `path`, `format`, `layer`, `dtype`, `dim` (D), `num_pictures` (N), `num_broken`, `broken` (the names of
-  the first of them) and `features_per_second`: pictures a second, reading and writing counted, the first batches left
+  The figures: `path`, `format`, `layer`, `dtype`, `dim` (D), `num_images` (N), `num_broken`, `broken` (the names of
+  the first of them) and `features_per_second`: images a second, reading and writing counted, the first batches left
   out where there are others, because they wait for the compiler.
 
   Args:
     model: the frozen network.
-    pictures: of one split.
+    images: of one split.
     settings: the layer and the format; `splits` has been seen to already.
     mesh: the devices.
     path: the file; its folder is created.
 
   Raises:
-    UserError: unknown layer, too little room on the disk, or no picture that can be read.
+    UserError: unknown layer, too little room on the disk, or no image that can be read.
   """
   layer, format = settings.layer, settings.format
-  check_features(model, (layer,), image_size=pictures.image_size, field="features.layer")
+  check_features(model, (layer,), image_size=images.image_size, field="features.layer")
   forward_fn = layer_features(model.network, (layer,))
-  like = jax.ShapeDtypeStruct((1, pictures.image_size, pictures.image_size, 3), jnp.float32)
+  like = jax.ShapeDtypeStruct((1, images.image_size, images.image_size, 3), jnp.float32)
   dim = jax.eval_shape(forward_fn, model.variables, like)[layer].shape[1]
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  _check_room(path, len(pictures), dim, format)
+  _check_room(path, len(images), dim, format)
 
-  source = pictures.source
-  seen = np.zeros(len(pictures), bool)
+  source = images.source
+  seen = np.zeros(len(images), bool)
   num_counted, began = 0, perf_counter()
   writing = _WRITERS[format](path, dim, layer, source)
   with (writing if jax.process_index() == 0 else contextlib.nullcontext(_write_nothing) as write,
-        Progress(f"features of {layer}", len(pictures)) as progress,
-        contextlib.closing(pictures.test_batches()) as batches):
+        Progress(f"features of {layer}", len(images)) as progress,
+        contextlib.closing(images.test_batches()) as batches):
     for number, part in enumerate(stream_features(forward_fn, model.variables, batches, mesh)):
       if number == 0:
         first_done = perf_counter()
@@ -119,9 +119,9 @@ def export_features(model: Model, pictures: Pictures, settings: ExportSettings, 
       write(part.features[layer], part.index, part.labels)
       progress.update(len(part.index) + part.num_broken)
     if not seen.any():
-      raise UserError(f"no features to write: none of the {len(pictures)} pictures can be read")
+      raise UserError(f"no features to write: none of the {len(images)} images can be read")
   ended = perf_counter()
-  num_pictures, broken = int(np.count_nonzero(seen)), np.flatnonzero(~seen)
+  num_images, broken = int(np.count_nonzero(seen)), np.flatnonzero(~seen)
   return Outcome(
     figures={
       "path": str(path),
@@ -129,20 +129,20 @@ def export_features(model: Model, pictures: Pictures, settings: ExportSettings, 
       "layer": layer,
       "dtype": "float32",
       "dim": dim,
-      "num_pictures": num_pictures,
+      "num_images": num_images,
       "num_broken": len(broken),
       "broken": _names(source, broken[:NAMES_SHOWN]),
-      "features_per_second": num_counted / (ended - first_done) if num_counted else num_pictures / (ended - began),
+      "features_per_second": num_counted / (ended - first_done) if num_counted else num_images / (ended - began),
     },
-    table={"pictures": num_pictures, "numbers a picture": dim})
+    table={"images": num_images, "numbers an image": dim})
 
 
-def _check_room(path, num_pictures, dim, format):
-  needed = 4 * num_pictures * dim * (2 if format == "npz" else 1)
+def _check_room(path, num_images, dim, format):
+  needed = 4 * num_images * dim * (2 if format == "npz" else 1)
   free = shutil.disk_usage(path.parent).free
   if needed > free:
     half = ", and --config.features.format=parquet needs half of that" if format == "npz" else ""
-    raise UserError(f"{num_pictures} pictures x {dim} numbers need {needed / 1e9:.2f} GB for {format}, but "
+    raise UserError(f"{num_images} images x {dim} numbers need {needed / 1e9:.2f} GB for {format}, but "
                     f"{path.parent} has {free / 1e9:.2f} GB free; --workdir=DIR writes elsewhere{half}")
 
 
@@ -151,7 +151,7 @@ def _write_nothing(*_) -> None:
 
 
 def _names(source: Source, index: np.ndarray) -> list[str]:
-  return [source.picture_name(i) for i in index.tolist()]
+  return [source.image_name(i) for i in index.tolist()]
 
 
 @contextlib.contextmanager
@@ -229,12 +229,12 @@ def _measure(evaluation: Evaluation) -> Outcome:
   if evaluation.test is not None:  # without a held-out split its name is that of a whole folder, ""
     known[data["test_split"]] = evaluation.test
   splits = tuple(settings.splits) or tuple(known)
-  pictures = {split: known.get(split) or evaluation.open_split(split) for split in splits}
+  images = {split: known.get(split) or evaluation.open_split(split) for split in splits}
   found = {
     split: export_features(
       evaluation.subject.model, part, settings, mesh=evaluation.mesh,
       path=beside(evaluation, re.sub(r"[^A-Za-z0-9_.]+", "_", split) or "all", settings.format))
-    for split, part in pictures.items()}
+    for split, part in images.items()}
   return Outcome(
     figures={"splits": {split: outcome.figures for split, outcome in found.items()},
              "written": [outcome.figures["path"] for outcome in found.values()]},

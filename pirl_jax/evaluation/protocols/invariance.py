@@ -1,6 +1,6 @@
 """How far apart an image and its transformed version are represented (PIRL, figure 4).
 
-Letters: B batch, N pictures, T transforms of each, P views that a transform makes, D numbers of a vector, C those of
+Letters: B batch, N images, T transforms of each, P views that a transform makes, D numbers of a vector, C those of
 trunk features, H S h w sides in pixels.
 """
 
@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from pirl_jax import system
 from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
 from pirl_jax.figures.curves import Curve
@@ -46,12 +46,13 @@ AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class InvarianceSettings:
-  """Which vectors are compared, and of how many pictures.
+  """Which vectors are compared, and of how many images.
 
   Attributes:
-    split: "train" or "test" pictures; None: test, if there are any.
+    split: "train" or "test" images; None: test, if there are any.
     representation: "heads" or "trunk".
-    num_pictures: so many, chosen by the seed, the same on every machine; all if there are fewer.
+    num_pictures: so many images, chosen by the seed, the same on every machine; all if there are fewer. It keeps the
+      name by which the results of before are compared.
     num_transforms: T.
     num_bins: of the histogram.
 
@@ -74,41 +75,41 @@ class InvarianceSettings:
         raise UserError(f"invariance.{name}={getattr(self, name)}; choose 1 or more")
 
 
-def measure_invariance(model: Model, pictures: Pictures, settings: InvarianceSettings, *, mesh: Mesh,
+def measure_invariance(model: Model, images: Images, settings: InvarianceSettings, *, mesh: Mesh,
                        views_fn: Callable, pretext_size: int, seed: int) -> Outcome:
   """Returns the distribution of the l2 distance, in [0, 2], between unit vectors of v_I and v_It.
 
-  v_I is the centre crop; v_It is made by `views_fn` of the same part of the picture, T times with other draws. With
+  v_I is the centre crop; v_It is made by `views_fn` of the same part of the image, T times with other draws. With
   "heads" the vectors are f(v_I) and g(v_It), as in the paper. With "trunk" they are the pooled features of v_I and the
   mean of those of the P views of v_It, which every network has, whatever it was trained for. These follow a ReLU, are
   never negative, and so never further apart than sqrt(2): a distance of heads and one of trunks do not compare.
 
-  A network that gives everything one vector has small distances too, so the same is told of one picture and the
+  A network that gives everything one vector has small distances too, so the same is told of one image and the
   transformed version of another (the next one), and how the two distributions lie to each other.
 
   The figures: `matched` and `mismatched`, each with `mean`, `std`, `min`, `max`, `median`, `counts` and `edges` of the
   histogram over [0, 2]; `separation`, the probability that a mismatched distance is larger than a matched one (area
-  under the ROC curve; 0.5 is chance); `representation`, `num_pictures`, `num_transforms`, `num_broken`.
+  under the ROC curve; 0.5 is chance); `representation`, `num_images`, `num_transforms`, `num_broken`.
 
   Args:
     model: the frozen network.
-    pictures: of which some are taken.
+    images: of which some are taken.
     settings: what is compared; `split` has been seen to already.
     mesh: the devices.
     views_fn: see `make_views`; with `NO_AUGMENTATION` the two views differ by the transform alone.
     pretext_size: S, side of the crop that it transforms.
-    seed: of the choice and of the transforms, which depend on it, on their number and on the picture alone.
+    seed: of the choice and of the transforms, which depend on it, on their number and on the image alone.
 
   Raises:
-    UserError: the network does not have the representation, or fewer than two pictures can be read.
+    UserError: the network does not have the representation, or fewer than two images can be read.
   """
   representation = settings.representation
   check_representation(model.network, representation)
-  index = shuffled(range(len(pictures)), seed=seed)[:settings.num_pictures]
-  image_emb, pretext_emb, num_broken = _embed(model, pictures, index, settings, mesh=mesh, views_fn=views_fn,
+  index = shuffled(range(len(images)), seed=seed)[:settings.num_pictures]
+  image_emb, pretext_emb, num_broken = _embed(model, images, index, settings, mesh=mesh, views_fn=views_fn,
                                               pretext_size=pretext_size, seed=seed)
   if len(image_emb) < 2:
-    raise UserError(f"{len(image_emb)} of {len(index)} pictures can be read; distances to another one need two")
+    raise UserError(f"{len(image_emb)} of {len(index)} images can be read; distances to another one need two")
   matched = _distances(image_emb, pretext_emb)
   mismatched = _distances(image_emb, np.roll(pretext_emb, -1, axis=0))
   is_other = np.repeat([0, 1], [matched.size, mismatched.size])
@@ -116,13 +117,13 @@ def measure_invariance(model: Model, pictures: Pictures, settings: InvarianceSet
 
   edges = np.linspace(0, LARGEST, settings.num_bins + 1)
   figures = {"matched": _describe(matched, edges), "mismatched": _describe(mismatched, edges),
-             "separation": separation, "representation": representation, "num_pictures": len(image_emb),
+             "separation": separation, "representation": representation, "num_images": len(image_emb),
              "num_transforms": settings.num_transforms, "num_broken": num_broken}
   density = np.array(figures["matched"]["counts"]) / matched.size / (edges[1] - edges[0])
   return Outcome(
     figures,
     table={"mean distance": figures["matched"]["mean"], "standard deviation": figures["matched"]["std"],
-           "mean distance to another picture": figures["mismatched"]["mean"], "separation (chance: 0.5)": separation},
+           "mean distance to another image": figures["mismatched"]["mean"], "separation (chance: 0.5)": separation},
     curve=Curve(AXES[representation], "density", ((edges[1:] + edges[:-1]) / 2).tolist(), density.tolist()))
 
 
@@ -133,19 +134,19 @@ def check_representation(network: Network, representation: str) -> None:
                     "heads f and g; compare what its trunk gives: --config.invariance.representation=trunk")
 
 
-def _embed(model, pictures, index, settings, *, mesh, views_fn, pretext_size, seed):
-  """Returns f32[N, D] of images and f32[N, T, D] of transformed ones, unit vectors, of the pictures that can be read,
+def _embed(model, images, index, settings, *, mesh, views_fn, pretext_size, seed):
+  """Returns f32[N, D] of images and f32[N, T, D] of transformed ones, unit vectors, of the images that can be read,
   and how many cannot."""
   embed = _make_embed(model.network, views_fn, mesh, settings.representation, settings.num_transforms, seed)
   variables = jax.device_put(model.variables, whole(mesh))
-  chosen = dataclasses.replace(pictures, source=Subset(pictures.source, index))
+  chosen = dataclasses.replace(images, source=Subset(images.source, index))
   parts, num_broken = [], 0
-  with (closing(chosen.test_batches()) as images,
-        closing(dataclasses.replace(chosen, image_size=pretext_size).test_batches()) as crops,
+  with (closing(chosen.test_batches()) as image_batches,
+        closing(dataclasses.replace(chosen, image_size=pretext_size).test_batches()) as crop_batches,
         Progress("invariance", len(index)) as progress):
-    for image, crop in zip(images, crops, strict=True):
+    for image, crop in zip(image_batches, crop_batches, strict=True):
       there, valid = image["index"] >= 0, image["valid"]
-      # Transforms follow the picture's number in the whole set, whichever others are taken.
+      # Transforms follow the image's number in the whole set, whichever others are taken.
       number = np.where(there, np.asarray(index)[image["index"]], 0).astype(np.int32)
       batch = jax.device_put((image["image"], crop["image"], number), split(mesh))
       image_emb, pretext_emb = (np.asarray(x) for x in embed(variables, *batch))

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.classification import check_classes
 from pirl_jax.evaluation.features import extract_features, stream_features, unit_norm
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.layers import check_features, layer_features
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
@@ -175,42 +175,42 @@ def gather_blocks(parts: Iterable[tuple[np.ndarray, np.ndarray]], *, num_referen
     yield block, block_ids
 
 
-def measure_knn(model: Model, train: Pictures, test: Pictures, settings: KnnSettings, *, mesh: Mesh) -> Outcome:
+def measure_knn(model: Model, train: Images, test: Images, settings: KnnSettings, *, mesh: Mesh) -> Outcome:
   """Returns the accuracy of weighted kNN on a layer's features, for k and for smaller numbers of neighbours.
 
   The figures: `top1` and `top5` in [0, 1], `top1_by_k` (the same search, fewer neighbours voting), `k` as asked and
-  `k_used` (fewer training pictures allow no more), `temperature`, `layer`, `dim`, `similarity`, `num_train` and
-  `num_test` (labelled pictures that voted and were judged), `num_broken_train`, `num_broken_test`. The same on any
+  `k_used` (fewer training images allow no more), `temperature`, `layer`, `dim`, `similarity`, `num_train` and
+  `num_test` (labelled images that voted and were judged), `num_broken_train`, `num_broken_test`. The same on any
   number of devices and for any batch size, but for rounding.
 
-  Features of the held-out pictures stand in memory, of the host and of every device (0.4 GB for 50,000 of 2,048
-  numbers); those of the training pictures never do: they are searched block by block as they come.
+  Features of the held-out images stand in memory, of the host and of every device (0.4 GB for 50,000 of 2,048
+  numbers); those of the training images never do: they are searched block by block as they come.
 
   Args:
     model: the frozen network.
-    train: the pictures that vote.
-    test: the pictures that are judged.
+    train: the images that vote.
+    test: the images that are judged.
     settings: the layer, and how a neighbour votes.
     mesh: the devices.
 
   Raises:
-    UserError: unknown layer, no labels, or no readable pictures.
+    UserError: unknown layer, no labels, or no readable images.
   """
   layer, k = settings.layer, settings.k
   check_features(model, (layer,), image_size=train.image_size, field="knn.layer")
   check_classes(train, test, protocol="kNN")
   forward_fn = layer_features(model.network, (layer,))
-  with Progress("kNN: features of held-out pictures", len(test)) as progress:
+  with Progress("kNN: features of held-out images", len(test)) as progress:
     held_out = extract_features(forward_fn, model.variables, test.test_batches(), mesh, on_batch=progress.update)
   judged = held_out.labels >= 0
   if not judged.any():
-    raise UserError(f"kNN needs labels, and none of the {len(judged)} held-out pictures has one")
+    raise UserError(f"kNN needs labels, and none of the {len(judged)} held-out images has one")
   queries = unit_norm(held_out.features[layer][judged])
 
   nearest = Nearest(queries, k=min(k, len(train)), mesh=mesh)
   labels = np.full(len(train), -1, np.int32)
   num_broken = 0
-  with Progress("kNN: training pictures searched", len(train)) as progress:
+  with Progress("kNN: training images searched", len(train)) as progress:
     def voters():
       nonlocal num_broken
       for part in stream_features(forward_fn, model.variables, train.test_batches(), mesh):
@@ -225,7 +225,7 @@ def measure_knn(model: Model, train: Pictures, test: Pictures, settings: KnnSett
     found = nearest.result()
   num_train = int(np.count_nonzero(labels >= 0))
   if num_train == 0:
-    raise UserError(f"kNN needs labels, and none of the {len(train)} training pictures that can be read has one")
+    raise UserError(f"kNN needs labels, and none of the {len(train)} training images that can be read has one")
 
   k_used = min(k, num_train)
   ks = ladder(k_used)
@@ -305,7 +305,7 @@ def accuracy(references: jax.Array | np.ndarray, reference_labels: np.ndarray, q
   """
   labelled = np.asarray(query_labels) >= 0
   if not labelled.any():
-    raise UserError(f"kNN needs labels, and none of the {len(labelled)} held-out pictures has one")
+    raise UserError(f"kNN needs labels, and none of the {len(labelled)} held-out images has one")
   prediction = predict(references, reference_labels, np.asarray(queries)[labelled], mesh=mesh, k=k,
                        temperature=temperature)
   hits = prediction.classes == np.asarray(query_labels)[labelled, None]

@@ -1,7 +1,7 @@
 """Is it learning? kNN accuracy on raw pixels, on the untrained network and on the trained one, side by side.
 
-All three judge the same held-out pictures after the same test transform, with the same k, temperature and
-cosine similarity, against the training pictures.
+All three judge the same held-out images after the same test transform, with the same k, temperature and
+cosine similarity, against the training images.
 """
 
 import dataclasses
@@ -41,17 +41,17 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
   """Returns the table, JSON values.
 
   It holds `raw_pixels` (the network's normalised input, flattened), `untrained` and `trained` (pooled
-  trunk features; the untrained network's batch statistics are first calibrated on the training pictures):
+  trunk features; the untrained network's batch statistics are first calibrated on the training images):
   top-1 in [0, 1]. Besides: `protocol`, `similarity`, `features`, `k` as asked, `k_used` (fewer training
-  pictures allow no more), `temperature`, `num_train` and `num_test` (labelled pictures that voted and were
+  images allow no more), `temperature`, `num_train` and `num_test` (labelled images that voted and were
   judged), `num_broken_train`, `num_broken_test`, and `about`.
 
-  Raw pixels of all pictures stand in memory at once (12 kB for a picture of 32 x 32).
+  Raw pixels of all images stand in memory at once (12 kB for an image of 32 x 32).
 
   Args:
-    train_batches: opens the training pictures under the test transform, see `features.extract_features`; read
+    train_batches: opens the training images under the test transform, see `features.extract_features`; read
       twice.
-    test_batches: opens the held-out pictures; read once.
+    test_batches: opens the held-out images; read once.
     forward_fn: forward_fn(variables, image f32[b, H, W, 3] normalised) -> pooled trunk features f32[b, C].
     stats_fn: see `features.calibrate_batch_stats`, as is `momentum`.
     untrained: {"params": ..., "batch_stats": ...} before the first step.
@@ -59,16 +59,16 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
     mesh: the devices.
     settings: how a neighbour votes.
     about: what the reader needs to repeat it: seed, checkpoint step, descriptions and fingerprints of both
-      sets of pictures, image size and crop fraction of the test transform.
+      sets of images, image size and crop fraction of the test transform.
 
   Raises:
-    UserError: no labels, no readable pictures, or an impossible k or temperature.
+    UserError: no labels, no readable images, or an impossible k or temperature.
   """
   untrained = features_lib.calibrate_batch_stats(stats_fn, untrained, train_batches(), mesh,
                                                  momentum=momentum)
   variables = {"untrained": untrained, "trained": trained}
 
-  # One pass over the pictures serves all three: decoding them costs more than a small network does.
+  # One pass over the images serves all three: decoding them costs more than a small network does.
   def all_features(variables, image):
     networks = {name: forward_fn(values, image) for name, values in variables.items()}
     return {"raw_pixels": jnp.reshape(image, (image.shape[0], -1)), **networks}
@@ -101,5 +101,5 @@ def format_learning(table: Mapping[str, Any]) -> str:
   """Returns the table of `measure_learning` as lines of text for people."""
   width = max(map(len, NAMES.values()))
   title = (f"Is it learning? kNN top-1 (k={table['k_used']}, temperature {table['temperature']:g}), "
-           f"{table['num_test']:,} held-out among {table['num_train']:,} training pictures")
+           f"{table['num_test']:,} held-out among {table['num_train']:,} training images")
   return "\n".join([title, *(f"  {text:<{width}}  {table[name]:6.1%}" for name, text in NAMES.items())])

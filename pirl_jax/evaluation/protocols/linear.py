@@ -10,7 +10,7 @@ devices, and judge with running statistics. The linear layer starts from N(0, 0.
 own code and in MoCo. Weight decay applies to kernels and biases of the linear layers, not to the batch norm's scale and
 shift, as in vissl; the paper does not say.
 
-Letters: B batch of all devices, b this device's part, N pictures, H side in pixels, h w C a pooled map (a vector has C
+Letters: B batch of all devices, b this device's part, N images, H side in pixels, h w C a pooled map (a vector has C
 alone), D its numbers, L classes.
 """
 
@@ -33,7 +33,7 @@ from pirl_jax.data import batches
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import classification, training
 from pirl_jax.evaluation.features import stream_features
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.layers import EMBEDDING, layer_features, layer_names, named_layers
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
@@ -54,7 +54,7 @@ MOMENTUM = 0.1
 """Of the batch norm: what is added to the variance, and the share of the new value in the running statistics."""
 
 CACHE_BYTES = 8 * 2**30
-"""The most that the features of all training pictures may take in memory."""
+"""The most that the features of all training images may take in memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class LinearSettings(training.TrainingSettings):
     layers: names with commas between them, see `layers.layer_names`, or "embedding"; "": the whole trunk.
     schedule: "steps" by `milestones`, or "cosine": half a cosine to zero, at each step.
     head: before the linear layer "bn" (batch norm without scale and shift), "bn_affine" (with), or "plain" (nothing).
-    cached: features of all training pictures are taken once, of their centre crop, and kept in memory: for small data,
+    cached: features of all training images are taken once, of their centre crop, and kept in memory: for small data,
       without augmentation.
   """
 
@@ -93,12 +93,12 @@ class LinearSettings(training.TrainingSettings):
     return used
 
 
-def measure_linear(model: Model, train: Pictures, test: Pictures, settings: LinearSettings, *, mesh: Mesh, seed: int,
+def measure_linear(model: Model, train: Images, test: Images, settings: LinearSettings, *, mesh: Mesh, seed: int,
                    snapshot_folder: str | os.PathLike) -> Outcome:
-  """Returns top-1 and top-5 on the test pictures of a linear classifier on each layer.
+  """Returns top-1 and top-5 on the test images of a linear classifier on each layer.
 
-  Judged are the classifiers after the last epoch. Nothing is chosen on the test pictures but the layer that is called
-  the best one, as the paper does for its table 2. Training pictures without a label take no part. Interrupted, the same
+  Judged are the classifiers after the last epoch. Nothing is chosen on the test images but the layer that is called
+  the best one, as the paper does for its table 2. Training images without a label take no part. Interrupted, the same
   call goes on from its last snapshot, to the same figures. A layer's classifier does not depend on which other layers
   are asked for.
 
@@ -111,8 +111,8 @@ def measure_linear(model: Model, train: Pictures, test: Pictures, settings: Line
 
   Args:
     model: the frozen network, or an ensemble; batch norm and linear layer are on all channels together.
-    train: labelled pictures, at least as many as a batch takes.
-    test: labelled pictures of the same classes, judged by their centre crop.
+    train: labelled images, at least as many as a batch takes.
+    test: labelled images of the same classes, judged by their centre crop.
     settings: of the layers and the training; weight decay is on kernels and biases of the linear layers.
     mesh: the devices; their number divides the batch, and changes nothing but rounding.
     seed: of first values, order and crops.
@@ -120,7 +120,7 @@ def measure_linear(model: Model, train: Pictures, test: Pictures, settings: Line
 
   Raises:
     UserError: an unknown layer, labels missing or of other classes, a batch that the devices cannot share or that is
-      larger than the training set, a cache that would be too large (all before anything compiles), no picture that can
+      larger than the training set, a cache that would be too large (all before anything compiles), no image that can
       be read, or a loss that is not finite.
   """
   layers = linear_layers(model, settings, image_size=train.image_size)
@@ -131,10 +131,10 @@ def measure_linear(model: Model, train: Pictures, test: Pictures, settings: Line
   num_classes = len(train.source.class_names)
   shapes = _map_shapes(model, layers, train.image_size)
   frozen = jax.device_put(model.variables, whole(mesh))
-  open_stream, step_maps_fn, num_pictures = _open_training(model, frozen, train, labels, settings, shapes=shapes,
-                                                           mesh=mesh, seed=seed)
-  _check_batch(settings, num_pictures, mesh)
-  steps_per_epoch = batches.steps_per_epoch(num_pictures, settings.batch_size)
+  open_stream, step_maps_fn, num_images = _open_training(model, frozen, train, labels, settings, shapes=shapes,
+                                                         mesh=mesh, seed=seed)
+  _check_batch(settings, num_images, mesh)
+  steps_per_epoch = batches.steps_per_epoch(num_images, settings.batch_size)
   optimizer = linear_optimizer(settings, steps_per_epoch)
   state = jax.jit(lambda: create_classifiers(seed, shapes, optimizer, head=settings.head, num_classes=num_classes),
                   out_shardings=whole(mesh))()
@@ -142,9 +142,9 @@ def measure_linear(model: Model, train: Pictures, test: Pictures, settings: Line
     training.make_classifier_step(linear_step(step_maps_fn, optimizer), mesh, steps_per_epoch=steps_per_epoch), state,
     frozen, open_stream, settings=settings, steps_per_epoch=steps_per_epoch, mesh=mesh,
     folder=Path(snapshot_folder) / "classifiers",
-    words=training.Words(f"linear: classifiers on {', '.join(layers)}", layers, _unreadable(num_pictures)))
+    words=training.Words(f"linear: classifiers on {', '.join(layers)}", layers, _unreadable(num_images)))
   losses, num_read = training.epoch_means(state)
-  num_broken = num_labelled - num_pictures if settings.cached else steps_per_epoch * settings.batch_size - num_read
+  num_broken = num_labelled - num_images if settings.cached else steps_per_epoch * settings.batch_size - num_read
   variables = {"frozen": frozen, "params": state["params"], "stats": state["stats"]}
   ranks, num_broken_test = _judge(_logits_fn(model.network, layers), variables, test, mesh)
 
@@ -234,7 +234,7 @@ def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> C
   `maps_fn` reads. `losses` {layer: f32[]} are the mean cross-entropies.
 
   Args:
-    maps_fn: maps_fn(frozen, batch) -> {layer: f32[b, h, w, C] or f32[b, C]}, each picture alone.
+    maps_fn: maps_fn(frozen, batch) -> {layer: f32[b, h, w, C] or f32[b, C]}, each image alone.
     optimizer: of all classifiers.
   """
   total = functools.partial(jax.lax.psum, axis_name=AXIS)
@@ -254,7 +254,7 @@ def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> C
     def objective(params):
       losses = {}
       for layer, x in inputs.items():
-        # A picture that cannot be read may have the label -1: it has no weight, and must only not disturb.
+        # An image that cannot be read may have the label -1: it has no weight, and must only not disturb.
         loss = optax.softmax_cross_entropy_with_integer_labels(_linear(params[layer], x),
                                                                jnp.maximum(batch["label"], 0))
         losses[layer] = total(jnp.sum(loss * weight)) / jnp.maximum(num_read, 1)
@@ -272,7 +272,7 @@ def cached_batches(maps: Mapping[str, np.ndarray], labels: np.ndarray, *, batch_
                    process_index: int = 0, process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
   """Returns the endless stream of batches of features in memory, from batch `start_step` on.
 
-  A batch is a function of (seed, step); in an epoch no picture comes twice, and those left over are others in each.
+  A batch is a function of (seed, step); in an epoch no image comes twice, and those left over are others in each.
 
   Args:
     maps: {layer: f32[N, h, w, C] or f32[N, C]}.
@@ -303,8 +303,8 @@ def _standardise(x, mean, var):
 
 
 def _batch_statistics(x, weight, num_read, running, total):
-  """Returns mean and variance f32[C] of x f32[b, ..., C] over the readable pictures of all devices, and {"mean", "var"}
-  with a tenth of them, of the variance PyTorch's unbiased one; as they were where no picture could be read."""
+  """Returns mean and variance f32[C] of x f32[b, ..., C] over the readable images of all devices, and {"mean", "var"}
+  with a tenth of them, of the variance PyTorch's unbiased one; as they were where no image could be read."""
   axes = tuple(range(x.ndim - 1))
   weight = weight.reshape(-1, *[1] * (x.ndim - 1))
   count = jnp.maximum(num_read * math.prod(x.shape[1:-1]), 1)
@@ -333,7 +333,7 @@ def _cached_maps(layers):
   return lambda frozen, batch: {layer: batch[layer] for layer in layers}
 
 
-# Kept, so that the test pictures of several runs of one network go through one program.
+# Kept, so that the test images of several runs of one network go through one program.
 @functools.cache
 def _logits_fn(network: Network | Ensemble, layers: tuple[str, ...]) -> Callable[
     [Any, jax.Array], dict[str, jax.Array]]:
@@ -359,7 +359,7 @@ def _map_shapes(model, layers, image_size):
 
 
 def _open_training(model, frozen, train, labels, settings, *, shapes, mesh, seed):
-  """Returns (open_stream(start_step=), maps_fn(frozen, batch), number of pictures): those with a label, from the files
+  """Returns (open_stream(start_step=), maps_fn(frozen, batch), number of images): those with a label, from the files
   or, if cached, in memory without those that cannot be read."""
   maps_fn = layer_features(model.network, tuple(shapes), flat=False)
   here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -375,18 +375,18 @@ def _open_training(model, frozen, train, labels, settings, *, shapes, mesh, seed
 
 
 def _take_cache(maps_fn, frozen, train, labels, shapes, mesh):
-  """Returns ({layer: f32[N, ...]}, i32[N]): maps and labels of the labelled training pictures that can be read."""
+  """Returns ({layer: f32[N, ...]}, i32[N]): maps and labels of the labelled training images that can be read."""
   num_labelled = int(np.count_nonzero(labels >= 0))
   num_bytes = num_labelled * 4 * sum(map(math.prod, shapes.values()))
   if num_bytes > CACHE_BYTES:
     raise UserError(
-      f"the features of {num_labelled:,} training pictures on {', '.join(shapes)} take {num_bytes / 2**30:.1f} GiB, "
+      f"the features of {num_labelled:,} training images on {', '.join(shapes)} take {num_bytes / 2**30:.1f} GiB, "
       f"and linear.cached allows {CACHE_BYTES / 2**30:g}; use --config.linear.cached=False, or fewer of linear.layers")
   # Filled in place: put together from the batches it would be in memory twice.
   maps = {layer: np.empty((num_labelled, *shape), np.float32) for layer, shape in shapes.items()}
   kept = np.empty(num_labelled, np.int32)
   filled = 0
-  with Progress("linear: features of training pictures", len(train)) as progress:
+  with Progress("linear: features of training images", len(train)) as progress:
     for part in stream_features(maps_fn, frozen, train.test_batches(), mesh):
       labelled = part.labels >= 0
       rows = slice(filled, filled + np.count_nonzero(labelled))
@@ -400,15 +400,15 @@ def _take_cache(maps_fn, frozen, train, labels, shapes, mesh):
   return {layer: x[:filled] for layer, x in maps.items()}, kept[:filled]
 
 
-def _unreadable(num_pictures):
-  return f"none of {num_pictures} labelled training pictures can be read; check the files"
+def _unreadable(num_images):
+  return f"none of {num_images} labelled training images can be read; check the files"
 
 
 def _judge(forward_fn, variables, test, mesh):
-  """Returns {layer: i[N]}, how many classes come before the true one, of the labelled test pictures that can be read,
+  """Returns {layer: i[N]}, how many classes come before the true one, of the labelled test images that can be read,
   and the number of those that cannot."""
   ranks, num_broken = {layer: [] for layer in variables["params"]}, 0
-  with Progress("linear: test pictures", len(test)) as progress:
+  with Progress("linear: test images", len(test)) as progress:
     for part in stream_features(forward_fn, variables, test.test_batches(), mesh):
       labelled = part.labels >= 0
       num_broken += part.num_broken
@@ -417,18 +417,18 @@ def _judge(forward_fn, variables, test, mesh):
       progress.update(len(part.index) + part.num_broken)
   ranks = {layer: np.concatenate(parts) for layer, parts in ranks.items()}
   if not all(map(len, ranks.values())):
-    raise UserError(f"none of the {len(test)} test pictures has a label and can be read: {num_broken} are broken")
+    raise UserError(f"none of the {len(test)} test images has a label and can be read: {num_broken} are broken")
   return ranks, num_broken
 
 
-def _check_batch(settings, num_pictures, mesh):
+def _check_batch(settings, num_images, mesh):
   training.check_divides(settings, mesh)
   size = settings.batch_size
-  if size > num_pictures:
-    fits = num_pictures // mesh.size * mesh.size
+  if size > num_images:
+    fits = num_images // mesh.size * mesh.size
     way_out = f"try --config.linear.batch_size={fits}" if fits else f"{mesh.size} devices need {mesh.size} of them"
-    raise UserError(f"linear.batch_size={size}, but there are only {num_pictures} training pictures with a label "
-                    f"that can be read: a batch never holds a picture twice; {way_out}")
+    raise UserError(f"linear.batch_size={size}, but there are only {num_images} training images with a label "
+                    f"that can be read: a batch never holds an image twice; {way_out}")
 
 
 def _measure(evaluation: Evaluation) -> Outcome:

@@ -1,7 +1,7 @@
 """Linear SVMs on a handful of examples a class, drawn several times: vissl's low-shot VOC07, on any labels.
 
 After vissl: extra_scripts/create_low_shot_samples.py and vissl/utils/svm_utils/svm_low_shot_trainer.py.
-Letters: N training pictures, M held-out pictures, D numbers of a feature, C classes, G costs, k examples of a class.
+Letters: N training images, M held-out images, D numbers of a feature, C classes, G costs, k examples of a class.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
 from pirl_jax.evaluation.protocols.svm import (
@@ -59,42 +59,42 @@ class LowShotSettings:
       raise UserError(f"low_shot.num_draws={self.num_draws}; choose 1 or more (vissl: 5)")
 
 
-def measure_low_shot(model: Model, train: Pictures, test: Pictures, settings: LowShotSettings, *, mesh: Mesh,
+def measure_low_shot(model: Model, train: Images, test: Images, settings: LowShotSettings, *, mesh: Mesh,
                      seed: int) -> Outcome:
-  """Returns the mean average precision of linear SVMs fitted on k pictures of a class and (C - 1) k others.
+  """Returns the mean average precision of linear SVMs fitted on k images of a class and (C - 1) k others.
 
-  Whole pictures, straight to a square. For each k, draw and class, pictures with it and without are drawn, those that
+  Whole images, straight to a square. For each k, draw and class, images with it and without are drawn, those that
   show it only as a difficult object never; other draws for each k, so that the examples for k = 1 need not be among
   those for k = 2. There is no cross-validation: of each k the one cost is taken whose mean over classes and draws is
-  the highest on the held-out pictures, the first in the grid of equals. That is how vissl does it, and makes the
+  the highest on the held-out images, the first in the grid of equals. That is how vissl does it, and makes the
   figures a little too good.
 
   The figures: for each of `layers` `dim`, `num_not_converged` and `shots`, by k `mean`, `min`, `max` and `std` (over
   the draws, with divisor their number) of the mean average precision, `draws` (each), `cost`; `best_layer`, that of
   the highest mean over all k, and its `shots` again; `shots_left_out` and `classes_left_out` with the reason;
   `cost_choice`, `grid`, `num_draws`, `seed`, `num_train`, `num_test`, `num_broken_train`, `num_broken_test`. Draws
-  follow from (seed, draw, class, k) and the number of training pictures alone.
+  follow from (seed, draw, class, k) and the number of training images alone.
 
   Args:
     model: the frozen network.
-    train: the pictures that examples are drawn from.
-    test: the pictures that the SVMs are judged on.
+    train: the images that examples are drawn from.
+    test: the images that the SVMs are judged on.
     settings: layers, grid, and how many examples.
     mesh: the devices.
     seed: any integer.
 
   Raises:
-    UserError: unknown layer, no labels, fewer than two classes, or too few pictures for every k.
+    UserError: unknown layer, no labels, fewer than two classes, or too few images for every k.
   """
   layers = svm_layers(model, settings.layers, image_size=train.image_size, field="low_shot.layers")
   shots = sorted(set(settings.shots))
   names = check_labels(train, test)
   _plan(names, train.source.targets(), test.source.targets(), shots)  # before all that takes long
-  # A crop fraction of 1 leaves out the step between the picture and the square.
+  # A crop fraction of 1 leaves out the step between the image and the square.
   fit_on, judge_on = (
-    read_examples(model, dataclasses.replace(pictures, crop_fraction=1.0), mesh=mesh, layers=layers,
-                  title=f"low-shot: features of {name} pictures")
-    for name, pictures in (("training", train), ("held-out", test)))
+    read_examples(model, dataclasses.replace(images, crop_fraction=1.0), mesh=mesh, layers=layers,
+                  title=f"low-shot: features of {name} images")
+    for name, images in (("training", train), ("held-out", test)))
   classes, possible, shots_left_out = _plan(names, fit_on.targets, judge_on.targets, shots)
 
   found, costs = {}, GRIDS[settings.costs]
@@ -102,7 +102,7 @@ def measure_low_shot(model: Model, train: Pictures, test: Pictures, settings: Lo
   with Progress("low-shot", num_fits * len(layers), unit="fits") as progress:
     for layer in layers:
       found[layer] = _judge_layer(fit_on, judge_on, layer, classes.judged, possible, settings,
-                                  num_pictures=len(train), seed=seed, on_fits=progress.update)
+                                  num_images=len(train), seed=seed, on_fits=progress.update)
 
   best = max(layers, key=lambda layer: np.mean([of_k["mean"] for of_k in found[layer]["shots"].values()]))
   shown = found[best]["shots"].values()
@@ -112,7 +112,7 @@ def measure_low_shot(model: Model, train: Pictures, test: Pictures, settings: Lo
     "layers": found,
     "shots_left_out": shots_left_out,
     "classes_left_out": classes.left_out,
-    "cost_choice": "one for each k, chosen on the held-out pictures, as vissl does",
+    "cost_choice": "one for each k, chosen on the held-out images, as vissl does",
     "grid": [float(cost) for cost in costs],
     "num_draws": settings.num_draws,
     "seed": seed,
@@ -128,22 +128,22 @@ def measure_low_shot(model: Model, train: Pictures, test: Pictures, settings: Lo
   return Outcome(figures, table, curve)
 
 
-def draw_examples(targets: np.ndarray, index: np.ndarray, num_pictures: int, entropy: tuple[int, ...], *,
+def draw_examples(targets: np.ndarray, index: np.ndarray, num_images: int, entropy: tuple[int, ...], *,
                   num_present: int, num_absent: int) -> np.ndarray:
-  """Returns i64[num_present + num_absent], rows of the pictures drawn.
+  """Returns i64[num_present + num_absent], rows of the images drawn.
 
-  Every picture of the set has a number by `entropy` alone (PCG64's stream, which numpy keeps the same for ever), and
+  Every image of the set has a number by `entropy` alone (PCG64's stream, which numpy keeps the same for ever), and
   those with the lowest are drawn: without one that cannot be read, the draw is the same but for it.
 
   Args:
     targets: i8[N] of one class; 1 and 0 are drawn from, -1 never.
-    index: i32[N], the pictures' places in the set.
-    num_pictures: of the set.
+    index: i32[N], the images' places in the set.
+    num_images: of the set.
     entropy: whole numbers.
-    num_present: drawn of the pictures that show the class, at most as many as there are.
+    num_present: drawn of the images that show the class, at most as many as there are.
     num_absent: of those that do not.
   """
-  numbers = np.random.PCG64([number % 2**64 for number in entropy]).random_raw(num_pictures)[index]
+  numbers = np.random.PCG64([number % 2**64 for number in entropy]).random_raw(num_images)[index]
   drawn = []
   for target, count in ((1, num_present), (0, num_absent)):
     rows = np.flatnonzero(targets == target)
@@ -166,7 +166,7 @@ def _plan(names, train, test, shots):
       counts = {label: np.count_nonzero(train[:, label] == target) for label in classes.judged}
       scarce = min(counts, key=counts.get)
       if counts[scarce] < needed and str(k) not in left_out:
-        left_out[str(k)] = f"{counts[scarce]} training pictures {words} {names[scarce]}, and {needed} are needed"
+        left_out[str(k)] = f"{counts[scarce]} training images {words} {names[scarce]}, and {needed} are needed"
     if str(k) not in left_out:
       possible.append(k)
   if not possible:
@@ -175,17 +175,17 @@ def _plan(names, train, test, shots):
 
 
 def _judge_layer(fit_on: Examples, judge_on: Examples, layer: str, labels: Sequence[int], possible: Sequence[int],
-                 settings: LowShotSettings, *, num_pictures: int, seed: int, on_fits: Callable[[int], None]) -> dict:
+                 settings: LowShotSettings, *, num_images: int, seed: int, on_fits: Callable[[int], None]) -> dict:
   """Returns the figures of a layer: `dim`, `num_not_converged` and, by k, `shots`.
 
   Args:
-    fit_on: the pictures that examples are drawn from.
-    judge_on: the pictures that the SVMs are judged on.
+    fit_on: the images that examples are drawn from.
+    judge_on: the images that the SVMs are judged on.
     layer: of their features.
     labels: of the classes that are judged.
     possible: all k.
     settings: the grid, and how many draws.
-    num_pictures: of the set that `fit_on` is of.
+    num_images: of the set that `fit_on` is of.
     seed: of the draws.
     on_fits: called with the number of fits that have been done since.
   """
@@ -193,7 +193,7 @@ def _judge_layer(fit_on: Examples, judge_on: Examples, layer: str, labels: Seque
   features, judged_features = (unit_rows(part.features[layer]) for part in (fit_on, judge_on))
 
   def judge(k, draw, label):
-    rows = draw_examples(fit_on.targets[:, label], fit_on.index, num_pictures, (seed, draw, label, k),
+    rows = draw_examples(fit_on.targets[:, label], fit_on.index, num_images, (seed, draw, label, k),
                          num_present=k, num_absent=(len(labels) - 1) * k)
     machines = fit(features[rows], fit_on.targets[rows, label] == 1, costs, seed=seed)
     return [average_precision(judge_on.targets[:, label], score) for score in machines.decide(judged_features)

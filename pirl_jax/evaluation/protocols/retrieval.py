@@ -1,6 +1,6 @@
-"""Nearest neighbours of some pictures, for people to look at, and mean average precision where there are labels.
+"""Nearest neighbours of some images, for people to look at, and mean average precision where there are labels.
 
-A gallery picture is relevant to a query if it has the query's label. Letters: Q queries, N gallery pictures, D numbers
+A gallery image is relevant to a query if it has the query's label. Letters: Q queries, N gallery images, D numbers
 of a vector, n neighbours.
 """
 
@@ -22,12 +22,12 @@ from pirl_jax.data.records import Source
 from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import stream_features, unit_norm
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.layers import EMBEDDING, check_features, layer_features
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading, beside
 from pirl_jax.evaluation.protocols.knn import Nearest, Neighbours, gather_blocks, ladder
-from pirl_jax.figures import pictures
+from pirl_jax.figures import plots
 from pirl_jax.figures.curves import Curve
 from pirl_jax.method.memory_bank import Layout
 from pirl_jax.models.network import Model
@@ -49,9 +49,9 @@ class RetrievalSettings:
 
   Attributes:
     layer: one of `layers.layer_names`, or "embedding". With a bank it is "embedding" in any case.
-    gallery: "features" of the training pictures, or "bank": the run's memory bank.
-    queries: "train" or "test" pictures; None: test, if there are any.
-    num_queries: so many readable pictures, chosen by the seed, the same on every machine; all if there are fewer.
+    gallery: "features" of the training images, or "bank": the run's memory bank.
+    queries: "train" or "test" images; None: test, if there are any.
+    num_queries: so many readable images, chosen by the seed, the same on every machine; all if there are fewer.
     num_shown: of them on the PNG.
     num_neighbours: of each on the PNG.
 
@@ -81,7 +81,7 @@ class Vectors(NamedTuple):
     rows: f32[m, D], unit norm.
     index: i32[m], the records' numbers.
     labels: i32[m]; -1: unlabelled.
-    num_broken: pictures that could not be read, up to the last one.
+    num_broken: images that could not be read, up to the last one.
   """
 
   rows: np.ndarray
@@ -98,7 +98,7 @@ class Found(NamedTuple):
     ids: i32[Q, n], the records' numbers.
     labels: i32[N], by the record's number; -1: unlabelled or not read.
     blocks: the gallery's vectors, see `_ranking_precisions`; empty without labels.
-    num_gallery: pictures that could be read.
+    num_gallery: images that could be read.
     num_broken: those that could not.
   """
 
@@ -110,44 +110,44 @@ class Found(NamedTuple):
   num_broken: int
 
 
-def measure_retrieval(model: Model, gallery: Pictures, queries: Pictures, settings: RetrievalSettings, *, mesh: Mesh,
+def measure_retrieval(model: Model, gallery: Images, queries: Images, settings: RetrievalSettings, *, mesh: Mesh,
                       bank: np.ndarray | None, seed: int, same_split: bool,
-                      picture_path: str | os.PathLike) -> Outcome:
-  """Returns how well a picture finds its like by cosine similarity; writes some queries and what they found as a PNG.
+                      plot_path: str | os.PathLike) -> Outcome:
+  """Returns how well an image finds its like by cosine similarity; writes some queries and what they found as a PNG.
 
   The figures: `queries`, those shown, each with `name`, `index`, `class` and `neighbours` (the same and `similarity`,
   nearest first); `mean_similarity_of_nearest` over all queries, in [-1, 1]; `num_queries`, `num_gallery`,
   `num_broken_queries`, `num_broken_gallery`, `gallery` ("features" or "bank"), `layer`, `dim`, `similarity`, `seed`,
   `written` (the PNG).
 
-  With labels, in [0, 1] and over the `num_judged` queries that have a relevant picture in the gallery:
+  With labels, in [0, 1] and over the `num_judged` queries that have a relevant image in the gallery:
   `mean_average_precision` (average precision as in information retrieval, over the whole ranking: the mean, over the
-  relevant pictures, of the precision at their rank; equals by lower index) and `precision_at` 1, 5, 10, ... neighbours.
+  relevant images, of the precision at their rank; equals by lower index) and `precision_at` 1, 5, 10, ... neighbours.
   `labels` is "classes", or says why these figures are left out; then the table holds the mean similarity instead, and
   there is no curve.
 
   With labels the gallery's vectors stand in the host's memory, 10 GB for those of a ResNet-50 on ImageNet; similarities
-  of all queries to all pictures never do.
+  of all queries to all images never do.
 
   Args:
     model: the frozen network.
-    gallery: the pictures that are found.
-    queries: the pictures for which others are sought.
+    gallery: the images that are found.
+    queries: the images for which others are sought.
     mesh: the devices.
-    bank: f32[N, D], the memory bank's rows in the order of the gallery's pictures, instead of their features; a row of
-      zeros (a picture that could not be read) is never found. None: features.
+    bank: f32[N, D], the memory bank's rows in the order of the gallery's images, instead of their features; a row of
+      zeros (an image that could not be read) is never found. None: features.
     seed: any integer.
-    same_split: queries and gallery are the same pictures; then none finds itself.
-    picture_path: the PNG, written by the first process; its folder is created.
+    same_split: queries and gallery are the same images; then none finds itself.
+    plot_path: the PNG, written by the first process; its folder is created.
 
   Raises:
-    UserError: unknown layer, a bank of other pictures, or no readable pictures.
+    UserError: unknown layer, a bank of other images, or no readable images.
   """
   layer = settings.layer if bank is None else EMBEDDING
   check_features(model, (layer,), image_size=gallery.image_size, field="retrieval.layer")
   if bank is not None and len(bank) != len(gallery):
-    raise UserError(f"a memory bank of {len(bank)} pictures, but the gallery has {len(gallery)}; "
-                    "take the pictures that the run was trained on")
+    raise UserError(f"a memory bank of {len(bank)} images, but the gallery has {len(gallery)}; "
+                    "take the images that the run was trained on")
   asked = _read_queries(model, queries, mesh=mesh, layer=layer, num_queries=settings.num_queries, seed=seed)
   no_labels = _why_no_labels(gallery.source, queries.source)
   found = _search(asked, _read_gallery(model, gallery, bank, mesh=mesh, layer=layer, labelled=not no_labels),
@@ -177,26 +177,26 @@ def measure_retrieval(model: Model, gallery: Pictures, queries: Pictures, settin
                **{f"precision at {size}": float(at[size - 1]) for size in (1, 10) if size <= len(at)}}
       curve = Curve("neighbours n", "precision at n", list(range(1, len(at) + 1)), at.tolist(), log_x=True)
     else:
-      figures["labels"] = "none: no query has a picture of its class in the gallery"
+      figures["labels"] = "none: no query has an image of its class in the gallery"
   figures["queries"] = _describe(gallery.source, queries.source, asked, found, num_shown=settings.num_shown,
                                  num_neighbours=settings.num_neighbours)
   if jax.process_index() == 0:
-    _save_picture(picture_path, gallery, queries, figures)
-  figures["written"] = [str(picture_path)]
+    _save_plot(plot_path, gallery, queries, figures)
+  figures["written"] = [str(plot_path)]
   return Outcome(figures, table, curve)
 
 
 def _why_no_labels(gallery: Source, queries: Source) -> str:
   for name, source in (("gallery", gallery), ("query", queries)):
     if not source.class_names:
-      return f"none: the {name} pictures have no labels"
+      return f"none: the {name} images have no labels"
     if source.multi_label:
-      return f"none: the {name} pictures may show several classes each"
+      return f"none: the {name} images may show several classes each"
   return "" if gallery.class_names == queries.class_names else "none: the classes of gallery and queries differ"
 
 
 def _read_queries(model, queries, *, mesh, layer, num_queries, seed) -> Vectors:
-  """Returns the first readable pictures by the hash of their number: no generator whose draws could change."""
+  """Returns the first readable images by the hash of their number: no generator whose draws could change."""
   order = shuffled(range(len(queries)), seed=seed)
   chosen = dataclasses.replace(queries, source=Subset(queries.source, order))
   parts, num_read = [], 0
@@ -210,7 +210,7 @@ def _read_queries(model, queries, *, mesh, layer, num_queries, seed) -> Vectors:
       if num_read == num_queries:
         break
   if not num_read:
-    raise UserError(f"none of the {len(queries)} query pictures can be read")
+    raise UserError(f"none of the {len(queries)} query images can be read")
   rows, place, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
   num_met = place[-1] + 1 if num_read == num_queries else len(order)  # not those behind, which a large batch reads too
   return Vectors(rows, np.asarray(order)[place], labels, int(num_met) - num_read)
@@ -230,29 +230,29 @@ def _read_gallery(model, gallery, bank, *, mesh, layer, labelled) -> Iterator[Ve
     yield Vectors(unit_norm(rows[usable]), index, labels[index], int(np.count_nonzero(~usable)))
 
 
-def _search(asked: Vectors, parts: Iterator[Vectors], num_pictures: int, *, depth: int, same_split: bool, keep: bool,
+def _search(asked: Vectors, parts: Iterator[Vectors], num_images: int, *, depth: int, same_split: bool, keep: bool,
             mesh: Mesh) -> Found:
   """Returns the neighbours of each query, at most `depth`.
 
   Args:
     asked: the queries.
     parts: the gallery, by rising index.
-    num_pictures: of the gallery, those that cannot be read among them.
+    num_images: of the gallery, those that cannot be read among them.
     depth: n, or fewer in a small gallery.
     same_split: no query finds itself.
     keep: the gallery's vectors are returned, too.
     mesh: the devices.
 
   Raises:
-    UserError: the gallery has no picture to be found.
+    UserError: the gallery has no image to be found.
   """
   # One more than needed, to leave out the query itself.
-  depth = min(depth, num_pictures - same_split)
+  depth = min(depth, num_images - same_split)
   nearest = Nearest(asked.rows, k=depth + same_split, mesh=mesh)
-  labels = np.full(num_pictures, -1, np.int32)
+  labels = np.full(num_images, -1, np.int32)
   num_gallery = num_broken = 0
   blocks = []
-  with Progress("retrieval: gallery", num_pictures) as progress:
+  with Progress("retrieval: gallery", num_images) as progress:
     def rows():
       nonlocal num_gallery, num_broken
       for part in parts:
@@ -262,12 +262,12 @@ def _search(asked: Vectors, parts: Iterator[Vectors], num_pictures: int, *, dept
         yield part.rows, part.index
         progress.update(len(part.index) + part.num_broken)
 
-    for block in gather_blocks(rows(), num_references=num_pictures, dim=asked.rows.shape[1], mesh=mesh):
+    for block in gather_blocks(rows(), num_references=num_images, dim=asked.rows.shape[1], mesh=mesh):
       nearest.visit(*block)
       if keep:
         blocks.append(block)
   if num_gallery <= same_split:
-    raise UserError(f"the gallery has {num_gallery} pictures that can be read of {num_pictures}, none to be found")
+    raise UserError(f"the gallery has {num_gallery} images that can be read of {num_images}, none to be found")
   depth = min(depth, num_gallery - same_split)
   neighbours = nearest.result()
   if same_split:
@@ -276,7 +276,7 @@ def _search(asked: Vectors, parts: Iterator[Vectors], num_pictures: int, *, dept
 
 
 def _precisions(asked: Vectors, found: Found, *, same_split: bool, mesh: Mesh) -> tuple[int, float, np.ndarray]:
-  """Returns how many queries have a relevant picture in the gallery, the mean of their average precisions, and their
+  """Returns how many queries have a relevant image in the gallery, the mean of their average precisions, and their
   precision at 1, 2, ... neighbours, f64[n]; (0, NaN, nothing) if there is none."""
   own = asked.index if same_split else np.full(len(asked.index), -1)
   precision = _ranking_precisions(asked, own, found.blocks, found.labels, mesh=mesh)
@@ -296,11 +296,11 @@ def _without(neighbours: Neighbours, own: np.ndarray) -> Neighbours:
 
 
 def _ranking_precisions(asked: Vectors, own, blocks, labels, *, mesh) -> np.ndarray:
-  """Returns f64[Q], NaN for a query without a label or without a relevant picture in the gallery.
+  """Returns f64[Q], NaN for a query without a label or without a relevant image in the gallery.
 
   Args:
     asked: the queries.
-    own: i32[Q], the gallery picture that each query is; -1: none.
+    own: i32[Q], the gallery image that each query is; -1: none.
     blocks: (f32[M, D], i32[M]) pairs, the gallery by rising index; index -1 is padding.
     labels: i32[N], by index.
     mesh: the devices.
@@ -351,7 +351,7 @@ def _make_score(mesh):
 def _describe(gallery, queries, asked, found, *, num_shown, num_neighbours):
   """Returns the queries shown, with their neighbours, as JSON values."""
   def describe(source, index, label):
-    return {"name": source.picture_name(int(index)), "index": int(index),
+    return {"name": source.image_name(int(index)), "index": int(index),
             "class": source.class_names[label] if label >= 0 else None}
 
   shown, near = slice(0, num_shown), slice(0, num_neighbours)
@@ -362,22 +362,22 @@ def _describe(gallery, queries, asked, found, *, num_shown, num_neighbours):
                                                   found.similarity[shown, near], strict=True)]
 
 
-def _save_picture(path, gallery, queries, figures):
+def _save_plot(path, gallery, queries, figures):
   asked = figures["queries"]
   found = [query["neighbours"] for query in asked]
-  image = _read_pictures(queries, [query["index"] for query in asked])
-  others = _read_pictures(gallery, [other["index"] for row in found for other in row])
+  image = _read_images(queries, [query["index"] for query in asked])
+  others = _read_images(gallery, [other["index"] for row in found for other in row])
   vectors = "the memory bank" if figures["gallery"] == "bank" else f"features ({figures['layer']})"
-  pictures.save_neighbours(
+  plots.save_neighbours(
     path, image, np.reshape(others, (len(asked), -1, *image.shape[1:])),
-    title=f"Queries and their nearest of {figures['num_gallery']:,} pictures, cosine similarity by {vectors}",
+    title=f"Queries and their nearest of {figures['num_gallery']:,} images, cosine similarity by {vectors}",
     similarity=[[other["similarity"] for other in row] for row in found],
     query_classes=[query["class"] for query in asked],
     classes=[[other["class"] for other in row] for row in found])
 
 
-def _read_pictures(of: Pictures, index) -> np.ndarray:
-  """Returns u8[len(index), H, H, 3] under the test transform, black where a picture cannot be read."""
+def _read_images(of: Images, index) -> np.ndarray:
+  """Returns u8[len(index), H, H, 3] under the test transform, black where an image cannot be read."""
   batches = dataclasses.replace(of, source=Subset(of.source, index), batch_size=len(index)).test_batches()
   return np.concatenate([batch["image"] for batch in batches])
 
@@ -392,17 +392,17 @@ def _measure(evaluation: Evaluation) -> Outcome:
   return measure_retrieval(
     evaluation.subject.model, evaluation.train, queries, evaluation.settings, mesh=evaluation.mesh, bank=bank,
     seed=evaluation.config.seed, same_split=queries is evaluation.train,
-    picture_path=beside(evaluation, "neighbours", "png"))
+    plot_path=beside(evaluation, "neighbours", "png"))
 
 
 def _check(evaluation: Evaluation) -> None:
-  """Raises UserError for an unknown layer, or a memory bank that is not there or of other pictures."""
+  """Raises UserError for an unknown layer, or a memory bank that is not there or of other images."""
   check_features(evaluation.subject.model, (evaluation.settings.layer,), image_size=evaluation.train.image_size,
                  field="retrieval.layer")
   if evaluation.settings.gallery == "bank":
     run, given = evaluation.single_run(), evaluation.train.source.fingerprint
     if given != run.meta["data"]:
-      raise UserError(f"the bank of {run.label} is of other pictures than those given ({run.meta['data']!r}, and now "
+      raise UserError(f"the bank of {run.label} is of other images than those given ({run.meta['data']!r}, and now "
                       f"{given!r}); use --config.retrieval.gallery=features")
 
 

@@ -6,10 +6,10 @@ features, SGD with momentum on all parameters, 70 epochs from a rate of 0.01, di
 and flip.
 
 Batch norm trains: with the statistics of the batch over all devices, so that their number changes nothing (vissl's are
-of each GPU's part), and its running statistics move; they judge the test pictures. A picture that cannot be read has no
+of each GPU's part), and its running statistics move; they judge the test images. An image that cannot be read has no
 weight in the loss, but its black image takes part in the batch's statistics, as in pre-training.
 
-Letters: B batch of all devices, b this device's part, N pictures, L classes, H W sides.
+Letters: B batch of all devices, b this device's part, N images, L classes, H W sides.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from pirl_jax.data.subsets import draw_subset, subset_digest
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import classification, training
 from pirl_jax.evaluation.features import extract_features
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
 from pirl_jax.figures.curves import Curve
@@ -69,33 +69,33 @@ class SemiSupervisedSettings(training.TrainingSettings):
     return used
 
 
-def measure_semi_supervised(model: Model, train: Pictures, test: Pictures, settings: SemiSupervisedSettings, *,
+def measure_semi_supervised(model: Model, train: Images, test: Images, settings: SemiSupervisedSettings, *,
                             mesh: Mesh, seed: int, snapshot_folder: str | os.PathLike) -> Outcome:
-  """Returns top-1 and top-5 on the test pictures after fine-tuning on each share of the labels.
+  """Returns top-1 and top-5 on the test images after fine-tuning on each share of the labels.
 
   Every share starts from `model`, which is not changed. What is judged is the network after the last epoch: nothing is
-  chosen on the test pictures. Interrupted, the same call goes on from its last snapshot, and a share that was finished
+  chosen on the test images. Interrupted, the same call goes on from its last snapshot, and a share that was finished
   is not trained again.
 
   The outcome's figures are `num_test`, `num_broken_test`, `num_labelled`, `num_classes`, `settings` and, by share,
-  `fractions`: `top1`, `top5` in [0, 1], `num_pictures`, `num_classes_seen` (classes with a picture in the subset),
+  `fractions`: `top1`, `top5` in [0, 1], `num_images`, `num_classes_seen` (classes with an image in the subset),
   `batch_size` and `learning_rate` as used (a subset that fills no batch has batches of the largest power of two that it
-  fills), `steps`, `train_loss` (mean of the last epoch, in nats), `num_broken` (pictures met in the last epoch that
+  fills), `steps`, `train_loss` (mean of the last epoch, in nats), `num_broken` (images met in the last epoch that
   cannot be read), and of the subset `digest`, `indices` and `files` (the last two None for a share of 1, which is every
-  labelled picture).
+  labelled image).
 
   Args:
     model: the pre-trained network; its heads are dropped.
-    train: labelled pictures, from which the subsets are drawn, see `draw_subset`.
-    test: labelled pictures of the same classes, judged by their centre crop.
+    train: labelled images, from which the subsets are drawn, see `draw_subset`.
+    test: labelled images of the same classes, judged by their centre crop.
     settings: of the subsets and the training; weight decay is on kernels, not on batch norm and biases.
     mesh: the devices; their number divides every batch.
     seed: of subsets, new layer, order and crops.
     snapshot_folder: holds what is not finished; belongs to exactly these arguments, and the caller deletes it.
 
   Raises:
-    UserError: labels are missing or of other classes, a share leaves no picture, a batch cannot be split over the
-      devices (all before anything compiles), no picture of a subset can be read, or the loss is not finite.
+    UserError: labels are missing or of other classes, a share leaves no image, a batch cannot be split over the
+      devices (all before anything compiles), no image of a subset can be read, or the loss is not finite.
   """
   labels = classification.read_labels(train, test, protocol="semi_supervised")
   fractions = sorted(set(map(float, settings.fractions)))
@@ -111,19 +111,19 @@ def measure_semi_supervised(model: Model, train: Pictures, test: Pictures, setti
       found[str(fraction)] = done
       continue
     num_seen = len(np.unique(labels[indices]))
-    print(f"{_share(fraction)}: {len(indices):,} pictures, {num_seen:,} of {num_classes:,} classes")
+    print(f"{_share(fraction)}: {len(indices):,} images, {num_seen:,} of {num_classes:,} classes")
     variables, figures = _fine_tune(
       model, train, indices, own[fraction], mesh=mesh, seed=seed, folder=folder,
       title=f"fine-tuning on {_share(fraction)}")
     found[str(fraction)] = {
       **_judge(model.network.trunk, variables, test, num_classes, mesh),
-      "num_pictures": len(indices), "num_classes_seen": num_seen, **figures, "digest": subset_digest(indices),
+      "num_images": len(indices), "num_classes_seen": num_seen, **figures, "digest": subset_digest(indices),
       "indices": indices.tolist() if fraction < 1 else None,
-      "files": [train.source.picture_name(i) for i in indices.tolist()] if fraction < 1 else None}
+      "files": [train.source.image_name(i) for i in indices.tolist()] if fraction < 1 else None}
     if jax.process_index() == 0:
       write_json(finished, found[str(fraction)])
 
-  # The same for every share: the pictures are.
+  # The same for every share: the images are.
   counts = [{name: figures.pop(name) for name in ("num_test", "num_broken_test")} for figures in found.values()][0]
   table = {f"{_share(fraction)}, {top}": found[str(fraction)][top.replace("-", "")]
            for fraction in fractions for top in ("top-1", "top-5")}
@@ -153,7 +153,7 @@ def fine_tuning_step(classifier: Classifier, optimizer: optax.GradientTransforma
         {"params": params, "batch_stats": state["batch_stats"]}, normalise(batch["image"]), train=True,
         mutable=["batch_stats"])
       weight = batch["valid"].astype(jnp.float32)  # [b]
-      # A label of -1 belongs to a picture without weight, and must only not disturb.
+      # A label of -1 belongs to an image without weight, and must only not disturb.
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["label"], 0))
       # Both sums are over all devices, so the mean is that of the batch however it is split, and so is its gradient.
       total, num_read = jax.lax.psum((jnp.sum(losses * weight), jnp.sum(weight)), AXIS)
@@ -167,7 +167,7 @@ def fine_tuning_step(classifier: Classifier, optimizer: optax.GradientTransforma
   return device_step
 
 
-def _fine_tune(model: Model, train: Pictures, indices: np.ndarray, settings: SemiSupervisedSettings, *, mesh: Mesh,
+def _fine_tune(model: Model, train: Images, indices: np.ndarray, settings: SemiSupervisedSettings, *, mesh: Mesh,
                seed: int, folder: Path, title: str) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the classifier's variables after the last step, and figures of the training."""
   steps_per_epoch = batches.steps_per_epoch(len(indices), settings.batch_size)
@@ -187,8 +187,8 @@ def _fine_tune(model: Model, train: Pictures, indices: np.ndarray, settings: Sem
     batches.labelled_batches, train.source, indices=indices, batch_size=settings.batch_size,
     image_size=train.image_size, image_scale=settings.image_scale, seed=seed, process_index=jax.process_index(),
     process_count=jax.process_count(), num_threads=train.num_threads)
-  unreadable = (f"none of the {len(indices)} pictures can be read, for example "
-                f"{train.source.picture_name(int(indices[0]))}; check the files")
+  unreadable = (f"none of the {len(indices)} images can be read, for example "
+                f"{train.source.image_name(int(indices[0]))}; check the files")
   state = training.train_classifier(
     train_step, state, {}, open_stream, settings=settings, steps_per_epoch=steps_per_epoch, mesh=mesh, folder=folder,
     words=training.Words(title, ("",), unreadable))
@@ -199,19 +199,19 @@ def _fine_tune(model: Model, train: Pictures, indices: np.ndarray, settings: Sem
     "num_broken": steps_per_epoch * settings.batch_size - num_read}
 
 
-def _judge(trunk: ResNet, variables: dict[str, Any], test: Pictures, num_classes: int, mesh: Mesh) -> dict[str, Any]:
-  """Returns `top1`, `top5`, `num_test` (labelled pictures that could be read) and `num_broken_test`."""
+def _judge(trunk: ResNet, variables: dict[str, Any], test: Images, num_classes: int, mesh: Mesh) -> dict[str, Any]:
+  """Returns `top1`, `top5`, `num_test` (labelled images that could be read) and `num_broken_test`."""
   with Progress("judging", len(test)) as progress:
     found = extract_features(_forward_fn(trunk, num_classes), variables, test.test_batches(), mesh, progress.update)
   labelled = found.labels >= 0
   if not labelled.any():
-    raise UserError(f"none of the {len(test)} test pictures has a label and can be read: {found.num_broken} are broken")
+    raise UserError(f"none of the {len(test)} test images has a label and can be read: {found.num_broken} are broken")
   ranks = classification.ranks(found.features[labelled], found.labels[labelled])
   return {"top1": float(np.mean(ranks < 1)), "top5": float(np.mean(ranks < 5)), "num_test": int(labelled.sum()),
           "num_broken_test": found.num_broken}
 
 
-# Kept, so that the test pictures of every share go through one program.
+# Kept, so that the test images of every share go through one program.
 @functools.cache
 def _forward_fn(trunk, num_classes):
   classifier = Classifier(trunk, num_classes)
@@ -222,14 +222,14 @@ def _share(fraction):
   return f"{100 * fraction:.4g} % of the labels"
 
 
-def _with_batches(settings, num_pictures, fraction, mesh):
+def _with_batches(settings, num_images, fraction, mesh):
   """Returns the settings with the batch size asked for, or the largest power of two that a smaller subset fills."""
-  if settings.batch_size <= num_pictures:
+  if settings.batch_size <= num_images:
     training.check_divides(settings, mesh)
     return settings
-  size = 1 << num_pictures.bit_length() - 1
+  size = 1 << num_images.bit_length() - 1
   if size % mesh.size:
-    raise UserError(f"a share of {fraction} is {num_pictures} pictures, in batches of {size}, which do not divide "
+    raise UserError(f"a share of {fraction} is {num_images} images, in batches of {size}, which do not divide "
                     f"among {mesh.size} devices; use a power of two of devices up to {size}, or larger "
                     "semi_supervised.fractions")
   return dataclasses.replace(settings, batch_size=size)

@@ -1,7 +1,7 @@
 """Linear SVMs on frozen features, each class against the rest: the paper's protocol for VOC07, on any labels.
 
 After vissl (vissl/utils/svm_utils/svm_trainer.py) and the benchmark that the paper used (arXiv 1905.01235, appendix).
-Letters: N training pictures, M held-out pictures, D numbers of a feature, C classes, G costs.
+Letters: N training images, M held-out images, D numbers of a feature, C classes, G costs.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from sklearn.svm import LinearSVC
 
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import extract_features
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.layers import layer_features, layer_names, named_layers
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
@@ -34,7 +34,7 @@ VISSL_COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)
 
 GRIDS = {"paper": PAPER_COSTS, "vissl": VISSL_COSTS}
 
-SMALL_PICTURES = 96
+SMALL_IMAGES = 96
 """Pixels up to which SVMs are fitted on the pooled features alone, if no layer is named."""
 
 MAX_ITER = 2_000
@@ -68,13 +68,13 @@ class SvmSettings:
 
 
 class Examples(NamedTuple):
-  """The pictures of one split that can be read and have a label.
+  """The images of one split that can be read and have a label.
 
   Attributes:
     features: f32[N, D] by layer.
     targets: i8[N, C], see `Source.targets`.
     index: i32[N], the records' numbers, rising.
-    num_broken: pictures left out because they could not be read.
+    num_broken: images left out because they could not be read.
   """
 
   features: dict[str, np.ndarray]
@@ -88,7 +88,7 @@ class Classes(NamedTuple):
 
   Attributes:
     fitted: the labels with enough examples to fit on, rising.
-    judged: those of them that a held-out picture shows.
+    judged: those of them that a held-out image shows.
     left_out: the reason why the other classes are not judged, by name.
   """
 
@@ -115,18 +115,17 @@ class Machines(NamedTuple):
     return (features @ self.weight + self.bias[None, :]).T
 
 
-def measure_svm(model: Model, train: Pictures, test: Pictures, settings: SvmSettings, *, mesh: Mesh,
-                seed: int) -> Outcome:
+def measure_svm(model: Model, train: Images, test: Images, settings: SvmSettings, *, mesh: Mesh, seed: int) -> Outcome:
   """Returns the mean average precision of linear SVMs on the features of each layer.
 
-  Whole pictures, squashed to a square (`crops.squash_resize`, with the pictures' crop fraction). The cost of a class is
+  Whole images, squashed to a square (`crops.squash_resize`, with the images' crop fraction). The cost of a class is
   chosen by cross-validation (stratified, not shuffled): that of the highest mean of scikit-learn's average precision,
-  the first in the grid of equals. With it the SVM is fitted on all training pictures. What is there as a difficult
-  object alone counts as absent in training, and in the end such pictures are left out of the class's average precision,
+  the first in the grid of equals. With it the SVM is fitted on all training images. What is there as a difficult
+  object alone counts as absent in training, and in the end such images are left out of the class's average precision,
   which is that of `average_precision`.
 
   The figures: for each of `layers` `mean_average_precision`, `average_precision` and `costs` by class name, `dim`,
-  `num_not_converged` (of the fits, see `MAX_ITER`) and, with one label a picture, `top1` (the class with the largest
+  `num_not_converged` (of the fits, see `MAX_ITER`) and, with one label an image, `top1` (the class with the largest
   decision value); those of `best_layer` again (`mean_average_precision`, `top1`); `classes_left_out` with the reason;
   `grid`, `num_folds`, `num_train`, `num_test`, `num_broken_train`, `num_broken_test`. Nothing is random; the number of
   devices and threads and the batch size change nothing but the rounding of features.
@@ -135,21 +134,21 @@ def measure_svm(model: Model, train: Pictures, test: Pictures, settings: SvmSett
 
   Args:
     model: the frozen network.
-    train: the pictures that the SVMs are fitted on.
-    test: the pictures that they are judged on.
+    train: the images that the SVMs are fitted on.
+    test: the images that they are judged on.
     settings: layers, grid and folds.
     mesh: the devices.
     seed: LinearSVC's random_state; the solver used draws nothing.
 
   Raises:
-    UserError: unknown layer, no labels, or no class with pictures enough.
+    UserError: unknown layer, no labels, or no class with images enough.
   """
   layers = svm_layers(model, settings.layers, image_size=train.image_size, field="svm.layers")
   costs, num_folds = GRIDS[settings.costs], settings.num_folds
   names = check_labels(train, test)
   choose_classes(names, train.source.targets(), test.source.targets(), least=num_folds)  # before all that takes long
-  fit_on = read_examples(model, train, mesh=mesh, layers=layers, title="SVM: features of training pictures")
-  judge_on = read_examples(model, test, mesh=mesh, layers=layers, title="SVM: features of held-out pictures")
+  fit_on = read_examples(model, train, mesh=mesh, layers=layers, title="SVM: features of training images")
+  judge_on = read_examples(model, test, mesh=mesh, layers=layers, title="SVM: features of held-out images")
   classes = choose_classes(names, fit_on.targets, judge_on.targets, least=num_folds)
 
   found = {}
@@ -199,28 +198,28 @@ def check_grid(name: str, *, field: str) -> None:
 
 
 def svm_layers(model: Model, names: str, *, image_size: int, field: str) -> tuple[str, ...]:
-  """Returns the layers that SVMs are fitted on: those named; else the pooled features of small pictures, or every map.
+  """Returns the layers that SVMs are fitted on: those named; else the pooled features of small images, or every map.
 
   Raises:
     UserError: see `layers.named_layers`, as are the arguments.
   """
-  otherwise = ("pooled",) if image_size <= SMALL_PICTURES else layer_names(model.network)[:-1]
+  otherwise = ("pooled",) if image_size <= SMALL_IMAGES else layer_names(model.network)[:-1]
   return named_layers(model, names, otherwise=otherwise, image_size=image_size, field=field)
 
 
-def check_labels(train: Pictures, test: Pictures) -> tuple[str, ...]:
+def check_labels(train: Images, test: Images) -> tuple[str, ...]:
   """Returns the names of the classes.
 
   Raises:
-    UserError: there are none, or others among the held-out pictures.
+    UserError: there are none, or others among the held-out images.
   """
-  for name, pictures in (("training", train), ("held-out", test)):
-    if not pictures.source.class_names:
-      raise UserError(f"SVMs need labels, and the {name} pictures have none "
+  for name, images in (("training", train), ("held-out", test)):
+    if not images.source.class_names:
+      raise UserError(f"SVMs need labels, and the {name} images have none "
                       "(for folders of classes: --config.data.labels=folder)")
   if train.source.class_names != test.source.class_names:
-    raise UserError("SVMs are judged on the classes they were fitted on, and the held-out pictures have others: "
-                    f"{', '.join(test.source.class_names[:5])}, ...; the training pictures have "
+    raise UserError("SVMs are judged on the classes they were fitted on, and the held-out images have others: "
+                    f"{', '.join(test.source.class_names[:5])}, ...; the training images have "
                     f"{', '.join(train.source.class_names[:5])}, ...")
   return train.source.class_names
 
@@ -232,7 +231,7 @@ def choose_classes(names: Sequence[str], train: np.ndarray, test: np.ndarray, *,
     names: of the classes.
     train: i8[N, C], targets.
     test: i8[M, C], targets.
-    least: pictures with the class, and pictures without, that a fit needs.
+    least: images with the class, and images without, that a fit needs.
 
   Raises:
     UserError: none can be judged.
@@ -242,13 +241,13 @@ def choose_classes(names: Sequence[str], train: np.ndarray, test: np.ndarray, *,
   fitted, left_out = [], {}
   for label, name in enumerate(names):
     if present[label] < least:
-      left_out[name] = f"{present[label]} training pictures show it, and {least} are needed"
+      left_out[name] = f"{present[label]} training images show it, and {least} are needed"
     elif len(train) - present[label] < least:
-      left_out[name] = f"{len(train) - present[label]} training pictures are without it, and {least} are needed"
+      left_out[name] = f"{len(train) - present[label]} training images are without it, and {least} are needed"
     else:
       fitted.append(label)
       if not shown[label]:
-        left_out[name] = "no held-out picture shows it"
+        left_out[name] = "no held-out image shows it"
   judged = [label for label in fitted if shown[label]]
   if not judged:
     reasons = "; ".join(f"{name}: {why}" for name, why in list(left_out.items())[:3])
@@ -256,18 +255,18 @@ def choose_classes(names: Sequence[str], train: np.ndarray, test: np.ndarray, *,
   return Classes(fitted, judged, left_out)
 
 
-def read_examples(model: Model, pictures: Pictures, *, mesh: Mesh, layers: Sequence[str], title: str) -> Examples:
-  """Returns the features of whole pictures, squashed to a square, and their targets; `title` is the progress line's.
+def read_examples(model: Model, images: Images, *, mesh: Mesh, layers: Sequence[str], title: str) -> Examples:
+  """Returns the features of whole images, squashed to a square, and their targets; `title` is the progress line's.
 
   Raises:
-    UserError: no picture can be read.
+    UserError: no image can be read.
   """
-  with Progress(title, len(pictures)) as progress:
+  with Progress(title, len(images)) as progress:
     found = extract_features(layer_features(model.network, tuple(layers)), model.variables,
-                             pictures.test_batches(squash=True), mesh, on_batch=progress.update)
-  known = np.full(len(found.index), True) if pictures.source.multi_label else found.labels >= 0
+                             images.test_batches(squash=True), mesh, on_batch=progress.update)
+  known = np.full(len(found.index), True) if images.source.multi_label else found.labels >= 0
   return Examples({layer: rows[known] for layer, rows in found.features.items()},
-                  pictures.source.targets()[found.index[known]], found.index[known], found.num_broken)
+                  images.source.targets()[found.index[known]], found.index[known], found.num_broken)
 
 
 def unit_rows(features: np.ndarray) -> np.ndarray:
@@ -281,7 +280,7 @@ def fit(features: np.ndarray, present: np.ndarray, costs: Sequence[float], *, se
 
   vissl solves the dual, here it is the primal: the same optimum, which it reaches at every cost, while the dual gives
   up after `MAX_ITER` from about C = 100 on (average precision then differs by up to 0.003). Measured on textures the
-  primal takes a fifth of the time where pictures outnumber features, and up to 1.6 times as long where they do not.
+  primal takes a fifth of the time where images outnumber features, and up to 1.6 times as long where they do not.
   What decides: the dual draws from the one generator that all of liblinear's threads share, so it does not repeat.
 
   Args:
@@ -308,7 +307,7 @@ def run_fits(fit_fn: Callable[..., Any], tasks: Iterable[tuple], *, num_numbers:
     tasks: its arguments.
     num_numbers: N * D of the largest fit.
   """
-  # A selection of the pictures, 8 bytes a number, and liblinear's own copy, 16 bytes.
+  # A selection of the images, 8 bytes a number, and liblinear's own copy, 16 bytes.
   num_threads = max(1, min(joblib.cpu_count(), MEMORY // (24 * num_numbers)))
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", ConvergenceWarning)  # `Machines` counts
@@ -347,7 +346,7 @@ def _fit_layer(features, targets, judged_features, labels, *, costs, num_folds, 
 
 
 def _top1(scores: dict[int, np.ndarray], targets: np.ndarray) -> float:
-  """Returns the share of pictures whose class has the largest decision value, in [0, 1]; of equals the first counts."""
+  """Returns the share of images whose class has the largest decision value, in [0, 1]; of equals the first counts."""
   labels = np.array(list(scores))
   said = labels[np.argmax(np.stack(list(scores.values())), axis=0)]
   return float(np.mean(targets[np.arange(len(targets)), said] == 1))
@@ -358,7 +357,7 @@ def average_precision(targets: np.ndarray, scores: np.ndarray) -> float:
 
   It is the area under the curve of precision over recall. Precision is first made to rise nowhere along the curve: at
   each recall it is the highest at that recall or a higher one; the area then is summed at every change of recall
-  (vissl: vissl/utils/svm_utils/evaluate.py). Pictures of equal score are taken together, as scikit-learn's
+  (vissl: vissl/utils/svm_utils/evaluate.py). Images of equal score are taken together, as scikit-learn's
   `precision_recall_curve` does, so that their order does not matter; scikit-learn's own `average_precision_score`
   leaves precision as it is, and so is never higher.
 

@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.protocols import export
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Model, Network
@@ -26,7 +26,7 @@ NUM = 37
 
 
 class Odd(TextureSource):
-  """Pictures 3, 20 and 36 are broken, every fifth has no label, and the names are a trial."""
+  """Images 3, 20 and 36 are broken, every fifth has no label, and the names are a trial."""
 
   broken = (3, 20, 36)
 
@@ -35,7 +35,7 @@ class Odd(TextureSource):
     record = record._replace(label=-1) if index % 5 == 0 else record
     return record._replace(image=b"broken") if index in self.broken else record
 
-  def picture_name(self, index):
+  def image_name(self, index):
     return f"Käfer/{'ü' * index} 猫 {index}.jpg"
 
 
@@ -51,7 +51,7 @@ def model():
 
 
 def plain_features(model, layer):
-  """One picture after the other, by the network itself."""
+  """One image after the other, by the network itself."""
   forward = jax.jit(lambda image: model.network.apply(model.variables, image, method="features"))
   mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
   rows = []
@@ -66,9 +66,9 @@ def plain_features(model, layer):
 
 
 def exported(model, path, *, source=SOURCE, num_devices=1, batch_size=8, num_threads=0, layer="pooled"):
-  pictures = Pictures(source, 16, 1.0, batch_size, num_threads)
+  images = Images(source, 16, 1.0, batch_size, num_threads)
   settings = export.ExportSettings(layer=layer, splits=(), format=path.suffix[1:])
-  return export.export_features(model, pictures, settings, mesh=create_mesh(num_devices), path=path)
+  return export.export_features(model, images, settings, mesh=create_mesh(num_devices), path=path)
 
 
 def read(path):
@@ -116,8 +116,8 @@ def test_features_are_those_of_a_plain_forward_pass(model, tmp_path, ending, num
   assert figures.pop("features_per_second") > 0
   assert figures == {
     "path": str(path), "format": ending, "layer": layer, "dtype": "float32", "dim": expected.shape[1],
-    "num_pictures": 34, "num_broken": 3, "broken": [SOURCE.picture_name(i) for i in Odd.broken]}
-  assert outcome.table == {"pictures": 34, "numbers a picture": expected.shape[1]} and outcome.curve is None
+    "num_images": 34, "num_broken": 3, "broken": [SOURCE.image_name(i) for i in Odd.broken]}
+  assert outcome.table == {"images": 34, "numbers an image": expected.shape[1]} and outcome.curve is None
   json.dumps(outcome.to_json())
   assert os.listdir(path.parent) == [path.name]
 
@@ -142,7 +142,7 @@ def test_the_archive_is_one_of_numpy_and_is_not_compressed(model, tmp_path):
 
 def test_row_groups_are_written_as_they_fill(model, tmp_path, monkeypatch):
   exported(model, tmp_path / "one.parquet")
-  monkeypatch.setattr(export, "BLOCK_NUMBERS", 64 * 13)  # batches of 8 pictures, some broken, 64 numbers each
+  monkeypatch.setattr(export, "BLOCK_NUMBERS", 64 * 13)  # batches of 8 images, some broken, 64 numbers each
   exported(model, tmp_path / "many.parquet")
   groups = parquet.ParquetFile(tmp_path / "many.parquet").metadata
   assert [groups.row_group(i).num_rows for i in range(groups.num_row_groups)] == [15, 15, 4]
@@ -150,12 +150,12 @@ def test_row_groups_are_written_as_they_fill(model, tmp_path, monkeypatch):
     np.testing.assert_equal(one, many)
 
 
-def test_pictures_without_classes(model, tmp_path):
+def test_images_without_classes(model, tmp_path):
   class Bare(TextureSource):
     def __getitem__(self, index):
       return super().__getitem__(index)._replace(label=-1)
 
-    def picture_name(self, index):
+    def image_name(self, index):
       return str(index)
 
   source = Bare(5, size=16, split="train")
@@ -166,7 +166,7 @@ def test_pictures_without_classes(model, tmp_path):
     assert others["label"] == [-1] * 5 and others["class"] == [None] * 5 and others["class_names"] == []
 
 
-def test_pictures_of_several_classes(model, tmp_path):
+def test_images_of_several_classes(model, tmp_path):
   class Several(Odd):
     multi_label = True
 
@@ -204,7 +204,7 @@ def test_what_fails_on_the_way_leaves_the_old_file_and_nothing_else(model, tmp_p
   before = path.read_bytes()
   with pytest.raises(UserError, match=r"33.jpg cannot be read because the disk .*\(Input/output error\)"):
     exported(model, path, source=Failing(NUM, size=16, split="train"))
-  with pytest.raises(UserError, match="none of the 3 pictures"):
+  with pytest.raises(UserError, match="none of the 3 images"):
     source = Odd(3, size=16, split="train")
     source.broken = (0, 1, 2)
     exported(model, path, source=source)
@@ -225,7 +225,7 @@ def test_the_same_call_writes_the_same_bytes_over_the_old_file_and_what_a_killed
   ("f.csv", "pooled", "features.format='csv' is unknown; choose one of: npz, parquet"),
 ])
 def test_what_cannot_be_written_is_refused_at_once(model, tmp_path, monkeypatch, name, layer, message):
-  monkeypatch.setattr(export, "stream_features", lambda *_: pytest.fail("read pictures first"))
+  monkeypatch.setattr(export, "stream_features", lambda *_: pytest.fail("read images first"))
   with pytest.raises(UserError, match=message):
     exported(model, tmp_path / "new" / name, layer=layer)
   assert not os.listdir(tmp_path)
@@ -237,20 +237,20 @@ def test_too_small_a_disk_is_seen_before(model, tmp_path, monkeypatch, ending, n
   source = TextureSource(2, size=16, split="train")  # 2 x 64 numbers of 4 bytes, twice for npz
   usage = export.shutil.disk_usage(tmp_path)
   monkeypatch.setattr(export.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
-  with pytest.raises(UserError, match=f"2 pictures x 64 numbers.*{way_out}"):
+  with pytest.raises(UserError, match=f"2 images x 64 numbers.*{way_out}"):
     exported(model, tmp_path / f"f.{ending}", source=source)
   monkeypatch.setattr(export.shutil, "disk_usage", lambda _: usage._replace(free=needed))
   exported(model, tmp_path / f"f.{ending}", source=source)
 
 
 @pytest.mark.parametrize("ending", ["npz", "parquet"])
-def test_memory_does_not_grow_with_the_pictures(tmp_path, monkeypatch, ending):
+def test_memory_does_not_grow_with_the_images(tmp_path, monkeypatch, ending):
   monkeypatch.setattr(export, "BLOCK_NUMBERS", 2**18)
   monkeypatch.setattr(export, "layer_features", lambda network, layers: wide)
   monkeypatch.setattr(export, "check_features", lambda *_, **__: None)
 
   def wide(variables, image):
-    return {"pooled": jnp.tile(jnp.reshape(image, (image.shape[0], -1)), (1, 16))}  # 49 kB a picture
+    return {"pooled": jnp.tile(jnp.reshape(image, (image.shape[0], -1)), (1, 16))}  # 49 kB an image
 
   def peak(num):
     source = TextureSource(num, size=16, split="train")
@@ -263,12 +263,12 @@ def test_memory_does_not_grow_with_the_pictures(tmp_path, monkeypatch, ending):
       tracemalloc.stop()
 
   small, large = peak(64), peak(512)
-  assert large < small + 3e6  # where 448 pictures more are 22 MB
+  assert large < small + 3e6  # where 448 images more are 22 MB
 
 
 def test_progress_is_told(model, tmp_path, capsys):
   exported(model, tmp_path / "f.npz")
-  assert "features of pooled: 37 of 37 pictures" in capsys.readouterr().out
+  assert "features of pooled: 37 of 37 images" in capsys.readouterr().out
 
 
 @pytest.mark.slow

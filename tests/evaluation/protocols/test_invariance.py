@@ -10,7 +10,7 @@ from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.data.subsets import shuffled
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.protocols.invariance import NO_AUGMENTATION, InvarianceSettings, measure_invariance
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.models.heads import ImageHead, PatchesHead
@@ -40,17 +40,17 @@ class Textures(TextureSource):
 @pytest.fixture(scope="module")
 def model():
   variables = NETWORK.init(jax.random.key(1), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 9, 5, 5, 3)), train=False)
-  # Biases tell nothing of the picture; without them embeddings of a new network differ enough to compare.
+  # Biases tell nothing of the image; without them embeddings of a new network differ enough to compare.
   params = jax.tree.map(lambda x: x if x.ndim > 1 else jnp.zeros_like(x), variables["params"]["image_head"])
   return Model(NETWORK, {**variables, "params": {**variables["params"], "image_head": params}})
 
 
 def measure(model, *, num_devices=1, source=None, batch_size=8, **changes):
-  pictures = Pictures(source or Textures(21), 16, 0.8, batch_size, 0)
+  images = Images(source or Textures(21), 16, 0.8, batch_size, 0)
   arguments = {"views_fn": VIEWS, "pretext_size": 18, "seed": 5}
   given = {"split": None, "representation": "heads", "num_pictures": 13, "num_transforms": 3, "num_bins": 40}
   settings = InvarianceSettings(**{name: changes.pop(name, value) for name, value in given.items()})
-  return measure_invariance(model, pictures, settings, mesh=create_mesh(num_devices), **(arguments | changes))
+  return measure_invariance(model, images, settings, mesh=create_mesh(num_devices), **(arguments | changes))
 
 
 def unit(x):
@@ -58,7 +58,7 @@ def unit(x):
 
 
 def embed_heads(model):
-  """Returns embed(image, patches) -> f and g of one picture."""
+  """Returns embed(image, patches) -> f and g of one image."""
   forward = jax.jit(lambda *views: NETWORK.apply(model.variables, *views, train=False))
   return lambda image, patches: [emb[0] for emb in forward(image, patches)]
 
@@ -74,13 +74,13 @@ def embed_trunk(model):
 
 
 def loop(embed, source, index, *, num_transforms=3, seed=5):
-  """Returns matched and mismatched distances, one picture and one transform at a time."""
+  """Returns matched and mismatched distances, one image and one transform at a time."""
   views_fn = jax.jit(VIEWS)
   f, g = [], []
   for i in index:
-    picture = source[i].image
-    image = centre_crop(picture, size=16, fraction=0.8)
-    crop = centre_crop(picture, size=18, fraction=0.8)
+    original = source[i].image
+    image = centre_crop(original, size=16, fraction=0.8)
+    crop = centre_crop(original, size=18, fraction=0.8)
     views = [views_fn(view_keys(seed, draw, jnp.int32([i])), image[None], crop[None])[1]
              for draw in range(num_transforms)]
     pairs = [embed(normalise(jnp.asarray(image[None])), view) for view in views]
@@ -107,7 +107,7 @@ def test_distances_are_those_of_a_plain_loop(model, damaged):
   expected = roc_auc_score([0] * len(matched) + [1] * len(mismatched), matched + mismatched)
   assert figures["separation"] == pytest.approx(expected, abs=1e-3)
   assert figures["num_broken"] == len(set(damaged) & set(index))
-  assert figures["num_pictures"] + figures["num_broken"] == 13
+  assert figures["num_images"] + figures["num_broken"] == 13
 
 
 def test_trunks_of_networks_without_heads_are_those_of_a_plain_loop(model):
@@ -128,14 +128,14 @@ def test_trunks_of_networks_without_heads_are_those_of_a_plain_loop(model):
 
 
 @pytest.mark.slow
-def test_devices_batches_and_the_number_of_pictures_asked_change_nothing(model):
+def test_devices_batches_and_the_number_of_images_asked_change_nothing(model):
   one = measure(model).figures
   for changes in ({"num_devices": 8}, {"num_devices": 2, "batch_size": 4}, {"batch_size": 13}):
     other = measure(model, **changes).figures
     assert other["matched"]["mean"] == pytest.approx(one["matched"]["mean"], rel=1e-5)
     assert other["mismatched"]["max"] == pytest.approx(one["mismatched"]["max"], rel=1e-5)
   everything = measure(model, num_pictures=1_000).figures
-  assert everything["num_pictures"] == 21
+  assert everything["num_images"] == 21
   assert measure(model, seed=6).figures["matched"]["mean"] != one["matched"]["mean"]
 
 
@@ -166,7 +166,7 @@ class Knows:
 
 
 class Colours(Textures):
-  """Pictures of a single colour each."""
+  """Images of a single colour each."""
 
   def __getitem__(self, index):
     return Record(np.broadcast_to(np.uint8([40 + 9 * index, 240 - 10 * index, 100]), (20, 20, 3)).copy(), 0)
@@ -183,8 +183,8 @@ def test_a_collapsed_network_is_told_by_the_separation_and_an_invariant_one_too(
 
 @pytest.mark.parametrize("changes, said", [
   ({"num_pictures": 0}, "invariance.num_pictures=0"), ({"num_transforms": 0}, "num_transforms"),
-  ({"num_bins": 0}, "num_bins"), ({"num_pictures": 1}, "1 of 1 pictures"),
-  ({"source": Textures(4, damaged=range(4))}, "0 of 4 pictures"),
+  ({"num_bins": 0}, "num_bins"), ({"num_pictures": 1}, "1 of 1 images"),
+  ({"source": Textures(4, damaged=range(4))}, "0 of 4 images"),
   ({"representation": "f"}, "representation='f' is not possible: choose from heads, trunk"),
 ])
 def test_what_cannot_be_measured(model, changes, said):

@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.protocols import knn
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Model, Network
@@ -205,7 +205,7 @@ def test_nearest_is_the_same_bit_for_bit_however_the_references_come(monkeypatch
   monkeypatch.setattr(knn, "BLOCK_ROWS", block)
   rng = np.random.default_rng(4)
   references, queries = exact_rows(rng, 333), exact_rows(rng, 37)
-  references[200:250] = references[50:100]  # the same picture twice, far apart
+  references[200:250] = references[50:100]  # the same image twice, far apart
   ids = np.where(rng.random(333) < 0.1, -1, 3 * np.arange(333))
   similarity, expected = nearest_oracle(references, ids, queries, 20)
   mesh = create_mesh(num_devices)
@@ -248,7 +248,7 @@ def test_nearest_of_fewer_references_than_k(num_devices):
 
 
 class Signs:
-  """A network whose features are exact: 16 signs of a picture's pixels."""
+  """A network whose features are exact: 16 signs of an image's pixels."""
 
   trunk, has_embedding = types.SimpleNamespace(blocks=()), True
 
@@ -258,7 +258,7 @@ class Signs:
 
 
 class Arrays(TextureSource):
-  """Pictures of 16 black and white squares; those in `damaged` cannot be read, those in `unlabelled` have no label."""
+  """Images of 16 black and white squares; those in `damaged` cannot be read, those in `unlabelled` have no label."""
 
   def __init__(self, num, *, seed, num_classes=6, damaged=(), unlabelled=(), spread=0.25):
     rng = np.random.default_rng(seed)
@@ -277,8 +277,8 @@ class Arrays(TextureSource):
       raise FileNotFoundError(index)
     return record._replace(image=b"broken") if index in self._damaged else record
 
-  def picture_name(self, index):
-    return f"picture {index}"
+  def image_name(self, index):
+    return f"image {index}"
 
   def rows(self):
     """Returns what `Signs` makes of them, of unit length."""
@@ -290,14 +290,14 @@ TEST = Arrays(45, seed=1, damaged=(44, 5), unlabelled=(7,))
 EXACT = Model(Signs(), {})
 
 
-def exact_pictures(source, batch_size=32, num_threads=0):
-  return Pictures(source, 16, 1.0, batch_size, num_threads)
+def exact_images(source, batch_size=32, num_threads=0):
+  return Images(source, 16, 1.0, batch_size, num_threads)
 
 
 def exact_knn(train=TRAIN, test=TEST, *, num_devices=8, batch_size=32, num_threads=0, **changes):
   settings = knn.KnnSettings(**{"layer": "pooled", "k": 60, "temperature": 0.07, **changes})
-  return knn.measure_knn(EXACT, exact_pictures(train, batch_size, num_threads),
-                         exact_pictures(test, batch_size, num_threads), settings, mesh=create_mesh(num_devices))
+  return knn.measure_knn(EXACT, exact_images(train, batch_size, num_threads),
+                         exact_images(test, batch_size, num_threads), settings, mesh=create_mesh(num_devices))
 
 
 def test_measured_accuracy_is_that_of_the_formula(capsys):
@@ -323,14 +323,14 @@ def test_measured_accuracy_is_that_of_the_formula(capsys):
   assert outcome.curve.x == [1, 5, 10, 20, 50, 60] and outcome.curve.log_x
   assert outcome.curve.y == list(figures["top1_by_k"].values())
   json.dumps(dataclasses.asdict(outcome))
-  assert "331 of 331 pictures" in capsys.readouterr().out
+  assert "331 of 331 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("num_devices", "batch_size", "block", "num_threads"), [
   (1, 1, 16_384, 0),
   (1, 24, 50, 2),
   (8, 8, 64, 2),
-  (8, 512, 1, 0),  # all pictures in one batch, and blocks of a single row for each device
+  (8, 512, 1, 0),  # all images in one batch, and blocks of a single row for each device
 ])
 def test_neither_devices_nor_batches_nor_blocks_change_the_figures(monkeypatch, num_devices, batch_size, block,
                                                                    num_threads):
@@ -357,7 +357,7 @@ def test_all_blocks_of_a_measurement_share_one_program(monkeypatch):
   assert knn._make_search(create_mesh(8), 13, knn.ROWS)._cache_size() == 1
 
 
-def test_more_neighbours_than_training_pictures():
+def test_more_neighbours_than_training_images():
   few = Arrays(9, seed=2, damaged=(1,), unlabelled=(4,))
   figures = exact_knn(few, k=200).figures
   assert (figures["k"], figures["k_used"], figures["num_train"]) == (200, 7, 7)
@@ -385,7 +385,7 @@ def test_layers_of_a_network_against_scikit_learn(resnet, layer):
   sources = [TextureSource(num, size=16, split=split) for num, split in ((150, "train"), (40, "test"))]
   by_devices = []
   for num_devices in (1, 8):
-    train, test = (Pictures(source, 16, 1.0, 16 * num_devices, 0) for source in sources)
+    train, test = (Images(source, 16, 1.0, 16 * num_devices, 0) for source in sources)
     by_devices.append(knn.measure_knn(resnet, train, test, knn.KnnSettings(layer, 20, 0.07),
                                       mesh=create_mesh(num_devices)).figures)
   assert by_devices[0]["top1_by_k"] == pytest.approx(by_devices[1]["top1_by_k"], abs=1.5 / 40)  # a tie may turn
@@ -405,18 +405,18 @@ def test_layers_of_a_network_against_scikit_learn(resnet, layer):
   assert by_devices[0]["dim"] == features(sources[1]).shape[1]
 
 
-def test_memory_does_not_grow_with_the_training_pictures(monkeypatch):
+def test_memory_does_not_grow_with_the_training_images(monkeypatch):
   monkeypatch.setattr(knn, "BLOCK_ROWS", 64)
   sources = [Arrays(num, seed=num) for num in (256, 2048)]
 
   class Wide(Signs):
     def apply(self, variables, image, method):
-      return {"pooled": jnp.tile(super().apply(variables, image, method)["pooled"], (1, 256))}  # 16 kB a picture
+      return {"pooled": jnp.tile(super().apply(variables, image, method)["pooled"], (1, 256))}  # 16 kB an image
 
   model = Model(Wide(), {})
 
   def peak(source):
-    arguments = (model, exact_pictures(source), exact_pictures(TEST), knn.KnnSettings("pooled", 5, 0.07))
+    arguments = (model, exact_images(source), exact_images(TEST), knn.KnnSettings("pooled", 5, 0.07))
     knn.measure_knn(*arguments, mesh=create_mesh(1))  # compiles
     tracemalloc.start()
     try:
@@ -427,16 +427,16 @@ def test_memory_does_not_grow_with_the_training_pictures(monkeypatch):
 
   small, large = map(peak, sources)
   assert small > 64 * 16e3  # a block at the least is seen
-  assert large < small + 2e6  # where the features of 1,792 more pictures are 29 MB
+  assert large < small + 2e6  # where the features of 1,792 more images are 29 MB
 
 
 @pytest.mark.parametrize(("changes", "message"), [
   ({"layer": "res9"}, "knn.layer names the layer 'res9'; this network has conv1, pooled, embedding"),
   ({"k": 0}, "k=0"),
   ({"temperature": -1.0}, "temperature=-1.0"),
-  ({"train": Arrays(9, seed=0, unlabelled=range(9))}, "none of the 9 training pictures"),
-  ({"test": Arrays(9, seed=0, unlabelled=range(9))}, "none of the 9 held-out pictures"),
-  ({"test": Arrays(3, seed=0, damaged=(0, 1, 2))}, "no picture to take features of: 3 broken"),
+  ({"train": Arrays(9, seed=0, unlabelled=range(9))}, "none of the 9 training images"),
+  ({"test": Arrays(9, seed=0, unlabelled=range(9))}, "none of the 9 held-out images"),
+  ({"test": Arrays(3, seed=0, damaged=(0, 1, 2))}, "no image to take features of: 3 broken"),
 ])
 def test_what_cannot_be_measured_is_refused(changes, message):
   with pytest.raises(UserError, match=message):
@@ -444,8 +444,8 @@ def test_what_cannot_be_measured_is_refused(changes, message):
 
 
 @pytest.mark.parametrize("name", ["train", "test"])
-def test_pictures_without_labels_are_refused_at_once(name, monkeypatch):
-  monkeypatch.setattr(knn, "extract_features", lambda *_, **__: pytest.fail("read pictures first"))
+def test_images_without_labels_are_refused_at_once(name, monkeypatch):
+  monkeypatch.setattr(knn, "extract_features", lambda *_, **__: pytest.fail("read images first"))
   source = Arrays(9, seed=0)
   source.class_names = ()
   with pytest.raises(UserError, match="--config.data.labels=folder"):

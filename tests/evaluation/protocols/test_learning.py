@@ -14,8 +14,8 @@ from pirl_jax.runtime.mesh import create_mesh
 from pirl_jax.views.normalisation import normalise
 
 
-def pictures(seed, num):
-  """Noise pictures whose class (0, 1, 2) is written into the first pixel alone."""
+def images(seed, num):
+  """Noise images whose class (0, 1, 2) is written into the first pixel alone."""
   rng = np.random.default_rng(seed)
   label = (np.arange(num) % 3).astype(np.int32)
   image = rng.integers(0, 256, (num, 4, 4, 3), np.uint8)
@@ -66,7 +66,7 @@ def scikit_accuracy(train, train_labels, test, test_labels, k):
 
 
 def test_the_table_holds_the_three_figures_and_how_they_came_about():
-  (image, label), (test_image, test_label) = pictures(0, 64), pictures(1, 40)
+  (image, label), (test_image, test_label) = images(0, 64), images(1, 40)
   test_label[5] = -1  # not judged
   table = run(opener(image, label, broken=(3, 9)), opener(test_image, test_label, broken=(7,)))
 
@@ -75,7 +75,7 @@ def test_the_table_holds_the_three_figures_and_how_they_came_about():
                          for x in (image[kept], test_image[kept_test]))
   assert table["raw_pixels"] == pytest.approx(
     scikit_accuracy(pixels, label[kept], test_pixels, test_label[kept_test], 62))
-  # Calibrated: seven full batches of eight of the pictures that can be read, six are left over.
+  # Calibrated: seven full batches of eight of the images that can be read, six are left over.
   looked = pixels @ UNTRAINED["params"]["look"]
   groups = looked[:56].reshape(7, 8, 6).astype(np.float64)
   mean, std = groups.mean(1).mean(0), np.sqrt(groups.var(1).mean(0) + 1e-5)
@@ -91,13 +91,13 @@ def test_the_table_holds_the_three_figures_and_how_they_came_about():
 
 
 def test_the_device_count_changes_nothing():
-  train, test = opener(*pictures(0, 64)), opener(*pictures(1, 24))
+  train, test = opener(*images(0, 64)), opener(*images(1, 24))
   one, eight = (run(train, test, num_devices=n, k=5) for n in (1, 8))
   assert one == eight
 
 
 def test_without_labels_it_says_so():
-  image, label = pictures(0, 16)
+  image, label = images(0, 16)
   with pytest.raises(UserError, match="needs labels"):
     run(opener(image, label * 0 - 1), opener(image, label))
   with pytest.raises(UserError, match="needs labels"):
@@ -108,7 +108,7 @@ def test_the_printed_table():
   text = format_learning({"raw_pixels": 0.1234, "untrained": 0.2, "trained": 1.0, "k_used": 200,
                           "temperature": 0.07, "num_train": 4000, "num_test": 1000})
   assert text.splitlines() == [
-    "Is it learning? kNN top-1 (k=200, temperature 0.07), 1,000 held-out among 4,000 training pictures",
+    "Is it learning? kNN top-1 (k=200, temperature 0.07), 1,000 held-out among 4,000 training images",
     "  raw pixels          12.3%",
     "  untrained network   20.0%",
     "  trained network    100.0%",

@@ -16,7 +16,7 @@ from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import training
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.layers import layer_features
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocols import linear
@@ -45,7 +45,7 @@ TEST = TextureSource(60, size=SIZE, split="test")
 
 @functools.cache
 def pretrained():
-  """A network with the batch statistics of the training pictures: with those of its start its deep layers are dead."""
+  """A network with the batch statistics of the training images: with those of its start its deep layers are dead."""
   network = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(8), PatchesHead(8))
 
   @jax.jit
@@ -82,7 +82,7 @@ CLASSES = 4
 def make_batch(step, *, broken=(3, 12), size=16):
   rng = np.random.default_rng(step)
   index = np.arange(size)
-  # Of a broken picture anything may come, also a label that is none.
+  # Of a broken image anything may come, also a label that is none.
   maps = {name: rng.normal(1.5, 2, (size, *shape)).astype(np.float32) for name, shape in SHAPES.items()}
   for x in maps.values():
     x[np.isin(index, broken)] = 1e3
@@ -167,7 +167,7 @@ def test_steps_are_those_of_the_formula(head, nesterov, num_devices):
   states, losses = run_steps(settings, num_devices, 4)
   assert {name: set(head_params) for name, head_params in states[0]["params"].items()} == dict.fromkeys(
     SHAPES, {"kernel", "bias", "scale", "shift"} if head == "bn_affine" else {"kernel", "bias"})
-  # On one device 14 pictures are read; on eight, devices 1 and 6 have half of the others' count.
+  # On one device 14 images are read; on eight, devices 1 and 6 have half of the others' count.
   for name in SHAPES:
     params, stats = (in_float64(states[0][part][name]) for part in ("params", "stats"))
     assert bool(stats) == (head != "plain")
@@ -212,7 +212,7 @@ def test_a_classifier_starts_small_and_alike_whichever_others_there_are():
 
 
 def test_learning_rate_falls_at_the_milestones():
-  # The paper: 28 epochs, 0.01 for 256 pictures, divided by ten at two equally spaced points.
+  # The paper: 28 epochs, 0.01 for 256 images, divided by ten at two equally spaced points.
   settings = dataclasses.replace(SETTINGS, num_epochs=28, batch_size=256, learning_rate=0.01,
                                  milestones=(2 / 3, 1 / 3))
   rates = [float(linear_rate(settings, 3)(step)) for step in range(84)]
@@ -234,9 +234,9 @@ def test_cosine_ends_at_zero():
 # Whole measurements.
 
 def measure(folder, *, num_devices=8, train=TRAIN, test=TEST, layers=LAYERS, num_threads=1, model=None, **changes):
-  pictures = [Pictures(source, SIZE, 1.0, 16, num_threads) for source in (train, test)]
+  images = [Images(source, SIZE, 1.0, 16, num_threads) for source in (train, test)]
   settings = dataclasses.replace(SETTINGS, layers=",".join(layers), **changes)
-  return linear.measure_linear(model or pretrained(), *pictures, settings, mesh=create_mesh(num_devices), seed=SEED,
+  return linear.measure_linear(model or pretrained(), *images, settings, mesh=create_mesh(num_devices), seed=SEED,
                                snapshot_folder=folder)
 
 
@@ -279,7 +279,7 @@ def assert_close(found, expected, *, layers=LAYERS):
   for layer in layers:
     one, other = found.figures["layers"][layer], expected.figures["layers"][layer]
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-3), layer
-    assert abs(one["top1"] - other["top1"]) <= 1.5 / 60, layer  # a picture on the border between two classes
+    assert abs(one["top1"] - other["top1"]) <= 1.5 / 60, layer  # an image on the border between two classes
 
 
 def test_one_device_finds_what_eight_find(tmp_path, measured):
@@ -313,7 +313,7 @@ def features_of(source, layer, indices):
 
 
 def coloured(source, seed):
-  """Its labels, with noise about one colour for each class as pictures: a random network tells most of them apart."""
+  """Its labels, with noise about one colour for each class as images: a random network tells most of them apart."""
   rng = np.random.default_rng(seed)
   colours = np.random.default_rng(0).uniform(60, 190, (10, 3))
   easy = Changed(source)
@@ -360,13 +360,13 @@ def test_trained_to_the_end_it_is_scikit_learns_logistic_regression(tmp_path, mo
   assert found["top5"] == pytest.approx(np.mean(ranks < 5), abs=1.5 / 60)
 
 
-# Pictures that are broken or have no label.
+# Images that are broken or have no label.
 
 BROKEN, UNLABELLED = (0, 50, 111), (3, 4, 70)
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_unlabelled_pictures_take_no_part(tmp_path, cached):
+def test_unlabelled_images_take_no_part(tmp_path, cached):
   with_them = Changed(TRAIN, unlabelled=UNLABELLED)
   without = Changed(TRAIN, kept=np.setdiff1d(np.arange(112), UNLABELLED))
   found, expected = (measure(tmp_path, train=train, layers=("res4",), cached=cached) for train in (with_them, without))
@@ -374,7 +374,7 @@ def test_unlabelled_pictures_take_no_part(tmp_path, cached):
   assert found.figures["num_train"] == 109
 
 
-def test_broken_pictures_are_not_in_the_cache(tmp_path):
+def test_broken_images_are_not_in_the_cache(tmp_path):
   found = measure(tmp_path, train=Changed(TRAIN, damaged=BROKEN, unlabelled=UNLABELLED), layers=("res4",), cached=True)
   kept = np.setdiff1d(np.arange(112), (*BROKEN, *UNLABELLED))
   expected = measure(tmp_path, train=Changed(TRAIN, kept=kept), layers=("res4",), cached=True)
@@ -389,8 +389,8 @@ class Relabelled(Changed):
     return record._replace(label=3 - record.label % 2) if index in self._damaged else record
 
 
-def test_broken_pictures_weigh_nothing_in_training(tmp_path):
-  kept, damaged = np.arange(104), (5, 6, 7, 50)  # every picture is in the one batch of an epoch
+def test_broken_images_weigh_nothing_in_training(tmp_path):
+  kept, damaged = np.arange(104), (5, 6, 7, 50)  # every image is in the one batch of an epoch
   found, relabelled, readable = (
     measure(tmp_path / str(i), train=train, layers=("res4",), batch_size=104).figures
     for i, train in enumerate((Changed(TRAIN, kept=kept, damaged=damaged),
@@ -400,7 +400,7 @@ def test_broken_pictures_weigh_nothing_in_training(tmp_path):
   assert found["layers"]["res4"]["loss"] != pytest.approx(readable["layers"]["res4"]["loss"], rel=1e-4)
 
 
-def test_broken_and_unlabelled_test_pictures_are_not_judged(tmp_path, monkeypatch):
+def test_broken_and_unlabelled_test_images_are_not_judged(tmp_path, monkeypatch):
   saved = []
   train = training.train_classifier
   monkeypatch.setattr(training, "train_classifier", lambda *args, **kw: saved.append(train(*args, **kw)) or saved[-1])
@@ -430,7 +430,7 @@ def test_of_equal_layers_the_deeper_one_is_the_best_and_few_classes_are_all_amon
 # Interrupted.
 
 class Stops(Changed):
-  """Pictures until so many were read, then an error that is no picture's."""
+  """Images until so many were read, then an error that is no image's."""
 
   def __init__(self, left):
     super().__init__(TRAIN)
@@ -491,7 +491,7 @@ def take(count, **changes):
   return list(itertools.islice(linear.cached_batches(maps, labels, **arguments), count))
 
 
-def test_cached_batches_hold_a_picture_at_most_once_an_epoch():
+def test_cached_batches_hold_an_image_at_most_once_an_epoch():
   stream = take(9)
   for batch in stream:
     np.testing.assert_array_equal(batch["a"][:, 0], batch["index"])
@@ -513,29 +513,29 @@ def test_cached_batches_from_any_step_and_process(start_step):
       np.testing.assert_array_equal(np.concatenate([first[name], second[name]]), value)
 
 
-def test_a_cache_that_is_too_large_is_refused_before_a_picture_is_read(tmp_path, monkeypatch):
-  monkeypatch.setattr(linear, "stream_features", lambda *_, **__: pytest.fail("read pictures first"))
+def test_a_cache_that_is_too_large_is_refused_before_an_image_is_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(linear, "stream_features", lambda *_, **__: pytest.fail("read images first"))
   dim = 8 * 8 * 16 + 4 * 4 * 32
   monkeypatch.setattr(linear, "CACHE_BYTES", 112 * 4 * dim - 1)
-  with pytest.raises(UserError, match="features of 112 training pictures on res2, res3 take 0.0 GiB.*cached=False"):
+  with pytest.raises(UserError, match="features of 112 training images on res2, res3 take 0.0 GiB.*cached=False"):
     measure(tmp_path, layers=("res2", "res3"), cached=True)
   monkeypatch.setattr(linear, "CACHE_BYTES", 112 * 4 * dim)
-  with pytest.raises(pytest.fail.Exception, match="read pictures first"):
+  with pytest.raises(pytest.fail.Exception, match="read images first"):
     measure(tmp_path, layers=("res2", "res3"), cached=True)
 
 
 # What a user can get wrong.
 
 @pytest.mark.parametrize(("changes", "message"), [
-  ({"train": Changed(TRAIN, class_names=())}, "the training pictures have none.*data.labels=folder"),
-  ({"test": Changed(TEST, class_names=())}, "the held-out pictures have none.*data.labels=folder"),
-  ({"test": Changed(TEST, unlabelled=range(60))}, "none of the .* held-out pictures has one"),
+  ({"train": Changed(TRAIN, class_names=())}, "the training images have none.*data.labels=folder"),
+  ({"test": Changed(TEST, class_names=())}, "the held-out images have none.*data.labels=folder"),
+  ({"test": Changed(TEST, unlabelled=range(60))}, "none of the .* held-out images has one"),
   ({"test": Changed(TEST, class_names=("a", *TEST.class_names[1:]))}, "different: a, "),
   ({"test": Changed(TEST, class_names=TEST.class_names[::-1])}, "different: the order"),
   ({"layers": ("res2", "res9")}, "linear.layers names the layer 'res9'; this network has conv1, res2"),
   ({"batch_size": 20}, "batch_size=20 does not divide among 8 devices; try --config.linear.batch_size=16"),
-  ({"batch_size": 120}, "only 112 training pictures with a label.*try --config.linear.batch_size=112"),
-  ({"train": Changed(TRAIN, kept=np.arange(5)), "batch_size": 8}, "only 5 training pictures.*8 devices need 8"),
+  ({"batch_size": 120}, "only 112 training images with a label.*try --config.linear.batch_size=112"),
+  ({"train": Changed(TRAIN, kept=np.arange(5)), "batch_size": 8}, "only 5 training images.*8 devices need 8"),
   ({"batch_size": 0}, "linear.batch_size=0"),
   ({"num_epochs": 0}, "linear.num_epochs=0"),
   ({"learning_rate": 0.0}, "linear.learning_rate=0.0"),
@@ -564,14 +564,14 @@ def test_milestones_mean_nothing_with_a_cosine(tmp_path):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_only_broken_pictures(tmp_path, cached):
-  with pytest.raises(UserError, match="none of .* labelled training pictures can be read"):
+def test_only_broken_images(tmp_path, cached):
+  with pytest.raises(UserError, match="none of .* labelled training images can be read"):
     measure(tmp_path, train=Changed(TRAIN, damaged=range(112)), layers=("pooled",), cached=cached)
-  with pytest.raises(UserError, match="none of the 60 test pictures has a label and can be read: 60 are broken"):
+  with pytest.raises(UserError, match="none of the 60 test images has a label and can be read: 60 are broken"):
     measure(tmp_path, test=Changed(TEST, damaged=range(60)), layers=("pooled",), cached=cached)
 
 
-def test_broken_pictures_may_leave_too_few_for_a_batch(tmp_path):
+def test_broken_images_may_leave_too_few_for_a_batch(tmp_path):
   with pytest.raises(UserError, match="linear.batch_size=112, but there are only 109.*batch_size=104"):
     measure(tmp_path, train=Changed(TRAIN, damaged=BROKEN), batch_size=112, cached=True, layers=("pooled",))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import test_svm
 from sklearn.svm import LinearSVC
-from test_svm import Damaged, Objects, Scarce, curve_area, features_by_hand, pictures
+from test_svm import Damaged, Objects, Scarce, curve_area, features_by_hand, images
 
 from pirl_jax.data import batches
 from pirl_jax.data.embedded import TextureSource
@@ -56,7 +56,7 @@ def by_hand(model, train, test, layer, *, shots, num_draws, seed):
 
 @pytest.mark.parametrize("source_type, num_train", [(TextureSource, 80), (Objects, 80)])
 def test_equals_scikit_learn_on_the_same_draws(model, source_type, num_train):
-  train, test = pictures(source_type, num_train, "train"), pictures(source_type, 50, "test")
+  train, test = images(source_type, num_train, "train"), images(source_type, 50, "test")
   outcome = measure(model, train, test)
   figures = outcome.figures
   expected = by_hand(model, train.source, test.source, "pooled", shots=(1, 2, 4), num_draws=3, seed=5)
@@ -105,7 +105,7 @@ def test_draws_are_the_same_for_ever():
   assert rows.tolist() == [5, 1, 19, 8, 2, 16, 14]  # numpy 2.4
 
 
-def test_a_broken_picture_changes_a_draw_by_itself_alone():
+def test_a_broken_image_changes_a_draw_by_itself_alone():
   targets = (np.arange(60) % 3 == 0).astype(np.int8)
   whole = draw_examples(targets, np.arange(60), 60, (0, 0, 0, 4), num_present=4, num_absent=8)
   kept = np.flatnonzero(np.arange(60) != whole[1])
@@ -113,7 +113,7 @@ def test_a_broken_picture_changes_a_draw_by_itself_alone():
   assert kept[rows][[0, 1, 2, *range(4, 12)]].tolist() == whole[[0, 2, 3, *range(4, 12)]].tolist()
 
 
-def test_every_picture_is_drawn_equally_often():
+def test_every_image_is_drawn_equally_often():
   targets = (np.arange(40) < 10).astype(np.int8)
   counts = np.zeros(40)
   for draw in range(2_000):
@@ -123,11 +123,11 @@ def test_every_picture_is_drawn_equally_often():
 
 
 def test_devices_and_threads_change_nothing(model, monkeypatch):
-  train, test = pictures(Damaged, 80, "train"), pictures(Damaged, 40, "test")
+  train, test = images(Damaged, 80, "train"), images(Damaged, 40, "test")
   one = measure(model, train, test)
   monkeypatch.setattr("pirl_jax.evaluation.protocols.svm.joblib.cpu_count", lambda: 1)
   assert measure(model, train, test).to_json() == one.to_json()
-  eight = measure(model, pictures(Damaged, 80, "train", batch_size=16), test, num_devices=8)
+  eight = measure(model, images(Damaged, 80, "train", batch_size=16), test, num_devices=8)
   assert eight.table == pytest.approx(one.table, abs=1e-3)
   assert one.figures["num_broken_train"] == 11 and one.figures["num_broken_test"] == 6
   assert one.figures["num_train"] == 80 - 11 - 7  # the others have no label
@@ -135,14 +135,14 @@ def test_devices_and_threads_change_nothing(model, monkeypatch):
 
 
 def test_several_layers(model):
-  outcome = measure(model, pictures(TextureSource, 60, "train"), pictures(TextureSource, 30, "test"),
+  outcome = measure(model, images(TextureSource, 60, "train"), images(TextureSource, 30, "test"),
                     layers="conv1,pooled", shots=(2, 1, 2))
   assert list(outcome.table) == ["conv1, k=1", "conv1, k=2", "pooled, k=1", "pooled, k=2"]
   best = max(("conv1", "pooled"), key=lambda layer: outcome.table[f"{layer}, k=1"] + outcome.table[f"{layer}, k=2"])
   assert outcome.figures["best_layer"] == best and outcome.curve.y == [outcome.table[f"{best}, k={k}"] for k in (1, 2)]
 
 
-def test_pictures_go_straight_to_the_square(model, monkeypatch):
+def test_images_go_straight_to_the_square(model, monkeypatch):
   asked, real = [], batches.eval_batches
 
   def eval_batches(source, **arguments):
@@ -150,19 +150,19 @@ def test_pictures_go_straight_to_the_square(model, monkeypatch):
     return real(source, **arguments)
 
   monkeypatch.setattr(batches, "eval_batches", eval_batches)
-  measure(model, *(pictures(TextureSource, 40, split, crop_fraction=0.875) for split in ("train", "test")), shots=(1,))
+  measure(model, *(images(TextureSource, 40, split, crop_fraction=0.875) for split in ("train", "test")), shots=(1,))
   assert asked == [(True, 1.0)] * 2
 
 
 def test_too_many_shots_are_left_out_with_a_word(model):
-  figures = measure(model, pictures(Scarce, 80, "train"), pictures(Scarce, 40, "test"), shots=(1, 2, 3, 12)).figures
+  figures = measure(model, images(Scarce, 80, "train"), images(Scarce, 40, "test"), shots=(1, 2, 3, 12)).figures
   names = TextureSource(1, size=16, split="test").class_names
   assert list(figures["shots"]) == ["1", "2"]
   assert figures["shots_left_out"] == {
-    "3": f"2 training pictures show {names[0]}, and 3 are needed",
-    "12": f"2 training pictures show {names[0]}, and 12 are needed"}
+    "3": f"2 training images show {names[0]}, and 3 are needed",
+    "12": f"2 training images show {names[0]}, and 12 are needed"}
   assert figures["classes_left_out"] == {
-    names[1]: "0 training pictures show it, and 1 are needed", names[2]: "no held-out picture shows it"}
+    names[1]: "0 training images show it, and 1 are needed", names[2]: "no held-out image shows it"}
 
 
 @pytest.mark.parametrize("changes, said", [
@@ -171,12 +171,12 @@ def test_too_many_shots_are_left_out_with_a_word(model):
   ({"shots": ()}, "low_shot.shots"),
   ({"shots": (0, 1)}, "low_shot.shots"),
   ({"num_draws": 0}, "low_shot.num_draws=0"),
-  ({"shots": (9, 10)}, r"low_shot.shots=\(9, 10\) are too many.*8 training pictures show"),
+  ({"shots": (9, 10)}, r"low_shot.shots=\(9, 10\) are too many.*8 training images show"),
 ])
-def test_impossible_values_are_refused_before_any_picture_is_read(model, monkeypatch, changes, said):
+def test_impossible_values_are_refused_before_any_image_is_read(model, monkeypatch, changes, said):
   monkeypatch.setattr(low_shot, "read_examples", None)
   with pytest.raises(UserError, match=said):
-    measure(model, pictures(TextureSource, 80, "train"), pictures(TextureSource, 20, "test"), **changes)
+    measure(model, images(TextureSource, 80, "train"), images(TextureSource, 20, "test"), **changes)
 
 
 def test_a_single_class_has_no_others(model):
@@ -187,4 +187,4 @@ def test_a_single_class_has_no_others(model):
     class_names = property(lambda self: ("even",), lambda self, names: None)
 
   with pytest.raises(UserError, match="two classes or more, and only even"):
-    measure(model, pictures(One, 40, "train"), pictures(One, 20, "test"))
+    measure(model, images(One, 40, "train"), images(One, 20, "test"))

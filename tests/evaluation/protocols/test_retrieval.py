@@ -15,7 +15,7 @@ from test_knn import EXACT, Arrays
 
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.protocols import knn, retrieval
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Model, Network
@@ -28,11 +28,11 @@ QUERIES = Arrays(45, seed=1, damaged=(44, 5), unlabelled=(7, 9))
 
 def measure(path, gallery=GALLERY, queries=QUERIES, *, num_devices=8, batch_size=32, num_threads=0, model=EXACT,
             **changes):
-  arguments = dict(bank=None, seed=0, same_split=False, picture_path=path / "neighbours.png")
+  arguments = dict(bank=None, seed=0, same_split=False, plot_path=path / "neighbours.png")
   given = dict(layer="pooled", num_queries=20, num_shown=3, num_neighbours=4)
   settings = retrieval.RetrievalSettings(gallery="features" if changes.get("bank") is None else "bank", queries=None,
                                          **{name: changes.pop(name, value) for name, value in given.items()})
-  of = [Pictures(source, 16, 1.0, batch_size, num_threads) for source in (gallery, queries)]
+  of = [Images(source, 16, 1.0, batch_size, num_threads) for source in (gallery, queries)]
   return retrieval.measure_retrieval(model, *of, settings, mesh=create_mesh(num_devices), **{**arguments, **changes})
 
 
@@ -106,13 +106,13 @@ def test_figures_are_those_of_the_formula(tmp_path, same, capsys):
   assert outcome.curve.y == pytest.approx([precision_at(n) for n in range(1, 51)])
   assert [query["index"] for query in figures["queries"]] == asked[:3]
   for query, index, ranking in zip(figures["queries"], asked, rankings, strict=False):
-    assert query["name"] == f"picture {index}"
+    assert query["name"] == f"image {index}"
     assert query["class"] == (queries.class_names[queries.labels()[index]] if queries.labels()[index] >= 0 else None)
     assert [(other["index"], other["similarity"]) for other in query["neighbours"]] == ranking[:4]
     assert [other["class"] for other in query["neighbours"]] == [
       GALLERY.class_names[GALLERY.labels()[i]] if GALLERY.labels()[i] >= 0 else None for i, _ in ranking[:4]]
   json.dumps(dataclasses.asdict(outcome))
-  assert "203 of 203 pictures" in capsys.readouterr().out
+  assert "203 of 203 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("num_devices", "batch_size", "num_threads", "block", "scores"), [
@@ -154,10 +154,10 @@ def test_queries_are_known_by_their_seed_alone(tmp_path):
   assert asked(num_queries=43, batch_size=8)[1] <= 2
 
 
-def test_a_picture_never_finds_itself_but_its_double(tmp_path):
+def test_an_image_never_finds_itself_but_its_double(tmp_path):
   source = Arrays(60, seed=3)
   for pixels in (source._images, source.signs):
-    pixels[30:] = pixels[:30]  # every picture twice
+    pixels[30:] = pixels[:30]  # every image twice
   source._labels[30:] = source._labels[:30]
   arguments = dict(gallery=source, queries=source, num_queries=60, num_shown=60)
   figures = measure(tmp_path, same_split=True, **arguments).figures
@@ -177,27 +177,27 @@ def test_a_gallery_smaller_than_what_is_asked_for(tmp_path):
   outcome = measure(tmp_path, few, few, same_split=True, num_neighbours=9)
   assert all(len(query["neighbours"]) == 3 for query in outcome.figures["queries"])
   assert list(outcome.figures["precision_at"]) == ["1", "3"] and "precision at 10" not in outcome.table
-  with pytest.raises(UserError, match="the gallery has 1 pictures that can be read of 2"):
+  with pytest.raises(UserError, match="the gallery has 1 images that can be read of 2"):
     measure(tmp_path, *[Arrays(2, seed=0, damaged=(0,))] * 2, same_split=True)
 
 
 @pytest.mark.parametrize("unlabelled", ["gallery", "queries"])
-def test_without_labels_there_are_neighbours_and_a_picture(tmp_path, unlabelled):
+def test_without_labels_there_are_neighbours_and_a_plot(tmp_path, unlabelled):
   sources = {"gallery": GALLERY, "queries": QUERIES}
   bare = copy.copy(sources[unlabelled])
   bare.class_names, bare._labels = (), np.full(len(bare), -1, np.int32)
   outcome = measure(tmp_path, **{**sources, unlabelled: bare})
   labelled = measure(tmp_path / "labelled")
   name = {"gallery": "gallery", "queries": "query"}[unlabelled]
-  assert outcome.figures["labels"] == f"none: the {name} pictures have no labels"
+  assert outcome.figures["labels"] == f"none: the {name} images have no labels"
   assert "mean_average_precision" not in outcome.figures and "precision_at" not in outcome.figures
   assert outcome.curve is None
   assert outcome.table == {"similarity of the nearest": labelled.figures["mean_similarity_of_nearest"]}
   for query, other in zip(outcome.figures["queries"], labelled.figures["queries"], strict=True):
     assert [(n["index"], n["similarity"]) for n in query["neighbours"]] == [
       (n["index"], n["similarity"]) for n in other["neighbours"]]
-  picture = np.asarray(Image.open(tmp_path / "neighbours.png"))
-  assert not (picture == (0, 140, 60)).all(-1).any() and not (picture == (205, 40, 40)).all(-1).any()
+  plot = np.asarray(Image.open(tmp_path / "neighbours.png"))
+  assert not (plot == (0, 140, 60)).all(-1).any() and not (plot == (205, 40, 40)).all(-1).any()
   assert (np.asarray(Image.open(tmp_path / "labelled" / "neighbours.png")) == (0, 140, 60)).all(-1).any()
 
 
@@ -206,7 +206,7 @@ def test_classes_that_never_meet_are_said(tmp_path):
   queries._labels[:] = 5
   gallery = Arrays(30, seed=0)
   gallery._labels[:] = 4
-  assert measure(tmp_path, gallery, queries).figures["labels"].startswith("none: no query has a picture of its class")
+  assert measure(tmp_path, gallery, queries).figures["labels"].startswith("none: no query has an image of its class")
   queries.class_names = ("other", "classes")
   queries._labels[:] = 1
   assert measure(tmp_path, gallery, queries).figures["labels"] == "none: the classes of gallery and queries differ"
@@ -225,7 +225,7 @@ def test_a_memory_bank_as_gallery(tmp_path, resnet, num_devices, same):
   queries = gallery if same else TextureSource(30, size=16, split="test")
   rng = np.random.default_rng(0)
   bank = rng.normal(size=(90, 16)).astype(np.float32)  # of any length
-  bank[[4, 50]] = 0  # pictures that could not be read
+  bank[[4, 50]] = 0  # images that could not be read
   figures = measure(tmp_path, gallery, queries, model=resnet, bank=bank, num_devices=num_devices, layer="pooled",
                     num_queries=30, num_shown=30, same_split=same).figures
   assert (figures["gallery"], figures["layer"], figures["num_gallery"], figures["num_broken_gallery"]) == (
@@ -237,7 +237,7 @@ def test_a_memory_bank_as_gallery(tmp_path, resnet, num_devices, same):
   expected, precision = [], []
   for query in figures["queries"]:
     index = query["index"]
-    # A picture lies anywhere in the bank's ranking of itself, at the head or not.
+    # An image lies anywhere in the bank's ranking of itself, at the head or not.
     usable = np.setdiff1d(np.arange(90), [4, 50, index] if same else [4, 50])
     similarity = bank[usable] @ embedding[index] / np.linalg.norm(embedding[index])
     similarity /= np.linalg.norm(bank[usable], axis=1)
@@ -266,7 +266,7 @@ def test_features_of_a_network_are_ranked_as_by_scikit_learn(tmp_path, resnet):
     relevant = source.labels()[others] == source.labels()[query]
     expected.append(average_precision_score(relevant, rows[others] @ rows[query]))
   for figures in by_devices:
-    # Two pictures as similar but for rounding may change places.
+    # Two images as similar but for rounding may change places.
     assert figures["mean_average_precision"] == pytest.approx(np.mean(expected), rel=1e-3)
     assert figures["num_judged"] == 40
 
@@ -276,9 +276,9 @@ def test_features_of_a_network_are_ranked_as_by_scikit_learn(tmp_path, resnet):
   ({"num_queries": 0}, "retrieval.num_queries=0"),
   ({"num_shown": 0}, "retrieval.num_shown=0"),
   ({"num_neighbours": -1}, "retrieval.num_neighbours=-1"),
-  ({"bank": np.ones((5, 16), np.float32)}, "a memory bank of 5 pictures, but the gallery has 203"),
-  ({"queries": Arrays(2, seed=0, damaged=(0, 1))}, "none of the 2 query pictures"),
-  ({"gallery": Arrays(2, seed=0, damaged=(0, 1))}, "the gallery has 0 pictures that can be read of 2"),
+  ({"bank": np.ones((5, 16), np.float32)}, "a memory bank of 5 images, but the gallery has 203"),
+  ({"queries": Arrays(2, seed=0, damaged=(0, 1))}, "none of the 2 query images"),
+  ({"gallery": Arrays(2, seed=0, damaged=(0, 1))}, "the gallery has 0 images that can be read of 2"),
 ])
 def test_what_cannot_be_is_refused(tmp_path, changes, message):
   with pytest.raises(UserError, match=message):

@@ -16,7 +16,7 @@ from pirl_jax.data.records import Record
 from pirl_jax.data.subsets import draw_subset
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import training
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocols import semi_supervised
 from pirl_jax.evaluation.protocols.semi_supervised import SemiSupervisedSettings, fine_tuning_step
@@ -60,7 +60,7 @@ def make_batch(step=0, *, broken=(3, 12)):
   rng = np.random.default_rng(step)
   valid = ~np.isin(np.arange(16), broken)
   image = rng.integers(0, 256, (16, SIZE, SIZE, 3), dtype=np.uint8) * valid[:, None, None, None]
-  # A broken picture keeps its label where the source knows it: both kinds.
+  # A broken image keeps its label where the source knows it: both kinds.
   label = np.where(np.arange(16) == 3, -1, rng.integers(0, CLASSES, 16)).astype(np.int32)
   return {"image": image.astype(np.uint8), "label": label, "valid": valid}
 
@@ -106,7 +106,7 @@ def forward(variables, batch):
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_gradients_are_those_of_the_mean_over_the_pictures_that_can_be_read(num_devices):
+def test_gradients_are_those_of_the_mean_over_the_images_that_can_be_read(num_devices):
   batch, variables = make_batch(), classifier_variables()
   kept = np.flatnonzero(batch["valid"])
 
@@ -151,7 +151,7 @@ def test_steps_are_the_same_on_one_device_and_on_eight():
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), one, eight)
 
 
-def test_a_batch_without_a_readable_picture_changes_no_parameter():
+def test_a_batch_without_a_readable_image_changes_no_parameter():
   mesh, optimizer = create_mesh(8), optax.sgd(1.0)
   state, losses = step_fn(optimizer, mesh)(jax.device_put(start(optimizer), whole(mesh)), {},
                                            jax.device_put(make_batch(broken=range(16)), split(mesh)))
@@ -213,9 +213,9 @@ def test_optimizer_is_pytorchs_rule(nesterov):
 
 
 def measure(folder, *, num_devices=8, train=TRAIN, test=TEST, num_threads=1, model=None, **changes):
-  pictures = [Pictures(source, SIZE, 1.0, 16, num_threads) for source in (train, test)]
+  images = [Images(source, SIZE, 1.0, 16, num_threads) for source in (train, test)]
   return semi_supervised.measure_semi_supervised(
-    model or pretrained(), *pictures, dataclasses.replace(SETTINGS, **changes), mesh=create_mesh(num_devices),
+    model or pretrained(), *images, dataclasses.replace(SETTINGS, **changes), mesh=create_mesh(num_devices),
     seed=SEED, snapshot_folder=folder)
 
 
@@ -241,8 +241,8 @@ def test_outcome(measured):
   labels = TRAIN.labels()
   for fraction, found, batch_size, num_steps in ((0.1, small, 8, 3), (0.5, large, 16, 6)):
     indices = draw_subset(labels, fraction, seed=5, balanced=False)
-    assert found["indices"] == indices.tolist() and found["num_pictures"] == len(indices) == fraction * 80
-    assert found["files"] == [TRAIN.picture_name(i) for i in indices]
+    assert found["indices"] == indices.tolist() and found["num_images"] == len(indices) == fraction * 80
+    assert found["files"] == [TRAIN.image_name(i) for i in indices]
     assert found["num_classes_seen"] == len(set(labels[indices]))
     assert (found["batch_size"], found["steps"], found["num_broken"]) == (batch_size, num_steps, 0)
     assert found["learning_rate"] == 0.8 * batch_size / 256
@@ -258,13 +258,13 @@ def test_one_device_finds_what_eight_find(tmp_path, measured):
   one, eight = measure(tmp_path, num_devices=1, fractions=(0.5,)).figures, measured[0].figures
   found, expected = one["fractions"]["0.5"], eight["fractions"]["0.5"]
   assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
-  assert abs(found["top1"] - expected["top1"]) <= 0.04  # two pictures on the border between two classes
+  assert abs(found["top1"] - expected["top1"]) <= 0.04  # two images on the border between two classes
   same = [name for name in found if name not in ("train_loss", "top1", "top5")]
   assert {name: found[name] for name in same} == {name: expected[name] for name in same}
 
 
 class Stops(TextureSource):
-  """Pictures until so many were read, then an error that is no picture's."""
+  """Images until so many were read, then an error that is no image's."""
 
   def __init__(self, left, source=TRAIN):
     self.__dict__.update(source.__dict__, left=left)
@@ -279,7 +279,7 @@ class Stops(TextureSource):
 def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch, capsys, measured):
   monkeypatch.setattr(training, "SNAPSHOT_SECONDS", 0)
   expected, _ = measured
-  # 24 pictures make the three epochs of the first share, then 32 an epoch: stopped in the third.
+  # 24 images make the three epochs of the first share, then 32 an epoch: stopped in the third.
   with pytest.raises(RuntimeError, match="the machine is gone"):
     measure(tmp_path, train=Stops(24 + 2 * 32 + 20), num_threads=0)
   assert (tmp_path / "fraction-0.1.json").exists() and not (tmp_path / "fraction-0.5.json").exists()
@@ -314,22 +314,22 @@ def test_the_model_stays_as_it_was(tmp_path, measured):
 
 
 class Broken(TextureSource):
-  """Pictures of which some cannot be read."""
+  """Images of which some cannot be read."""
 
   def __init__(self, broken, source):
     self.__dict__.update(source.__dict__, broken=frozenset(broken))
 
   def __getitem__(self, index):
     record = super().__getitem__(index)
-    return Record(b"no picture", record.label) if index in self.broken else record
+    return Record(b"no image", record.label) if index in self.broken else record
 
 
-def test_broken_pictures_are_counted_and_not_judged(tmp_path):
+def test_broken_images_are_counted_and_not_judged(tmp_path):
   subset = draw_subset(TRAIN.labels(), 0.1, seed=5, balanced=False)
   found = measure(tmp_path, fractions=(0.1,), train=Broken(subset[:2], TRAIN), test=Broken((0, 49), TEST)).figures
   assert found["fractions"]["0.1"]["num_broken"] == 2
   assert (found["num_test"], found["num_broken_test"]) == (48, 2)
-  with pytest.raises(UserError, match="none of the 8 pictures can be read"):
+  with pytest.raises(UserError, match="none of the 8 images can be read"):
     measure(tmp_path / "other", fractions=(0.1,), train=Broken(range(80), TRAIN))
 
 
@@ -344,10 +344,10 @@ def test_balanced_and_the_whole_set(tmp_path, monkeypatch):
   found = measure(tmp_path, fractions=(0.25, 1.0), balanced=True).figures["fractions"]
   assert np.bincount(TRAIN.labels()[given[0]]).tolist() == [2] * 10
   assert found["0.25"]["indices"] == given[0].tolist()
-  assert (found["1.0"]["num_pictures"], found["1.0"]["indices"], found["1.0"]["files"]) == (80, None, None)
+  assert (found["1.0"]["num_images"], found["1.0"]["indices"], found["1.0"]["files"]) == (80, None, None)
 
 
-def test_test_pictures_are_judged_by_the_running_statistics():
+def test_test_images_are_judged_by_the_running_statistics():
   variables, trunk = classifier_variables(), pretrained().network.trunk
   image = jnp.stack([TEST[i].image for i in range(50)])  # of the size of the crop, which is all of it
 
@@ -357,22 +357,22 @@ def test_test_pictures_are_judged_by_the_running_statistics():
     better = [np.sum(row > row[label]) for row, label in zip(logits, TEST.labels(), strict=True)]
     return {"top1": np.mean(np.array(better) < 1), "top5": np.mean(np.array(better) < 5)}
 
-  found = semi_supervised._judge(trunk, variables, Pictures(TEST, SIZE, 1.0, 16, 1), CLASSES, create_mesh(8))
+  found = semi_supervised._judge(trunk, variables, Images(TEST, SIZE, 1.0, 16, 1), CLASSES, create_mesh(8))
   assert found == judged(train=False) | {"num_test": 50, "num_broken_test": 0}
   assert judged(train=True, mutable=["batch_stats"]) != judged(train=False)  # else the above says nothing
 
 
-@pytest.mark.parametrize(("asked", "num_pictures", "num_devices", "expected"), [
+@pytest.mark.parametrize(("asked", "num_images", "num_devices", "expected"), [
   (256, 300, 8, 256), (256, 256, 8, 256), (256, 255, 8, 128), (256, 41, 8, 32), (256, 41, 1, 32), (48, 50, 8, 48),
   (48, 40, 8, 32), (256, 1, 1, 1)])
-def test_batch_size_is_as_asked_or_the_largest_power_of_two(asked, num_pictures, num_devices, expected):
+def test_batch_size_is_as_asked_or_the_largest_power_of_two(asked, num_images, num_devices, expected):
   settings = dataclasses.replace(SETTINGS, batch_size=asked)
-  found = semi_supervised._with_batches(settings, num_pictures, 0.1, create_mesh(num_devices))
+  found = semi_supervised._with_batches(settings, num_images, 0.1, create_mesh(num_devices))
   assert found == dataclasses.replace(settings, batch_size=expected)
 
 
 class Without(TextureSource):
-  """Pictures with other labels or other class names."""
+  """Images with other labels or other class names."""
 
   def __init__(self, source, *, class_names=None, labels="same", multi_label=False):
     self.__dict__.update(source.__dict__, multi_label=multi_label)
@@ -382,16 +382,16 @@ class Without(TextureSource):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-  ({"train": Without(TRAIN, class_names=())}, "the training pictures have none.*data.labels=folder"),
-  ({"test": Without(TEST, class_names=())}, "the held-out pictures have none.*data.labels=folder"),
-  ({"test": Without(TEST, multi_label=True)}, "each of the held-out pictures may show several classes"),
-  ({"test": Without(TEST, labels=-1)}, "none of the .* held-out pictures has one"),
+  ({"train": Without(TRAIN, class_names=())}, "the training images have none.*data.labels=folder"),
+  ({"test": Without(TEST, class_names=())}, "the held-out images have none.*data.labels=folder"),
+  ({"test": Without(TEST, multi_label=True)}, "each of the held-out images may show several classes"),
+  ({"test": Without(TEST, labels=-1)}, "none of the .* held-out images has one"),
   ({"test": Without(TEST, class_names=("a", *TEST.class_names[1:]))}, "different: a, "),
   ({"test": Without(TEST, class_names=TEST.class_names[::-1])}, "different: the order"),
   ({"fractions": (0.5, 1.5)}, r"1.5 of the labels is not possible: the fraction lies in \(0, 1\]"),
-  ({"fractions": (0.001,)}, "0.001 of 80 labelled pictures is none; take 0.013 or more"),
+  ({"fractions": (0.001,)}, "0.001 of 80 labelled images is none; take 0.013 or more"),
   ({"fractions": ()}, "fractions is empty"),
-  ({"fractions": (0.05,)}, "4 pictures, in batches of 4, which do not divide among 8 devices; use a power of two of "
+  ({"fractions": (0.05,)}, "4 images, in batches of 4, which do not divide among 8 devices; use a power of two of "
                            "devices up to 4"),
   ({"batch_size": 12}, "batch_size=12 does not divide among 8 devices; try --config.semi_supervised.batch_size=8"),
   ({"batch_size": 0}, "batch_size=0"),

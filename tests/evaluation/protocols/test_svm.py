@@ -13,7 +13,7 @@ from sklearn.svm import LinearSVC
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.inputs import Pictures
+from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.protocols import svm
 from pirl_jax.evaluation.protocols.svm import average_precision
 from pirl_jax.models.heads import ImageHead, PatchesHead
@@ -93,7 +93,7 @@ def model():
 
 
 class Damaged(TextureSource):
-  """Every seventh picture cannot be read, every eleventh has no label."""
+  """Every seventh image cannot be read, every eleventh has no label."""
 
   def __getitem__(self, index):
     if index % 7 == 3:
@@ -105,7 +105,7 @@ class Damaged(TextureSource):
 
 
 class Objects(TextureSource):
-  """Three classes, any number of them in a picture; some difficult."""
+  """Three classes, any number of them in an image; some difficult."""
 
   multi_label = True
 
@@ -126,13 +126,13 @@ class Objects(TextureSource):
     return np.where(difficult, -1, present).astype(np.int8)
 
 
-def pictures(source_type, num, split, **changes):
-  return Pictures(**{"source": source_type(num, size=16, split=split), "image_size": 16, "crop_fraction": 1.0,
-                     "batch_size": 32, "num_threads": 0, **changes})
+def images(source_type, num, split, **changes):
+  return Images(**{"source": source_type(num, size=16, split=split), "image_size": 16, "crop_fraction": 1.0,
+                   "batch_size": 32, "num_threads": 0, **changes})
 
 
 def features_by_hand(model, source, layer):
-  """f64[N, D] of all pictures, also those that a subclass refuses to hand out."""
+  """f64[N, D] of all images, also those that a subclass refuses to hand out."""
   maps = NETWORK.apply(model.variables, normalise(np.stack(source._images)), method="features")[layer]
   rows = np.asarray(maps, np.float64).reshape(len(source), -1)
   return np.stack([row / (np.sqrt(sum(row * row)) + 1e-5) for row in rows])
@@ -164,7 +164,7 @@ def measure(model, train, test, *, num_devices=1, **changes):
 
 
 def test_equals_scikit_learn_on_labels(model):
-  train, test = pictures(TextureSource, 120, "train"), pictures(TextureSource, 60, "test")
+  train, test = images(TextureSource, 120, "train"), images(TextureSource, 60, "test")
   with warnings.catch_warnings():
     warnings.simplefilter("error")  # none may reach the user
     outcome = measure(model, train, test, layers="res3,pooled")
@@ -186,7 +186,7 @@ def test_equals_scikit_learn_on_labels(model):
 
 
 def test_difficult_objects_are_negative_in_training_and_left_out_in_testing(model):
-  train, test = pictures(Objects, 96, "train"), pictures(Objects, 64, "test")
+  train, test = images(Objects, 96, "train"), images(Objects, 64, "test")
   assert (train.source.targets() == -1).any(axis=0).all() and (test.source.targets() == -1).any(axis=0).all()
   outcome = measure(model, train, test)
   chosen, precision, _ = pipeline(model, train.source, test.source, "pooled", COSTS)
@@ -199,8 +199,8 @@ def test_difficult_objects_are_negative_in_training_and_left_out_in_testing(mode
   assert outcome.curve.y == list(figures["layers"]["pooled"]["average_precision"].values())
 
 
-def test_broken_and_unlabelled_pictures_never_count(model):
-  train, test = pictures(Damaged, 150, "train"), pictures(Damaged, 80, "test")
+def test_broken_and_unlabelled_images_never_count(model):
+  train, test = images(Damaged, 150, "train"), images(Damaged, 80, "test")
   figures = measure(model, train, test).figures
 
   def keep(source):
@@ -214,12 +214,12 @@ def test_broken_and_unlabelled_pictures_never_count(model):
 
 
 def test_devices_batches_and_threads_change_nothing(model, monkeypatch):
-  train, test = pictures(TextureSource, 90, "train"), pictures(TextureSource, 40, "test")
+  train, test = images(TextureSource, 90, "train"), images(TextureSource, 40, "test")
   one = measure(model, train, test)
   monkeypatch.setattr(svm.joblib, "cpu_count", lambda: 1)
   assert measure(model, train, test).to_json() == one.to_json()  # to the last bit
   monkeypatch.setattr(svm.joblib, "cpu_count", lambda: 3)
-  eight = measure(model, *(pictures(TextureSource, len(part), split, batch_size=16)
+  eight = measure(model, *(images(TextureSource, len(part), split, batch_size=16)
                            for part, split in ((train, "train"), (test, "test"))), num_devices=8)
   assert eight.figures["layers"]["pooled"]["costs"] == one.figures["layers"]["pooled"]["costs"]
   assert eight.table == pytest.approx(one.table, abs=1e-3)
@@ -239,7 +239,7 @@ def test_fits_that_do_not_converge_are_counted(model, monkeypatch):
   monkeypatch.setattr(svm, "MAX_ITER", 2)
   with warnings.catch_warnings():
     warnings.simplefilter("error")
-    figures = measure(model, pictures(TextureSource, 90, "train"), pictures(TextureSource, 40, "test")).figures
+    figures = measure(model, images(TextureSource, 90, "train"), images(TextureSource, 40, "test")).figures
   assert 40 < figures["layers"]["pooled"]["num_not_converged"] <= 10 * (3 * len(COSTS) + 1)
 
 
@@ -278,28 +278,28 @@ class Scarce(TextureSource):
       self._labels[2:8] = 2
 
 
-def test_classes_with_too_few_pictures_are_left_out_with_a_word(model):
-  figures = measure(model, pictures(Scarce, 80, "train"), pictures(Scarce, 40, "test")).figures
+def test_classes_with_too_few_images_are_left_out_with_a_word(model):
+  figures = measure(model, images(Scarce, 80, "train"), images(Scarce, 40, "test")).figures
   names = TextureSource(1, size=16, split="test").class_names
   assert figures["classes_left_out"] == {
-    names[0]: "2 training pictures show it, and 3 are needed",
-    names[1]: "0 training pictures show it, and 3 are needed",
-    names[2]: "no held-out picture shows it"}
+    names[0]: "2 training images show it, and 3 are needed",
+    names[1]: "0 training images show it, and 3 are needed",
+    names[2]: "no held-out image shows it"}
   found = figures["layers"]["pooled"]
   assert set(found["average_precision"]) == set(names[3:]) and set(found["costs"]) == set(names[2:])
-  assert found["top1"] <= 38 / 40  # the two pictures of class 0 cannot be right
+  assert found["top1"] <= 38 / 40  # the two images of class 0 cannot be right
 
 
 @pytest.mark.parametrize("changes, said", [
   ({"layers": "res9"}, "svm.layers names the layer 'res9'"),
   ({"costs": "many"}, "svm.costs='many' is unknown; choose from paper, vissl"),
   ({"num_folds": 1}, "svm.num_folds=1"),
-  ({"num_folds": 90}, "none of the 10 classes has enough.*training pictures show it, and 90 are needed"),
+  ({"num_folds": 90}, "none of the 10 classes has enough.*training images show it, and 90 are needed"),
 ])
-def test_impossible_values_are_refused_before_any_picture_is_read(model, monkeypatch, changes, said):
+def test_impossible_values_are_refused_before_any_image_is_read(model, monkeypatch, changes, said):
   monkeypatch.setattr(svm, "read_examples", None)
   with pytest.raises(UserError, match=said):
-    measure(model, pictures(TextureSource, 80, "train"), pictures(TextureSource, 20, "test"), **changes)
+    measure(model, images(TextureSource, 80, "train"), images(TextureSource, 20, "test"), **changes)
 
 
 def test_missing_and_other_labels_are_refused(model):
@@ -309,7 +309,7 @@ def test_missing_and_other_labels_are_refused(model):
   class Renamed(TextureSource):
     class_names = property(lambda self: ("a", "b"), lambda self, names: None)
 
-  whole = pictures(TextureSource, 40, "train")
-  for other, said in ((Bare, "SVMs need labels, and the held-out pictures"), (Renamed, "others: a, b")):
+  whole = images(TextureSource, 40, "train")
+  for other, said in ((Bare, "SVMs need labels, and the held-out images"), (Renamed, "others: a, b")):
     with pytest.raises(UserError, match=said):
-      measure(model, whole, pictures(other, 20, "test"))
+      measure(model, whole, images(other, 20, "test"))

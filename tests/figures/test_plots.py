@@ -1,16 +1,16 @@
-"""Pictures of a run: what was put in is found in the PNG."""
+"""Plots of a run: what was put in is found in the PNG."""
 
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pirl_jax.figures import pictures
+from pirl_jax.figures import plots
 
 
-def find(canvas, picture, factor):
-  """The top left corner at which the picture, scaled by a whole factor, stands in the canvas, or None."""
-  large = np.kron(picture, np.ones((factor, factor, 1), np.uint8))
+def find(canvas, image, factor):
+  """The top left corner at which the image, scaled by a whole factor, stands in the canvas, or None."""
+  large = np.kron(image, np.ones((factor, factor, 1), np.uint8))
   height, width = large.shape[:2]
   corners = canvas[:canvas.shape[0] - height + 1, :canvas.shape[1] - width + 1]
   candidates = np.argwhere((corners == large[0, 0]).all(-1))
@@ -25,12 +25,12 @@ def find(canvas, picture, factor):
   (224, 64, 9, 1, 1),
   (32, 32, 1, 6, 6),  # rotation: one view
 ])
-def test_every_view_and_patch_is_in_the_picture(tmp_path, side, patch, num_patches, factor, patch_factor):
+def test_every_view_and_patch_is_in_the_plot(tmp_path, side, patch, num_patches, factor, patch_factor):
   rng = np.random.default_rng(0)
   image = rng.integers(0, 256, (5, side, side, 3), np.uint8)
   pretext = rng.integers(0, 256, (5, num_patches, patch, patch, 3), np.uint8)
-  path = tmp_path / "pictures" / "views.png"
-  pictures.save_views_picture(path, image, pretext, num_images=3)
+  path = tmp_path / "plots" / "views.png"
+  plots.save_views_plot(path, image, pretext, num_images=3)
   canvas = np.asarray(Image.open(path))
   corners = [find(canvas, image[i], factor) for i in range(3)]
   assert corners[0][0] == corners[1][0] < corners[2][0] and corners[0][1] == corners[2][1] < corners[1][1]
@@ -39,16 +39,15 @@ def test_every_view_and_patch_is_in_the_picture(tmp_path, side, patch, num_patch
     assert all(x > corners[i][1] + side * factor for _, x in places)
     assert places == sorted(places)  # row by row in the order of the patches
     if num_patches == 9:
-      step = patch * patch_factor + pictures.GAP
+      step = patch * patch_factor + plots.GAP
       assert places == [(places[0][0] + step * (p // 3), places[0][1] + step * (p % 3)) for p in range(9)]
   assert find(canvas, image[3], factor) is None
   assert canvas.shape[0] < 1000 and canvas.shape[1] < 1200
 
 
 def test_fewer_examples_than_asked_for(tmp_path):
-  pictures.save_views_picture(tmp_path / "views.png", np.zeros((1, 8, 8, 3), np.uint8),
-                              np.zeros((1, 9, 2, 2, 3), np.uint8))
-  assert Image.open(tmp_path / "views.png").width > 2 * pictures.SIDE
+  plots.save_views_plot(tmp_path / "views.png", np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 9, 2, 2, 3), np.uint8))
+  assert Image.open(tmp_path / "views.png").width > 2 * plots.SIDE
 
 
 @pytest.mark.parametrize("knn", [None, 0.5])
@@ -58,8 +57,8 @@ def test_curves(tmp_path, knn, monkeypatch):
   if knn is not None:
     rows.append({"step": 8, "epoch": 0.8, "knn_top1": knn})
   drawn = []
-  monkeypatch.setattr(pictures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
-  pictures.save_curves(tmp_path / "curves.png", rows)
+  monkeypatch.setattr(plots.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+  plots.save_curves(tmp_path / "curves.png", rows)
   axes = {ax.get_title(): ax for ax in drawn[0].axes}
   assert list(axes) == ["loss", "learning rate"] + ["kNN top-1"] * (knn is not None)
   loss = {line.get_label(): line.get_xydata() for line in axes["loss"].lines}
@@ -69,9 +68,9 @@ def test_curves(tmp_path, knn, monkeypatch):
     np.testing.assert_allclose(axes["kNN top-1"].lines[0].get_xydata(), [(0.8, 0.5)])
 
 
-def test_curves_of_a_run_without_rows_are_a_picture_too(tmp_path):
-  pictures.save_curves(tmp_path / "pictures" / "curves.png", [])
-  assert Image.open(tmp_path / "pictures" / "curves.png").width > 300
+def test_curves_of_a_run_without_rows_are_a_plot_too(tmp_path):
+  plots.save_curves(tmp_path / "plots" / "curves.png", [])
+  assert Image.open(tmp_path / "plots" / "curves.png").width > 300
 
 
 @pytest.mark.parametrize(("side", "factor"), [(16, 8), (32, 4), (150, 1)])
@@ -79,15 +78,15 @@ def test_neighbours_stand_beside_their_query(tmp_path, side, factor):
   rng = np.random.default_rng(1)
   queries = rng.integers(0, 256, (2, side, side, 3), np.uint8)
   neighbours = rng.integers(0, 256, (2, 3, side, side, 3), np.uint8)
-  path = tmp_path / "pictures" / "neighbours.png"
-  pictures.save_neighbours(path, queries, neighbours, title="2 queries", similarity=[[0.9, 0.8, 0.7]] * 2,
-                           query_classes=["dots", None],
-                           classes=[["dots", "a class with a very long name indeed", None], ["dots", "rings", None]])
+  path = tmp_path / "plots" / "neighbours.png"
+  plots.save_neighbours(path, queries, neighbours, title="2 queries", similarity=[[0.9, 0.8, 0.7]] * 2,
+                        query_classes=["dots", None],
+                        classes=[["dots", "a class with a very long name indeed", None], ["dots", "rings", None]])
   canvas = np.asarray(Image.open(path))
   shown = side * factor
   corners = []
   for row in range(2):
-    corners.append([find(canvas, picture, factor) for picture in (queries[row], *neighbours[row])])
+    corners.append([find(canvas, image, factor) for image in (queries[row], *neighbours[row])])
     (y, *_), lefts = zip(*corners[-1], strict=True)
     assert {corner[0] for corner in corners[-1]} == {y}
     gaps = np.diff(lefts) - shown
@@ -95,16 +94,16 @@ def test_neighbours_stand_beside_their_query(tmp_path, side, factor):
   assert corners[1][0][0] > corners[0][0][0] + shown
 
   def frame(row, column):
-    """The colour around a picture, None where it is not one."""
+    """The colour around an image, None where it is not one."""
     y, x = corners[row][column]
     around = {tuple(canvas[y + dy, x + dx].tolist()) for dy, dx in
               [(-1, 0), (-1, shown - 1), (0, -1), (shown - 1, -1), (shown, 0), (0, shown), (shown, shown), (-1, -1)]}
     return around.pop() if len(around) == 1 else None
 
   white = (255, 255, 255)
-  assert [frame(0, i) for i in range(4)] == [white, pictures.RIGHT, pictures.WRONG, white]
+  assert [frame(0, i) for i in range(4)] == [white, plots.RIGHT, plots.WRONG, white]
   assert [frame(1, i) for i in range(4)] == [white] * 4  # nothing to compare with
-  # The long name is cut short: it leaves the margin before the next picture white.
+  # The long name is cut short: it leaves the margin before the next image white.
   y, x = corners[0][2]
-  assert (canvas[y + shown + pictures.FRAME:corners[1][0][0] - pictures.FRAME, x + shown + 1:corners[0][3][1] - 1]
+  assert (canvas[y + shown + plots.FRAME:corners[1][0][0] - plots.FRAME, x + shown + 1:corners[0][3][1] - 1]
           == 255).all()

@@ -1,4 +1,4 @@
-"""Pictures of a run: a batch as the network sees it, the curves of its metrics, pictures and their neighbours."""
+"""Plots of a run: a batch as the network sees it, the curves of its metrics, images and their neighbours."""
 
 import math
 import os
@@ -14,21 +14,21 @@ from PIL import Image, ImageDraw, ImageFont
 from pirl_jax.storage.files import replacing
 
 SIDE = 192
-"""Pixels to which the side of a small picture is scaled up (by a whole factor); larger ones stay."""
+"""Pixels to which the side of a small image is scaled up (by a whole factor); larger ones stay."""
 
 GAP = 4
 MARGIN = 16
 TEXT_HEIGHT = 20
 COLUMNS = 2
 NEIGHBOUR_SIDE = 128
-"""As `SIDE`, where many pictures stand in a row."""
+"""As `SIDE`, where many images stand in a row."""
 
 FRAME = 3
 RIGHT, WRONG = (0, 140, 60), (205, 40, 40)
 
 
-def save_views_picture(path: str | os.PathLike, image: np.ndarray | None, pretext: np.ndarray | None, *,
-                       num_images: int = 8) -> None:
+def save_views_plot(path: str | os.PathLike, image: np.ndarray | None, pretext: np.ndarray | None, *,
+                    num_images: int = 8) -> None:
   """Writes a PNG with the first examples of a batch: image view at the left, pretext views at the right.
 
   Letters: B batch, P pretext views of an image, H W and h w sides. Patches stand in the order in which the network gets
@@ -44,7 +44,7 @@ def save_views_picture(path: str | os.PathLike, image: np.ndarray | None, pretex
   shown = min(num_images, batch)
   parts, labels = [], []
   if image is not None:
-    parts.append([_enlarge(picture, SIDE) for picture in image[:shown]])
+    parts.append([_enlarge(view, SIDE) for view in image[:shown]])
     labels.append(f"image {image.shape[2]} x {image.shape[1]}")
   if pretext is not None:
     num_patches, height, width = pretext.shape[1:4]
@@ -136,13 +136,13 @@ def save_neighbours(path: str | os.PathLike, queries: np.ndarray, neighbours: np
   for row, name in enumerate(query_classes):
     y = top + row * step_y
     tiles = [(queries[row], name, ""), *(
-      (picture, other, f"{value:.3f}") for picture, other, value in
+      (image, other, f"{value:.3f}") for image, other, value in
       zip(neighbours[row], classes[row], similarity[row], strict=True))]
-    for i, (x, (picture, other, value)) in enumerate(zip(lefts, tiles, strict=True)):
+    for i, (x, (image, other, value)) in enumerate(zip(lefts, tiles, strict=True)):
       if i and name and other:
         draw.rectangle((x - FRAME, y - FRAME, x + width + FRAME - 1, y + height + FRAME - 1),
                        fill=RIGHT if name == other else WRONG)
-      canvas.paste(Image.fromarray(_enlarge(picture, NEIGHBOUR_SIDE)), (x, y))
+      canvas.paste(Image.fromarray(_enlarge(image, NEIGHBOUR_SIDE)), (x, y))
       lines = [line for line in (value, other) if line]
       for line, text in enumerate(lines):
         draw.text((x, y + height + FRAME + line * (TEXT_HEIGHT - GAP)), _fitting(text, font, width), fill="black",
@@ -159,9 +159,9 @@ def _fitting(text, font, width):
   return text + "..."
 
 
-def _enlarge(picture, side):
-  factor = max(1, side // max(picture.shape[:2]))
-  return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+def _enlarge(image, side):
+  factor = max(1, side // max(image.shape[:2]))
+  return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def _grid(patches):
