@@ -1,9 +1,10 @@
 """Batches of crops for pre-training, batches of whole images for evaluation.
 
-Letters: B global batch, b this process's part of it, N images, H W S sides in pixels.
+Letters: B global batch, b this process's part of the global batch, N images, H W S sides in pixels.
 
-A training batch is a function of (seed, step) alone. Nothing has to be saved to go on from step s: the stream
-is built again and cut off before batch s. Neither the number of threads nor that of processes changes it.
+A training batch is a function of (seed, step) alone. A run can therefore resume at step s without any saved state:
+the stream is built again and its first s batches are skipped. The number of threads and the number of processes do
+not change the batches.
 """
 
 import atexit
@@ -21,10 +22,10 @@ from pirl_jax.errors import UserError
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
-  """Returns the number of whole batches in an epoch; the images left over are others in each epoch.
+  """Returns the number of whole batches in an epoch; each epoch leaves out other images (fewer than a batch).
 
   Raises:
-    UserError: fewer images than a batch.
+    UserError: there are fewer images than a batch holds.
   """
   if not 0 < batch_size <= num_images:
     raise UserError(
@@ -47,23 +48,26 @@ def train_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Returns the endless stream of training batches from batch `start_step` on; call its `close()` when done.
 
-  Each image is decoded once and cropped as often as there are `crops`, independently. Within an epoch no image
-  comes twice, so that no row of the bank is written twice by one step; each epoch has another order and other crops.
+  Each image is decoded once; then every entry of `crops` draws its own crop. An epoch holds no image twice, so no
+  step writes a row of the bank twice. Each epoch has another order and other crops.
 
   Args:
+    source: the images.
     crops: for each name the side S in pixels, and the range of the share of the image's area that the crop covers.
     batch_size: B, over all processes.
-    seed: any integer. start_step: batches already seen.
-    process_index, process_count: this process gets that block of each batch, of process_count blocks.
-    num_threads: threads that decode; 0 works in the caller's thread.
+    seed: any integer.
+    start_step: number of batches already seen.
+    process_index, process_count: each batch is cut into `process_count` equal blocks; this process gets block
+      `process_index`.
+    num_threads: threads that decode; with 0 the caller's thread decodes.
 
   Returns:
-    Iterator of {NAME OF CROP: u8[b, S, S, 3], "index": i32[b], "label": i32[b], "valid": bool[b]}. Where `valid` is
-    False the image could not be read and its crops are zero; label is -1 where there is none.
+    Iterator of {NAME OF CROP: u8[b, S, S, 3], "index": i32[b], "label": i32[b], "valid": bool[b]}. If an image cannot
+    be read, its `valid` is False and its crops are zero. If an image has no label, its label is -1.
 
   Raises:
-    UserError: fewer images than a batch, a batch that the processes cannot share, a scale outside of (0,
-      1].
+    UserError: there are fewer images than a batch holds, the processes cannot share a batch equally, or a scale is
+      outside of (0, 1].
   """
   for name, (_, (low, high)) in crops.items():
     if not 0 < low <= high <= 1:
@@ -90,26 +94,26 @@ def labelled_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Returns the endless stream of augmented batches with labels, for classifiers: random resized crop and flip.
 
-  Like `train_batches` a function of (seed, step), each epoch in another order; an image comes at most once in an
-  epoch, and the images left over are others in each.
+  As in `train_batches`, a batch is a function of (seed, step), and each epoch has another order. An epoch holds an
+  image at most once, and each epoch leaves out other images (fewer than a batch).
 
   Args:
     source: the images.
-    indices: i[N], those of its records that take part.
+    indices: i[N], the records of `source` that take part.
     batch_size: B, over all processes, at most N.
     image_size: H, side of the crop.
-    image_scale: range of the share of the image's area that it covers.
+    image_scale: range of the share of the image's area that the crop covers.
     seed: any integer.
-    start_step: batches already seen.
+    start_step: number of batches already seen.
     process_index, process_count: see `train_batches`.
-    num_threads: threads that decode; 0 works in the caller's thread.
+    num_threads: threads that decode; with 0 the caller's thread decodes.
 
   Returns:
-    Iterator of {"image": u8[b, H, H, 3], "index": i32[b], "label": i32[b], "valid": bool[b]}; `valid` is False, and the
-    image zero, where the image could not be read.
+    Iterator of {"image": u8[b, H, H, 3], "index": i32[b], "label": i32[b], "valid": bool[b]}. If an image cannot be
+    read, its `valid` is False and its pixels are zero.
 
   Raises:
-    UserError: fewer images than a batch, or a batch that the processes cannot share.
+    UserError: there are fewer images than a batch holds, or the processes cannot share a batch equally.
   """
   crop_fn = functools.partial(_labelled_crop, source, np.asarray(indices), size=image_size, scale=tuple(image_scale))
   return _train_stream(
@@ -121,20 +125,24 @@ def eval_batches(
   source: Source, *, batch_size: int, image_size: int, crop_fraction: float, num_threads: int, start: int = 0,
   squash: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Returns every image from index `start` on once, in order, in batches of one size; nothing is random.
+  """Yields every image from index `start` on, once and in order, in batches of one size; nothing is random.
 
   Args:
-    batch_size: B. image_size: H, side of the test crop. crop_fraction: see `crops.centre_crop`.
-    squash: the whole image instead of its centre, see `crops.squash_resize`; crop_fraction has a part in it too.
-    num_threads: threads that decode; 0 works in the caller's thread.
+    source: the images.
+    batch_size: B.
+    image_size: H, side of the test crop in pixels.
+    crop_fraction: see `crops.centre_crop`.
+    num_threads: threads that decode; with 0 the caller's thread decodes.
+    start: index of the first image.
+    squash: True takes the whole image instead of its centre; see `crops.squash_resize`, which uses `crop_fraction` too.
 
   Returns:
-    Iterator of {"image": u8[B, H, H, 3], "index": i32[B], "label": i32[B], "valid": bool[B]}. An image that
-    cannot be read has valid False; the last batch is filled up with valid False and index -1. Label is -1
-    where there is none.
+    Iterator of {"image": u8[B, H, H, 3], "index": i32[B], "label": i32[B], "valid": bool[B]}. If an image cannot be
+    read, its `valid` is False. The last batch is padded with rows whose `valid` is False and whose index is -1. If an
+    image has no label, its label is -1.
 
   Raises:
-    UserError: batch_size below 1.
+    UserError: batch_size is below 1.
   """
   if batch_size < 1:
     raise UserError(f"batch_size={batch_size} in an evaluation; choose 1 or more")
@@ -147,13 +155,16 @@ def eval_batches(
 
 
 def place(batch: dict[str, np.ndarray], mesh) -> dict:
-  """Returns the batch as global jax arrays, split over the axis "data" of the mesh; each process gives its
-  own rows.
+  """Returns the batch as global jax arrays [B, ...], split over the axis "data" of the mesh.
+
+  Args:
+    batch: the rows of this process, arrays [b, ...] by name; every process gives its own rows.
+    mesh: the devices of all processes.
 
   Raises:
-    UserError: the rows of this process cannot be shared by its devices.
+    UserError: the devices of this process cannot share its rows equally.
   """
-  import jax  # here alone: the rest of the data room works without
+  import jax  # imported here only: all other code of pirl_jax.data works without JAX
 
   from pirl_jax.runtime.mesh import split
 
@@ -167,14 +178,14 @@ def place(batch: dict[str, np.ndarray], mesh) -> dict:
 
 _RUNNING = weakref.WeakSet()
 
-_PART_BYTES = 2**20  # at most, of the test images read at a time: 341 of 32 pixels, 6 of 224
+_PART_BYTES = 2**20  # upper limit of the test images read at a time: 341 images of 32 pixels, or 6 of 224
 
 
 def _train_stream(
   crop_fn, num_records: int, *, batch_size: int, seed: int, start_step: int, process_index: int, process_count: int,
   num_threads: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Returns the endless stream of crop_fn(record, rng) in batches, a function of (seed, step); see `train_batches`."""
+  """Returns the endless stream of batches of crop_fn(record, rng), a function of (seed, step); see `train_batches`."""
   whole_batches = steps_per_epoch(num_records, batch_size)
   if batch_size % process_count:
     raise UserError(
@@ -182,9 +193,10 @@ def _train_stream(
     )
   order_seed, crop_seed = (int(word) for word in np.random.SeedSequence(seed % 2**64).generate_state(2))
   local_size = batch_size // process_count
-  # The order of these lines is the contract. Crops before anything is cut: a record's draws follow from its place in
-  # the global stream, whichever process has it. Whole batches before repeat: no batch straddles two epochs, which could
-  # hold an image twice. Of the endless stream each process takes its block of every batch, from start_step on.
+  # The order of these lines is the contract. The crops come before the stream is cut: the random draws of a record
+  # depend on its place in the global stream, whichever process reads the record. The cut to whole batches comes before
+  # `repeat`: a batch that spans two epochs could hold an image twice. From the endless stream each process takes its
+  # block of every batch, from start_step on.
   stream = grain.MapDataset.range(num_records).shuffle(seed=order_seed).random_map(crop_fn, seed=crop_seed)
   stream = stream[: whole_batches * batch_size].repeat()
 
@@ -198,9 +210,9 @@ def _train_stream(
 
 def _start(records: grain.MapDataset, batch_size: int, num_threads: int, batch_fn=None) -> Iterator[
     dict[str, np.ndarray]]:
-  """Returns the running stream: threads read records, two batches ahead, one more puts batches together.
+  """Returns the running stream: threads read records up to two batches ahead, and one more thread forms the batches.
 
-  `batch_fn` makes a batch of `batch_size` records; None stacks them.
+  `batch_fn` turns `batch_size` records into a batch; None stacks the records.
   """
   buffer = 2 * batch_size if num_threads else 0
   records = records.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer))
@@ -222,21 +234,21 @@ def _stream(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
 
 @atexit.register
 def _close_all() -> None:
-  """Ends the streams that nobody closed: grain's threads must not meet a half torn down interpreter."""
+  """Closes the streams that are still open: grain's threads must not run while the interpreter shuts down."""
   for stream in list(_RUNNING):
-    with contextlib.suppress(ValueError):  # a daemon thread is inside it; the process ends it
+    with contextlib.suppress(ValueError):  # a daemon thread is reading the stream; that thread ends with the process
       stream.close()
 
 
 _NO_IMAGE = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
-"""What there is instead of a file that was there when the run began."""
+"""Errors that mean: the file of this image existed when the run started and is no longer there or not readable."""
 
 
 def _read(source: Source, index: int) -> tuple[np.ndarray | None, int]:
-  """Returns (u8[H, W, 3] or None for an image that cannot be read, label).
+  """Returns (image u8[H, W, 3], label); the image is None if it cannot be read.
 
   Raises:
-    UserError: not the image is at fault but the disk or the network.
+    UserError: the disk or the network fails, so the image itself may be sound.
   """
   label = -1
   try:
@@ -245,7 +257,7 @@ def _read(source: Source, index: int) -> tuple[np.ndarray | None, int]:
     return decode(record.image), label
   except (BrokenImage, *_NO_IMAGE):
     return None, label
-  # A disk that fails is no property of the image and must not drop it from the training.
+  # If the disk fails, the image may be sound; it must not be dropped from the training.
   except OSError as error:
     raise UserError(f"{source.image_name(index)} cannot be read because the disk or the network fails "
                     f"({error.strerror or error}); once it is back, or the file is there again from a copy, the same "
@@ -285,28 +297,29 @@ def _labelled_crop(
 def _part_size(batch_size: int, image_size: int, num_threads: int) -> int:
   """Returns how many test images are read at a time, a divisor of B.
 
-  Each hand-over between grain's threads costs up to a quarter of a millisecond, fifty times what a small image does
-  that lies in memory. But every thread has a part of the batch, and photographs still come a few at a time.
+  Each hand-over between grain's threads costs up to a quarter of a millisecond, fifty times the cost of a small image
+  that is already in memory. Reading many images at a time saves these hand-overs. Two limits hold: every thread gets a
+  part of the batch, and photographs are read only a few at a time.
   """
   most = min(_PART_BYTES // (3 * image_size**2), batch_size // max(1, num_threads))
   return max(size for size in range(1, max(1, most) + 1) if batch_size % size == 0)
 
 
 def _join(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Returns one batch of the parts."""
+  """Returns the parts as one batch: the arrays of each name joined along the first axis."""
   if len(parts) == 1:
     return parts[0]
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _centre_crop(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray:
-  # Such an image is its own crop; to work that out would be a third of what it costs.
+  # An image that has the size already is its own crop. The general way would take a third of the time of such an image.
   return image if fraction == 1 and image.shape[:2] == (size, size) else centre_crop(
     image, size=size, fraction=fraction)
 
 
 def _test_images(source: Source, first: int, *, num: int, size: int, crop_fn) -> dict[str, np.ndarray]:
-  """Returns the images from `first` on as a batch of `num`; those behind the last one are padding."""
+  """Returns `num` images from index `first` on as a batch; rows behind the last image of `source` are padding."""
   images = np.empty((num, size, size, 3), np.uint8)
   index, labels = np.full(num, -1, np.int32), np.full(num, -1, np.int32)
   valid = np.zeros(num, bool)

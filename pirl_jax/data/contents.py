@@ -1,4 +1,4 @@
-"""What a set of images held when a run began, so that the run can say what has changed when it goes on."""
+"""A list of the images at the start of a run; when the run resumes, the list shows which images have changed."""
 
 import gzip
 from pathlib import Path
@@ -6,22 +6,22 @@ from pathlib import Path
 from pirl_jax.data.records import Source
 from pirl_jax.storage.files import write_file
 
-FILE = "pictures.txt.gz"  # the name that it has in the runs of before
-NAMED = 3
+FILE = "pictures.txt.gz"  # the name of this file in older runs
+NAMED = 3  # images named for each kind of change
 
 
 def remember(source: Source, folder: Path) -> None:
-  """Writes the list of the images into the run's folder, if it is not there and there is one to write."""
+  """Writes the list of the images into the run's folder, unless it exists or the source has no listing."""
   path = folder / FILE
   if not path.exists() and (lines := source.listing()) is not None:
     write_file(path, gzip.compress("\n".join(lines).encode(), mtime=0))
 
 
 def difference(source: Source, folder: Path) -> str:
-  """Returns what is gone, new and of another size since `remember`, in words; "" where nobody knows."""
+  """Returns in words which images are gone, new or of another size since `remember`; "" if there is no list."""
   try:
     before = gzip.decompress((folder / FILE).read_bytes()).decode().split("\n")
-  except (OSError, EOFError, ValueError):  # not there, or damaged: it is for this message alone
+  except (OSError, EOFError, ValueError):  # missing or damaged: the list only serves this message
     return ""
   before, now = ({path: size for size, path in (line.split(" ", 1) for line in lines)}
                  for lines in (before, source.listing() or []))

@@ -1,4 +1,4 @@
-"""Decoding and the random resized crop: all that the host does to an image.
+"""Decoding and cropping of images: everything that the host (CPU) does to an image.
 
 Letters: H W height and width of the image, S side of the crop; every image is u8[H, W, 3], RGB.
 """
@@ -11,14 +11,14 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# One image a thread: OpenCV's own threads would only fight with the loader's.
+# The loader works on one image per thread; OpenCV's own threads would compete with the loader's threads.
 cv2.setNumThreads(1)
-# Broken images are counted and named by us; OpenCV need not tell each on stderr as well.
+# The program counts and names broken images itself; OpenCV would print each of them on stderr once more.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
-_MAX_PIXELS = 2**28  # 0.8 GB once decoded: no photograph, but perhaps a decompression bomb
-# RGB, and stored orientation: the EXIF tag is ignored, as PIL's usual loader does, whose images the method
-# was tuned on.
+_MAX_PIXELS = 2**28  # 0.8 GB once decoded: too large for a photograph, perhaps a decompression bomb
+# Decode to RGB in the stored orientation. The EXIF orientation is ignored, as PIL's usual loader ignores it: the
+# method was tuned on images loaded in that way.
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
@@ -27,21 +27,21 @@ class BrokenImage(Exception):
 
 
 def decode(image: bytes | np.ndarray) -> np.ndarray:
-  """Returns u8[H, W, 3], RGB, of an encoded image; an array u8[H, W, 3] comes back as it is.
+  """Returns the pixels u8[H, W, 3], RGB, of an encoded image; an array u8[H, W, 3] is returned unchanged.
 
-  Grey, palette, CMYK and YCCK become RGB, alpha is dropped (as PIL's `convert("RGB")` does), 16 bits are cut
-  to the upper 8 and the EXIF orientation is ignored. The format is told by the content. OpenCV decodes
-  ordinary JPEG and PNG, Pillow the rest.
+  Grey, palette, CMYK and YCCK become RGB. Alpha is dropped, as by PIL's `convert("RGB")`. Of 16 bits the upper 8 are
+  kept. The EXIF orientation is ignored. The content decides the format, not the file name. OpenCV decodes ordinary
+  JPEG and PNG; Pillow decodes everything else.
 
   Raises:
-    BrokenImage: not an image, damaged, cut short, or of more than 2**28 pixels.
+    BrokenImage: the bytes are not an image, damaged, cut short, or have more than 2**28 pixels.
   """
   if isinstance(image, np.ndarray):
     return image
   if image[:2] == b"\xff\xd8":
     height, width, components, scan = _jpeg_header(image)
-    # OpenCV fills what is missing with grey and only prints a warning. The marker of the end cannot occur
-    # inside the scan, so a file without one behind the first scan has been cut short.
+    # OpenCV fills missing parts of a JPEG with grey and only prints a warning. The end-of-image marker cannot occur
+    # inside the scan. If no such marker follows the first scan, the file has been cut short.
     if image.rfind(b"\xff\xd9", scan) < 0:
       raise BrokenImage("JPEG is cut short")
     opencv = components in (1, 3)
@@ -75,15 +75,17 @@ def _decode_with_pillow(image: bytes) -> np.ndarray:
       return np.asarray(opened.convert("RGB"))
   except BrokenImage:
     raise
-  except UnidentifiedImageError as error:  # its own message shows an address in memory
+  except UnidentifiedImageError as error:  # Pillow's own message shows a memory address
     raise BrokenImage("neither JPEG, PNG, WebP nor BMP") from error
   except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged bytes
     raise BrokenImage(str(error)) from error
 
 
 def _jpeg_header(image: bytes) -> tuple[int, int, int, int]:
-  """Returns (height, width, number of components, offset of the first scan), read from the markers (ITU T.81,
-  annex B)."""
+  """Returns (height, width, number of components, offset of the first scan) of a JPEG.
+
+  The values are read from the markers (ITU T.81, annex B).
+  """
   offset, frame = 2, None
   while offset + 4 <= len(image):
     if image[offset] != 0xFF:
@@ -95,7 +97,7 @@ def _jpeg_header(image: bytes) -> tuple[int, int, int, int]:
     if marker == 0xDA and frame:
       return *frame, offset
     (length,) = struct.unpack_from(">H", image, offset + 2)
-    # Start of frame: C0..CF but DHT (C4), JPG (C8) and DAC (CC).
+    # A start-of-frame marker is one of C0..CF, except DHT (C4), JPG (C8) and DAC (CC).
     if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and offset + 10 <= len(image):
       frame = struct.unpack_from(">HHB", image, offset + 5)
     offset += 2 + length
@@ -105,12 +107,12 @@ def _jpeg_header(image: bytes) -> tuple[int, int, int, int]:
 def crop_box(
   rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-  """Returns (top, left, height, width) of a random crop by the rule of torchvision's
-  `RandomResizedCrop.get_params`.
+  """Returns (top, left, height, width) in pixels of a random crop.
 
-  The area is uniform in `scale` (shares of the image), the aspect ratio log-uniform in `ratio`; after ten
-  boxes that do not fit, the largest central box of an allowed ratio. Four draws a try that fits, two a try
-  that does not.
+  The rule is that of torchvision's `RandomResizedCrop.get_params`. The area is uniform in `scale` (share of the
+  image's area), and the aspect ratio width / height is log-uniform in `ratio`. After ten boxes that do not fit into
+  the image, the largest central box of an allowed ratio is taken. A try takes four draws from `rng` if its box fits,
+  otherwise two.
   """
   log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
   for _ in range(10):
@@ -137,16 +139,16 @@ def random_resized_crop(
   scale: tuple[float, float],
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-  """Returns u8[S, S, 3]: a random box of `image` (see `crop_box`), resized to `size`."""
+  """Returns u8[S, S, 3]: a random box of `image` (see `crop_box`), resized to `size` = S pixels a side."""
   top, left, height, width = crop_box(rng, *image.shape[:2], scale, ratio)
   return _resize(image[top : top + height, left : left + width], size, size)
 
 
 def centre_crop(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray:
-  """Returns u8[S, S, 3], the test crop: shorter side resized to round(size / fraction), then the central
-  square.
+  """Returns u8[S, S, 3], the test crop of an image.
 
-  `fraction` is 224/256 for ImageNet, 1.0 for small images.
+  The shorter side is resized to round(size / fraction); then the central square of `size` = S pixels is cut out.
+  `fraction` is 224/256 for ImageNet and 1.0 for small images.
   """
   height, width = image.shape[:2]
   shorter = round(size / fraction)
@@ -159,11 +161,11 @@ def centre_crop(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray:
 
 
 def squash_resize(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray:
-  """Returns u8[S, S, 3], the whole image with its aspect changed.
+  """Returns u8[S, S, 3]: the whole image, stretched or squeezed to a square of `size` = S pixels a side.
 
-  In two steps: the shorter side to round(size / fraction), as for `centre_crop`, then both sides to `size`. With
-  224/256 that is what vissl does for its SVMs. With 1.0 it is one step, straight to the square, as for its low-shot
-  SVMs, and a small square image stays as it is.
+  Two steps: the shorter side is resized to round(size / fraction), as by `centre_crop`; then both sides are resized
+  to `size`. With a fraction of 224/256, vissl does the same for its SVMs. With 1.0 there is one step, straight to the
+  square, as vissl does for its low-shot SVMs. An image that has the size already stays as it is.
   """
   height, width = image.shape[:2]
   if fraction < 1:
@@ -173,12 +175,12 @@ def squash_resize(image: np.ndarray, *, size: int, fraction: float) -> np.ndarra
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-  """Returns u8[height, width, 3], bilinear and free of aliasing.
+  """Returns u8[height, width, 3]: `image` resized with a bilinear filter and without aliasing.
 
-  Torchvision on PIL images uses a triangle as wide as the shrinking factor s, of variance s^2 / 6. Up to s
-  = 2 a bilinear look-up (variance 1 / 6) after three taps that bring the rest comes as close to that as
-  OpenCV's INTER_AREA does, in less than half the time: on photographs 0.9 to 1.0 grey levels away on average,
-  where plain bilinear is 2.1 away.
+  Torchvision on PIL images shrinks with a triangle filter as wide as the shrinking factor s. The variance of this
+  filter is s^2 / 6. Up to s = 2, a filter of three taps supplies the variance (s^2 - 1) / 6 and bilinear interpolation
+  the remaining 1 / 6. On photographs the result differs from torchvision's by 0.9 to 1.0 grey levels on average, as
+  close as OpenCV's INTER_AREA, in less than half the time. Plain bilinear interpolation differs by 2.1 grey levels.
   """
   if image.shape[:2] == (height, width):
     return image.copy()
@@ -192,4 +194,5 @@ def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _three_taps(variance: float) -> np.ndarray:
+  """Returns f32[3], a smoothing filter of the given variance in pixels squared."""
   return np.array([variance / 2, 1 - variance, variance / 2], np.float32)

@@ -1,4 +1,4 @@
-"""The embedded textures as a source: no file, no download."""
+"""The source of the embedded textures, which are computed: there is no file and no download."""
 
 from typing import ClassVar, Self
 
@@ -9,12 +9,12 @@ from pirl_jax.data.records import Record, Source
 from pirl_jax.data.sources import DataSettings
 from pirl_jax.errors import UserError
 
-# Counted up whenever a change of `textures.py` changes a pixel: it is part of the fingerprint.
+# Must be increased whenever a change of `textures.py` changes a pixel. The version is part of the fingerprint.
 _VERSION = 1
 
 
 MAX_BYTES = 4 * 2**30
-"""Of all images of a split; to draw as many takes a minute."""
+"""Upper limit of the bytes of all images of a split; drawing that many images takes a minute."""
 
 
 class TextureSource(Source):
@@ -25,7 +25,7 @@ class TextureSource(Source):
 
   @classmethod
   def open(cls, settings: DataSettings, class_names: tuple[str, ...] | None) -> Self:
-    """Draws the images; their classes are always the same."""
+    """Draws the images; `class_names` is not used, because the classes are always the same."""
     del class_names
     return cls(settings.num_images, size=settings.image_size, split=settings.split)
 
@@ -53,9 +53,9 @@ class TextureSource(Source):
     return Record(self._images[index], int(self._labels[index]))
 
   def image_name(self, index: int) -> str:
-    """Returns e.g. "texture 12 (dots)"."""
+    """Returns for example "texture 12 (dots)"."""
     return f"texture {index} ({self.class_names[self._labels[index]]})"
 
   def labels(self) -> np.ndarray:
-    """Returns i32[N], the families."""
+    """Returns i32[N], the index of each image's family in `class_names`."""
     return self._labels

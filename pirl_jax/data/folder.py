@@ -1,7 +1,7 @@
-"""A folder of images, nested or flat, as a source.
+"""A source that reads a folder of images, nested or flat.
 
-Record i is the i-th image in the order of the relative paths, compared byte by byte, so that neither the
-file system's order nor the locale has a say.
+Record i is the i-th image in the order of the relative paths. Paths are compared byte by byte, so the order does not
+depend on the file system or the locale.
 """
 
 import collections
@@ -18,28 +18,28 @@ from pirl_jax.errors import UserError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
-_NAMES_SHOWN = 3  # of the files left out, for each reason
+_NAMES_SHOWN = 3  # names in a message, of the files that were left out for one reason
 
 
 class FolderSource(Source):
   """Every image below `root` / `split`.
 
   Args:
-    root: the folder; links to folders are followed, loops are not.
-    split: a sub-folder of it, or "" for the whole of it.
-    labels: "folder" takes the first sub-folder as the class (an image outside any has label -1), "none" has
-      no labels.
-    class_names: classes to use instead of the sub-folders found, so that a held-out split agrees with the
+    root: the folder. Links to folders are followed; a link that would form a loop is left out.
+    split: a sub-folder of `root`, or "" for the whole of `root`.
+    labels: "folder" takes the first sub-folder of an image's path as its class (an image outside of every sub-folder
+      has label -1); "none" gives no labels.
+    class_names: classes to use instead of the sub-folders found, so that a held-out split has the same classes as the
       training split.
 
   Raises:
-    UserError: no such folder, no images in it, a sub-folder that cannot be listed, labels asked for where
-      there are no sub-folders, or a class that is not among `class_names`.
+    UserError: there is no such folder, it holds no images, a sub-folder cannot be listed, labels are asked for but
+      there are no sub-folders, or a class is not among `class_names`.
   """
 
   @classmethod
   def open(cls, settings: DataSettings, class_names: tuple[str, ...] | None) -> Self:
-    """Lists the folder."""
+    """Returns the source of the folder that the settings name; this lists all of its files."""
     return cls(settings.root, split=settings.split, labels=settings.labels, class_names=class_names)
 
   def __init__(self, root: str, *, split: str, labels: str, class_names: tuple[str, ...] | None = None):
@@ -75,8 +75,8 @@ class FolderSource(Source):
       with open(os.path.join(self._root, self._paths[index]), "rb") as file:
         return Record(file.read(), label)
     except FileNotFoundError as error:
-      # One file gone is a broken image; the whole folder gone (a disk unmounted, say) must not pass for a
-      # million of them.
+      # If one file is missing, this image counts as broken. If the whole folder is missing (for example because a disk
+      # was unmounted), the run must stop instead of counting a million broken images.
       if not os.path.isdir(self._root):
         raise UserError(
           f"{printable(self._root)} has vanished during the run; bring it back and start again"
@@ -88,11 +88,11 @@ class FolderSource(Source):
     return printable(self._paths[index])
 
   def listing(self) -> list[str] | None:
-    """Returns "SIZE PATH" of every image, the size in bytes."""
+    """Returns a line "SIZE PATH" for every image, with the size in bytes."""
     return [f"{size} {printable(path)}" for size, path in zip(self._sizes, self._paths, strict=True)]
 
   def labels(self) -> np.ndarray | None:
-    """Returns i32[N] or, without class folders, None."""
+    """Returns i32[N], or None if `labels` is "none"."""
     return self._labels
 
 
@@ -128,10 +128,10 @@ def _listed(folder: str) -> list[str]:
 
 
 def _walk(root: str, left_out: dict[str, list[str]]):
-  """Yields (relative path, size in bytes) of every image; what is left out is noted by its reason.
+  """Yields (relative path, size in bytes) of every image; the other files are added to `left_out`, by reason.
 
-  A deep tree must not meet Python's limit of recursion, hence the stack. A link is a loop when it leads to
-  one of the folders above it; the same folder met twice side by side is meant so.
+  A stack replaces recursion, because Python limits the depth of recursion. A link is a loop if it leads to one of the
+  folders above the link. Two links side by side may lead to the same folder; then the images count twice.
   """
   stack = [("", (_identity(root),))]
   while stack:
@@ -179,8 +179,10 @@ def _left_out_text(left_out: dict[str, list[str]], *, separator: str) -> str:
 
 
 def _label(paths, shown, class_names) -> tuple[np.ndarray, tuple[str, ...]]:
-  """Returns (labels i32[N], class names): the first part of each path, -1 for an image that lies in no
-  sub-folder."""
+  """Returns (labels i32[N], class names).
+
+  The class of an image is the first part of its path; an image that lies in no sub-folder has label -1.
+  """
   classes = [path.split("/", 1)[0] if "/" in path else None for path in paths]
   found = sorted({name for name in classes if name is not None}, key=os.fsencode)
   if not found:

@@ -1,6 +1,6 @@
-"""Images that somebody hands over in Python, as a source: paths, PIL images and arrays.
+"""A source made of images that are given in Python: paths, PIL images and arrays.
 
-Letters: H W height and width of an image, which may be another for each.
+Letters: H W height and width of an image in pixels; they may differ from image to image.
 """
 
 import os
@@ -18,17 +18,17 @@ KINDS = "a path, a PIL image, or an array u8[H, W, 3], u8[H, W] or float in [0, 
 
 
 class GivenSource(Source):
-  """The images of a list. There are no labels, and an image that cannot be read is an error, not a gap."""
+  """The images of a list, without labels. An image that cannot be read raises a UserError; it is not skipped."""
 
   class_names = ()
   fingerprint = "given"
 
   def __init__(self, images: Sequence[Any], *, names: Sequence[str]):
-    """Looks at no image yet.
+    """Stores the list; no image is read yet.
 
     Args:
-      images: what `pixels_of` takes.
-      names: of each, for messages.
+      images: each one of the kinds that `pixels_of` takes.
+      names: a name for each image, for messages.
     """
     self._images, self._names = images, names
     self.description = f"{len(images)} given images"
@@ -44,13 +44,13 @@ class GivenSource(Source):
     return self._names[index]
 
   def labels(self) -> None:
-    """Returns None: there are none."""
+    """Returns None: given images have no labels."""
 
 
 def is_one(images: Any) -> bool:
-  """Returns whether that is a single image, not several: a path, a PIL image, or an array of up to three axes.
+  """Returns whether `images` is a single image: a path, a PIL image, or an array of up to three axes.
 
-  An array of text or of objects holds several, such as paths.
+  An array of text or of objects holds several images, for example paths, and is not a single image.
   """
   if isinstance(images, (str, os.PathLike, Image.Image)):
     return True
@@ -60,17 +60,17 @@ def is_one(images: Any) -> bool:
 def pixels_of(image: Any, name: str) -> np.ndarray:
   """Returns u8[H, W, 3], RGB, of one image.
 
-  - A path: a JPEG, PNG, WebP or BMP file, read as every other image of the program is, see `crops.decode`.
-  - A PIL image: its convert("RGB"); modes without 8-bit levels (I, I;16, F) are refused.
-  - An array, of numpy or of whatever numpy can read: u8[H, W, 3]; u8[H, W], which is grey; or floating point of these
-    shapes in [0, 1], rounded to the nearest of 256 levels.
+  - A path of a JPEG, PNG, WebP or BMP file: the file is decoded by `crops.decode`, as every other image of the program.
+  - A PIL image: the image is converted by convert("RGB"); modes without 8-bit levels (I, I;16, F) are refused.
+  - An array, of numpy or of a library whose arrays numpy can read: u8[H, W, 3] RGB, or u8[H, W] grey, or floating
+    point of one of these shapes in [0, 1], rounded to the nearest of 256 levels.
 
   Args:
     image: one of these.
-    name: for the message.
+    name: the name of the image in error messages.
 
   Raises:
-    UserError: it is none of these, or cannot be read.
+    UserError: the image is none of these, or cannot be read.
   """
   if isinstance(image, (str, os.PathLike)):
     return _read_file(image, f"{name}, {printable(os.fsdecode(image))},")
@@ -104,7 +104,7 @@ def _convert(image, name):
                     "floats in [0, 1]")
   try:
     return np.asarray(image.convert("RGB"))
-  except Exception as error:  # its file is decoded only now, and Pillow's plug-ins raise nearly anything
+  except Exception as error:  # Pillow decodes the file only now, and its plug-ins raise errors of many types
     raise UserError(f"{name}, a PIL image of mode {image.mode}, cannot be made RGB: {error}") from error
 
 
@@ -113,7 +113,7 @@ def _levels(array, name):
   if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[2] != 3 or not array.size:
     raise UserError(f"{seen}; an image is [H, W, 3], RGB with the channels last, or [H, W], grey")
   if array.dtype.kind == "f":
-    if not (array.min() >= 0 and array.max() <= 1):  # written so that a NaN fails it
+    if not (array.min() >= 0 and array.max() <= 1):  # with `not (...)` a NaN is refused, too
       raise UserError(f"{seen} with values from {array.min():g} to {array.max():g}; floats lie in [0, 1], and levels "
                       "from 0 to 255 are u8")
     array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)

@@ -1,7 +1,9 @@
-"""What every source of images offers: records by index, for ever the same.
+"""The interface of every source of images: records by index; an index always gives the same record.
 
-The index of a record is its row in the memory bank, so whatever could change it belongs into the source's
-fingerprint.
+The index of a record is also its row in the memory bank. Therefore everything that could change the index of a record
+must be part of the source's fingerprint.
+
+Letters: N records of a source, C classes.
 """
 
 import abc
@@ -14,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Record(NamedTuple):
-  """One image as it is stored: decoding is left to the loader's threads."""
+  """One image as it is stored. The loader's threads decode the image."""
 
-  image: bytes | np.ndarray  # an encoded file, or u8[H, W, 3]
+  image: bytes | np.ndarray  # the bytes of an encoded file, or pixels u8[H, W, 3]
   label: int  # index into the source's class names; -1 = unlabelled
 
 
@@ -24,14 +26,15 @@ class Source(abc.ABC):
   """Random access to the records of one split. Safe to read from several threads, and picklable.
 
   Attributes:
-    description: a few lines for the user: what was found, what was left out and why.
-    fingerprint: differs from another source's if record i could be another image there.
-    class_names: one name a class, in the order of the labels; () when there are no labels.
-    multi_label: an image may show any number of the classes; then there are `targets`, but no `labels`.
-    slow_labels: the labels are read image by image the first time, which takes as long as an epoch without crops.
-    draws: class attribute: the images are made, as many as `num_images` asks for; else it takes so many of them.
-    defaults: class attribute: what an evaluation takes that names this source and says no more: `split`, `labels` and
-      `num_images`, and for the held-out images `test_split` and `test_num_images`.
+    description: a few lines for the user: which images were found, and which files were left out and why.
+    fingerprint: text; if record i of another source could be another image, the fingerprints of the two differ.
+    class_names: the name of each class, in the order of the labels; () if there are no labels.
+    multi_label: True if an image may show any number of the classes; then there are `targets`, but no `labels`.
+    slow_labels: True if the first call of `labels` reads every image, which takes as long as an epoch without crops.
+    draws: class attribute: True if the source generates exactly `num_images` images; False if the images exist already
+      and `num_images` selects some of them.
+    defaults: class attribute: the settings of an evaluation that names this source and gives no others: `split`,
+      `labels` and `num_images` for the training images, `test_split` and `test_num_images` for the held-out images.
   """
 
   description: str
@@ -45,7 +48,7 @@ class Source(abc.ABC):
 
   @classmethod
   def open(cls, settings: "DataSettings", class_names: tuple[str, ...] | None) -> Self:
-    """Returns the images of `settings`, see `sources.open_source`; whatever stands in `sources.SOURCES` has it."""
+    """Returns the images of `settings`, see `sources.open_source`; every class in `sources.SOURCES` implements this."""
     raise NotImplementedError(f"{cls.__name__} is not opened from settings")
 
   @abc.abstractmethod
@@ -58,27 +61,28 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def image_name(self, index: int) -> str:
-    """Returns a printable name by which a person finds the image again."""
+    """Returns a printable name by which a person can find the image."""
 
   @abc.abstractmethod
   def labels(self) -> np.ndarray | None:
-    """Returns i32[N], -1 where a single record has none, or None when the set has no labels.
+    """Returns i32[N], with -1 for a record without a label, or None if the set has no labels.
 
-    May read every record the first time.
+    The first call may read every record.
     """
 
   def listing(self) -> list[str] | None:
-    """Returns a line for each record, by which two states of a set can be compared; None where there is none."""
+    """Returns one line for each record, to compare two states of the set, or None if the source has no such lines."""
     return None
 
   def targets(self) -> np.ndarray | None:
-    """Returns i8[N, C], by image and class, or None when the set has no labels.
+    """Returns i8[N, C], by image and class, or None if the set has no labels.
 
-    1: the class is there. 0: it is not. -1: only as an object that is marked as difficult (VOC), which is neither. Of a
-    set with one label an image these are rows with a single 1; an image without its label has a row of 0, and
-    `labels() < 0` tells it from one that shows no class.
+    1 means that the image shows the class, and 0 that it does not. -1 means that all objects of the class in this image
+    are marked as difficult (VOC); such an image counts neither as 1 nor as 0. If the set has one label per image, each
+    row holds a single 1. An image without a label has a row of zeros; `labels() < 0` tells such an image from one that
+    shows no class.
 
-    May read every record the first time.
+    The first call may read every record.
     """
     labels = self.labels()
     if labels is None:
@@ -87,5 +91,5 @@ class Source(abc.ABC):
 
 
 def printable(name: str) -> str:
-  """Returns `name` with every character that could upset a terminal or a log file written as an escape."""
+  """Returns `name` with every character that is not printable written as an escape, safe for terminals and logs."""
   return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)

@@ -1,4 +1,4 @@
-"""`open_source`: the one door to every kind of images."""
+"""Opens any source of images from its settings: `open_source`."""
 
 import dataclasses
 import importlib
@@ -13,26 +13,29 @@ __all__ = ["DataSettings", "Record", "Source", "kind_of", "open_source"]
 
 SOURCES = {"embedded": "pirl_jax.data.embedded:TextureSource", "folder": "pirl_jax.data.folder:FolderSource",
            "tfds": "pirl_jax.data.tfds_source:TfdsSource"}
-"""MODULE:CLASS by `data.source`. By name: TFDS takes half a second to import, for which the others need not wait."""
+"""MODULE:CLASS for each value of `data.source`. The classes are named, not imported, because importing TFDS takes half
+a second; the other sources do not need it."""
 
 LABELS = ("none", "folder")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-  """Which images and how they are read: `config.data` of a run, field by field, with the values of configs/base.py.
+  """Which images are read, and how. The fields are those of a run's `config.data`, with the values of configs/base.py.
 
   Attributes:
     source: a name of `SOURCES`.
-    name: tfds: name of the data set, with its config and version if wanted ("imagenet2012", "cifar10:3.0.2").
-    root: folder: the folder of images; tfds: its data directory, "" for its default.
-    split: embedded: any name; folder: a sub-folder, "" for all; tfds: a split ("train", "train[:10%]").
-    labels: folder: "folder" (the first sub-folder is the class) or "none". The other two bring their own labels.
-    num_images: embedded: how many to draw; else so many at random, the same ones in every run, or all (0).
+    name: tfds: name of the data set, with config and version if wanted ("imagenet2012", "cifar10:3.0.2").
+    root: folder: the folder of images; tfds: TFDS's data directory, "" for TFDS's default.
+    split: embedded: any name; folder: a sub-folder, "" for the whole folder; tfds: a split ("train", "train[:10%]").
+    labels: folder: "folder" (the first sub-folder is the class) or "none". The sources embedded and tfds have their own
+      labels.
+    num_images: embedded: number of images to draw; folder and tfds: number of images to take at random, the same ones
+      in every run, or 0 for all.
     image_size: side in pixels of the image view, and of the embedded images.
-    image_scale: share of the image's area that the image crop covers.
-    num_threads: that decode and crop.
-    max_bad_fraction: of the images that may turn out broken.
+    image_scale: range of the share of the image's area that the image crop covers.
+    num_threads: number of threads that decode and crop.
+    max_bad_fraction: largest tolerated share of images that cannot be read.
   """
 
   source: str = "tfds"
@@ -48,19 +51,19 @@ class DataSettings:
 
   @classmethod
   def of(cls, data: Mapping[str, Any]) -> Self:
-    """Returns the settings in a `config.data`, also one that was stored as JSON."""
+    """Returns the settings of a `config.data`; a `config.data` that was read from JSON works, too."""
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in dict(**data).items()})
 
 
 READING = ("image_size", "image_scale", "num_threads", "max_bad_fraction")
-"""The fields that say how images are read; all others say which."""
+"""The fields that say how images are read; all other fields say which images are read."""
 
 
 def kind_of(source: str) -> type[Source]:
-  """Returns the class of that name in `SOURCES`.
+  """Returns the class that `SOURCES` has for the name `source`.
 
   Raises:
-    UserError: there is none.
+    UserError: `SOURCES` has no such name.
   """
   if source not in SOURCES:
     raise UserError(f"data.source={source!r} is unknown; choose one of: {', '.join(SOURCES)}")
@@ -69,14 +72,14 @@ def kind_of(source: str) -> type[Source]:
 
 
 def open_source(settings: DataSettings, *, class_names: tuple[str, ...] | None = None) -> Source:
-  """Opens the images of one split; a TFDS set that is not there yet is prepared first.
+  """Opens the images of one split. A TFDS set that is not on disk yet is prepared first.
 
   Args:
     settings: which images.
-    class_names: of the training images, when a held-out split is opened.
+    class_names: the class names of the training images if a held-out split is opened, else None.
 
   Raises:
-    UserError: for whatever a user can mend.
+    UserError: a setting is wrong, or the images cannot be read; the message says what to do.
   """
   kind = kind_of(settings.source)
   if settings.labels not in LABELS:

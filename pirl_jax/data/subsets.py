@@ -1,7 +1,7 @@
-"""Fixed subsets of the images: the same on every machine and for ever.
+"""Fixed subsets of the images: the same on every machine and with every version of the libraries.
 
-The records are put in the order of the SHA-256 digest of the text SEED:INDEX, and the first ones are taken. That asks
-nothing of a random generator, whose stream a later version may change, and makes a smaller subset part of a larger one.
+The records are sorted by the SHA-256 digest of the text SEED:INDEX, and the first ones are taken. No random generator
+is involved, because a later version of a library may change its stream. A smaller subset is part of a larger one.
 
 Letters: N records of a source, n records of a subset.
 """
@@ -16,7 +16,7 @@ from pirl_jax.errors import UserError
 
 
 class Subset(Source):
-  """The records of a source named by `index`, in its order."""
+  """The records of a source whose indices are in `index`, in the order of `index`."""
 
   def __init__(self, source: Source, index: Sequence[int]):
     self._source, self._index = source, np.asarray(index)
@@ -36,34 +36,35 @@ class Subset(Source):
     return self._source.image_name(int(self._index[index]))
 
   def listing(self) -> list[str] | None:
-    """Returns that of the whole source."""
+    """Returns the listing of the whole source."""
     return self._source.listing()
 
   def labels(self) -> np.ndarray | None:
-    """Returns i32[n] or None."""
+    """Returns i32[n], or None if the source has no labels."""
     labels = self._source.labels()
     return None if labels is None else labels[self._index]
 
 
 def shuffled(records: Sequence[int], *, seed: int) -> list[int]:
-  """Returns the records in the order of their digests, see above."""
+  """Returns the records sorted by the digest of SEED:INDEX."""
   return sorted(map(int, records), key=lambda index: _digest(f"{seed}:{index}"))
 
 
 def draw_subset(labels: np.ndarray, fraction: float, *, seed: int, balanced: bool) -> np.ndarray:
-  """Returns the records of a subset, i64[n], rising.
+  """Returns the indices of the records of a subset, i64[n], in ascending order.
 
-  Of m labelled records `round(fraction * m)` are taken (half to even), without regard to their classes; a small subset
-  may lack some. With `balanced` that many of each class are, with m its records, and at least one.
+  Of m labelled records the subset holds `round(fraction * m)`, where a half rounds to even. Classes play no part, so a
+  small subset may lack some of them. With `balanced` the rule holds for each class, with m its number of records, and
+  every class keeps at least one record.
 
   Args:
-    labels: i32[N], -1 where a record has none: it is in no subset.
+    labels: i32[N], -1 for a record without a label; such a record is in no subset.
     fraction: in (0, 1].
-    seed: any integer; another one gives another subset.
-    balanced: the same share of every class.
+    seed: any integer; another seed gives another subset.
+    balanced: True takes the same share of every class.
 
   Raises:
-    UserError: the fraction is out of range, or so small that no record is left.
+    UserError: the fraction is out of range, or so small that the subset would be empty.
   """
   if not 0 < fraction <= 1:
     raise UserError(f"a subset of {fraction} of the labels is not possible: the fraction lies in (0, 1]")
@@ -84,7 +85,7 @@ def draw_subset(labels: np.ndarray, fraction: float, *, seed: int, balanced: boo
 
 
 def subset_digest(indices: np.ndarray) -> str:
-  """Returns 16 hexadecimal digits that tell a subset i64[n] from others: equal digests, equal records."""
+  """Returns 16 hexadecimal digits that identify a subset i64[n]: equal digests mean equal records."""
   return _digest(",".join(map(str, np.asarray(indices).tolist()))).hex()[:16]
 
 

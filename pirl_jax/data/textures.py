@@ -1,16 +1,15 @@
 """The embedded data set: ten families of procedural textures, near-grey.
 
-A first run has to show learning in minutes without a download. A texture is told by its local structure (does
-a line end in a T, an X or a Y?), which neither raw pixels nor random features see, while scale, orientation,
-phase, polarity, contrast, light and colour say nothing about the family because every family draws them
-alike.
+A first run has to show learning in minutes and without a download. The families differ in their local structure (does
+a line end in a T, an X or a Y?), which raw pixels and random features do not capture. Scale, orientation, phase,
+polarity, contrast, light and colour carry no information about the family, because every family draws them from the
+same distributions.
 
-Letters: N images, n of them drawn together, S side in pixels.
+Letters: N images, n images drawn together, S side in pixels.
 
-Record i is a function of (split, i) alone: its numbers come from a hash of the two (no generator that
-would have to be advanced), and pixels are computed with the operations that IEEE 754 rounds exactly (no
-library sine or exponential), so that the image is the same on every machine and in every set that is long
-enough to hold it.
+Record i is a function of (split, i) alone. Its random numbers come from a hash of the two, so no generator has to be
+advanced. The pixels are computed only with operations that IEEE 754 rounds exactly, without a library's sine or
+exponential. Therefore image i is the same on every machine and in every set of more than i images.
 """
 
 import math
@@ -21,10 +20,10 @@ import numpy as np
 FAMILIES = ("stripes", "checks", "dots", "rings", "blobs", "veins", "bricks", "waves", "grid", "hexagons")
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_EXTENT = 32.0  # an image is 32 units wide, whatever its size in pixels: a bigger one shows the same finer
+_EXTENT = 32.0  # an image is 32 units wide at every size in pixels: a larger image shows the same in more detail
 _NUM_WAVES = 7  # plane waves in the random field behind blobs and veins
 _NUM_DRAWS = 40 + 2 * _NUM_WAVES
-_CHUNK_PIXELS = 1 << 16  # images drawn together: small enough for the temporaries to stay in cache
+_CHUNK_PIXELS = 1 << 16  # pixels of the images drawn together: small enough for the temporaries to stay in cache
 
 
 def create_textures(
@@ -35,7 +34,7 @@ def create_textures(
   Args:
     num_images: N.
     size: S, side of the square images in pixels.
-    split: any name ("train", "test"); splits have nothing in common but the families.
+    split: any name ("train", "test"); two splits share the families, but no image.
 
   Returns:
     (images u8[N, S, S, 3], labels i32[N]); label i is i % 10, an index into `FAMILIES`.
@@ -58,7 +57,7 @@ def _draw(pattern_fn, hashes: np.ndarray, size: int) -> np.ndarray:
   centres = ((np.arange(size) + 0.5) * (_EXTENT / size) - _EXTENT / 2).astype(np.float32)
   x, y = centres[None, None, :], centres[None, :, None]
 
-  # A smooth warp, then the family's own plane: rotated and scaled, so that a period is 1.
+  # A smooth warp of the plane; then the plane is rotated and scaled, so that a period of the pattern is 1.
   period = draws.log_uniform(5.0, 9.0)
   warp, wavelength = draws.uniform(0.3, 1.1), draws.uniform(18, 32)
   bends = [_sine(axis / wavelength + draws.uniform(0, 1)) for axis in (x, y, x, y)]
@@ -70,7 +69,7 @@ def _draw(pattern_fn, hashes: np.ndarray, size: int) -> np.ndarray:
   softness = draws.uniform(0.6, 0.9)
   figure = np.clip(depth / softness, -1, 1)
 
-  # Tones: figure and ground swap at random, light falls from one side, film has grain.
+  # Tones: figure and ground swap at random, light falls from one side, and film grain is added.
   polarity = np.where(draws.uniform(0, 1) < 0.5, -1, 1).astype(np.float32)
   contrast = draws.log_uniform(28, 50)
   grey = draws.uniform(75, 180) + contrast * polarity * figure
@@ -81,8 +80,8 @@ def _draw(pattern_fn, hashes: np.ndarray, size: int) -> np.ndarray:
   return np.clip(np.rint(grey[..., None] * tint), 0, 255).astype(np.uint8)
 
 
-# The families. Each takes the plane f32[n, S, S] in periods and returns the signed depth inside its figure,
-# in periods.
+# The families. Each function takes the coordinates u, v f32[n, S, S] of the plane, in periods. It returns f32[n, S, S],
+# the signed distance in periods to the edge of the family's figure, positive inside of the figure.
 
 
 def _stripes(u, v, period, draws):
@@ -92,7 +91,7 @@ def _stripes(u, v, period, draws):
 def _checks(u, v, period, draws):
   a = 0.25 - _off_integer(0.7 * u + draws.uniform(0, 1))
   b = 0.25 - _off_integer(0.7 * v + draws.uniform(0, 1))
-  # Depth in a union of squares: the nearer of the two edges, positive where both signs agree.
+  # Distance to the edge of a union of squares: the nearer of the two edges; positive if both signs agree.
   return np.minimum(np.abs(a), np.abs(b)) * np.sign(a) * np.sign(b) / np.float32(0.7)
 
 
@@ -136,8 +135,8 @@ def _grid(u, v, period, draws):
 
 def _hexagons(u, v, period, draws):
   u, v = u + draws.uniform(0, 1), v + draws.uniform(0, 2)
-  # Centres form two rectangular lattices, one shifted by half a cell: the nearer centre of the two owns the
-  # point.
+  # The centres of the hexagons form two rectangular lattices, one shifted by half a cell. A point belongs to the nearer
+  # of the two nearest centres.
   height = np.float32(1.7320508)
   u1, v1 = u - np.rint(u), v - height * np.rint(v / height)
   u2, v2 = u - np.floor(u) - 0.5, v - height * (np.floor(v / height) + 0.5)
@@ -159,20 +158,22 @@ def _random_field(u, v, draws):
 
 
 def _off_integer(u):
-  """Distance to the nearest integer, in [0, 0.5]."""
+  """Returns the distance of each number to the nearest integer, in [0, 0.5]."""
   return np.abs(u - np.rint(u))
 
 
 def _sine(turns):
-  """Sine of an angle in turns within 0.0011, by products alone: a library's last digit depends on the
-  machine."""
+  """Returns the sine of angles in turns, with an error of at most 0.0011.
+
+  Only products are used, because the last digit of a library's sine depends on the machine.
+  """
   turns = turns - np.rint(turns)
   parabola = turns * (8 - 16 * np.abs(turns))
   return parabola + np.float32(0.225) * (parabola * np.abs(parabola) - parabola)
 
 
 class _Draws:
-  """Hands out the uniform numbers of n records one by one, each as f32[n, 1, 1]."""
+  """Returns the uniform random numbers of n records one after the other, each as f32[n, 1, 1]."""
 
   def __init__(self, uniforms: np.ndarray):
     self._columns = iter(uniforms.T)
@@ -181,8 +182,8 @@ class _Draws:
     return (low + (high - low) * next(self._columns)).astype(np.float32)[:, None, None]
 
   def log_uniform(self, low: float, high: float) -> np.ndarray:
-    # Only about log-uniform: half of the draws on either side of the geometric mean, without a library
-    # exponential.
+    # Approximately log-uniform: half of the draws lie on either side of the geometric mean. An exact log-uniform draw
+    # would need a library's exponential.
     uniform = next(self._columns)
     middle = math.sqrt(low * high)
     below = low + (middle - low) * (2 * uniform)
@@ -191,7 +192,10 @@ class _Draws:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-  """The finaliser of splitmix64 (Steele, Lea, Flood 2014): u64 -> u64, every bit depends on every bit."""
+  """Returns u64 hashes of u64 numbers: the finaliser of splitmix64 (Steele, Lea, Flood 2014).
+
+  Every bit of a hash depends on every bit of the number.
+  """
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   return x ^ (x >> np.uint64(31))
@@ -210,8 +214,10 @@ def _uniforms(hashes: np.ndarray, num: int) -> np.ndarray:
 
 
 def _grain(hashes: np.ndarray, size: int) -> np.ndarray:
-  """Returns f32[n, S, S] of zero mean and unit variance: independent from pixel to pixel, a sum of four
-  uniform bytes."""
+  """Returns noise f32[n, S, S] of zero mean and unit variance, independent from pixel to pixel.
+
+  Each value is a scaled sum of four uniform bytes.
+  """
   start = _mix(hashes + np.uint64(1))[:, None]
   bits = _mix(start + np.arange(1, size * size // 2 + 2, dtype=np.uint64) * _GOLDEN)
   # Each 64-bit word serves two pixels, four bytes each.

@@ -1,7 +1,7 @@
-"""A TensorFlow Datasets set as a source, read from array_record files without TensorFlow.
+"""A source that reads a TensorFlow Datasets (TFDS) set from array_record files, without TensorFlow.
 
-Record i is the i-th stored record of the split. TFDS shuffles once, when it prepares a set, so the stored
-order belongs to the files on disk and is fingerprinted by them.
+Record i is the i-th stored record of the split. TFDS shuffles the records once, when it prepares a set. The order is
+therefore a property of the files on disk, and the fingerprint is computed from these files.
 """
 
 import concurrent.futures
@@ -23,29 +23,30 @@ from pirl_jax.errors import UserError
 from pirl_jax.storage.files import locked
 
 _LABEL_THREADS = 8
-_SAMPLED_RECORDS = 16  # whose pixels go into the fingerprint
+_SAMPLED_RECORDS = 16  # number of records whose pixels go into the fingerprint
 
 
 class TfdsSource(Source):
   """One split of the TFDS data set `name` ("cifar10", "imagenet2012:5.1.0", "set/config").
 
-  The images are the set's image feature, the labels its class label; of several the one that the set names
-  in its supervised keys. Without one there are no labels.
+  The images are the set's image feature, and the labels are its class-label feature. If the set has several such
+  features, the one among its supervised keys is taken. A set without a class-label feature has no labels.
 
   Args:
-    name: as for `tfds.builder`. data_dir: TFDS's data directory, "" for its default.
-    split: as TFDS writes it, "train" or "train[:10%]".
+    name: as for `tfds.builder`.
+    data_dir: TFDS's data directory, "" for TFDS's default.
+    split: in TFDS's notation, "train" or "train[:10%]".
 
   Raises:
-    UserError: unknown name or split, no image feature, a set that cannot be prepared here or lies there in a
-      format without random access.
+    UserError: the name or the split is unknown, the set has no image feature, the set cannot be prepared here, or the
+      files on disk have a format without random access.
   """
 
   slow_labels = True
 
   @classmethod
   def open(cls, settings: DataSettings, class_names: tuple[str, ...] | None) -> Self:
-    """Opens the set, which names its classes itself."""
+    """Opens the set; `class_names` is not used, because a TFDS set has its own class names."""
     del class_names
     return cls(settings.name, data_dir=settings.root, split=settings.split)
 
@@ -53,7 +54,7 @@ class TfdsSource(Source):
     builder = _builder(name, data_dir)
     if not os.path.exists(builder.data_dir):
       _prepare(builder, name)
-      builder = _builder(name, data_dir)  # whoever prepared it, this is what lies there
+      builder = _builder(name, data_dir)  # reads what is on disk now, whichever process prepared it
     _check_format(builder)
     self._split = split
     num_records = _num_records(builder, split)
@@ -79,7 +80,7 @@ class TfdsSource(Source):
         f"({' '.join(str(error).split())[:200]}); move that folder away and start again"
       ) from error
     if self._label and all(self._records[i][self._label] < 0 for i in _sample(num_records)):
-      self._label, self.class_names = None, ()  # a split without labels in a set that has some, as STL-10's
+      self._label, self.class_names = None, ()  # a split without labels in a set with labels, as in STL-10
     self.fingerprint = f"tfds:{builder.info.full_name}:{split}:{num_records}:{digest}"
     classes = f"{len(self.class_names)} classes" if self.class_names else "no labels"
     classes += ", any number of them in an image" if self.multi_label else ""
@@ -96,11 +97,11 @@ class TfdsSource(Source):
     return Record(record[self._image], int(record[self._label]) if self._label else -1)
 
   def image_name(self, index: int) -> str:
-    """Returns e.g. "train[12]": the place among the stored records."""
+    """Returns for example "train[12]": the split and the index of the stored record."""
     return f"{self._split}[{index}]"
 
   def labels(self) -> np.ndarray | None:
-    """Returns i32[N] or None; the first call reads every record."""
+    """Returns i32[N], or None if the split has no labels; the first call reads every record."""
     if self._label is None:
       return None
     if self._cached_labels is None:
@@ -152,7 +153,7 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
-  """Prepares it, unless another process does at the same time; then it waits for that one."""
+  """Prepares the set. If another process is preparing the set at the same time, waits for that process instead."""
   try:
     folder = pathlib.Path(builder.data_dir).parent
     with locked(folder):
@@ -165,8 +166,9 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
     raise
   except ImportError as error:
     raise UserError(_needs_tensorflow(name, builder.data_dir_root, error)) from error
-  except Exception as error:  # no network, no space, files to be fetched by hand: the words say which
-    if os.path.exists(builder.data_dir):  # by a process of another machine, on a disk that knows no locks
+  except Exception as error:  # no network, no space, files to be fetched by hand: the message names the cause
+    # A process of another machine has prepared the set at the same time, on a file system without locks.
+    if os.path.exists(builder.data_dir):
       return
     raise UserError(
       f"TFDS set {builder.info.full_name} is not in {builder.data_dir_root} and cannot be prepared there "
@@ -184,7 +186,8 @@ def _build_command(name: str, data_dir) -> str:
 
 def _needs_tensorflow(name: str, data_dir, error: ImportError) -> str:
   missing = error
-  while missing is not None and not getattr(missing, "name", None):  # TFDS raises again, without the name
+  # TFDS raises the error again without the name of the missing package; an earlier error of the chain has the name.
+  while missing is not None and not getattr(missing, "name", None):
     missing = missing.__cause__ or missing.__context__
   return (
     f"TFDS needs {missing.name if missing else 'another package'} once to prepare {name} (not to read it); "
@@ -220,8 +223,10 @@ def _num_records(builder: tfds.core.DatasetBuilder, split: str) -> int:
 
 
 def _only(builder: tfds.core.DatasetBuilder, kind: type) -> str | None:
-  """Returns the key of the only feature of a kind, of several the one the set itself calls supervised, or
-  None."""
+  """Returns the key of the only feature of a kind, or None if there is no such feature or the choice is open.
+
+  If there are several, the one among the set's supervised keys is taken.
+  """
   keys = [key for key, feature in builder.info.features.items() if isinstance(feature, kind)]
   if len(keys) > 1:
     keys = [key for key in keys if key in (builder.info.supervised_keys or ())]
@@ -229,8 +234,11 @@ def _only(builder: tfds.core.DatasetBuilder, kind: type) -> str | None:
 
 
 def _label_sets(builder: tfds.core.DatasetBuilder) -> tuple[str, str] | tuple[None, None]:
-  """Returns the keys of the classes in an image and of those that it shows not only with difficulty, of a set with
-  sequences of class labels and no class label; the same key twice where the set makes no such difference."""
+  """Returns the keys of two features of a multi-label set: all classes, and the classes that are not only difficult.
+
+  A multi-label set has sequences of class labels and no single class label; for other sets the result is (None, None).
+  If the set does not mark difficult objects, both keys are the same.
+  """
   features = builder.info.features
   keys = [key for key, feature in features.items()
           if isinstance(feature, tfds.features.Sequence) and isinstance(feature.feature, tfds.features.ClassLabel)]
@@ -242,10 +250,10 @@ def _label_sets(builder: tfds.core.DatasetBuilder) -> tuple[str, str] | tuple[No
 
 
 def _digest(info, records: Source) -> str:
-  """Returns a hash of the lengths of the shards and of some images: another order on disk almost surely
-  differs.
+  """Returns a hash of the lengths of the shards and of the pixels of some images.
 
-  Of the pixels, not of the stored bytes: the same set prepared twice has its fields in another order.
+  If the order on disk differs, the hash almost surely differs. The pixels are hashed, not the stored bytes: if the same
+  set is prepared twice, the fields of its records may be stored in another order.
   """
   digest = hashlib.sha256(
     repr([(shard.skip, shard.examples_in_shard) for shard in info.file_instructions]).encode()
@@ -259,4 +267,5 @@ def _digest(info, records: Source) -> str:
 
 
 def _sample(num_records: int) -> list[int]:
+  """Returns the indices of `_SAMPLED_RECORDS` records, evenly spaced from the first to the last."""
   return np.linspace(0, num_records - 1, _SAMPLED_RECORDS).astype(int).tolist()

@@ -1,4 +1,4 @@
-"""Where an official archive comes from, and how its members are read record by record."""
+"""Downloads the official archives and reads their members record by record."""
 
 import contextlib
 import pathlib
@@ -13,22 +13,23 @@ from pirl_jax.errors import UserError
 
 
 def fetch(dl_manager, url: str) -> pathlib.Path:
-  """Returns the path of the archive: from TFDS's folder of manual downloads if it lies there, else
-  downloaded.
+  """Returns the path of the archive.
+
+  If TFDS's folder of manual downloads holds the archive, that file is taken. Otherwise the archive is downloaded.
 
   Raises:
-    UserError: neither there nor to be had; says which file belongs where.
+    UserError: the archive is not in that folder and cannot be downloaded; the message says which file to put where.
   """
   by_hand = pathlib.Path(dl_manager.download_dir) / "manual" / url.rsplit("/", 1)[1]
   if by_hand.is_file():
     return by_hand
   try:
-    # TFDS tries for minutes before it gives up without a network; one look tells at once.
+    # Without a network TFDS tries for minutes before it gives up; a single request fails at once.
     requests.get(url, stream=True, timeout=20).raise_for_status()
     return pathlib.Path(dl_manager.download(url))
   except (
     Exception
-  ) as error:  # requests, TFDS's own errors, time-outs: whatever it is, the archive is not here
+  ) as error:  # errors of requests, errors of TFDS, time-outs: in every case the archive is missing
     raise UserError(
       f"{url} cannot be downloaded ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
       f"without a network, put that file at {by_hand} and start again"
@@ -37,7 +38,7 @@ def fetch(dl_manager, url: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def opened(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
-  """Opens a .tar or .tar.gz; damage found while it is open becomes a UserError."""
+  """Opens a .tar or .tar.gz; damage that is found while the archive is open raises a UserError."""
   try:
     with tarfile.open(path) as archive:
       yield archive
@@ -47,10 +48,11 @@ def opened(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
 
 
 def records(archive: tarfile.TarFile, member: str, num_bytes: int) -> Iterator[np.ndarray]:
-  """Yields the records u8[num_bytes] of one member of the archive, without holding more than one of them.
+  """Yields the records u8[num_bytes] of one member of the archive, with at most one record in memory.
 
   Raises:
-    KeyError, EOFError: no such member; a member that ends inside a record. `opened` makes them UserErrors.
+    KeyError: the archive has no such member.
+    EOFError: the member ends inside a record. `opened` turns both errors into UserErrors.
   """
   with archive.extractfile(member) as file:
     while data := file.read(num_bytes):

@@ -28,10 +28,10 @@ class Cifar10(LabelledImages, skip_registration=True):
   }
 
   def read(self, archive, prefix, members):
-    """Yields the records of the files, one after the other; their numbers run on."""
+    """Yields (image u8[32, 32, 3], features) for the records of all files; the numbering continues across files."""
     index = 0
     for member in members:
-      # One byte of label, then the red, the green and the blue plane, row by row.
+      # A record is one byte of label, then the red, the green and the blue plane, each row by row.
       for record in archives.records(archive, f"{_FOLDER}/{member}", 1 + 3 * self.SIDE**2):
         image = record[1:].reshape(3, self.SIDE, self.SIDE).transpose(1, 2, 0)
         yield image.copy(), {"id": f"{prefix}_{index:05d}", "label": int(record[0])}

@@ -1,4 +1,4 @@
-"""What the builders of small images with one label each share: they are stored as PNG, of one size."""
+"""Base class of the builders of small images with one label each, all of one size and stored as PNG."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -13,7 +13,7 @@ from pirl_jax.data.builders import archives
 class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """A set of images of `SIDE` x `SIDE` px in the classes `NAMES`, in one archive at `URL`.
 
-  A subclass says in `members` what is in which split, and in `read` how a split's records are read.
+  A subclass says in `SPLITS` which members belong to which split, and in `read` how a split's records are read.
   """
 
   URL: ClassVar[str]
@@ -26,7 +26,7 @@ class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """The arguments of `read` by split."""
 
   def read(self, archive, *arguments) -> Iterator[tuple[np.ndarray, dict]]:
-    """Yields u8[SIDE, SIDE, 3] and the other features of each record of a split."""
+    """Yields (image u8[SIDE, SIDE, 3], the other features) for each record of a split."""
     raise NotImplementedError
 
   def _info(self):

@@ -30,13 +30,13 @@ class Stl10(LabelledImages, skip_registration=True):
   }
 
   def read(self, archive, images, labels):
-    """Yields the records of a file of images and of one of labels, which may be None."""
+    """Yields (image u8[96, 96, 3], features) from a file of images and a file of labels; `labels` may be None."""
     labelled = labels is not None
-    # Labels count from 1 in the file. They are read whole, ahead of the images: to go to and fro in a compressed
-    # archive is to unpack it again and again.
+    # The labels in the file count from 1. All labels are read before the images: going back and forth in a compressed
+    # archive would decompress it again each time.
     labels = [int(y[0]) - 1 for y in archives.records(archive, f"{_FOLDER}/{labels}", 1)] if labelled else (
       itertools.repeat(-1))
     records = archives.records(archive, f"{_FOLDER}/{images}", 3 * self.SIDE**2)
     for record, label in zip(records, labels, strict=labelled):
-      # Three planes, each column by column.
+      # A record is three planes, each column by column.
       yield record.reshape(3, self.SIDE, self.SIDE).transpose(2, 1, 0).copy(), {"label": label}

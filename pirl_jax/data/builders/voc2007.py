@@ -17,7 +17,7 @@ _POSES = ("frontal", "rear", "left", "right", "unspecified")
 
 
 class Voc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """2,501 training, 2,510 validation and 4,952 test images with objects of 20 classes, as the JPEG files they are."""
+  """2,501 training, 2,510 validation and 4,952 test images with objects of 20 classes, as the original JPEG files."""
 
   VERSION = tfds.core.Version("5.0.0")
   BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="2007")]
@@ -68,7 +68,7 @@ class Voc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _generate_examples(self, path, list_name):
     with archives.opened(path) as archive:
-      members = {member.name: member for member in archive}  # tarfile itself looks through all of them for a name
+      members = {member.name: member for member in archive}  # tarfile itself would search all members for each name
 
       def read(name):
         with archive.extractfile(members[f"{_FOLDER}/{name}"]) as file:
@@ -90,11 +90,11 @@ class Voc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def _objects(annotation: ElementTree.Element) -> list[dict]:
-  """Returns the objects of one image as the feature "objects" has them."""
+  """Returns the objects of one image, in the form of the feature "objects"."""
   size = annotation.find("size")
   width, height = float(size.findtext("width")), float(size.findtext("height"))
   found = []
-  # An object's parts (a head, a hand) are further down and have names too.
+  # An object's parts (a head, a hand) are deeper in the tree and have names too; `findall("object")` leaves them out.
   for one in annotation.findall("object"):
     left, top, right, bottom = (float(one.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax"))
     found.append(
