@@ -1,4 +1,4 @@
-"""What the protocols share that tell classes: labels, and the rank of the true class.
+"""Shared by the protocols that classify images: checks of the labels, and the rank of the true class.
 
 Letters: N images, L classes.
 """
@@ -10,7 +10,7 @@ from pirl_jax.evaluation.inputs import Images
 
 
 def check_classes(train: Images, test: Images, *, protocol: str) -> None:
-  """Raises UserError unless both have labels, one an image, of the same classes."""
+  """Raises UserError unless both sets have the same classes and one label per image; `protocol` is for the message."""
   for name, images in (("training", train), ("held-out", test)):
     if images.source.multi_label:
       raise UserError(f"{protocol} needs one label an image, and each of the {name} images may show several "
@@ -26,10 +26,10 @@ def check_classes(train: Images, test: Images, *, protocol: str) -> None:
 
 
 def read_labels(train: Images, test: Images, *, protocol: str) -> np.ndarray:
-  """Returns the labels of the training images, i32[N], -1 where one has none.
+  """Returns the labels of the training images, i32[N], with -1 for an image without a label.
 
   Raises:
-    UserError: see `check_classes`; or there are classes, and not a single image of one split has a label.
+    UserError: see `check_classes`; or no image of one of the splits has a label, although there are classes.
   """
   check_classes(train, test, protocol=protocol)
   labels = {name: images.source.labels() for name, images in (("training", train), ("held-out", test))}
@@ -40,7 +40,7 @@ def read_labels(train: Images, test: Images, *, protocol: str) -> np.ndarray:
 
 
 def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """Returns how many classes come before the true one, i[N]; of equal logits the lower class comes first.
+  """Returns how many classes rank before the true class, i[N] in [0, L); of equal logits the lower class ranks first.
 
   Args:
     logits: f32[N, L].

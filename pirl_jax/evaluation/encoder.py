@@ -1,6 +1,6 @@
-"""Features of anyone's images by the network of a run, from Python.
+"""Computes features of any images with the network of a run, from Python.
 
-Letters: N images, D numbers of a feature, H W height and width.
+Letters: N images, D numbers of a feature, H W height and width of an image in pixels.
 """
 
 import contextlib
@@ -30,13 +30,14 @@ def load(path: str | PathLike[str], step: int | None = None, *, batch_size: int 
 
   Args:
     path: the run's folder.
-    step: of the checkpoint; None: the newest.
-    batch_size: images that pass through the network at a time, rounded up to a multiple of the devices; fewer are
-      filled up to it. None: as the run evaluates, then features are bit for bit those of configs/evaluate.py:features.
-      For a few images and a large network a small one is quicker, and features may differ in the last bits.
+    step: of the checkpoint; None takes the newest checkpoint.
+    batch_size: number of images that pass through the network at a time, rounded up to a multiple of the number of
+      devices. Fewer images are padded to a full batch. None takes the batch size of the run's own evaluation; then the
+      features equal those of configs/evaluate.py:features bit for bit. For a few images and a large network a small
+      batch is faster, and the features may differ in the last bits.
 
   Raises:
-    UserError: no such run or checkpoint, or one that is damaged.
+    UserError: there is no such run or checkpoint, or the checkpoint is damaged.
   """
   mesh = create_mesh()
   folder = run_folder(fspath(path), field="path")
@@ -52,18 +53,18 @@ def load(path: str | PathLike[str], step: int | None = None, *, batch_size: int 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Encoder:
-  """A frozen network that turns images into features; `load` makes one.
+  """A frozen network that turns images into features; `load` creates it.
 
   Attributes:
     folder: of the run.
     step: of the checkpoint.
-    config: of the run, all of it.
+    config: the whole config of the run.
     model: the restored network.
     mesh: the devices.
-    image_size: pixels, side of the square that the network sees.
-    crop_fraction: share of the shorter side that the centre crop keeps.
-    batch_size: images that pass through the network at a time.
-    num_threads: that decode.
+    image_size: side in pixels of the square that the network sees.
+    crop_fraction: share of the shorter side that the centre crop keeps, in (0, 1].
+    batch_size: number of images that pass through the network at a time.
+    num_threads: number of threads that decode.
   """
 
   folder: Path
@@ -78,26 +79,28 @@ class Encoder:
 
   @property
   def layers(self) -> tuple[str, ...]:
-    """Returns the layers that can be asked for, from the input to the output: "conv1", "res2", ..., "pooled".
+    """Returns the names of the layers that the encoder offers, from the input to the output.
 
-    And "embedding", f(v_I), where the run has one.
+    The names are "conv1", "res2", ..., "pooled" and, if the run has an image head f, "embedding", which is f(v_I).
     """
     network = self.model.network
     return (*layer_names(network), EMBEDDING) if has_embedding(network) else layer_names(network)
 
   def __call__(self, images: Any, layer: str = "pooled") -> np.ndarray:
-    """Returns the features of the images, f32[N, D], in their order.
+    """Returns the features of the images, f32[N, D], in the order of the images.
 
-    Each image has the run's test transform: the shorter side resized, then the centre crop. The map of a layer of the
-    trunk is pooled to about 9,000 numbers, see `layers.pool`; "embedding" has unit norm, the others are as they are.
+    Each image passes the run's test transform: the shorter side is resized, then the central square is cut out. The map
+    of a trunk layer is pooled to about 9,000 numbers, see `layers.pool`. "embedding" has unit norm; the features of the
+    other layers are not normalised.
 
     Args:
-      images: one image (N is 1) or an iterable of several, a generator too, of any and of mixed sizes. An image is a
-        path, a PIL image, or an array, see `given.pixels_of`; an array of four axes holds several.
+      images: one image (then N is 1), or an iterable of images, for example a list or a generator. The images may have
+        any sizes. An image is a path, a PIL image or an array, see `given.pixels_of`. An array of four axes holds
+        several images.
       layer: one of `layers`.
 
     Raises:
-      UserError: an unknown layer, no image, or one that cannot be read; the message names it.
+      UserError: the layer is unknown, there is no image, or an image cannot be read; the message names the image.
     """
     check_layers(self.model.network, (layer,), field="the argument layer")
     forward_fn = layer_features(self.model.network, (layer,))
@@ -111,7 +114,7 @@ class Encoder:
             f"image_size={self.image_size}, layers={self.layers})")
 
   def _batches(self, images: Any) -> Generator[dict[str, np.ndarray], None, None]:
-    """Yields one batch after the other, each a set of images of its own: a generator is read as it is needed."""
+    """Yields the batches. Only the images of one batch are read from `images` at a time, so a generator works, too."""
     single = is_one(images)
     if not single and not isinstance(images, Iterable):
       raise UserError(f"images is of type {type(images).__name__}; give {KINDS}, or several of them")

@@ -1,6 +1,6 @@
-"""An evaluation from its config: restore the networks, open the images, run the protocol, write what it found.
+"""Runs an evaluation from its config: restores the networks, opens the images, runs the protocol, writes the results.
 
-Each protocol is a file in `pirl_jax/evaluation/protocols/`; none is known by name here.
+Each protocol is a file in `pirl_jax/evaluation/protocols/`. This file knows no protocol by name.
 """
 
 import dataclasses
@@ -35,20 +35,25 @@ from pirl_jax.storage.settings import difference, with_defaults
 
 SOURCE_FIELDS = tuple(field.name for field in dataclasses.fields(sources.DataSettings)
                       if field.name not in sources.READING)
-"""Of `DataSettings`: which images."""
+"""The fields of `DataSettings` that say which images are read."""
 
 DATA_FIELDS = (*SOURCE_FIELDS, "test_split", "test_num_images")
-"""Of `config.data`: which images. They come from the run together, or not at all."""
+"""The fields of `config.data` that say which images are read. Without `config.data.source` all of their defaults come
+from the run; with `config.data.source` none does."""
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
-  """Judges the checkpoints of `config`, writes result, table and plot, and returns the outcomes by the runs' labels.
+  """Evaluates the checkpoints that `config` names. Writes the result file and the plot, and prints the table.
 
-  One run's results go into its folder (or `workdir`), those of an ensemble A+B into runs/A+B, those of a comparison
-  into runs/compare.
+  The results of one run go into the run's folder, those of an ensemble A+B into runs/A+B, and those of a comparison of
+  several into runs/compare. If `workdir` is given, it takes the place of all these folders.
+
+  Returns:
+    The outcome of each run or ensemble, by its label.
 
   Raises:
-    UserError: the config, a checkpoint or the data does not allow it. Nothing has been compiled or written.
+    UserError: the config, a checkpoint or the data does not fit the evaluation. In this case nothing has been compiled
+      or written.
   """
   started = time.perf_counter()
   if not re.fullmatch(r"[A-Za-z0-9_.\-]+", config.name):
@@ -78,20 +83,24 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
 
 
 def data_of(config: ConfigDict, run: Run) -> dict[str, Any]:
-  """Returns the fields `DATA_FIELDS` of the images to judge `run` on: given ones, and else the run's own."""
+  """Returns the fields `DATA_FIELDS` of the images to evaluate `run` on.
+
+  Fields that the config gives have its values. The others come from the run or, if the config names another source,
+  from the defaults of that source.
+  """
   given = {name: config.data[name] for name in DATA_FIELDS if config.data[name] is not None}
   of_source = source_defaults(given["source"]) if config.data.source is not None else own_data(run)
   return _full_root(of_source | given)
 
 
 def source_defaults(source: str) -> dict[str, Any]:
-  """Returns the fields `DATA_FIELDS` of a source of which nothing but the name is given."""
+  """Returns the default values of the fields `DATA_FIELDS` for the source of this name."""
   settings = dataclasses.asdict(sources.DataSettings(source=source))
   return {name: settings[name] for name in SOURCE_FIELDS} | sources.kind_of(source).defaults
 
 
 def own_data(run: Run) -> dict[str, Any]:
-  """Returns the fields `DATA_FIELDS` of the images of the run itself."""
+  """Returns the fields `DATA_FIELDS` of the images that the run was trained and tested on."""
   data, held_out = run.meta["config"]["data"], run.meta["config"]["evaluate"]
   return _full_root({name: data[name] for name in DATA_FIELDS if name in data} | {
     "test_split": held_out["split"], "test_num_images": held_out["num_images"]})
@@ -102,7 +111,7 @@ def _full_root(data):
 
 
 def check_same_images(data: dict[str, dict[str, Any]]) -> None:
-  """Raises UserError unless all runs, by their labels, are judged on the same images."""
+  """Raises UserError unless all runs are evaluated on the same images; `data` holds `DATA_FIELDS` by run label."""
   (label, first), *others = data.items()
   for other_label, other in others:
     for field in DATA_FIELDS:
@@ -113,10 +122,12 @@ def check_same_images(data: dict[str, dict[str, Any]]) -> None:
 
 
 def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """Returns `image_size`, `crop_fraction`, `batch_size` and `num_threads` of `Images`: given ones, else the run's.
+  """Returns `image_size`, `crop_fraction`, `batch_size` and `num_threads` of `Images`.
+
+  Values that the config gives are taken; the others are those of the run's own test.
 
   Raises:
-    UserError: one is out of range, or the runs of an ensemble have seen images of different sizes.
+    UserError: a value is out of range, or the runs of an ensemble were trained on images of different sizes.
   """
   def sizes_of_run(run):
     own = own_sizes(run.meta["config"], num_devices=mesh.size)
@@ -143,12 +154,18 @@ def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> d
 
 def prepare(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_fn: Callable, workdir: str,
             num_subjects: int) -> Evaluation:
-  """Returns the evaluation of one subject: its images are opened and all is checked, but nothing computed or written.
+  """Returns the evaluation of one subject. Its images are opened and everything is checked; nothing is computed yet.
 
-  `open_fn` is `open_images`, or that with a memory: several subjects are judged on the same images.
+  Args:
+    config: of the evaluation.
+    subject: what is evaluated.
+    mesh: the devices.
+    open_fn: `open_images`, cached so that several subjects share the opened images.
+    workdir: folder for the results, "" for the default folder.
+    num_subjects: number of subjects that are evaluated together.
 
   Raises:
-    UserError: something does not fit.
+    UserError: a setting does not fit the network or the images.
   """
   data = data_of(config, subject.runs[0])
   sizes = sizes_of(config, subject, mesh)
@@ -175,15 +192,18 @@ def prepare(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_
 
 
 def open_images(settings: sources.DataSettings, class_names: tuple[str, ...] | None) -> sources.Source:
-  """Returns the images, see `sources.open_source`, and prints what was found."""
+  """Returns the images, see `sources.open_source`, and prints their description."""
   images = sources.open_source(settings, class_names=class_names)
   print(f"images: {images.description}")
   return images
 
 
 def result_name(config: ConfigDict, subject: Subject, data: dict[str, Any]) -> str:
-  """Returns the name of the result file, without ending: NAME, or NAME-DATA-STEP for other data or an older step."""
-  # Labels for images that the run had without do not make other images of them.
+  """Returns the name of the result file, without ending.
+
+  The name is NAME. It is NAME-DATA-STEP if the images are not the run's own or the checkpoint is not the newest.
+  """
+  # The field `labels` is left out: the same images, now with labels, are still the run's own images.
   other_data = any(data[name] != own for run in subject.runs for name, own in own_data(run).items() if name != "labels")
   if not other_data and subject.newest:
     return config.name
@@ -191,18 +211,18 @@ def result_name(config: ConfigDict, subject: Subject, data: dict[str, Any]) -> s
 
 
 def dated_name(config: ConfigDict, data: dict[str, Any], step: int | str) -> str:
-  """Returns NAME-DATA-STEP."""
+  """Returns NAME-DATA-STEP, with every character that is unsafe in a file name replaced by _."""
   name = data["name"] or Path(data["root"]).name or data["source"]
   return f"{config.name}-{re.sub(r'[^A-Za-z0-9_.]+', '_', name)}-{step}"
 
 
 def settings_of(evaluation: Evaluation) -> dict[str, Any]:
-  """Returns everything that the figures depend on, JSON values: equal settings mean equal figures."""
+  """Returns all settings that the figures depend on, as JSON values: equal settings mean equal figures."""
   settings = {
     "protocol": evaluation.config.protocol,
     evaluation.config.protocol: dataclasses.asdict(evaluation.settings),
     "seed": evaluation.config.seed,
-    # Where the images lie does not matter, their fingerprints do.
+    # The folder of the images does not matter; their fingerprints are compared instead.
     "data": {name: value for name, value in evaluation.data.items() if name != "root"},
     "train_fingerprint": evaluation.train.source.fingerprint,
     "test_fingerprint": evaluation.test.source.fingerprint if evaluation.test else None,
@@ -213,14 +233,18 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
   }
   if evaluation.subject.is_ensemble:
     settings["ensemble"] = [run.label for run in evaluation.subject.runs]
-  return json.loads(json.dumps(settings))  # tuples are lists from now on, as in the stored file
+  return json.loads(json.dumps(settings))  # turns tuples into lists, as in the stored file
 
 
 def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int | str | None:
-  """Returns the step of the result at `path`, if it is the same evaluation of one subject at another step, else None.
+  """Compares the settings of this evaluation with those of an existing result file.
+
+  Returns:
+    The step of the existing result, if it differs from this evaluation in the step alone. None if there is no such
+    file, or if the file holds a result of the same settings.
 
   Raises:
-    UserError: there is a result of the same name with other settings: it would be lost.
+    UserError: the file holds a result of other settings, which would be overwritten.
   """
   if not path.exists():
     return None
@@ -237,7 +261,8 @@ def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int 
   for label, now in settings.items():
     free = ()
     if len(settings) == 1 and found[label].get("step") != now["step"]:
-      older, free = found[label].get("step"), ("step", "run_config.")  # the run has gone on since, by its config of now
+      # The run has continued since then; its config may have changed in the fields that a resumed run may change.
+      older, free = found[label].get("step"), ("step", "run_config.")
     if different := difference(found[label], now, free=free):
       field, before, value = different
       raise UserError(f"{path} holds a result with {field}={before!r}, and now it is {value!r}; {way_out}")
@@ -245,18 +270,22 @@ def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int 
 
 
 def _as_now(settings):
-  """Returns the settings of a stored result as this version has them: what they lack has its default."""
+  """Returns the settings of a stored result in the form of this version: fields that are missing get their defaults."""
   stored, data, protocol = settings["run_config"], settings["data"], settings["protocol"]
   configs = {run: upgrade_config(config) for run, config in stored.items()} if "ensemble" in settings else (
     upgrade_config(stored))
-  # Where the images lie is never stored.
+  # `root`, the folder of the images, is never stored.
   defaults = {"data": {name: value for name, value in source_defaults(data["source"]).items() if name != "root"},
               protocol: json.loads(json.dumps(get_config(protocol)[protocol].to_dict()))}
   return with_defaults({**settings, "run_config": configs}, defaults)
 
 
 def measure(evaluation: Evaluation) -> Outcome:
-  """Returns what the protocol finds; read again where an interrupted comparison of several runs has done it before."""
+  """Returns the outcome of the protocol.
+
+  If this evaluation belongs to an interrupted comparison of several runs and was finished before, the stored outcome is
+  returned.
+  """
   done = evaluation.snapshots / "outcome.json"
   if (stored := read_json(done)) is not None:
     print("done before the interruption")
@@ -272,7 +301,7 @@ def measure(evaluation: Evaluation) -> Outcome:
 
 def finish(config: ConfigDict, evaluations: Sequence[Evaluation], settings: dict[str, dict[str, Any]],
            outcomes: dict[str, Outcome], path: Path, seconds: float) -> None:
-  """Writes result file and plot, prints the table and the names of all that was written."""
+  """Writes the result file and the plot; prints the table and the names of all files that were written."""
   if jax.process_index():
     return
   first = evaluations[0]

@@ -1,4 +1,4 @@
-"""Features of images by a frozen network, and batch statistics for one that has none yet.
+"""Features of images by a frozen network, and batch statistics for a network that has not been trained.
 
 Letters: B batch, N images with a feature, D features, H W sides.
 """
@@ -19,17 +19,17 @@ from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.views.normalisation import normalise
 
 IN_FLIGHT = 2
-"""Batches on the devices at once: the next one is decoded while these are computed."""
+"""Number of batches that the devices compute while the host decodes the next batch."""
 
 
 class Features(NamedTuple):
-  """What `extract_features` returns, in the order of `index`; from `stream_features` those of one batch.
+  """The features of the images that can be read: of all images (`extract_features`) or of a batch (`stream_features`).
 
   Attributes:
-    features: f32[N, D], or a dict of such where the forward function returns one.
-    labels: i32[N]; -1: unlabelled.
-    index: i32[N], the records' numbers, rising.
-    num_broken: images left out because they could not be read.
+    features: f32[N, D], or a dict of such arrays if the forward function returns a dict.
+    labels: i32[N]; -1 for an image without a label.
+    index: i32[N], the indices of the records in the source, in ascending order.
+    num_broken: number of images that were left out because they could not be read.
   """
 
   features: Any
@@ -39,7 +39,7 @@ class Features(NamedTuple):
 
 
 def unit_norm(features: np.ndarray) -> np.ndarray:
-  """Returns f32[N, D] with rows of length one, for cosine similarity; a row of zeros stays one."""
+  """Returns f32[N, D]: `features` with every row scaled to unit norm, for cosine similarity; a row of zeros stays."""
   length = np.linalg.norm(features, axis=1, keepdims=True)
   return features / np.maximum(length, np.finfo(np.float32).tiny)
 
@@ -47,12 +47,12 @@ def unit_norm(features: np.ndarray) -> np.ndarray:
 def extract_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any,
                      batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh,
                      on_batch: Callable[[int], None] | None = None) -> Features:
-  """Returns the features of all images that can be read, on the host.
+  """Returns the features of all images that can be read, as arrays f32[N, D] on the host.
 
-  Arguments as `stream_features`, and:
+  The arguments are those of `stream_features`, and:
 
   Args:
-    on_batch: called with the number of images of each batch, padding not counted, once it is computed.
+    on_batch: called after each batch with the number of its images, without padding.
 
   Raises:
     UserError: B is not a multiple of the number of devices, or there is no image that can be read.
@@ -72,19 +72,19 @@ def extract_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any
 
 def stream_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any,
                     batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh) -> Iterator[Features]:
-  """Yields the features of one batch after the other, on the host, in the order in which they come.
+  """Yields the features of one batch after the other, on the host, in the order of the batches.
 
-  Neither batch size nor device count changes a feature (but for the rounding of its sums): `forward_fn` must
-  treat every image alone, as batch norm with running statistics does.
+  The batch size and the number of devices do not change a feature, except for the rounding of sums. For this,
+  `forward_fn` must treat every image independently, as batch norm with running statistics does.
 
   Args:
-    forward_fn: forward_fn(variables, image f32[b, H, W, 3] normalised) -> f32[b, D] or a dict of such. It is
-      traced once for as long as the same function is given (a new lambda at each call compiles at each call).
-    variables: what `forward_fn` reads, the same on every device.
-    batches: dicts of image u8[B, H, W, 3], index i32[B], label i32[B], valid bool[B]; B a multiple of the
-      number of devices. Padding has valid False and index -1, a broken image valid False and its index.
-      Several processes all give all batches.
-    mesh: the devices; each computes its part of a batch.
+    forward_fn: forward_fn(variables, image f32[b, H, W, 3] normalised) -> f32[b, D], or a dict of such arrays. Pass the
+      same function object each time: it is compiled once per object, so a new lambda at each call compiles each time.
+    variables: the variables that `forward_fn` reads, the same on every device.
+    batches: dicts of image u8[B, H, W, 3], index i32[B], label i32[B], valid bool[B]; B is a multiple of the number of
+      devices. Padding has valid False and index -1. An image that cannot be read has valid False and its own index.
+      With several processes, each process gives all batches.
+    mesh: the devices; each device computes its part of a batch.
 
   Raises:
     UserError: B is not a multiple of the number of devices.
@@ -110,27 +110,27 @@ def stream_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any,
 def calibrate_batch_stats(stats_fn: Callable[[Any, jax.Array], Any], variables: Mapping[str, Any],
                           batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, *,
                           momentum: float) -> dict[str, Any]:
-  """Returns `variables` with "batch_stats" measured over the images, for a network that has never trained.
+  """Returns `variables` with "batch_stats" measured on the images, for a network that has not been trained.
 
-  A statistic is the mean, over batches, of the statistic of each batch: no decay, so early batches count as
-  much as late ones (the variance is the mean variance within a batch). Images that can be read are gathered
-  into full batches; the rest that fills none is dropped, so padding and broken images have no part in it.
-  Where there are fewer images than one batch takes, they are repeated in turn until it is full.
+  Each statistic is the plain mean, over batches, of the batch's own statistic; early and late batches have the same
+  weight. The variance is the mean of the variances within a batch. Only images that can be read count. They are
+  gathered into full batches, and the remaining images, fewer than a batch, are dropped. If there are fewer images than
+  a batch holds, the images are repeated until the batch is full.
 
   Args:
-    stats_fn: stats_fn(variables, image f32[b, H, W, 3] normalised) -> the "batch_stats" after a forward pass
-      in training mode. With batch norm over the mesh axis "data", the device count changes nothing; else
-      statistics are of each device's part, and their mean is taken.
-    variables: {"params": ..., "batch_stats": ...}; parameters are not changed.
+    stats_fn: stats_fn(variables, image f32[b, H, W, 3] normalised) -> the "batch_stats" after a forward pass in
+      training mode. If batch norm works over the mesh axis "data", the number of devices does not matter. Otherwise
+      each device has the statistics of its part of the batch, and their mean is taken.
+    variables: {"params": ..., "batch_stats": ...}; the parameters are not changed.
     batches: as in `stream_features`.
     mesh: the devices.
-    momentum: the share of the old statistics that batch norm keeps, in [0, 1) (flax's meaning of the word).
+    momentum: the share of the old statistics that batch norm keeps, in [0, 1) (flax's definition of momentum).
 
   Raises:
     UserError: B is not a multiple of the number of devices, or there is no image that can be read.
   """
   measure = _make_stats(stats_fn, mesh)
-  # From zeros a pass in training mode leaves (1 - momentum) x the statistics of the batch.
+  # If the statistics start at zero, a pass in training mode gives (1 - momentum) x the statistics of the batch.
   zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
   start = jax.device_put({**variables, "batch_stats": zeros}, whole(mesh))
   total, num_batches = None, 0
@@ -162,18 +162,18 @@ def _place(image, mesh):
   if len(image) % mesh.size:
     raise UserError(f"a batch of {len(image)} images cannot be split over {mesh.size} devices; "
                     f"take a multiple of {mesh.size}")
-  # Where this process has all devices the compiled program splits a numpy array itself, at a tenth of the price; of a
-  # small network on a CPU that is 2 % of the time.
+  # If this process has all devices, the compiled program can split a numpy array itself, which costs a tenth of
+  # `device_put`. For a small network on a CPU this saves 2 % of the time.
   return jax.device_put(image, split(mesh)) if mesh.is_multi_process else image
 
 
-# Kept, so that an evaluation every few epochs compiles once.
+# Cached, so that an evaluation that is repeated every few epochs compiles only once.
 @functools.lru_cache(maxsize=16)
 def _make_forward(forward_fn, mesh):
   def device_forward(variables, image):
     return jax.tree.map(lambda x: x.astype(jnp.float32), forward_fn(variables, normalise(image)))
 
-  # Whole on every device, so that each of several processes can read all of it.
+  # The output is replicated on every device, so that each of several processes can read all of it.
   return jax.jit(jax.shard_map(device_forward, mesh=mesh, in_specs=(WHOLE, SPLIT), out_specs=SPLIT),
                  in_shardings=(whole(mesh), split(mesh)), out_shardings=whole(mesh))
 

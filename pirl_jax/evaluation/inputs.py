@@ -1,6 +1,6 @@
-"""What every protocol is given: a restored network, or an ensemble, and images under the test transform.
+"""The images that a protocol reads, under the test transform.
 
-Letters: B batch, H side in pixels.
+Letters: B batch, H side of an image in pixels.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from pirl_jax.data.records import Source
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-  """The images of one split and how an evaluation reads them.
+  """The images of one split, and how an evaluation reads them.
 
   Attributes:
     source: the images.
     image_size: H.
-    crop_fraction: share of the shorter side that the centre crop keeps.
-    batch_size: images of a test batch, over all devices.
-    num_threads: that decode.
+    crop_fraction: share of the shorter side that the centre crop keeps, in (0, 1].
+    batch_size: B, images of a test batch over all devices.
+    num_threads: number of threads that decode.
   """
 
   source: Source
@@ -35,18 +35,19 @@ class Images:
     return len(self.source)
 
   def test_batches(self, *, squash: bool = False) -> Iterator[dict[str, np.ndarray]]:
-    """Returns every image once, see `batches.eval_batches`; `squash` takes the whole image, its aspect changed."""
+    """Yields every image once, see `batches.eval_batches`; with `squash` the whole image, stretched to a square."""
     return batches.eval_batches(
       self.source, batch_size=self.batch_size, image_size=self.image_size, crop_fraction=self.crop_fraction,
       squash=squash, num_threads=self.num_threads)
 
 
 def own_sizes(config: Mapping[str, Any], *, num_devices: int) -> dict[str, Any]:
-  """Returns `image_size`, `crop_fraction`, `batch_size` and `num_threads` of `Images` as a run tests by itself.
+  """Returns `image_size`, `crop_fraction`, `batch_size` and `num_threads` of `Images` for a run's own test.
 
   Args:
     config: of the run.
-    num_devices: that share a batch; they may be others than the run's, so its batch is rounded up to a multiple.
+    num_devices: number of devices that share a batch. The run may have used another number; therefore its batch size is
+      rounded up to a multiple of `num_devices`.
   """
   data, held_out = config["data"], config["evaluate"]
   return {"image_size": data["image_size"], "crop_fraction": held_out["crop_fraction"],

@@ -1,7 +1,8 @@
 """The features of each layer of the trunk as flat vectors of about 9,000 numbers.
 
-The pooling of the paper's linear classifiers and SVMs: at 224 pixels with vissl's own kernels, for networks and image
-sizes that it does not know by the rule behind their dimensions (`pirl_jax.evaluation.layers.SIZE`).
+The pooling is that of the paper's linear classifiers and SVMs. At 224 pixels vissl's own kernels are used. vissl has no
+kernels for other networks and image sizes; for these the rule behind the dimensions of vissl's kernels is used
+(`pirl_jax.evaluation.layers.SIZE`).
 
 Letters: B batch, H W height and width, C channels, D numbers of a vector.
 """
@@ -19,11 +20,11 @@ from pirl_jax.errors import UserError
 from pirl_jax.models.network import Ensemble, Model, Network
 
 EMBEDDING = "embedding"
-"""The name of f(v_I), behind the image head; the other layers are the trunk's."""
+"""The name of the layer f(v_I), the output of the image head; all other layers belong to the trunk."""
 
 SIZE = 9_216
-"""The most numbers of a pooled map: of C channels, floor(sqrt(9,216 / C)) squared points are kept. For a ResNet-50
-that is 12, 6, 4, 3 and 2 a side, as in vissl's table."""
+"""The largest number of values in a pooled map. A map of C channels is pooled to s x s points with
+s = floor(sqrt(9,216 / C)). For a ResNet-50, s is 12, 6, 4, 3 and 2, as in vissl's table."""
 
 KERNELS = {
   # (H, C) of the map: kernel, stride, padding (vissl configs/config/benchmark/linear_image_classification/imagenet1k/
@@ -40,7 +41,8 @@ KERNELS = {
 }
 
 CELLS = {(7, 4096): (2, 1)}
-"""(H, C) of the map: rows and columns of cells, where vissl has no kernel but says how many (res5 of w2)."""
+"""(H, C) of the map: (rows, columns) of cells. vissl gives the number of cells but no kernel for this map (res5 of
+w2)."""
 
 
 def layer_names(network: Network | Ensemble) -> tuple[str, ...]:
@@ -50,7 +52,7 @@ def layer_names(network: Network | Ensemble) -> tuple[str, ...]:
 
 
 def has_embedding(network: Network | Ensemble) -> bool:
-  """Returns whether there is a layer "embedding"; of an ensemble there is none: each f has a space of its own."""
+  """Returns whether the network has the layer "embedding". An ensemble has none: the spaces of its heads f differ."""
   return not isinstance(network, Ensemble) and network.has_embedding
 
 
@@ -66,14 +68,14 @@ def check_layers(network: Network | Ensemble, layers: Sequence[str], *, field: s
 
 def check_maps(network: Network | Ensemble, variables: Any, layers: Sequence[str], *, image_size: int,
                field: str) -> None:
-  """Raises UserError, naming the config field, for a layer of an ensemble whose pooled maps are not on the same grid.
+  """Raises UserError if the pooled maps of a layer have different sizes in the networks of an ensemble.
 
   Args:
-    network: if it is a single one, nothing is wrong.
+    network: the network or ensemble; a single network always passes.
     variables: of the network; only their shapes matter.
-    layers: of the trunk.
+    layers: names of the trunk's layers.
     image_size: H, in pixels.
-    field: of the config.
+    field: the config field that the message names.
   """
   if not isinstance(network, Ensemble):
     return
@@ -90,24 +92,27 @@ def check_maps(network: Network | Ensemble, variables: Any, layers: Sequence[str
 
 
 def check_features(model: Model, layers: Sequence[str], *, image_size: int, field: str) -> None:
-  """Raises UserError, naming the config field, unless the model has features of these layers: the two checks above."""
+  """Raises UserError, naming the config field, unless the model has features of all these layers.
+
+  This runs `check_layers` and `check_maps`.
+  """
   check_layers(model.network, layers, field=field)
   check_maps(model.network, model.variables, layers, image_size=image_size, field=field)
 
 
 def named_layers(model: Model, names: str, *, otherwise: Sequence[str], image_size: int,
                  field: str) -> tuple[str, ...]:
-  """Returns the layers in `names`, with commas between them; `otherwise` if none is named.
+  """Returns the layers that `names` lists, or `otherwise` if `names` is empty.
 
   Args:
     model: the frozen network, or an ensemble.
-    names: "res4,res5" for example, in any order.
+    names: names separated by commas, for example "res4,res5", in any order.
     otherwise: layers of the model.
     image_size: H, in pixels.
-    field: of the config.
+    field: the config field that an error message names.
 
   Raises:
-    UserError: the model has no such layer, or an ensemble cannot put its maps side by side.
+    UserError: the model has no such layer, or the maps of an ensemble's networks have different sizes.
   """
   layers = tuple(part.strip() for part in names.split(",")) if names else tuple(otherwise)
   check_features(model, layers, image_size=image_size, field=field)
@@ -115,10 +120,11 @@ def named_layers(model: Model, names: str, *, otherwise: Sequence[str], image_si
 
 
 def pool(features: jax.Array) -> jax.Array:
-  """Returns f32[B, h, w, C], average-pooled to at most `SIZE` numbers an image, of a map [B, H, W, C].
+  """Returns f32[B, h, w, C]: a map [B, H, W, C], average-pooled to at most `SIZE` values per image.
 
-  Where vissl has a kernel for the map's size it is used; conv1's counts the zeros of the padding, as PyTorch's
-  AvgPool2d does. Else the average is over the cells of PyTorch's adaptive pooling; a map that is small enough stays.
+  If vissl has a kernel for the size of the map, this kernel is used. The kernel of conv1 counts the zeros of the
+  padding, as PyTorch's AvgPool2d does. For other maps the average is taken over the cells of PyTorch's adaptive
+  pooling. A map that is small enough stays as it is.
   """
   features = features.astype(jnp.float32)
   height, width, channels = features.shape[1:]
@@ -138,15 +144,16 @@ def _adaptive_mean(x, axis, size):
   return jnp.stack([cell.mean(axis=axis) for cell in cells], axis=axis)
 
 
-# Kept, so that whatever traces the function traces it once for runs of the same network.
+# Cached, so that a program that uses the function is traced only once for all runs of the same network.
 @functools.cache
 def layer_features(network: Network | Ensemble, layers: tuple[str, ...], *, flat: bool = True) -> Callable[
     [Any, jax.Array], dict[str, jax.Array]]:
-  """Returns forward_fn(variables, image f32[B, H, W, 3] normalised) -> {layer: f32[B, D]}, by the frozen network.
+  """Returns forward_fn(variables, image f32[B, H, W, 3] normalised) -> {layer: f32[B, D]} of the frozen network.
 
-  The maps are pooled, see `pool`; with `flat` False they stay f32[B, h, w, C] ("pooled" and "embedding" are vectors in
-  any case, and neither is normalised). The channels of an ensemble are those of its networks, one after the other, each
-  map pooled by the rule for its own channels: D is the sum of theirs, and may be above `SIZE`.
+  The maps are pooled, see `pool`. With `flat` False they are returned as f32[B, h, w, C]. "pooled" and "embedding" are
+  vectors in both cases, and they are not normalised. For an ensemble the channels of its networks are concatenated.
+  Each network's map is pooled by the rule for its own channels, so D is the sum of the networks' D and may be above
+  `SIZE`.
   """
   forward = _joint_maps(network, layers) if isinstance(network, Ensemble) else _maps(network, layers)
   if not flat:

@@ -1,4 +1,4 @@
-"""What every protocol hands back, and the table of one run or of several side by side."""
+"""The outcome that every protocol returns, and the text table that shows the outcomes of one or several runs."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from pirl_jax.figures.curves import Curve
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What a protocol found, JSON values throughout.
+  """The outcome of a protocol; all values are JSON values.
 
   Attributes:
-    figures: everything measured, for the result file. Accuracies and precisions lie in [0, 1].
-    table: the few figures for people, by the name of their row; an accuracy as a share in [0, 1].
-    curve: the line of this run in the plot; None where there is nothing to plot.
+    figures: everything that was measured, for the result file. Accuracies and precisions lie in [0, 1].
+    table: the few figures that are printed, by the name of their row; accuracies lie in [0, 1].
+    curve: the line of this run in the plot, or None if there is nothing to plot.
   """
 
   figures: dict[str, Any]
@@ -22,22 +22,22 @@ class Outcome:
   curve: Curve | None = None
 
   def to_json(self) -> dict[str, Any]:
-    """Returns all of it as JSON values."""
+    """Returns the outcome as JSON values."""
     return dataclasses.asdict(self)
 
   @classmethod
   def from_json(cls, stored: Mapping[str, Any]) -> Self:
-    """Returns what `to_json` gave."""
+    """Returns the outcome from the result of `to_json`."""
     return cls(**{**stored, "curve": stored["curve"] and Curve(**stored["curve"])})
 
 
 def format_table(title: str, outcomes: Mapping[str, Outcome], *, share: bool = True) -> str:
-  """Returns lines of text: a row for each name in the outcomes' tables, a column for each run.
+  """Returns lines of text: a row for each name in the outcomes' tables, and a column for each run.
 
   Args:
     title: the first line.
-    outcomes: by the run's name.
-    share: the figures are shares, shown in per cent; else plain numbers.
+    outcomes: by the name of the run.
+    share: True shows the figures in per cent; False shows plain numbers.
   """
   rows = list(dict.fromkeys(name for outcome in outcomes.values() for name in outcome.table))
   width = max(map(len, rows))

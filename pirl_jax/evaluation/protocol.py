@@ -1,4 +1,4 @@
-"""What a protocol is: what it is given, how it is run, and what a study reads of its result."""
+"""The interface of a protocol: its inputs, its functions, and the figures that a study reads from its result."""
 
 import dataclasses
 import re
@@ -18,18 +18,19 @@ from pirl_jax.runs import Run
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """One run, or ensemble, under one protocol: all that a protocol's adapter reads.
+  """The evaluation of one run or ensemble by one protocol: everything that the functions of a protocol need.
 
   Attributes:
     config: of the evaluation.
-    settings: the protocol's own group of the config, as the dataclass that the protocol names.
-    subject: what is judged.
-    data: the fields `DATA_FIELDS`, resolved.
-    train, test: the images; `test` is None where there are none.
+    settings: the protocol's own group of the config, as an instance of `Protocol.settings`.
+    subject: the run or ensemble that is evaluated.
+    data: the values of `evaluate.DATA_FIELDS`.
+    train, test: the training and the held-out images; `test` is None if there are no held-out images.
     open_split: opens any other split of the same data.
     mesh: the devices.
-    snapshots: folder of what an interrupted protocol has done, gone when the evaluation has ended.
-    output: stem of the files beside the result file.
+    snapshots: folder in which a protocol stores unfinished work, to resume after an interruption. The folder is deleted
+      when the evaluation has finished.
+    output: path of the result file without its ending; the names of further files start with it.
   """
 
   config: ConfigDict
@@ -44,10 +45,10 @@ class Evaluation:
   output: Path
 
   def single_run(self) -> Run:
-    """Returns the run, for what needs more of it than features.
+    """Returns the run, for protocols that need more than the features of the network.
 
     Raises:
-      UserError: it is an ensemble.
+      UserError: the subject is an ensemble.
     """
     if self.subject.is_ensemble:
       folders = ",".join(str(run.folder) for run in self.subject.runs)
@@ -59,7 +60,7 @@ class Evaluation:
     """Returns the held-out images.
 
     Raises:
-      UserError: there are none.
+      UserError: there are no held-out images.
     """
     if self.test is None:
       raise UserError(f"{self.config.protocol} needs held-out images, and {self.subject.label} was trained without a "
@@ -67,7 +68,13 @@ class Evaluation:
     return self.test
 
   def either(self, choice: str | None, field: str) -> Images:
-    """Returns the training or the held-out images as `choice` says; None: the held-out ones where there are any."""
+    """Returns the training images if `choice` is "train", and the held-out images if it is "test".
+
+    With None the held-out images are returned if there are any, else the training images.
+
+    Raises:
+      UserError: another choice (`field` names the config field), or there are no held-out images.
+    """
     if choice is None:
       return self.test or self.train
     if choice not in ("train", "test"):
@@ -76,7 +83,13 @@ class Evaluation:
 
 
 def beside(evaluation: Evaluation, what: str, ending: str) -> Path:
-  """Returns the path of a further file of one subject's evaluation, beside its result file."""
+  """Returns the path of a further file of this evaluation, in the folder of the result file.
+
+  Args:
+    evaluation: of one run or ensemble.
+    what: the part of the file's name that says what the file holds.
+    ending: of the file, without the dot.
+  """
   several = evaluation.config.checkpoint.strip(", ").count(",") > 0
   label = re.sub(r"[^A-Za-z0-9_.+]+", "_", evaluation.subject.label) + "-" if several else ""
   return evaluation.output.with_name(f"{evaluation.output.name}-{label}{what}.{ending}")
@@ -84,14 +97,14 @@ def beside(evaluation: Evaluation, what: str, ending: str) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """What a study takes from the result of a protocol.
+  """The figures that a study takes from the result of a protocol.
 
   Attributes:
-    figures: from the figures of a result to those of the study, by name; the first is drawn.
-    by_layer: the figure of each layer, by its name in the study and in the result; None: there are none.
-    distances: the figure that holds a histogram of distances, `counts` and `edges`; None: there is none.
-    needs_test: the figures are of held-out images.
-    needs_labels: the figures are there only if the images have labels.
+    figures: function from the figures of a result to the figures of the study, by name; the first figure is plotted.
+    by_layer: (name in the study, name in the result) of a figure that every layer has, or None.
+    distances: name of the figure that holds a histogram of distances with `counts` and `edges`, or None.
+    needs_test: True if the figures need held-out images.
+    needs_labels: True if the figures need labels.
   """
 
   figures: Callable[[dict[str, Any]], dict[str, float]]
@@ -103,15 +116,16 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """One way to judge a network.
+  """One way to evaluate a network.
 
   Attributes:
-    settings: a frozen dataclass with the fields of the protocol's group in configs/evaluate.py. Raises UserError for a
-      value that is never possible.
-    measure: takes an `Evaluation`, and hands the plain values on to what measures.
-    check: takes it before anything is measured, and raises UserError if the network or the data is none for it.
-    share: whether its table is in per cent.
-    reading: what a study takes from a result; None: there is no figure to compare.
+    settings: a frozen dataclass with the fields of the protocol's group in configs/evaluate.py. It raises UserError for
+      a value that is never possible.
+    measure: function of an `Evaluation` that runs the protocol and returns its outcome.
+    check: function of an `Evaluation` that is called before anything is measured. It raises UserError if the protocol
+      cannot be used with this network or these images.
+    share: True if the table shows shares in per cent.
+    reading: the figures that a study takes from a result, or None if a study cannot use the protocol.
   """
 
   settings: type[Any]

@@ -1,4 +1,4 @@
-"""What is judged: runs, and ensembles of them."""
+"""Subjects of an evaluation: a subject is a run or an ensemble of runs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,37 +15,37 @@ from pirl_jax.runs import Run, open_run, run_folder
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """What is judged: a run, or an ensemble of several. What a run says once an ensemble says with pluses between.
+  """A run, or an ensemble of several runs. The texts of an ensemble are those of its runs, joined by "+".
 
   Attributes:
-    runs: one, or those of the ensemble.
+    runs: the single run, or the runs of the ensemble.
   """
 
   runs: tuple[Run, ...]
 
   @property
   def is_ensemble(self) -> bool:
-    """Returns whether there are several."""
+    """Returns whether there are several runs."""
     return len(self.runs) > 1
 
   @property
   def label(self) -> str:
-    """Returns the short name in tables and plots."""
+    """Returns the short name that tables and plots show."""
     return "+".join(run.label for run in self.runs)
 
   @property
   def checkpoint(self) -> str:
-    """Returns the folder, as `open_subjects` takes it."""
+    """Returns the run's folder, or the folders joined by "+", in the notation of `open_subjects`."""
     return "+".join(str(run.folder) for run in self.runs)
 
   @property
   def folder(self) -> Path:
-    """Returns where results go: the run's folder; for an ensemble one named after all of its runs, under runs."""
+    """Returns the folder for results: the run's folder, or runs/LABEL for an ensemble."""
     return Path("runs", self.label.replace("/", "_")) if self.is_ensemble else self.runs[0].folder
 
   @property
   def step(self) -> int | str:
-    """Returns the step of the checkpoint."""
+    """Returns the step of the checkpoint; for an ensemble the steps joined by "+"."""
     return "+".join(str(run.step) for run in self.runs) if self.is_ensemble else self.runs[0].step
 
   @property
@@ -55,13 +55,13 @@ class Subject:
 
   @property
   def config(self) -> dict[str, Any]:
-    """Returns the run's whole config; of an ensemble {label of the run: config}."""
+    """Returns the run's whole config; for an ensemble {label of the run: config}."""
     configs = {run.label: run.meta["config"] for run in self.runs}
     return configs if self.is_ensemble else configs[self.label]
 
   @property
   def model(self) -> Model:
-    """Returns the restored network."""
+    """Returns the restored network, or the ensemble of the restored networks."""
     if not self.is_ensemble:
       return self.runs[0].model
     return Model(Ensemble(tuple(run.model.network for run in self.runs)),
@@ -69,12 +69,12 @@ class Subject:
 
 
 def open_subjects(names: str, step: int, mesh: jax.sharding.Mesh) -> list[Subject]:
-  """Returns what `names` asks to judge, with commas between: runs, and ensembles, A+B, of runs.
+  """Returns the subjects that `names` lists: folders of runs, or ensembles A+B of them, separated by commas.
 
-  Every run is taken with its checkpoint `step` (0: the newest), and opened once.
+  Every run is opened once, at its checkpoint `step` (0: the newest).
 
   Raises:
-    UserError: nothing is named, something is named twice, a name is not a run of ours whose parameters fit, or the
+    UserError: nothing is named, a run is named twice, a folder holds no run whose parameters fit its config, or the
       networks of an ensemble do not have the same layers.
   """
   wanted = [[run_folder(part) for part in run_names(name.strip())] for name in names.split(",") if name.strip()]
@@ -93,10 +93,12 @@ def open_subjects(names: str, step: int, mesh: jax.sharding.Mesh) -> list[Subjec
 
 
 def run_names(name: str) -> list[str]:
-  """Returns the parts of A+B; a single one where the whole is a run, because a plus may be in a folder's name.
+  """Returns the names of the runs in A+B.
+
+  A folder's name may contain a plus: if the whole `name` is the folder of a run, it is returned as a single name.
 
   Raises:
-    UserError: nothing stands beside a plus.
+    UserError: a name is missing before or after a plus.
   """
   whole = Path(name).expanduser()
   if (whole / "checkpoints").is_dir() or whole.name == "checkpoints" and whole.is_dir():
@@ -108,7 +110,7 @@ def run_names(name: str) -> list[str]:
 
 
 def check_same_layers(subject: Subject) -> None:
-  """Raises UserError if not all networks of an ensemble have layers of the same names."""
+  """Raises UserError unless all networks of an ensemble have layers of the same names."""
   first, *others = subject.runs
   for other in others:
     names = [layer_names(run.model.network) for run in (first, other)]
@@ -118,7 +120,7 @@ def check_same_layers(subject: Subject) -> None:
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-  """Returns a short name for each folder: as many of its last parts as tell it from the others."""
+  """Returns a short name for each folder: as many of the path's last parts as needed to make all names different."""
   for count in range(1, max(len(folder.parts) for folder in folders) + 1):
     names = ["/".join(folder.parts[-count:]) for folder in folders]
     if len(set(names)) == len(names):

@@ -26,32 +26,32 @@ from pirl_jax.runtime.progress import Progress
 from pirl_jax.storage.snapshots import Snapshots
 
 BASE_BATCH = 256
-"""Images of the batch for which the learning rate is given."""
+"""Batch size to which a given learning rate refers."""
 
 STEPS_IN_FLIGHT = 2
-"""Steps that the devices may be behind the host."""
+"""Number of steps that the host may submit to the devices before it waits."""
 
 CHECK_STEPS = 100
-"""Steps after which, and at the end of each epoch, the losses are looked at and a snapshot may be written."""
+"""Steps between two checks of the losses; a snapshot may be written then. The end of each epoch is checked, too."""
 
 SNAPSHOT_SECONDS = 60.0
-"""Least seconds of training between two snapshots, so that writing stays a small part of the work."""
+"""Shortest time between two snapshots in seconds of training, so that writing takes a small part of the time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-  """How a classifier is trained. A protocol that trains one adds its own settings to these.
+  """Settings for training a classifier. A protocol that trains a classifier extends this class by its own settings.
 
   Attributes:
-    group: of the config, named in errors.
-    advice: what else helps if the loss is not finite, a clause that follows "choose a lower learning rate".
-    num_epochs: >= 1; a batch is always whole, and the images left over are others in each epoch.
+    group: name of the config group, for error messages.
+    advice: for the error about a loss that is not finite: further advice, appended to "choose a lower learning rate".
+    num_epochs: >= 1. A batch is always full; each epoch leaves out other images (fewer than a batch).
     batch_size: B, >= 1.
-    learning_rate: for a batch of 256, above 0; scaled in proportion to the batch.
-    milestones: shares of the epochs, in (0, 1), after which the rate is multiplied by `decay_factor`.
+    learning_rate: for a batch of 256, above 0; scaled in proportion to the batch size.
+    milestones: shares of the epochs, in (0, 1), after which the learning rate is multiplied by `decay_factor`.
     decay_factor: in (0, 1].
     momentum: of SGD, in [0, 1).
-    nesterov: PyTorch's variant of it.
+    nesterov: True for Nesterov momentum in PyTorch's form.
     weight_decay: >= 0.
     image_scale: range of the share of the image's area that the random crop covers, in (0, 1].
 
@@ -75,7 +75,7 @@ class TrainingSettings:
     for field in ("num_epochs", "batch_size"):
       self.require(getattr(self, field) >= 1, field, "a whole number from 1 is needed")
     self.require(0 < self.learning_rate < math.inf, "learning_rate", "a finite number above 0 is needed")
-    # Past the end the rate would never fall, without a word.
+    # A milestone after the end would silently have no effect.
     self.require(all(0 < share < 1 for share in self.falls_at), "milestones",
                  f"they are shares of the {self.num_epochs} epochs, between 0 and 1")
     self.require(0 < self.decay_factor <= 1, "decay_factor", "it lies in (0, 1]")
@@ -86,34 +86,34 @@ class TrainingSettings:
                  "it is (smallest, largest), within (0, 1]")
 
   def require(self, holds: bool, field: str, rule: str) -> None:
-    """Raises UserError with the rule for a field unless it holds."""
+    """Raises a UserError that names `field`, its value and its rule, unless `holds` is True."""
     if not holds:
       raise UserError(f"{self.group}.{field}={getattr(self, field)!r} is not possible: {rule}")
 
   @property
   def first_rate(self) -> float:
-    """Returns the learning rate of the first step, for the batch as it is."""
+    """Returns the learning rate of the first step, scaled to `batch_size`."""
     return self.learning_rate * self.batch_size / BASE_BATCH
 
   @property
   def falls_at(self) -> tuple[float, ...]:
-    """Returns the milestones that are used, as shares."""
+    """Returns the milestones that are used, as shares of the epochs."""
     return self.milestones
 
   def as_used(self, seed: int) -> dict[str, Any]:
-    """Returns the settings and the seed for a result file, JSON values; milestones are epochs there."""
+    """Returns the settings and the seed for a result file, as JSON values, with the milestones in epochs."""
     return dataclasses.asdict(self) | {"milestones": [share * self.num_epochs for share in self.falls_at],
                                        "image_scale": list(self.image_scale), "seed": seed}
 
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-  """What is said of a training.
+  """The texts that the progress line and the error messages of a training use.
 
   Attributes:
-    title: of the progress line, and in front of errors.
-    losses: their names, in the order in which they are told; ("",) for a single one.
-    unreadable: the error if no image of an epoch can be read.
+    title: of the progress line; also the start of error messages.
+    losses: names of the losses, in the order in which they are shown; ("",) for a single loss.
+    unreadable: the error message if no image of an epoch can be read.
   """
 
   title: str
@@ -122,7 +122,7 @@ class Words:
 
 
 def check_divides(settings: TrainingSettings, mesh: Mesh) -> None:
-  """Raises UserError unless the devices can share a batch."""
+  """Raises UserError unless the batch size is a multiple of the number of devices."""
   size = settings.batch_size
   if size % mesh.size:
     raise UserError(f"{settings.group}.batch_size={size} does not divide among {mesh.size} devices; "
@@ -130,23 +130,23 @@ def check_divides(settings: TrainingSettings, mesh: Mesh) -> None:
 
 
 def falling_rate(settings: TrainingSettings, steps_per_epoch: int) -> optax.Schedule:
-  """Returns step -> learning rate f32[], scaled with the batch and multiplied by `decay_factor` at each milestone."""
+  """Returns schedule(step) -> learning rate f32[]: scaled to the batch, times `decay_factor` after each milestone."""
   falls = [round(share * settings.num_epochs * steps_per_epoch) for share in sorted(settings.falls_at)]
   rates = [settings.first_rate * settings.decay_factor**count for count in range(len(falls) + 1)]
-  # A table rather than powers on the device, which round differently from one kind to another.
+  # A table is used instead of powers computed on the device, because each kind of device rounds powers differently.
   return lambda step: jnp.asarray(rates, jnp.float32)[jnp.sum(step >= jnp.asarray(falls, jnp.int32))]
 
 
 def begin_training(state: Mapping[str, Any], losses: Iterable[str]) -> dict[str, Any]:
-  """Returns the state before the first step: what is trained, and where the training stands.
+  """Returns the state before the first step: the arrays that are trained, and the progress of the training.
 
   Args:
-    state: arrays that the step of the protocol moves.
-    losses: the names of its losses.
+    state: the arrays that the protocol's step updates.
+    losses: names of the losses.
 
   Returns:
-    `state`, "step" i32[], and of the epoch of the last step "epoch": "loss" {name: f32[]}, summed over the "num_read"
-    i32[] images.
+    `state`, extended by "step" i32[] and "epoch". "epoch" belongs to the epoch of the last step: its "num_read" i32[]
+    is the number of images read so far, and its "loss" {name: f32[]} is each loss summed over these images.
   """
   return {**state, "step": jnp.int32(0),
           "epoch": {"loss": {name: jnp.float32(0) for name in losses}, "num_read": jnp.int32(0)}}
@@ -155,19 +155,20 @@ def begin_training(state: Mapping[str, Any], losses: Iterable[str]) -> dict[str,
 def make_classifier_step(device_step: Callable, mesh: Mesh, *, steps_per_epoch: int) -> Callable:
   """Returns train_step(state, frozen, batch) -> (state, losses): one program, mapped over the devices of `mesh`.
 
-  `state` is that of `begin_training`, whole on every device, and donated; `frozen` is never changed. `batch` holds
-  arrays [B, ...], split over the devices.
+  `state` is the state of `begin_training`, replicated on every device; it is donated. `frozen` is replicated and never
+  changed. `batch` holds arrays [B, ...], split over the devices.
 
   Args:
-    device_step: device_step(state, frozen, batch) -> (state, losses {name: f32[]}, num_read f32[]). The losses are
-      means, before the step, over the `num_read` images of the whole batch that can be read (0 if there is none).
+    device_step: device_step(state, frozen, batch) -> (state, losses {name: f32[]}, num_read f32[]). `num_read` is the
+      number of images of the whole batch that can be read. The losses are means over these images before the update,
+      or 0 if no image can be read.
     mesh: the devices.
-    steps_per_epoch: after so many steps the sums of `state["epoch"]` start again.
+    steps_per_epoch: number of steps after which the sums of `state["epoch"]` start again from 0.
   """
   def counted(state, frozen, batch):
     step, epoch = state["step"], state["epoch"]
     state, losses, num_read = device_step(state, frozen, batch)
-    # The sums of the epoch stay on the device, so that no step waits for the host.
+    # The sums of the epoch stay on the device, so no step has to wait for the host.
     goes_on = step % steps_per_epoch != 0
     added = {"loss": jax.tree.map(lambda loss: loss * num_read, losses), "num_read": num_read.astype(jnp.int32)}
     epoch = jax.tree.map(lambda old, new: jnp.where(goes_on, old, 0) + new, epoch, added)
@@ -180,18 +181,20 @@ def make_classifier_step(device_step: Callable, mesh: Mesh, *, steps_per_epoch: 
 def train_classifier(train_step: Callable, state: dict[str, Any], frozen: Any, open_stream: Callable[..., Iterator], *,
                      settings: TrainingSettings, steps_per_epoch: int, mesh: Mesh, folder: Path,
                      words: Words) -> dict[str, Any]:
-  """Returns the state after the last step; interrupted before, the same call goes on from the snapshot in `folder`.
+  """Trains a classifier and returns the state after the last step.
+
+  If the training was interrupted, the same call resumes from the newest snapshot in `folder`.
 
   Args:
     train_step: see `make_classifier_step`.
     state: before the first step, see `begin_training`.
-    frozen: what the step reads and never changes, whole on every device.
+    frozen: arrays that the step reads and never changes, replicated on every device.
     open_stream: open_stream(start_step=) -> endless iterator of batches, from that step on.
-    settings: how many epochs, and of how many images a batch is.
-    steps_per_epoch: of whole batches.
+    settings: give the number of epochs and the batch size.
+    steps_per_epoch: number of full batches in an epoch.
     mesh: the devices.
-    folder: holds the snapshots; belongs to exactly this training.
-    words: for the progress line and errors.
+    folder: holds the snapshots; no other training may use this folder.
+    words: for the progress line and error messages.
 
   Raises:
     UserError: no image of an epoch can be read, or a loss is not finite.
@@ -220,7 +223,7 @@ def train_classifier(train_step: Callable, state: dict[str, Any], frozen: Any, o
         _check_finite(means, settings, words, epoch)
         note = " ".join(f"{name} {means[name]:.3f}".lstrip() for name in words.losses)
         progress.update(0, note=f"epoch {epoch} of {settings.num_epochs}, loss {note}")
-        # Processes must agree whether to save, and their clocks need not.
+        # All processes must take the same decision, but their clocks may differ: process 0 decides.
         due = time.perf_counter() - saved >= SNAPSHOT_SECONDS
         if multihost_utils.broadcast_one_to_all(np.bool_(due)):
           snapshots.save(step, state)
@@ -229,7 +232,7 @@ def train_classifier(train_step: Callable, state: dict[str, Any], frozen: Any, o
 
 
 def epoch_means(state: Mapping[str, Any]) -> tuple[dict[str, float], int]:
-  """Returns ({name: mean loss of the epoch so far, in nats}, images read in it)."""
+  """Returns ({name: mean loss of the epoch so far, in nats}, number of images read in the epoch so far)."""
   sums = jax.device_get(state["epoch"])
   num_read = int(sums["num_read"])
   return {name: float(loss) / max(num_read, 1) for name, loss in sums["loss"].items()}, num_read

@@ -1,1 +1,1 @@
-"""One run of pre-training: its parts, its loop, and how it stops and goes on."""
+"""One run of pre-training: its parts, its loop, and how it stops and resumes."""

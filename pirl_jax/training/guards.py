@@ -1,4 +1,4 @@
-"""What a run that trains is guarded against: numbers that are not finite, collapse, images that cannot be read."""
+"""Checks during training: numbers that are not finite, collapse of the embeddings, images that cannot be read."""
 
 import contextlib
 from collections.abc import Callable, Mapping
@@ -16,21 +16,21 @@ from pirl_jax.storage.logbook import Logbook
 from pirl_jax.training.parts import Parts
 
 COLLAPSED_SPREAD = 0.05
-"""`embedding_spread` below which all embeddings are taken to be alike: 1 fills the sphere."""
+"""If `embedding_spread` is below this value, the embeddings count as collapsed. 1 means that they fill the sphere."""
 
 NAMED_BROKEN = 20
-"""Broken images named in the log one by one; beyond them only the count goes on."""
+"""Number of broken images that the log names one by one; of further ones the log gives only the count."""
 
 
 class Guard:
-  """Looks at what the steps report, a while after they were started, so that the devices never wait for the host."""
+  """Checks the reports of the steps some time after the steps were started, so the devices never wait for the host."""
 
   def __init__(self, folder: Path, *, image_name: Callable[[int], str], say: Callable[[str], None]):
-    """Has seen nothing yet.
+    """Creates a guard without any reports.
 
     Args:
-      folder: of the run; what is known of a bad step is written there.
-      image_name: name of an image by its index.
+      folder: of the run; `check` writes the details of a bad step there.
+      image_name: function from an image's index to its name.
       say: prints a line.
     """
     self._folder, self._image_name, self._say = folder, image_name, say
@@ -38,20 +38,20 @@ class Guard:
     self._warned = False
 
   def note(self, step: int, index: np.ndarray, found: jax.Array) -> None:
-    """Keeps what a step reports until the next `check`.
+    """Stores the report of a step until the next `check`.
 
     Args:
-      step: the one just started.
-      index: i32[b], of the images in this process's part of its batch.
-      found: bool[5], see `not_finite`.
+      step: the step that has just been started.
+      index: i32[b], the indices of the images in this process's part of the batch.
+      found: bool[5], one for each of `health.QUANTITIES`, see `health.not_finite`.
     """
     self._unseen.append((step, index, found))
 
   def check(self) -> None:
-    """Waits for the steps noted since the last time and looks at them.
+    """Waits for the steps that were noted since the last check, and checks their reports.
 
     Raises:
-      UserError: one of them held a number that is not finite; `not_finite.json` says which images it had.
+      UserError: a step held a number that is not finite. The file not_finite.json lists the images of this step.
     """
     unseen, self._unseen = self._unseen, []
     for (step, index, _), found in zip(unseen, jax.device_get([found for *_, found in unseen]), strict=True):
@@ -59,7 +59,7 @@ class Guard:
         bad = [name for name, is_bad in zip(QUANTITIES, found, strict=True) if is_bad]
         process = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self._folder / f"not_finite{process}.json"
-        with contextlib.suppress(OSError):  # a disk that is full must not hide what went wrong
+        with contextlib.suppress(OSError):  # a full disk must not hide the error of the step
           write_json(path, {"step": step, "not_finite": bad, "images": [
             {"index": int(number), "name": self._image_name(int(number))} for number in index]})
         raise UserError(
@@ -68,7 +68,7 @@ class Guard:
           "optimizer.learning_rate may help, in another --workdir")
 
   def warn_of_collapse(self, step: int, figures: Mapping[str, float]) -> None:
-    """Says once in a run that all embeddings have become alike; `figures` are the metrics of a step."""
+    """Prints a warning, once in a run, if all embeddings are nearly equal; `figures` are the metrics of a step."""
     spread = figures.get("embedding_spread", 1)
     if spread < COLLAPSED_SPREAD and not self._warned:
       self._warned = True
@@ -92,7 +92,7 @@ class Broken:
     self._on_every_device = jax.jit(lambda x: x, out_shardings=mesh_lib.whole(parts.mesh))
 
   def note(self, step: int, batch: dict[str, np.ndarray]) -> None:
-    """Says in the log which images of the batch are broken and not yet named."""
+    """Names in the log the broken images of the batch that have not been named before."""
     for index in batch["index"][~batch["valid"]]:
       if index not in self._seen:
         self._seen.add(index)
@@ -103,14 +103,14 @@ class Broken:
           self._book.say(f"step {step}: {len(self._seen)} images cannot be read so far")
 
   def check(self, step: int, usable: jax.Array) -> None:
-    """Writes the list of all that were found broken, by any process and before any restart.
+    """Writes the list of all broken images, including those that other processes or earlier sessions have found.
 
     Args:
-      step: the last one.
-      usable: bool[S * R], see `TrainState`.
+      step: the last step.
+      usable: bool[S * R], by row of the bank, see `TrainState`.
 
     Raises:
-      UserError: they are more than `data.max_bad_fraction` of the images.
+      UserError: the broken images are more than `data.max_bad_fraction` of all images.
     """
     count = self._layout.num_images - int(self._num_usable(usable))
     if count == self._count:

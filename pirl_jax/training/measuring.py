@@ -1,4 +1,4 @@
-"""What is measured of a run while it trains, and at its end: kNN, by the protocols of evaluations."""
+"""Measurements of a run during training and at its end: kNN accuracy, by the protocols of the evaluations."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ from pirl_jax.training.stopping import Stopping
 
 
 def calibrate(parts: Parts, state: TrainState) -> TrainState:
-  """Returns the untrained state with the batch statistics of the training images: random initialisation."""
+  """Returns the randomly initialised state with the trunk's batch statistics measured on the training images."""
   variables = features.calibrate_batch_stats(
     batch_stats_fn(parts), {"params": state.params, "batch_stats": state.batch_stats},
     test_images(parts, parts.train).test_batches(), parts.mesh, momentum=BATCH_NORM_MOMENTUM)
@@ -33,7 +33,7 @@ def calibrate(parts: Parts, state: TrainState) -> TrainState:
 
 
 def unlabelled(parts: Parts) -> str:
-  """Returns which images have no labels, so that kNN cannot be measured; "" if it can."""
+  """Returns in words why the images have no labels for kNN, or "" if kNN can be measured."""
   for name, source in (("training", parts.train), ("held-out", parts.test)):
     if source is None:
       return f"there are no {name} images (--config.evaluate.split)"
@@ -46,12 +46,12 @@ def unlabelled(parts: Parts) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class StoppableImages(Images):
-  """Images that are read no further once the run is asked to stop, in all processes alike."""
+  """Images whose reading ends when the run is asked to stop, in all processes after the same batch."""
 
   stopping: Stopping
 
   def test_batches(self, **options: Any) -> Iterator[dict[str, np.ndarray]]:
-    """Returns every image once, see `Images.test_batches`; raises Stopped in between."""
+    """Yields every image once, see `Images.test_batches`; raises Stopped between batches if asked to stop."""
     with contextlib.closing(super().test_batches(**options)) as test_batches:
       for batch in test_batches:
         if self.stopping.requested():
@@ -60,10 +60,10 @@ class StoppableImages(Images):
 
 
 def make_evaluation(parts: Parts, book: Logbook, stopping: Stopping) -> Callable | None:
-  """Returns evaluate(state) -> kNN figures of the held-out images; None where it cannot be done.
+  """Returns evaluate(state) -> kNN figures of the held-out images, or None if kNN is switched off or not possible.
 
-  The neighbours are the rows of the bank; without a bank, the trunk's features of the training images. It raises
-  Stopped where it is asked to.
+  The neighbours are the rows of the bank or, for a run without a bank, the trunk features of the training images.
+  `evaluate` raises Stopped if the run is asked to stop.
   """
   config = parts.config
   if not config.evaluate.every_epochs:
@@ -83,7 +83,7 @@ def make_evaluation(parts: Parts, book: Logbook, stopping: Stopping) -> Callable
     return evaluate_features
   on_every_device = jax.jit(lambda x: x, out_shardings=mesh_lib.whole(parts.mesh))
 
-  @functools.cache  # at the first evaluation: slow labels are read from end to end
+  @functools.cache  # labels are read at the first evaluation only: reading them may take long
   def row_labels():
     if parts.train.slow_labels:
       book.say(f"reading the labels of {len(parts.train):,} images, once")
@@ -106,7 +106,7 @@ def make_evaluation(parts: Parts, book: Logbook, stopping: Stopping) -> Callable
 
 
 def measure_learning(parts: Parts, state: TrainState) -> dict[str, Any]:
-  """Returns kNN on raw pixels, the untrained and the trained network."""
+  """Returns the kNN accuracy on raw pixels, the untrained and the trained network, see `learning.measure_learning`."""
   config = parts.config
   initial = parts.initial_state()
 
@@ -126,10 +126,10 @@ def measure_learning(parts: Parts, state: TrainState) -> dict[str, Any]:
 
 
 def batch_stats_fn(parts: Parts) -> Callable:
-  """Returns stats_fn(variables, image) -> batch statistics, for `calibrate_batch_stats`."""
+  """Returns stats_fn(variables, image f32[b, H, W, 3]) -> batch statistics, for `calibrate_batch_stats`."""
   def batch_stats(variables, image):
     _, updated = parts.parallel_network.apply(variables, image, train=True, method="features",
                                               mutable=["batch_stats"])
-    # Those of a head stay as they are: whoever takes features does not see it.
+    # The statistics of the heads stay as they are, because features do not use the heads.
     return {**variables["batch_stats"], **updated["batch_stats"]}
   return batch_stats

@@ -1,4 +1,4 @@
-"""What a run is made of, from its config: every check comes before anything compiles."""
+"""Builds the parts of a run from its config. All checks are made before anything compiles."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +28,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """What a run is made of, built before anything compiles or is written."""
+  """The parts of a run, built before anything compiles or is written."""
 
   config: ConfigDict
   workdir: Path
@@ -49,11 +49,11 @@ class Parts:
 
   @property
   def parallel_network(self) -> Network:
-    """Returns the network as the step maps it: batch norm over all devices, unless each is to have its own."""
+    """Returns the network for the step: batch norm works over all devices, or per device if the config says so."""
     return self.network.with_batch_norm_axis(mesh_lib.AXIS if self.config.model.batch_norm == "global" else None)
 
   def initial_state(self) -> TrainState:
-    """Returns the state before the first step; the same at every call."""
+    """Returns the state before the first step; every call returns the same values."""
     config = self.config
     return create_state(
       config.seed, self.network, self.optimizer, self.layout, mesh=self.mesh, dim=config.model.dim,
@@ -95,11 +95,11 @@ RULES = (
   (("model.dtype", "bank.dtype"), lambda value: value != "float64" or jax.config.jax_enable_x64,
    "JAX computes in it only with JAX_ENABLE_X64=1 in the environment"),
 )
-"""(Fields, whether a value of them is possible, what is), in the order in which they are looked at."""
+"""(Fields, function that says whether a value is possible, rule in words), in the order in which they are checked."""
 
 
 def check_config(config: ConfigDict) -> None:
-  """Raises UserError for a value that no data could make possible."""
+  """Raises UserError for a value that is wrong whatever the data are."""
   for fields, holds, rule in RULES:
     for field in fields:
       if not holds(_get(config, field)):
@@ -116,10 +116,10 @@ def _get(config, field):
 
 
 def build(config: ConfigDict, workdir: Path) -> Parts:
-  """Returns the parts of the run: opens the data and checks that all fits, without compiling or writing anything.
+  """Returns the parts of the run. The data are opened and everything is checked; nothing is compiled or written.
 
   Raises:
-    UserError: something does not fit.
+    UserError: the settings do not fit each other, the data or the devices.
   """
   mesh = mesh_lib.create_mesh()
   num_devices = mesh.size
@@ -158,10 +158,10 @@ def make_loss(config: ConfigDict, layout: memory_bank.Layout) -> Callable:
 
 
 def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-  """Returns step -> learning rate. A run without epochs has the schedule of one: its optimizer is never asked.
+  """Returns schedule(step) -> learning rate. A run without epochs gets the schedule of one epoch, which is never used.
 
   Raises:
-    UserError: the warm-up or the milestones do not fit.
+    UserError: the warm-up or the milestones do not fit the number of steps.
   """
   given = config.optimizer
   common = dict(
@@ -175,7 +175,7 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
 
 
 def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source | None]:
-  """Returns the training images and the held-out ones (None without `evaluate.split`), and prints what was found."""
+  """Returns the training images and the held-out images (None without `evaluate.split`); prints their descriptions."""
   data = sources.DataSettings.of(config.data)
   train = sources.open_source(data)
   print(f"training images: {train.description}")
@@ -188,7 +188,7 @@ def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source | None
 
 
 def make_step(parts: Parts) -> Callable:
-  """Returns train_step(state, batch) -> (state, metrics) of the run's system."""
+  """Returns train_step(state, batch) -> (state, metrics) for the run's objective."""
   config = parts.config
   common = parts.parallel_network, parts.optimizer, parts.views_fn
   if not system.has_bank(config):

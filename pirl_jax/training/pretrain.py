@@ -1,6 +1,6 @@
 """A pre-training run from its config: build, restore, loop, log, evaluate, save.
 
-The config stops here and in the files beside: the rooms below are handed plain values.
+Only the files of this folder read the config; the packages below get plain values.
 """
 
 import time
@@ -34,27 +34,29 @@ from pirl_jax.training.stopping import Stopped, Stopping
 from pirl_jax.views.normalisation import denormalise
 
 TRAINS = True
-"""Asked to stop, this job saves its state and ends well, see `jobs`."""
+"""If this job is asked to stop, it saves its state and ends with exit code 0, see `jobs`."""
 
 STEPS_IN_FLIGHT = 2
-"""Steps that the devices may be behind the host: enough to keep them busy, and no pile of batches in memory."""
+"""Number of steps that the host may submit before it waits. Two keep the devices busy, and few batches are in memory at
+once."""
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-  """Pre-trains as `config` says and writes everything into `workdir`; goes on where an earlier run there stopped.
+  """Pre-trains as `config` says and writes everything into `workdir`. A run in the same folder is resumed.
 
-  Without a `workdir` ("") the folder is runs/NAME.
+  If `workdir` is "", the folder is runs/NAME.
 
   Raises:
-    UserError: the config, the data or what lies in `workdir` does not allow it. Nothing has been compiled or written.
-    Stopped: by SIGTERM or Ctrl-C, after the state was saved.
+    UserError: the config or the data are wrong, or `workdir` holds something else. In this case nothing has been
+      compiled or written.
+    Stopped: by SIGTERM or Ctrl-C, after the state has been saved.
   """
   with Stopping() as stopping:
     pretrain(config, Path(workdir or f"runs/{config.name}"), stopping)
 
 
 def pretrain(config: ConfigDict, workdir: Path, stopping: Stopping) -> None:
-  """Does what `run` says, until it is finished or asked to stop."""
+  """Pre-trains as `run` does, until the run is finished or `stopping` asks it to stop."""
   parts = processes.together(prepare, config, workdir)
   processes.check_alike({
     "the folder of the run": str(workdir), **flatten(config.to_dict()),
@@ -87,7 +89,7 @@ def pretrain(config: ConfigDict, workdir: Path, stopping: Stopping) -> None:
 
 
 def prepare(config: ConfigDict, workdir: Path) -> Parts:
-  """Returns the parts of the run, see `build`, after all checks that need no other process.
+  """Returns the parts of the run, see `build`, after all checks that a process can make by itself.
 
   Raises:
     UserError: see `check_config`, `check_same_config` and `build`.
@@ -140,7 +142,7 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
 
     last = step == parts.total_steps
     if step % config.log.every_steps == 0 or last:
-      # The schedule counts steps from 0: this is the rate of the step just taken.
+      # The schedule counts steps from 0: step - 1 gives the learning rate of the step that was just taken.
       figures = {**jax.device_get(metrics), "learning_rate": float(parts.schedule(step - 1))}
       book.log(step, figures, data_wait_seconds=waited)
       waited = 0.0
@@ -151,10 +153,11 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
     stop = stopping.requested()
     if evaluates(step) or last or stop or step % config.checkpoint.every_steps == 0:
       with book.paused():
-        guard.check()  # never over a good checkpoint
+        guard.check()  # a bad state must never be saved in place of a good checkpoint
         knn_top1 = None
         if evaluates(step) and not stop:
-          # It may take minutes, and whoever asks to stop has less: what is left out, the same command catches up on.
+          # An evaluation may take minutes, but after a signal there may be only seconds. Therefore a signal interrupts
+          # the evaluation; when the run resumes, the evaluation is made up for.
           try:
             with stopping.held(False):
               knn_top1 = measure(step)
@@ -170,7 +173,7 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
 
 
 def save_views(parts: Parts, batch: dict[str, np.ndarray]) -> None:
-  """Saves a plot of the first images of the batch as the network sees them, views.png."""
+  """Saves views.png, a plot of the first images of the batch as the network sees them."""
   shown = {name: value[:8] for name, value in batch.items()}
   keys = view_keys(parts.config.seed, 0, jnp.asarray(shown["index"]))
   image, pretext, _ = jax.jit(parts.views_fn)(keys, shown.get("image_crop"), shown.get("pretext_crop"))
@@ -179,7 +182,7 @@ def save_views(parts: Parts, batch: dict[str, np.ndarray]) -> None:
 
 
 def finish(parts: Parts, state: TrainState, book: Logbook) -> None:
-  """Ends the run: the table of what was learnt, the curves, and a list of everything written."""
+  """Ends the run: plots the curves, prints the summary and the table of `learning`, and lists everything written."""
   config = parts.config
   first = jax.process_index() == 0
   if first:

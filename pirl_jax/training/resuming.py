@@ -1,4 +1,4 @@
-"""The folder of a run: who may train in it, and how a run goes on from what it holds."""
+"""The folder of a run: which process may train in it, and how a run resumes from the folder."""
 
 import contextlib
 import json
@@ -19,17 +19,17 @@ from pirl_jax.storage.settings import difference
 from pirl_jax.training.parts import Parts
 
 FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "data.num_threads", "data.max_bad_fraction")
-"""Fields that may change when a run goes on; a name that ends with a dot stands for its whole group."""
+"""Fields that may change when a run resumes; a name that ends with a dot stands for its whole group."""
 
 HANDOVER_SECONDS = 20
-"""How long a run that is still ending in the same folder is waited for."""
+"""How long to wait for another run in the same folder that is about to end."""
 
 
 def hold(workdir: Path) -> contextlib.ExitStack:
-  """Returns what keeps other runs out of the folder until it is closed.
+  """Locks the folder for this run; returns a context that unlocks the folder when it is closed.
 
   Raises:
-    UserError: another run is in it, or it cannot be made.
+    UserError: another run holds the folder, or the folder cannot be created.
   """
   held = contextlib.ExitStack()
   if jax.process_index() == 0:
@@ -49,10 +49,11 @@ def _unwritable(workdir, error):
 def check_new(parts: Parts) -> None:
   """Raises UserError if metrics.jsonl shows that this run had checkpoints but none are left.
 
-  To start over would erase its metrics as well.
+  Starting over would erase its metrics as well.
   """
   rows, before = read_rows(parts.workdir / METRICS), read_json(parts.workdir / "config.json") or parts.config.to_dict()
-  # The first is on disk before the second is begun.
+  # A crash may come before the first checkpoint is complete. But the first checkpoint is complete before the second one
+  # is started, so after twice the interval there must be one.
   if rows and rows[-1]["step"] > 2 * before["checkpoint"]["every_steps"]:
     raise UserError(f"{parts.workdir / METRICS} reaches step {rows[-1]['step']}, but {parts.workdir / 'checkpoints'} "
                     "holds no checkpoint; bring them back, or choose another --workdir, or delete that file to start "
@@ -60,10 +61,10 @@ def check_new(parts: Parts) -> None:
 
 
 def begin(parts: Parts) -> None:
-  """Writes down what the run is and with which images it begins.
+  """Writes the run's config and the list of its images into the run's folder.
 
   Raises:
-    UserError: nothing can be written.
+    UserError: the folder cannot be written to.
   """
   if jax.process_index() != 0:
     return
@@ -75,7 +76,7 @@ def begin(parts: Parts) -> None:
 
 
 def check_same_config(config: ConfigDict, workdir: Path) -> None:
-  """Raises UserError if `workdir` holds a run with another config, but for the fields that may change."""
+  """Raises UserError if `workdir` holds a run whose config differs in a field that may not change."""
   path = workdir / "config.json"
   if not path.exists():
     return
@@ -96,10 +97,11 @@ def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -
 
 
 def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
-  """Returns the state of the newest checkpoint of this very run.
+  """Returns the state of the newest checkpoint of this run.
 
   Raises:
-    UserError: the checkpoint is of another data set, network or bank, is past the end, or none can be read.
+    UserError: the checkpoint belongs to another data set, network or bank, is past the end of the run, or no checkpoint
+      can be read.
   """
   expected = run_meta(parts)
 
@@ -126,13 +128,13 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
 
 
 def run_meta(parts: Parts) -> dict[str, Any]:
-  """Returns what must be the same for a checkpoint to belong to this run, JSON values."""
+  """Returns the facts by which a checkpoint is recognised as belonging to this run, as JSON values."""
   return {
     "data": parts.train.fingerprint, "num_images": parts.layout.num_images, "num_strata": parts.layout.num_strata,
     "model": parts.config.model.to_dict(), "num_classes": len(parts.train.class_names)}
 
 
 def save(parts: Parts, state: TrainState, checkpoints: Checkpoints, **options: Any) -> None:
-  """Starts to write a checkpoint of the state, see `Checkpoints.save`."""
+  """Starts writing a checkpoint of the state, see `Checkpoints.save`."""
   step = int(state.step)
   checkpoints.save(step, state, {**run_meta(parts), "step": step, "config": parts.config.to_dict()}, **options)

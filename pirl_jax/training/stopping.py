@@ -1,6 +1,6 @@
-"""SIGTERM and Ctrl-C: the step in hand is finished and saved before the program ends.
+"""SIGTERM and Ctrl-C: the current step is finished and the state is saved before the program ends.
 
-JAX is imported where it is needed: `note_sigterm` answers while it loads.
+JAX is imported inside the functions that need it, because `note_sigterm` must work while JAX is loading.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
 def note_sigterm() -> Callable[[bool], None]:
-  """Notes SIGTERM instead of ending the program, until it is known what it means.
+  """Notes SIGTERM without ending the program, until it is known whether the job trains.
 
   Returns:
-    settle(trains), after which it ends the program: with exit code 0 in a job that trains, else as it did before. A
-    signal that was noted is answered then.
+    settle(trains). After this call SIGTERM ends the program: with exit code 0 in a job that trains, else as before. If
+    a signal was noted, it takes effect in this call.
   """
   noted = []
   before = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
@@ -33,18 +33,19 @@ def note_sigterm() -> Callable[[bool], None]:
 
 
 class Stopped(SystemExit):
-  """Ends the program, with the exit code of its signal; what there was to save is saved."""
+  """Ends the program with the exit code of the signal; everything that had to be saved has been saved."""
 
 
 class Stopping:
   """A context manager in which SIGTERM and SIGINT ask a run to stop, and a second SIGINT ends it at once.
 
-  Where there is nothing to save, `Stopped` is raised as soon as Python has a say; `held` is for where there is. Of
-  several processes all stop after the same step, whichever of them was asked: JAX's own engine agrees on it.
+  By default a signal raises `Stopped` as soon as Python can run the handler. Code that has something to save uses
+  `held`. If there are several processes, all stop after the same step, even if only one of them got the signal: JAX's
+  preemption service agrees on the step.
   """
 
   def __init__(self):
-    """Has not been asked."""
+    """Starts in the state in which no signal has come."""
     from pirl_jax.runtime.processes import alone
 
     self._asked, self._held = None, False
@@ -53,11 +54,12 @@ class Stopping:
 
   def __enter__(self) -> Self:
     self._in_main = threading.current_thread() is threading.main_thread()
-    if not self._in_main:  # Python hands signals to the main thread alone
+    if not self._in_main:  # Python delivers signals to the main thread only
       return self
-    # SIGTERM of several processes belongs to JAX, which would not see it any more.
+    # With several processes JAX itself must receive SIGTERM; a handler here would hide the signal from JAX.
     signals = EXIT_CODES if self._alone else (signal.SIGINT,)
-    # The handlers have to wait until the main thread is back from the devices, the watch has not.
+    # Python runs a signal handler only when the main thread returns from the devices. The watching thread reads the
+    # signals from a socket and can act at once.
     self._watched, self._signalled = socket.socketpair()
     self._signalled.setblocking(False)
     self._old_fd = signal.set_wakeup_fd(self._signalled.fileno(), warn_on_full_buffer=False)
@@ -77,7 +79,10 @@ class Stopping:
 
   @contextlib.contextmanager
   def held(self, hold: bool = True) -> Iterator[None]:
-    """While held, a signal only sets a flag, which `requested` reports; `held(False)`: it raises `Stopped` at once."""
+    """While held, a signal only sets a flag, which `requested` reports.
+
+    `held(False)` restores the default: a signal raises `Stopped` at once.
+    """
     before, self._held = self._held, hold
     try:
       if not hold:
@@ -87,15 +92,16 @@ class Stopping:
       self._held = before
 
   def check(self) -> None:
-    """Raises `Stopped` if this process by itself has been asked to stop."""
+    """Raises `Stopped` if this is the only process and it has been asked to stop."""
     if self._asked is not None and self._alone:
-      os.write(2, b"\nstopped; the same command goes on\n")  # print may be at work below a handler
+      os.write(2, b"\nstopped; the same command goes on\n")  # not print: the handler may have interrupted a print
       raise Stopped(EXIT_CODES[self._asked])
 
   def requested(self) -> bool:
-    """Returns whether to stop here, the same in all processes; all ask this equally often, at least once a step.
+    """Returns whether to stop here; the answer is the same in all processes.
 
-    Of several processes it is True a single time.
+    All processes must call this equally often, at least once a step. With several processes the answer is True only
+    once.
     """
     from jax.experimental import multihost_utils
 
@@ -103,8 +109,8 @@ class Stopping:
     return self._asked is not None if self._alone else multihost_utils.reached_preemption_sync_point(self._questions)
 
   def stop(self) -> None:
-    """Raises `Stopped`, after everything has been saved."""
-    raise Stopped(EXIT_CODES[self._asked or signal.SIGTERM])  # asked for by another process: SIGTERM
+    """Raises `Stopped`; to be called after everything has been saved."""
+    raise Stopped(EXIT_CODES[self._asked or signal.SIGTERM])  # if another process got the signal, it counts as SIGTERM
 
   def _handle(self, number, frame):
     del frame
@@ -116,7 +122,7 @@ class Stopping:
     interrupts = 0
     while number := self._watched.recv(1):
       if number[0] in EXIT_CODES and self._alone and self._held and not self._questions:
-        # The first step compiles, which may take minutes, and there is nothing that is not saved.
+        # The first step is still compiling, which may take minutes. Nothing unsaved exists yet, so the program can end.
         _end("stopped before the first step; the same command goes on", number[0])
       if number[0] != signal.SIGINT:
         continue
@@ -130,7 +136,7 @@ class Stopping:
 
 
 def _end(text, number):
-  """Ends the program though its main thread is busy, with what it has printed until now."""
+  """Ends the program at once, although its main thread is busy; its output so far is flushed."""
   sys.stdout.flush()
   os.write(2, f"\n{text}\n".encode())
   os._exit(EXIT_CODES[number])

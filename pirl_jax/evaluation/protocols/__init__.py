@@ -15,14 +15,15 @@ PROTOCOLS = {
   "retrieval": "retrieval",
   "features": "export",
 }
-"""From the name, which is that of the config's group, to the file. (`learning` is no evaluation of a stored run.)"""
+"""The file of each protocol, by its name, which is also the name of its config group. `learning` is not listed, because
+it does not evaluate a stored run."""
 
 
 def protocol_of(name: str) -> Protocol:
-  """Returns the protocol of that name; its file is read only now, so that nobody waits for another one's libraries.
+  """Returns the protocol of this name. Its file is imported only now, so other protocols need not load its libraries.
 
   Raises:
-    UserError: there is none.
+    UserError: there is no protocol of this name.
   """
   if name not in PROTOCOLS:
     raise UserError(f"config.protocol={name!r} is unknown; choose from {', '.join(PROTOCOLS)}")

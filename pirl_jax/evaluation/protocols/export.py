@@ -1,4 +1,4 @@
-"""Features of one split in a file, for use elsewhere: `.npz` or Parquet.
+"""Writes the features of the images into files for other programs, as `.npz` or Parquet.
 
 Letters: N images that can be read, D numbers of a feature, n images of a batch, H side of an image in pixels.
 """
@@ -32,10 +32,10 @@ from pirl_jax.runtime.progress import Progress
 from pirl_jax.storage.files import replacing
 
 NAMES_SHOWN = 10
-"""Broken images that are named in the figures."""
+"""Number of broken images whose names the figures hold."""
 
 BLOCK_NUMBERS = 2**22
-"""Numbers of a Parquet row group, 16 MiB; a batch of more makes one by itself."""
+"""Numbers in a Parquet row group (16 MiB); a batch with more numbers makes a row group by itself."""
 
 # write(features f32[n, D], index i32[n], label i32[n])
 _Write = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
@@ -43,15 +43,15 @@ _Write = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
 @dataclasses.dataclass(frozen=True)
 class ExportSettings:
-  """Which features are written, and how.
+  """Which features are written, and in which format.
 
   Attributes:
     layer: one of `layers.layer_names`, or "embedding".
-    splits: any splits of the data; (): those of the evaluation.
+    splits: any splits of the data; () takes the training and the held-out split of the evaluation.
     format: "npz" or "parquet".
 
   Raises:
-    UserError: an unknown format.
+    UserError: the format is unknown.
   """
 
   layer: str
@@ -68,31 +68,31 @@ def export_features(model: Model, images: Images, settings: ExportSettings, *, m
   """Writes the features of all images that can be read, in the order of their index, and returns what was written.
 
   - "npz" holds `features` f32[N, D], `index` i32[N], `label` i32[N], `name` str[N], `class_names` str[classes] and
-    `layer` str, not compressed. np.load needs no pickle for it.
-  - "parquet" has the columns index i32, label i32, name, class (null where there is none) and features, lists of D
-    floats; its metadata holds `layer`, and as JSON `class_names`.
+    `layer` str. The file is not compressed, and np.load can read it without pickle.
+  - "parquet" has the columns index i32, label i32, name, class (null for an image without a label) and features (lists
+    of D floats). The metadata of the file hold `layer`, and `class_names` as JSON.
 
-  `label` is the class's place in `class_names`, -1 where there is none; `name` is the source's name of the image.
-  Where an image may show several classes there is `targets` besides, i8[N, classes] or a column of lists: 1 the class
-  is there, 0 it is not, -1 with difficulty.
+  `label` is the index of the class in `class_names`, or -1 for an image without a label. `name` is the source's name of
+  the image. If an image may show several classes, there is also `targets`, i8[N, classes] or a column of lists: 1 means
+  that the class is present, 0 absent, and -1 present only as a difficult object.
 
-  The file is there whole or not at all; the first process writes it. Features never stand in memory but for a few
-  batches or one block. An `.npz` takes twice its room on the disk until it is done: an array's header says how many
-  rows follow, and that is known when the last image has been read.
+  The file appears only when it is complete. The first process writes it. Only a few batches or one block of features
+  are in memory at a time. An `.npz` needs twice its size on the disk while it is written: the header of an array holds
+  the number of rows, which is known only after the last image has been read.
 
-  The figures: `path`, `format`, `layer`, `dtype`, `dim` (D), `num_images` (N), `num_broken`, `broken` (the names of
-  the first of them) and `features_per_second`: images a second, reading and writing counted, the first batches left
-  out where there are others, because they wait for the compiler.
+  The outcome's figures: `path`, `format`, `layer`, `dtype`, `dim` (D), `num_images` (N), `num_broken`, `broken` (the
+  names of the first broken images) and `features_per_second`. The last is the number of images per second, including
+  reading and writing. It leaves out the first batches, which wait for the compiler, unless there are no others.
 
   Args:
     model: the frozen network.
     images: of one split.
-    settings: the layer and the format; `splits` has been seen to already.
+    settings: the layer and the format; `splits` is not used here, because `images` are of one split already.
     mesh: the devices.
     path: the file; its folder is created.
 
   Raises:
-    UserError: unknown layer, too little room on the disk, or no image that can be read.
+    UserError: the layer is unknown, the disk has too little space, or no image can be read.
   """
   layer, format = settings.layer, settings.format
   check_features(model, (layer,), image_size=images.image_size, field="features.layer")
@@ -113,7 +113,7 @@ def export_features(model: Model, images: Images, settings: ExportSettings, *, m
     for number, part in enumerate(stream_features(forward_fn, model.variables, batches, mesh)):
       if number == 0:
         first_done = perf_counter()
-      if number > IN_FLIGHT:  # those before were under way when the first was done
+      if number > IN_FLIGHT:  # earlier batches had been started before the first batch was done
         num_counted += len(part.index)
       seen[part.index] = True
       write(part.features[layer], part.index, part.labels)
@@ -183,7 +183,7 @@ def _npz(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Write]:
 
 @contextlib.contextmanager
 def _parquet(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Write]:
-  # A tenth of a second that other protocols need not wait.
+  # The import takes a tenth of a second, which only this format should cost.
   import pyarrow as pa
   from pyarrow import parquet
 
@@ -223,10 +223,10 @@ _WRITERS = {"npz": _npz, "parquet": _parquet}
 
 
 def _measure(evaluation: Evaluation) -> Outcome:
-  """Writes the features of some splits, and returns what was written."""
+  """Writes the features of all splits that the settings name, and returns what was written."""
   settings, data = evaluation.settings, evaluation.data
   known = {data["split"]: evaluation.train}
-  if evaluation.test is not None:  # without a held-out split its name is that of a whole folder, ""
+  if evaluation.test is not None:  # if there is no held-out split, its name is "", which would mean a whole folder
     known[data["test_split"]] = evaluation.test
   splits = tuple(settings.splits) or tuple(known)
   images = {split: known.get(split) or evaluation.open_split(split) for split in splits}

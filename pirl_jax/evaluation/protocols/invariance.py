@@ -1,7 +1,7 @@
-"""How far apart an image and its transformed version are represented (PIRL, figure 4).
+"""Distance between the representations of an image and of its transformed version (PIRL, figure 4).
 
-Letters: B batch, N images, T transforms of each, P views that a transform makes, D numbers of a vector, C those of
-trunk features, H S h w sides in pixels.
+Letters: B batch, N images, T transforms of each image, P views that a transform makes, D numbers of a vector, C numbers
+of trunk features, H S h w sides in pixels.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from pirl_jax.views.two_views import make_views
 
 NO_AUGMENTATION = Recipe(brightness=0, contrast=0, saturation=0, hue=0, jitter_probability=0, group_probability=0,
                          grayscale_probability=0, blur_probability=0, flip_probability=0)
-"""Views that differ by the pretext transform alone."""
+"""With this recipe the two views differ by the pretext transform alone."""
 
 LARGEST = 2.0
 """The distance of two opposite unit vectors."""
@@ -41,23 +41,23 @@ AXES = {
   "heads": "distance between f(image) and g(transformed image)",
   "trunk": "distance between trunk features of image and transformed image",
 }
-"""Of the plot, by representation."""
+"""Label of the plot's x axis for each representation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InvarianceSettings:
-  """Which vectors are compared, and of how many images.
+  """Which vectors are compared, and for how many images.
 
   Attributes:
-    split: "train" or "test" images; None: test, if there are any.
+    split: "train" or "test" images; None takes the test images if there are any, else the training images.
     representation: "heads" or "trunk".
-    num_pictures: so many images, chosen by the seed, the same on every machine; all if there are fewer. It keeps the
-      name by which the results of before are compared.
+    num_pictures: number of images. The seed chooses them, the same ones on every machine; if there are fewer images,
+      all are taken. This field keeps its old name because older results have it.
     num_transforms: T.
-    num_bins: of the histogram.
+    num_bins: number of bins of the histogram.
 
   Raises:
-    UserError: an unknown representation, or a number below 1.
+    UserError: the representation is unknown, or a number is below 1.
   """
 
   split: str | None
@@ -79,26 +79,28 @@ def measure_invariance(model: Model, images: Images, settings: InvarianceSetting
                        views_fn: Callable, pretext_size: int, seed: int) -> Outcome:
   """Returns the distribution of the l2 distance, in [0, 2], between unit vectors of v_I and v_It.
 
-  v_I is the centre crop; v_It is made by `views_fn` of the same part of the image, T times with other draws. With
-  "heads" the vectors are f(v_I) and g(v_It), as in the paper. With "trunk" they are the pooled features of v_I and the
-  mean of those of the P views of v_It, which every network has, whatever it was trained for. These follow a ReLU, are
-  never negative, and so never further apart than sqrt(2): a distance of heads and one of trunks do not compare.
+  v_I is the centre crop of an image. `views_fn` makes v_It from the same part of the image, T times with different
+  random draws. With "heads" the vectors are f(v_I) and g(v_It), as in the paper. With "trunk" they are the pooled
+  features of v_I, and the mean of the pooled features of the P views of v_It; every network has these, whatever it was
+  trained for. Trunk features follow a ReLU and are never negative, so their distances are at most sqrt(2). Therefore
+  distances of heads and distances of trunks cannot be compared.
 
-  A network that gives everything one vector has small distances too, so the same is told of one image and the
-  transformed version of another (the next one), and how the two distributions lie to each other.
+  A network that maps all images to one vector has small distances, too. For comparison, distances between an image and
+  the transformed version of another image (the next one) are measured as well ("mismatched").
 
-  The figures: `matched` and `mismatched`, each with `mean`, `std`, `min`, `max`, `median`, `counts` and `edges` of the
-  histogram over [0, 2]; `separation`, the probability that a mismatched distance is larger than a matched one (area
-  under the ROC curve; 0.5 is chance); `representation`, `num_images`, `num_transforms`, `num_broken`.
+  The outcome's figures: `matched` and `mismatched`, each with `mean`, `std`, `min`, `max`, `median`, and `counts` and
+  `edges` of the histogram over [0, 2]; `separation`, the probability that a mismatched distance is larger than a
+  matched one (area under the ROC curve; 0.5 is chance); `representation`, `num_images`, `num_transforms`, `num_broken`.
 
   Args:
     model: the frozen network.
-    images: of which some are taken.
-    settings: what is compared; `split` has been seen to already.
+    images: the images to choose from.
+    settings: what is compared; `split` is not used here, because `images` are of that split already.
     mesh: the devices.
     views_fn: see `make_views`; with `NO_AUGMENTATION` the two views differ by the transform alone.
-    pretext_size: S, side of the crop that it transforms.
-    seed: of the choice and of the transforms, which depend on it, on their number and on the image alone.
+    pretext_size: S, side in pixels of the crop that `views_fn` transforms.
+    seed: of the choice of images and of the transforms. A transform depends on the seed, its number in 0, ..., T - 1
+      and the image alone.
 
   Raises:
     UserError: the network does not have the representation, or fewer than two images can be read.
@@ -128,15 +130,17 @@ def measure_invariance(model: Model, images: Images, settings: InvarianceSetting
 
 
 def check_representation(network: Network, representation: str) -> None:
-  """Raises UserError for a representation for which the network has no heads."""
+  """Raises UserError if the representation is "heads" and the network lacks one of the heads f and g."""
   if representation == "heads" and (network.image_head is None or network.pretext_head is None):
     raise UserError("this network was not trained to represent an image and its transformed version alike, it has no "
                     "heads f and g; compare what its trunk gives: --config.invariance.representation=trunk")
 
 
 def _embed(model, images, index, settings, *, mesh, views_fn, pretext_size, seed):
-  """Returns f32[N, D] of images and f32[N, T, D] of transformed ones, unit vectors, of the images that can be read,
-  and how many cannot."""
+  """Returns (vectors of the images f32[N, D], of the transformed images f32[N, T, D], number of broken images).
+
+  The vectors have unit norm; images that cannot be read are left out.
+  """
   embed = _make_embed(model.network, views_fn, mesh, settings.representation, settings.num_transforms, seed)
   variables = jax.device_put(model.variables, whole(mesh))
   chosen = dataclasses.replace(images, source=Subset(images.source, index))
@@ -146,7 +150,7 @@ def _embed(model, images, index, settings, *, mesh, views_fn, pretext_size, seed
         Progress("invariance", len(index)) as progress):
     for image, crop in zip(image_batches, crop_batches, strict=True):
       there, valid = image["index"] >= 0, image["valid"]
-      # Transforms follow the image's number in the whole set, whichever others are taken.
+      # The transforms depend on the image's index in the whole set, not on the choice of images.
       number = np.where(there, np.asarray(index)[image["index"]], 0).astype(np.int32)
       batch = jax.device_put((image["image"], crop["image"], number), split(mesh))
       image_emb, pretext_emb = (np.asarray(x) for x in embed(variables, *batch))
@@ -156,7 +160,7 @@ def _embed(model, images, index, settings, *, mesh, views_fn, pretext_size, seed
   return *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)), num_broken
 
 
-# Kept, so that runs of the same network go through one program.
+# Cached, so that all runs of the same network share one compiled program.
 @functools.cache
 def _make_embed(network: Network, views_fn: Callable, mesh: Mesh, representation: str, num_transforms: int,
                 seed: int) -> Callable:
@@ -171,7 +175,7 @@ def _make_embed(network: Network, views_fn: Callable, mesh: Mesh, representation
 
     image_view, _ = transformed(0)
     image_emb = normalise(network.apply(variables, image_view, method=embed_image))
-    # One transform at a time: T times as many patches would not fit where a training batch does.
+    # One transform at a time: T transforms at once would need T times the memory of a training batch's patches.
     pretext_emb = jax.lax.map(lambda draw: transformed(draw)[1], jnp.arange(num_transforms))
     return image_emb, pretext_emb
 
@@ -181,24 +185,24 @@ def _make_embed(network: Network, views_fn: Callable, mesh: Mesh, representation
 
 
 def _trunk_of_image(network, image):
-  """Returns f32[B, C] of f32[B, H, W, 3]."""
+  """Returns the pooled trunk features f32[B, C] of images f32[B, H, W, 3]."""
   return network.features(image)["pooled"]
 
 
 def _trunk_of_pretext(network, pretext):
-  """Returns f32[B, C], the mean over the views, of f32[B, P, h, w, 3]."""
+  """Returns the mean over the P views of pooled trunk features, f32[B, C], of pretext views f32[B, P, h, w, 3]."""
   batch, views = pretext.shape[:2]
   pooled = network.features(jnp.reshape(pretext, (batch * views, *pretext.shape[2:])))["pooled"]
   return jnp.mean(jnp.reshape(pooled, (batch, views, -1)), axis=1)
 
 
 def _distances(image_emb, pretext_emb):
-  """Returns f64[N, T]."""
+  """Returns the l2 distances f64[N, T] of vectors f32[N, D] and f32[N, T, D]."""
   return np.linalg.norm(image_emb[:, None].astype(np.float64) - pretext_emb, axis=-1)
 
 
 def _describe(distances, edges):
-  # Rounding may leave two opposite vectors a little beyond 2.
+  # Rounding may make the distance of two opposite vectors slightly larger than 2.
   counts, _ = np.histogram(np.minimum(distances, LARGEST), edges)
   return {"mean": float(distances.mean()), "std": float(distances.std()), "min": float(distances.min()),
           "max": float(distances.max()), "median": float(np.median(distances)), "counts": counts.tolist(),

@@ -1,7 +1,8 @@
 """Weighted k-nearest-neighbour classification (NPID, arXiv 1805.01978, section 3.4), exact and on the device.
 
-The k references with the largest cosine similarity s to a query vote for their class with the weight exp(s /
-tau). Letters: M references, Q queries, D numbers of a vector, T classes returned.
+The k references with the largest cosine similarity s to a query vote for their class with the weight exp(s / tau).
+
+Letters: M references, m references of a part, Q queries, D numbers of a vector, T classes returned.
 """
 
 import dataclasses
@@ -30,30 +31,31 @@ from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
 from pirl_jax.runtime.progress import Progress
 
 QUERIES = 256
-"""Queries scored at a time; the last ones are padded to as many, so that one program serves all."""
+"""Number of queries scored at a time. The last group is padded to this number, so one compiled program serves all."""
 
 ROWS = 4096
-"""References a device scores at a time: the most that stands in memory is QUERIES x (ROWS + k) scores."""
+"""Number of references that a device scores at a time; at most QUERIES x (ROWS + k) scores are in memory."""
 
 BLOCK_ROWS = 16_384
 BLOCK_NUMBERS = 2**25
-"""References gathered from a stream before they are searched: so many, fewer of more than 2,048 numbers (128 MiB)."""
+"""References are gathered from a stream into blocks before the search. A block has at most BLOCK_ROWS references and at
+most BLOCK_NUMBERS numbers (128 MiB); the second limit applies to vectors of more than 2,048 numbers."""
 
 TOP = 5
-"""Classes returned for each query, best first."""
+"""Largest number of classes returned for each query."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KnnSettings:
-  """How a neighbour votes.
+  """The layer whose features are compared, and how the neighbours vote.
 
   Attributes:
     layer: one of `layers.layer_names`, or "embedding".
-    k: neighbours, >= 1 (NPID: 200).
+    k: number of neighbours, >= 1 (NPID: 200).
     temperature: tau > 0 (NPID: 0.07).
 
   Raises:
-    UserError: k or temperature out of range.
+    UserError: k or temperature is out of range.
   """
 
   layer: str
@@ -65,13 +67,13 @@ class KnnSettings:
 
 
 class Prediction(NamedTuple):
-  """What `predict` returns.
+  """The classes that `predict` returns.
 
   Attributes:
-    classes: i32[Q, T], T = min(5, number of classes), the best class first; -1 where no neighbour votes for a
-      further class (so that top-5 is never right by a class without a vote).
-    k: neighbours asked for each query: `k`, or the number of references that vote where that is smaller.
-    num_references: references that vote.
+    classes: i32[Q, T], T = min(5, number of classes), the best class first. If fewer than T classes have a vote, the
+      rest is -1, so a class without a vote never counts as a correct top-5 prediction.
+    k: number of neighbours of each query: the given k, or the number of references that vote if it is smaller.
+    num_references: number of references that vote.
   """
 
   classes: np.ndarray
@@ -80,11 +82,11 @@ class Prediction(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-  """What `Nearest.result` returns, nearest first.
+  """The neighbours that `Nearest.result` returns, the nearest first.
 
   Attributes:
-    similarity: f32[Q, k]; -inf where fewer than k references were visited.
-    ids: i32[Q, k]; -1 there.
+    similarity: f32[Q, k], cosine similarities in [-1, 1]; if fewer than k references were visited, the rest is -inf.
+    ids: i32[Q, k]; if fewer than k references were visited, the rest is -1.
   """
 
   similarity: np.ndarray
@@ -92,11 +94,12 @@ class Neighbours(NamedTuple):
 
 
 class Nearest:
-  """The k references most similar to each query, exactly, whether they come at once or block by block.
+  """Finds the k references most similar to each query, exactly. The references may come all at once or in blocks.
 
-  Similarities are float32 at full precision. Of equals the one visited earlier wins, within a block the lower row:
-  with rising ids the lower id. How the references are cut into blocks, and the number of devices, change nothing but
-  the rounding of similarities. Every device holds all queries and their neighbours so far, and its rows of one block.
+  Similarities are float32 at full precision. Of equally similar references the one visited earlier is preferred; within
+  a block it is the lower row. So with ascending ids the lower id is preferred. The sizes of the blocks and the number
+  of devices change only the rounding of similarities. Every device holds all queries with their neighbours so far, and
+  its own rows of one block.
   """
 
   def __init__(self, queries: np.ndarray, *, k: int, mesh: Mesh):
@@ -104,8 +107,8 @@ class Nearest:
 
     Args:
       queries: f32[Q, D], unit norm.
-      k: neighbours of each, >= 1.
-      mesh: the devices; each searches its own rows of a block.
+      k: number of neighbours of each query, >= 1.
+      mesh: the devices; each device searches its own rows of a block.
     """
     self._mesh, self._k, self._num_queries = mesh, k, len(queries)
     self._search = _make_search(mesh, k, ROWS)
@@ -119,18 +122,18 @@ class Nearest:
     self._best = [jax.device_put(none_yet, whole(mesh))] * len(self._queries)
 
   def visit(self, references: jax.Array | np.ndarray, ids: np.ndarray) -> None:
-    """Takes more references into account; another M compiles again.
+    """Searches further references; a block with another M is compiled again.
 
     Args:
-      references: f32[M, D], or as a bank stores them, unit norm; split over "data" by rows (as the memory bank lies) or
-        in one place.
-      ids: i32[M], by which `result` names them; -1: never a neighbour.
+      references: f32[M, D] of unit norm, or in the stored form of a memory bank. The rows may be split over "data", as
+        those of the memory bank are, or lie on one device or the host.
+      ids: i32[M], the ids that `result` returns; a reference with id -1 is never a neighbour.
     """
-    # The host may gather one block while another is searched, and no more: each holds its memory until then.
+    # The host gathers at most one block while another is searched, because each block needs memory until it is done.
     jax.block_until_ready(self._best)
     ids = np.asarray(ids, np.int32)
     padding = -len(ids) % self._mesh.size
-    if padding:  # rows that no one can choose, so that every device has as many
+    if padding:  # rows that are never a neighbour, so that all devices have the same number of rows
       references = jnp.pad(jnp.asarray(references), ((0, padding), (0, 0)))
       ids = np.pad(ids, (0, padding), constant_values=-1)
     references, ids = (jax.device_put(x, split(self._mesh)) for x in (references, ids))
@@ -138,7 +141,7 @@ class Nearest:
                   for best, queries in zip(self._best, self._queries, strict=True)]
 
   def result(self) -> Neighbours:
-    """Returns the neighbours among all references visited so far."""
+    """Returns the neighbours of each query among all references visited so far."""
     if not self._best:
       return Neighbours(np.zeros((0, self._k), np.float32), np.zeros((0, self._k), np.int32))
     return Neighbours(*(np.concatenate([np.asarray(x) for x in parts])[:self._num_queries]
@@ -147,23 +150,23 @@ class Nearest:
 
 def gather_blocks(parts: Iterable[tuple[np.ndarray, np.ndarray]], *, num_references: int, dim: int,
                   mesh: Mesh) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields references in blocks of one size, which `Nearest.visit` compiles once for, in the order they come.
+  """Yields references in blocks of one size, in their order. One size means that `Nearest.visit` compiles only once.
 
   Args:
-    parts: (f32[m, D], i32[m]) pairs of references and ids, any m.
-    num_references: the most that come; smaller sets get smaller blocks.
+    parts: (f32[m, D], i32[m]) pairs of references and ids, with any m.
+    num_references: upper limit of the number of references; a smaller set gets smaller blocks.
     dim: D.
-    mesh: the devices; a block divides into them.
+    mesh: the devices; the size of a block is a multiple of their number.
 
   Returns:
-    Iterator of (f32[M, D], i32[M]); the last block is filled up with zeros and id -1.
+    Iterator of (f32[M, D], i32[M]); the last block is padded with zeros and id -1.
   """
   num_rows = max(1, min(BLOCK_ROWS, BLOCK_NUMBERS // dim, num_references))
   num_rows += -num_rows % mesh.size
   filled = 0
   for references, ids in parts:
     while len(ids):
-      if not filled:  # a new array each time: the devices may still read the last one
+      if not filled:  # a new array for each block, because the devices may still read the previous one
         block, block_ids = np.zeros((num_rows, dim), np.float32), np.full(num_rows, -1, np.int32)
       count = min(num_rows - filled, len(ids))
       block[filled:filled + count], block_ids[filled:filled + count] = references[:count], ids[:count]
@@ -178,23 +181,23 @@ def gather_blocks(parts: Iterable[tuple[np.ndarray, np.ndarray]], *, num_referen
 def measure_knn(model: Model, train: Images, test: Images, settings: KnnSettings, *, mesh: Mesh) -> Outcome:
   """Returns the accuracy of weighted kNN on a layer's features, for k and for smaller numbers of neighbours.
 
-  The figures: `top1` and `top5` in [0, 1], `top1_by_k` (the same search, fewer neighbours voting), `k` as asked and
-  `k_used` (fewer training images allow no more), `temperature`, `layer`, `dim`, `similarity`, `num_train` and
-  `num_test` (labelled images that voted and were judged), `num_broken_train`, `num_broken_test`. The same on any
-  number of devices and for any batch size, but for rounding.
+  The outcome's figures: `top1` and `top5` in [0, 1], `top1_by_k` (fewer neighbours of the same search vote), `k` as
+  given and `k_used` (smaller than `k` if there are fewer training images), `temperature`, `layer`, `dim` (D),
+  `similarity`, `num_train` (labelled images that voted), `num_test` (labelled images that were classified),
+  `num_broken_train`, `num_broken_test`. The number of devices and the batch size change only the rounding.
 
-  Features of the held-out images stand in memory, of the host and of every device (0.4 GB for 50,000 of 2,048
-  numbers); those of the training images never do: they are searched block by block as they come.
+  The features of all held-out images are in memory, on the host and on every device (0.4 GB for 50,000 images with
+  2,048 numbers each). The features of the training images are searched block by block and are never all in memory.
 
   Args:
     model: the frozen network.
     train: the images that vote.
-    test: the images that are judged.
-    settings: the layer, and how a neighbour votes.
+    test: the images that are classified.
+    settings: the layer, and how the neighbours vote.
     mesh: the devices.
 
   Raises:
-    UserError: unknown layer, no labels, or no readable images.
+    UserError: the layer is unknown, there are no labels, or no image can be read.
   """
   layer, k = settings.layer, settings.k
   check_features(model, (layer,), image_size=train.image_size, field="knn.layer")
@@ -254,29 +257,29 @@ def measure_knn(model: Model, train: Images, test: Images, settings: KnnSettings
 
 
 def ladder(k: int) -> list[int]:
-  """Returns [1, 5, 10, 20, 50, 100, 200, 500, ..., k]."""
+  """Returns the numbers of neighbours to report: [1, 5, 10, 20, 50, 100, 200, 500, ..., k]."""
   steps = [1, *(step * 10**power for power in range(len(str(k))) for step in (5, 10, 20))]
   return [*(step for step in steps if step < k), k]
 
 
 def predict(references: jax.Array | np.ndarray, reference_labels: np.ndarray, queries: np.ndarray, *,
             mesh: Mesh, k: int, temperature: float) -> Prediction:
-  """Returns the classes that the k nearest references vote for, the same on any number of devices.
+  """Returns the classes that the k nearest references vote for; the number of devices does not change the result.
 
-  Equal similarities go to the lower row, equal votes to the lower class. Similarities are float32 at full
+  Of equal similarities the lower row is preferred, of equal votes the lower class. Similarities are float32 at full
   precision.
 
   Args:
-    references: f32[M, D], or as a bank stores them, unit norm; split over "data" by rows (as the memory bank lies) or
-      in one place.
-    reference_labels: i32[M], >= 0; -1: never a neighbour (padding, broken, unlabelled).
+    references: f32[M, D] of unit norm, or in the stored form of a memory bank. The rows may be split over "data", as
+      those of the memory bank are, or lie on one device or the host.
+    reference_labels: i32[M], >= 0; a reference with label -1 is never a neighbour (padding, broken or unlabelled).
     queries: f32[Q, D], unit norm.
-    mesh: the devices; each searches its own rows.
-    k: neighbours, >= 1 (NPID: 200).
+    mesh: the devices; each device searches its own rows.
+    k: number of neighbours, >= 1 (NPID: 200).
     temperature: tau > 0 (NPID: 0.07).
 
   Raises:
-    UserError: k or temperature out of range, or no reference votes.
+    UserError: k or temperature is out of range, or no reference votes.
   """
   reference_labels = np.asarray(reference_labels, np.int32)
   votes = reference_labels >= 0
@@ -296,12 +299,12 @@ def predict(references: jax.Array | np.ndarray, reference_labels: np.ndarray, qu
 
 def accuracy(references: jax.Array | np.ndarray, reference_labels: np.ndarray, queries: np.ndarray,
              query_labels: np.ndarray, *, mesh: Mesh, k: int, temperature: float) -> dict[str, float | int]:
-  """Returns `top1`, `top5` in [0, 1] over labelled queries, `k` as used, `num_references`, `num_queries`.
+  """Returns `top1` and `top5` in [0, 1] over labelled queries, `k` as used, `num_references` and `num_queries`.
 
-  Arguments and errors as `predict`; `query_labels` is i32[Q], -1 where there is none.
+  `query_labels` is i32[Q], with -1 for a query without a label. The other arguments are those of `predict`.
 
   Raises:
-    UserError: no query has a label.
+    UserError: no query has a label; or see `predict`.
   """
   labelled = np.asarray(query_labels) >= 0
   if not labelled.any():
@@ -322,9 +325,9 @@ def _check_vote(k, temperature):
 
 @functools.cache
 def _make_search(mesh, k, chunk):
-  """Returns search(best, references, ids, queries) -> best: (similarity f32[Q, k], ids i32[Q, k]), nearest first.
+  """Returns search(best, references f32[M, D], ids i32[M], queries f32[Q, D]) -> best.
 
-  A reference with id -1 takes part with similarity -inf.
+  `best` is (similarity f32[Q, k], ids i32[Q, k]), the nearest first. A reference with id -1 has similarity -inf.
   """
 
   def device_search(best, references, ids, queries):
@@ -332,7 +335,7 @@ def _make_search(mesh, k, chunk):
     size = min(chunk, num_rows)
 
     def visit(found, start):
-      # The last chunk begins early enough to be whole; what it shares with the one before is masked.
+      # All chunks have the same size, so the last chunk may overlap the chunk before; the shared rows are masked.
       first = jnp.minimum(start, num_rows - size)
       row = first + jnp.arange(size)
       block = vectors(lax.dynamic_slice_in_dim(references, first, size)).astype(jnp.float32)
@@ -345,12 +348,12 @@ def _make_search(mesh, k, chunk):
     none_yet = (jnp.full_like(best[0], -jnp.inf), jnp.full_like(best[1], -1))
     none_yet = jax.tree.map(lambda x: lax.pcast(x, AXIS, to="varying"), none_yet)
     found, _ = lax.scan(visit, none_yet, jnp.arange(0, num_rows, size))
-    # Earlier visits first, then devices in order of their rows: of equals the first stays the first.
+    # Earlier visits come first, then the devices in the order of their rows: top_k prefers the first of equals.
     return _largest(best, tuple(lax.all_gather(x, AXIS, axis=1, tiled=True, to="invarying") for x in found))
 
   def _largest(*candidates):
     similarity, candidate_ids = (jnp.concatenate(pair, axis=1) for pair in zip(*candidates, strict=True))
-    similarity, place = lax.top_k(similarity, k)  # of equals the first
+    similarity, place = lax.top_k(similarity, k)  # prefers the first of equals
     return similarity, jnp.take_along_axis(candidate_ids, place, axis=1)
 
   return jax.jit(jax.shard_map(device_search, mesh=mesh, in_specs=(WHOLE, SPLIT, SPLIT, WHOLE), out_specs=WHOLE))
@@ -360,9 +363,9 @@ def _classes(neighbours: Neighbours, labels: np.ndarray, ks: Sequence[int], *, t
   """Returns i32[len(ks), Q, T], the classes that the first ks[0], ks[1], ... neighbours vote for.
 
   Args:
-    neighbours: at least ks[-1] of each query.
+    neighbours: at least ks[-1] neighbours of each query.
     labels: i32[M], by id.
-    ks: rising.
+    ks: numbers of neighbours, in ascending order.
     temperature: tau.
   """
   num_queries, num_classes = len(neighbours.ids), int(labels.max()) + 1
@@ -379,11 +382,12 @@ def _classes(neighbours: Neighbours, labels: np.ndarray, ks: Sequence[int], *, t
 @functools.partial(jax.jit, static_argnames=("num_classes", "ks"))
 def _vote(similarity, label, temperature, *, num_classes, ks):
   """Returns the classes with the most votes, i32[len(ks), Q, T]; a class without a vote is -1."""
-  # Relative to the nearest neighbour: the same ranking, and never do all weights underflow.
+  # The weights are relative to the nearest neighbour's. The ranking is the same, and not all weights can underflow.
   weight = jnp.exp((similarity - similarity[:, :1]) / temperature)
   classes = jnp.arange(num_classes)[None, :]
 
-  # One neighbour of every query at a time: sums in a fixed order, and no Q x k x classes in memory.
+  # Adds one neighbour of every query at a time. The order of the sums is fixed, and no array of
+  # Q x k x number of classes is needed.
   def add(score, neighbour):
     weight, label = (x[:, None] for x in neighbour)
     return jnp.where(label == classes, jnp.maximum(score, 0) + weight, score), None

@@ -1,7 +1,7 @@
-"""Is it learning? kNN accuracy on raw pixels, on the untrained network and on the trained one, side by side.
+"""Is it learning? Compares the kNN accuracy on raw pixels, on the untrained network and on the trained network.
 
-All three judge the same held-out images after the same test transform, with the same k, temperature and
-cosine similarity, against the training images.
+All three classify the same held-out images by their neighbours among the same training images, with the same test
+transform, k, temperature and cosine similarity.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ NAMES = {"raw_pixels": "raw pixels", "untrained": "untrained network", "trained"
 
 @dataclasses.dataclass(frozen=True)
 class LearningSettings:
-  """How a neighbour votes.
+  """How the neighbours vote.
 
   Attributes:
-    k: neighbours, >= 1.
+    k: number of neighbours, >= 1.
     temperature: tau > 0.
   """
 
@@ -38,37 +38,39 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
                      stats_fn: Callable[[Any, jax.Array], Any],
                      untrained: Mapping[str, Any], trained: Mapping[str, Any], momentum: float, mesh: Mesh,
                      settings: LearningSettings, about: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the table, JSON values.
+  """Returns the table as JSON values.
 
-  It holds `raw_pixels` (the network's normalised input, flattened), `untrained` and `trained` (pooled
-  trunk features; the untrained network's batch statistics are first calibrated on the training images):
-  top-1 in [0, 1]. Besides: `protocol`, `similarity`, `features`, `k` as asked, `k_used` (fewer training
-  images allow no more), `temperature`, `num_train` and `num_test` (labelled images that voted and were
-  judged), `num_broken_train`, `num_broken_test`, and `about`.
+  The table holds the top-1 accuracy in [0, 1] of `raw_pixels` (the network's normalised input, flattened), `untrained`
+  and `trained` (pooled trunk features). The batch statistics of the untrained network are first calibrated on the
+  training images.
 
-  Raw pixels of all images stand in memory at once (12 kB for an image of 32 x 32).
+  It also holds `protocol`, `similarity`, `features`, `k` as given, `k_used` (smaller than `k` if there are fewer
+  training images), `temperature`, `num_train` (labelled images that voted), `num_test` (labelled images that were
+  classified), `num_broken_train`, `num_broken_test`, and the entries of `about`.
+
+  The raw pixels of all images are in memory at once (12 kB for an image of 32 x 32).
 
   Args:
-    train_batches: opens the training images under the test transform, see `features.extract_features`; read
-      twice.
-    test_batches: opens the held-out images; read once.
+    train_batches: opens the training images under the test transform, see `features.extract_features`; called twice.
+    test_batches: opens the held-out images; called once.
     forward_fn: forward_fn(variables, image f32[b, H, W, 3] normalised) -> pooled trunk features f32[b, C].
-    stats_fn: see `features.calibrate_batch_stats`, as is `momentum`.
+    stats_fn: see `features.calibrate_batch_stats`.
     untrained: {"params": ..., "batch_stats": ...} before the first step.
-    trained: the same of the run.
+    trained: {"params": ..., "batch_stats": ...} of the run.
+    momentum: see `features.calibrate_batch_stats`.
     mesh: the devices.
-    settings: how a neighbour votes.
-    about: what the reader needs to repeat it: seed, checkpoint step, descriptions and fingerprints of both
-      sets of images, image size and crop fraction of the test transform.
+    settings: how the neighbours vote.
+    about: entries that a reader needs to repeat the measurement: seed, checkpoint step, descriptions and fingerprints
+      of both sets of images, image size and crop fraction of the test transform.
 
   Raises:
-    UserError: no labels, no readable images, or an impossible k or temperature.
+    UserError: there are no labels, no image can be read, or k or the temperature is out of range.
   """
   untrained = features_lib.calibrate_batch_stats(stats_fn, untrained, train_batches(), mesh,
                                                  momentum=momentum)
   variables = {"untrained": untrained, "trained": trained}
 
-  # One pass over the images serves all three: decoding them costs more than a small network does.
+  # One pass over the images serves all three, because decoding an image costs more than a small network does.
   def all_features(variables, image):
     networks = {name: forward_fn(values, image) for name, values in variables.items()}
     return {"raw_pixels": jnp.reshape(image, (image.shape[0], -1)), **networks}
@@ -98,7 +100,7 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
 
 
 def format_learning(table: Mapping[str, Any]) -> str:
-  """Returns the table of `measure_learning` as lines of text for people."""
+  """Returns the table of `measure_learning` as lines of text."""
   width = max(map(len, NAMES.values()))
   title = (f"Is it learning? kNN top-1 (k={table['k_used']}, temperature {table['temperature']:g}), "
            f"{table['num_test']:,} held-out among {table['num_train']:,} training images")

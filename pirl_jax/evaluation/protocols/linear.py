@@ -1,17 +1,18 @@
 """Linear classifiers on the frozen trunk, one for each layer (PIRL, appendix C; its table 7 and figure 5).
 
-The map of a layer, pooled to about 9,000 numbers (`layers.pool`), passes a batch norm over its channels and one linear
-layer with bias. The trunk stays as it is, its own batch norm always with running statistics, so one forward pass of it
-serves the classifiers of all layers: each has its own cross-entropy, and none sees the others.
+The map of a layer is pooled to about 9,000 numbers (`layers.pool`). It then passes a batch norm over its channels and
+one linear layer with bias. The trunk is frozen, and its own batch norm always uses running statistics. Therefore one
+forward pass of the trunk serves the classifiers of all layers. Each classifier has its own cross-entropy and does not
+depend on the others.
 
-Two kinds of batch norm are known: that of the paper's own code has no scale and shift (Goyal et al., ICCV 2019,
-`BN_NO_SCALE_SHIFT`), vissl's has (vissl/models/heads/linear_eval_mlp.py). Both measure the whole batch, over all
-devices, and judge with running statistics. The linear layer starts from N(0, 0.01^2) and a bias of 0, as in the paper's
-own code and in MoCo. Weight decay applies to kernels and biases of the linear layers, not to the batch norm's scale and
-shift, as in vissl; the paper does not say.
+There are two kinds of batch norm. The batch norm of the paper's own code has no scale and shift (Goyal et al., ICCV
+2019, `BN_NO_SCALE_SHIFT`); vissl's has both (vissl/models/heads/linear_eval_mlp.py). In training both use the
+statistics of the whole batch over all devices; on test images both use running statistics. The linear layer is
+initialised from N(0, 0.01^2) with a bias of 0, as in the paper's own code and in MoCo. Weight decay applies to kernels
+and biases of the linear layers, not to the batch norm's scale and shift, as in vissl; the paper does not say.
 
-Letters: B batch of all devices, b this device's part, N images, H side in pixels, h w C a pooled map (a vector has C
-alone), D its numbers, L classes.
+Letters: B batch of all devices, b this device's part of the batch, N images, H side in pixels, h w C height, width and
+channels of a pooled map (a vector has C alone), D numbers of a pooled map, L classes.
 """
 
 import dataclasses
@@ -47,26 +48,29 @@ HEADS = ("bn", "bn_affine", "plain")
 SCHEDULES = ("steps", "cosine")
 
 KERNEL_STD = 0.01
-"""Of the linear layer's first values."""
+"""Standard deviation of the linear layer's initial kernel."""
 
 EPS = 1e-5
 MOMENTUM = 0.1
-"""Of the batch norm: what is added to the variance, and the share of the new value in the running statistics."""
+"""Constants of the batch norm: EPS is added to the variance; MOMENTUM is the share of the new value in the running
+statistics (PyTorch's definition of momentum)."""
 
 CACHE_BYTES = 8 * 2**30
-"""The most that the features of all training images may take in memory."""
+"""Upper limit of the memory for the features of all training images."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearSettings(training.TrainingSettings):
-  """How the classifiers are trained, see `TrainingSettings`, and on what.
+  """How the classifiers are trained (see `TrainingSettings`), and on which layers.
 
   Attributes:
-    layers: names with commas between them, see `layers.layer_names`, or "embedding"; "": the whole trunk.
-    schedule: "steps" by `milestones`, or "cosine": half a cosine to zero, at each step.
-    head: before the linear layer "bn" (batch norm without scale and shift), "bn_affine" (with), or "plain" (nothing).
-    cached: features of all training images are taken once, of their centre crop, and kept in memory: for small data,
-      without augmentation.
+    layers: names separated by commas, of `layers.layer_names` or "embedding"; "" takes all layers of the trunk.
+    schedule: "steps" multiplies the learning rate at `milestones`; "cosine" lowers it at each step along half a cosine
+      to zero.
+    head: what stands before the linear layer: "bn" (batch norm without scale and shift), "bn_affine" (batch norm with
+      scale and shift), or "plain" (nothing).
+    cached: True computes the features of all training images once, from their centre crops and so without augmentation,
+      and keeps them in memory. This is for small data sets.
   """
 
   group: ClassVar[str] = "linear"
@@ -83,45 +87,48 @@ class LinearSettings(training.TrainingSettings):
 
   @property
   def falls_at(self) -> tuple[float, ...]:
-    """Returns the milestones; of a cosine none."""
+    """Returns the milestones, or () for the schedule "cosine"."""
     return self.milestones if self.schedule == "steps" else ()
 
   def as_used(self, seed: int) -> dict[str, Any]:
-    """Returns the settings and the seed for a result file, with the learning rate for the batch as it is."""
+    """Returns the settings and the seed for a result file, with the learning rate scaled to the batch size."""
     used = super().as_used(seed) | {"learning_rate": self.first_rate}
-    del used["layers"]  # which stand in the figures themselves
+    del used["layers"]  # the figures themselves name the layers
     return used
 
 
 def measure_linear(model: Model, train: Images, test: Images, settings: LinearSettings, *, mesh: Mesh, seed: int,
                    snapshot_folder: str | os.PathLike) -> Outcome:
-  """Returns top-1 and top-5 on the test images of a linear classifier on each layer.
+  """Returns top-1 and top-5 accuracy on the test images of a linear classifier on each layer.
 
-  Judged are the classifiers after the last epoch. Nothing is chosen on the test images but the layer that is called
-  the best one, as the paper does for its table 2. Training images without a label take no part. Interrupted, the same
-  call goes on from its last snapshot, to the same figures. A layer's classifier does not depend on which other layers
-  are asked for.
+  The classifiers after the last epoch are tested. The test images are used for a single choice, that of the best layer,
+  as in the paper's table 2. Training images without a label are left out. If the call was interrupted, the same call
+  resumes from its last snapshot and gives the same figures. A layer's classifier does not depend on the other layers.
 
-  The outcome's figures are `layers`, from the input to the output, with `top1`, `top5` in [0, 1] (top-5: the true class
-  is among the five, or as many as there are, with the highest scores), `dim` (D) and `loss` (mean over the last epoch,
-  in nats); `best_layer` (by top-1, of equals the deeper one) with its `top1` and `top5`; `num_classes`; `num_train`
-  (labelled), `num_test` (labelled and readable); `num_broken_train` (labelled ones that could not be read, among those
-  met in the last epoch, or with `cached` among all), `num_broken_test`; `steps`; and `settings` as used, of them
-  `learning_rate` after scaling.
+  The outcome's figures:
+
+  - `layers`: for each layer, from the input to the output, `top1` and `top5` in [0, 1], `dim` (D) and `loss` (mean over
+    the last epoch, in nats). Top-5 counts an image if its true class is among the five highest scores, or among all
+    scores if there are fewer classes.
+  - `best_layer`: the layer with the highest top-1, the deeper one of equals; `top1` and `top5` of this layer.
+  - `num_classes`; `num_train` (labelled images); `num_test` (labelled images that can be read).
+  - `num_broken_train`: labelled images that could not be read in the last epoch or, with `cached`, at all;
+    `num_broken_test`.
+  - `steps`; `settings` as used, with `learning_rate` scaled to the batch size.
 
   Args:
-    model: the frozen network, or an ensemble; batch norm and linear layer are on all channels together.
-    train: labelled images, at least as many as a batch takes.
-    test: labelled images of the same classes, judged by their centre crop.
-    settings: of the layers and the training; weight decay is on kernels and biases of the linear layers.
-    mesh: the devices; their number divides the batch, and changes nothing but rounding.
-    seed: of first values, order and crops.
-    snapshot_folder: holds what is not finished; belongs to exactly these arguments, and the caller deletes it.
+    model: the frozen network, or an ensemble, whose channels together go into one batch norm and linear layer.
+    train: images of which at least a batch has labels.
+    test: labelled images of the same classes; their centre crops are classified.
+    settings: of the layers and the training; weight decay acts on kernels and biases of the linear layers.
+    mesh: the devices. Their number must divide the batch size; it changes nothing except rounding.
+    seed: of the initial kernels, the order of the images and the crops.
+    snapshot_folder: holds unfinished work. No call with other arguments may use it; the caller deletes it.
 
   Raises:
-    UserError: an unknown layer, labels missing or of other classes, a batch that the devices cannot share or that is
-      larger than the training set, a cache that would be too large (all before anything compiles), no image that can
-      be read, or a loss that is not finite.
+    UserError: a layer is unknown, labels are missing or of other classes, the devices cannot share the batch, the batch
+      is larger than the training set, or the cache would be too large (all before anything compiles); no image can be
+      read, or a loss is not finite.
   """
   layers = linear_layers(model, settings, image_size=train.image_size)
   labels = classification.read_labels(train, test, protocol="linear")
@@ -173,10 +180,10 @@ def measure_linear(model: Model, train: Images, test: Images, settings: LinearSe
 
 
 def linear_layers(model: Model, settings: LinearSettings, *, image_size: int) -> tuple[str, ...]:
-  """Returns the layers that classifiers stand on, from the input to the output.
+  """Returns the layers that get a classifier, from the input to the output.
 
   Raises:
-    UserError: an unknown one, or an ensemble cannot put its maps side by side.
+    UserError: a layer is unknown, or the maps of an ensemble's networks have different sizes.
   """
   trunk = layer_names(model.network)
   layers = named_layers(model, settings.layers, otherwise=trunk, image_size=image_size, field="linear.layers")
@@ -184,7 +191,7 @@ def linear_layers(model: Model, settings: LinearSettings, *, image_size: int) ->
 
 
 def linear_optimizer(settings: LinearSettings, steps_per_epoch: int) -> optax.GradientTransformation:
-  """Returns SGD with momentum as PyTorch has it; the decay spares batch norm alone."""
+  """Returns SGD with PyTorch's momentum; weight decay acts on everything except the batch norm's scale and shift."""
   def decayed(params):
     return {layer: {name: name in ("kernel", "bias") for name in head} for layer, head in params.items()}
 
@@ -194,7 +201,7 @@ def linear_optimizer(settings: LinearSettings, steps_per_epoch: int) -> optax.Gr
 
 
 def linear_rate(settings: LinearSettings, steps_per_epoch: int) -> optax.Schedule:
-  """Returns step -> learning rate, f32[], for steps from 0 on."""
+  """Returns schedule(step) -> learning rate f32[], for steps from 0 on."""
   if settings.schedule == "cosine":
     return optax.cosine_decay_schedule(settings.first_rate, settings.num_epochs * steps_per_epoch)
   return training.falling_rate(settings, steps_per_epoch)
@@ -202,22 +209,22 @@ def linear_rate(settings: LinearSettings, steps_per_epoch: int) -> optax.Schedul
 
 def create_classifiers(seed: int, shapes: Mapping[str, tuple[int, ...]], optimizer: optax.GradientTransformation, *,
                  head: str, num_classes: int) -> dict[str, Any]:
-  """Returns the classifiers before the first step.
+  """Returns the classifiers before the first step, as a dict.
 
-  {"params": {layer: {"kernel": f32[D, L], "bias": f32[L]}}, with "bn_affine" also "scale" and "shift" f32[C];
-  "stats": {layer: {"mean": f32[C], "var": f32[C]}}, {} with "plain"; "opt_state"; and what
-  `training.begin_training` adds}.
+  - "params": {layer: {"kernel": f32[D, L], "bias": f32[L]}}; with the head "bn_affine" also "scale" and "shift" f32[C].
+  - "stats": {layer: {"mean": f32[C], "var": f32[C]}}; with the head "plain" {layer: {}}.
+  - "opt_state", and the entries that `training.begin_training` adds.
 
   Args:
-    seed: of the kernels.
+    seed: of the initial kernels.
     shapes: (h, w, C) or (C,) of the layers' maps.
     optimizer: of the parameters.
-    head: of `HEADS`.
+    head: one of `HEADS`.
     num_classes: L.
   """
   params, stats = {}, {}
   for layer, shape in shapes.items():
-    # By its name: a layer's classifier starts alike whichever others there are.
+    # The key depends on the layer's name, so a layer's initial kernel does not depend on the other layers.
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(layer.encode()))
     params[layer] = {"kernel": KERNEL_STD * jax.random.normal(key, (math.prod(shape), num_classes)),
                      "bias": jnp.zeros(num_classes)}
@@ -230,11 +237,11 @@ def create_classifiers(seed: int, shapes: Mapping[str, tuple[int, ...]], optimiz
 def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> Callable:
   """Returns device_step(state, frozen, batch) -> (state, losses, num_read), for `training.make_classifier_step`.
 
-  `state` is that of `create_classifiers`, of all classifiers. `batch` holds label i32[b] and valid bool[b], and what
-  `maps_fn` reads. `losses` {layer: f32[]} are the mean cross-entropies.
+  `state` is the state of `create_classifiers`, with all classifiers. `batch` holds label i32[b], valid bool[b] and the
+  arrays that `maps_fn` reads. `losses` {layer: f32[]} are the mean cross-entropies in nats.
 
   Args:
-    maps_fn: maps_fn(frozen, batch) -> {layer: f32[b, h, w, C] or f32[b, C]}, each image alone.
+    maps_fn: maps_fn(frozen, batch) -> {layer: f32[b, h, w, C] or f32[b, C]}; it treats every image independently.
     optimizer: of all classifiers.
   """
   total = functools.partial(jax.lax.psum, axis_name=AXIS)
@@ -242,7 +249,7 @@ def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> C
   def device_step(state, frozen, batch):
     weight = batch["valid"].astype(jnp.float32)  # [b]
     num_read = total(jnp.sum(weight))
-    # 1. No gradient passes the batch norm's statistics: what they are taken of is a constant.
+    # 1. The batch norm's statistics need no gradient, because the maps are constants: the trunk is frozen.
     inputs, stats = {}, {}
     for layer, x in maps_fn(frozen, batch).items():
       inputs[layer], stats[layer] = x, {}
@@ -250,11 +257,11 @@ def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> C
         mean, var, stats[layer] = _batch_statistics(x, weight, num_read, state["stats"][layer], total)
         inputs[layer] = _standardise(x, mean, var)
 
-    # 2. The sum of the losses: each moves the parameters of its own classifier alone.
+    # 2. One gradient of the sum of the losses: each loss depends on the parameters of its own classifier only.
     def objective(params):
       losses = {}
       for layer, x in inputs.items():
-        # An image that cannot be read may have the label -1: it has no weight, and must only not disturb.
+        # An image that cannot be read may have the label -1. Its weight is 0; any valid label will do.
         loss = optax.softmax_cross_entropy_with_integer_labels(_linear(params[layer], x),
                                                                jnp.maximum(batch["label"], 0))
         losses[layer] = total(jnp.sum(loss * weight)) / jnp.maximum(num_read, 1)
@@ -272,15 +279,17 @@ def cached_batches(maps: Mapping[str, np.ndarray], labels: np.ndarray, *, batch_
                    process_index: int = 0, process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
   """Returns the endless stream of batches of features in memory, from batch `start_step` on.
 
-  A batch is a function of (seed, step); in an epoch no image comes twice, and those left over are others in each.
+  A batch is a function of (seed, step). An epoch holds no image twice; each epoch leaves out other images (fewer than a
+  batch).
 
   Args:
     maps: {layer: f32[N, h, w, C] or f32[N, C]}.
     labels: i32[N].
     batch_size: B, over all processes, at most N.
     seed: any integer.
-    start_step: batches already seen.
-    process_index, process_count: this process gets that block of each, of process_count blocks.
+    start_step: number of batches already seen.
+    process_index, process_count: each batch is cut into `process_count` equal blocks; this process gets block
+      `process_index`.
 
   Returns:
     Iterator of {layer: f32[b, ...], "index": i32[b] (row of the maps), "label": i32[b], "valid": bool[b], all True}.
@@ -303,8 +312,11 @@ def _standardise(x, mean, var):
 
 
 def _batch_statistics(x, weight, num_read, running, total):
-  """Returns mean and variance f32[C] of x f32[b, ..., C] over the readable images of all devices, and {"mean", "var"}
-  with a tenth of them, of the variance PyTorch's unbiased one; as they were where no image could be read."""
+  """Returns (mean f32[C], variance f32[C], new running statistics {"mean", "var"}) of x f32[b, ..., C].
+
+  Mean and variance are over the images of all devices that can be read. The new running statistics take a share of 0.1
+  of the mean and of the unbiased variance, as in PyTorch. If no image can be read, they do not change.
+  """
   axes = tuple(range(x.ndim - 1))
   weight = weight.reshape(-1, *[1] * (x.ndim - 1))
   count = jnp.maximum(num_read * math.prod(x.shape[1:-1]), 1)
@@ -316,11 +328,11 @@ def _batch_statistics(x, weight, num_read, running, total):
 
 
 def _linear(params, x):
-  """Returns logits f32[B, L] of standardised maps."""
+  """Returns logits f32[B, L] of standardised maps f32[B, h, w, C] or vectors f32[B, C]."""
   if "scale" in params:
     scale, shift = (params[name].reshape(*[1] * (x.ndim - 1), -1) for name in ("scale", "shift"))
     x = x * scale + shift
-  # Full precision, as PyTorch has it: GPUs would round to TF32. It is little beside the trunk.
+  # Full float32 precision, as in PyTorch; GPUs would otherwise round to TF32. The cost is small beside the trunk's.
   logits = jnp.matmul(x.reshape(x.shape[0], -1), params["kernel"], precision=jax.lax.Precision.HIGHEST)
   return logits + params["bias"][None]
 
@@ -333,7 +345,7 @@ def _cached_maps(layers):
   return lambda frozen, batch: {layer: batch[layer] for layer in layers}
 
 
-# Kept, so that the test images of several runs of one network go through one program.
+# Cached, so that several runs of the same network share one compiled program for the test images.
 @functools.cache
 def _logits_fn(network: Network | Ensemble, layers: tuple[str, ...]) -> Callable[
     [Any, jax.Array], dict[str, jax.Array]]:
@@ -355,12 +367,15 @@ def _map_shapes(model, layers, image_size):
   """Returns {layer: (h, w, C) or (C,)}, in the order of `layers`."""
   image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
   maps = jax.eval_shape(layer_features(model.network, layers, flat=False), model.variables, image)
-  return {layer: maps[layer].shape[1:] for layer in layers}  # JAX put the names into the order of letters
+  return {layer: maps[layer].shape[1:] for layer in layers}  # eval_shape has sorted the names alphabetically
 
 
 def _open_training(model, frozen, train, labels, settings, *, shapes, mesh, seed):
-  """Returns (open_stream(start_step=), maps_fn(frozen, batch), number of images): those with a label, from the files
-  or, if cached, in memory without those that cannot be read."""
+  """Returns (open_stream(start_step=), maps_fn(frozen, batch), number of training images).
+
+  The training images are those with a label, read from their files. With `cached` their maps are in memory, and images
+  that cannot be read are left out.
+  """
   maps_fn = layer_features(model.network, tuple(shapes), flat=False)
   here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
   if settings.cached:
@@ -382,7 +397,7 @@ def _take_cache(maps_fn, frozen, train, labels, shapes, mesh):
     raise UserError(
       f"the features of {num_labelled:,} training images on {', '.join(shapes)} take {num_bytes / 2**30:.1f} GiB, "
       f"and linear.cached allows {CACHE_BYTES / 2**30:g}; use --config.linear.cached=False, or fewer of linear.layers")
-  # Filled in place: put together from the batches it would be in memory twice.
+  # The arrays are filled in place; joining the batches at the end would need the memory twice.
   maps = {layer: np.empty((num_labelled, *shape), np.float32) for layer, shape in shapes.items()}
   kept = np.empty(num_labelled, np.int32)
   filled = 0
@@ -405,8 +420,10 @@ def _unreadable(num_images):
 
 
 def _judge(forward_fn, variables, test, mesh):
-  """Returns {layer: i[N]}, how many classes come before the true one, of the labelled test images that can be read,
-  and the number of those that cannot."""
+  """Returns ({layer: i[N]}, number of test images that cannot be read).
+
+  The arrays hold the rank of the true class (`classification.ranks`) for the labelled test images that can be read.
+  """
   ranks, num_broken = {layer: [] for layer in variables["params"]}, 0
   with Progress("linear: test images", len(test)) as progress:
     for part in stream_features(forward_fn, variables, test.test_batches(), mesh):

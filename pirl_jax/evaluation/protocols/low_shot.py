@@ -1,6 +1,7 @@
-"""Linear SVMs on a handful of examples a class, drawn several times: vissl's low-shot VOC07, on any labels.
+"""Linear SVMs on a few examples per class, drawn several times: vissl's low-shot VOC07, for any labelled images.
 
-After vissl: extra_scripts/create_low_shot_samples.py and vissl/utils/svm_utils/svm_low_shot_trainer.py.
+The procedure follows vissl: extra_scripts/create_low_shot_samples.py and vissl/utils/svm_utils/svm_low_shot_trainer.py.
+
 Letters: N training images, M held-out images, D numbers of a feature, C classes, G costs, k examples of a class.
 """
 
@@ -34,16 +35,16 @@ from pirl_jax.runtime.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class LowShotSettings:
-  """What the SVMs are fitted on, and how many.
+  """Which layers and how many examples the SVMs are fitted on.
 
   Attributes:
-    layers: names with commas between them, see `svm.svm_layers`.
-    costs: the name of the grid, of `svm.GRIDS`.
-    shots: all k, >= 1 (vissl: 1, 2, 4, 8, 16, 32, 64, 96).
-    num_draws: of the examples, for each k, >= 1 (vissl: 5).
+    layers: names separated by commas, see `svm.svm_layers`.
+    costs: name of the grid of costs, one of `svm.GRIDS`.
+    shots: the values of k, each >= 1 (vissl: 1, 2, 4, 8, 16, 32, 64, 96).
+    num_draws: number of draws of the examples for each k, >= 1 (vissl: 5).
 
   Raises:
-    UserError: an unknown grid, or a number out of range.
+    UserError: the grid is unknown, or a number is out of range.
   """
 
   layers: str
@@ -61,36 +62,41 @@ class LowShotSettings:
 
 def measure_low_shot(model: Model, train: Images, test: Images, settings: LowShotSettings, *, mesh: Mesh,
                      seed: int) -> Outcome:
-  """Returns the mean average precision of linear SVMs fitted on k images of a class and (C - 1) k others.
+  """Returns the mean average precision of linear SVMs fitted on k images of a class and (C - 1) k images without it.
 
-  Whole images, straight to a square. For each k, draw and class, images with it and without are drawn, those that
-  show it only as a difficult object never; other draws for each k, so that the examples for k = 1 need not be among
-  those for k = 2. There is no cross-validation: of each k the one cost is taken whose mean over classes and draws is
-  the highest on the held-out images, the first in the grid of equals. That is how vissl does it, and makes the
-  figures a little too good.
+  The features are those of whole images, resized to a square in one step. For each k, draw and class, images that show
+  the class and images that do not are drawn. Images that show the class only as a difficult object are never drawn.
+  Each k has its own draws, so the examples for k = 1 need not be among those for k = 2. There is no cross-validation.
+  For each k one cost is taken: the one with the highest mean over classes and draws on the held-out images, the first
+  in the grid of equals. vissl chooses in this way, too. The choice makes the figures slightly too high.
 
-  The figures: for each of `layers` `dim`, `num_not_converged` and `shots`, by k `mean`, `min`, `max` and `std` (over
-  the draws, with divisor their number) of the mean average precision, `draws` (each), `cost`; `best_layer`, that of
-  the highest mean over all k, and its `shots` again; `shots_left_out` and `classes_left_out` with the reason;
-  `cost_choice`, `grid`, `num_draws`, `seed`, `num_train`, `num_test`, `num_broken_train`, `num_broken_test`. Draws
-  follow from (seed, draw, class, k) and the number of training images alone.
+  The outcome's figures:
+
+  - `layers`: for each layer `dim` (D), `num_not_converged` and `shots`. `shots` holds, by k, the `mean`, `min`, `max`
+    and `std` over the draws of the mean average precision (`std` divides by the number of draws), the values of all
+    `draws`, and `cost`.
+  - `best_layer`: the layer with the highest mean over all k, with its `shots` once more.
+  - `shots_left_out` and `classes_left_out` with the reasons; `cost_choice`, `grid`, `num_draws`, `seed`, `num_train`,
+    `num_test`, `num_broken_train`, `num_broken_test`.
+
+  A draw depends on (seed, draw, class, k) and the number of training images alone.
 
   Args:
     model: the frozen network.
     train: the images that examples are drawn from.
-    test: the images that the SVMs are judged on.
-    settings: layers, grid, and how many examples.
+    test: the images that the SVMs are tested on.
+    settings: layers, grid, and numbers of examples.
     mesh: the devices.
     seed: any integer.
 
   Raises:
-    UserError: unknown layer, no labels, fewer than two classes, or too few images for every k.
+    UserError: a layer is unknown, there are no labels or fewer than two classes, or too few images for every k.
   """
   layers = svm_layers(model, settings.layers, image_size=train.image_size, field="low_shot.layers")
   shots = sorted(set(settings.shots))
   names = check_labels(train, test)
-  _plan(names, train.source.targets(), test.source.targets(), shots)  # before all that takes long
-  # A crop fraction of 1 leaves out the step between the image and the square.
+  _plan(names, train.source.targets(), test.source.targets(), shots)  # fails before the long work
+  # With a crop fraction of 1 the image is resized to the square in one step, see `crops.squash_resize`.
   fit_on, judge_on = (
     read_examples(model, dataclasses.replace(images, crop_fraction=1.0), mesh=mesh, layers=layers,
                   title=f"low-shot: features of {name} images")
@@ -130,18 +136,19 @@ def measure_low_shot(model: Model, train: Images, test: Images, settings: LowSho
 
 def draw_examples(targets: np.ndarray, index: np.ndarray, num_images: int, entropy: tuple[int, ...], *,
                   num_present: int, num_absent: int) -> np.ndarray:
-  """Returns i64[num_present + num_absent], rows of the images drawn.
+  """Returns i64[num_present + num_absent], the rows of the images that are drawn.
 
-  Every image of the set has a number by `entropy` alone (PCG64's stream, which numpy keeps the same for ever), and
-  those with the lowest are drawn: without one that cannot be read, the draw is the same but for it.
+  Every image of the set gets a random number that depends on `entropy` and the image's index alone. The numbers are
+  those of PCG64, whose stream numpy guarantees never to change. The images with the lowest numbers are drawn. If one
+  image cannot be read, the next one takes its place and the rest of the draw stays the same.
 
   Args:
-    targets: i8[N] of one class; 1 and 0 are drawn from, -1 never.
-    index: i32[N], the images' places in the set.
-    num_images: of the set.
+    targets: i8[N] of one class; images with 1 or 0 can be drawn, images with -1 never are.
+    index: i32[N], the indices of the images in the set.
+    num_images: number of images in the set.
     entropy: whole numbers.
-    num_present: drawn of the images that show the class, at most as many as there are.
-    num_absent: of those that do not.
+    num_present: number of images to draw that show the class; there must be as many.
+    num_absent: number of images to draw that do not show the class.
   """
   numbers = np.random.PCG64([number % 2**64 for number in entropy]).random_raw(num_images)[index]
   drawn = []
@@ -152,10 +159,10 @@ def draw_examples(targets: np.ndarray, index: np.ndarray, num_images: int, entro
 
 
 def _plan(names, train, test, shots):
-  """Returns (classes, those of `shots` for which each class has examples enough, the reasons why others are left out).
+  """Returns (classes, values of `shots` for which every class has enough examples, reasons for the other values).
 
   Raises:
-    UserError: fewer than two classes, or no k is left.
+    UserError: fewer than two classes can be used, or no k is left.
   """
   classes = choose_classes(names, train, test, least=1)
   if len(classes.judged) < 2:
@@ -180,14 +187,14 @@ def _judge_layer(fit_on: Examples, judge_on: Examples, layer: str, labels: Seque
 
   Args:
     fit_on: the images that examples are drawn from.
-    judge_on: the images that the SVMs are judged on.
-    layer: of their features.
-    labels: of the classes that are judged.
-    possible: all k.
-    settings: the grid, and how many draws.
-    num_images: of the set that `fit_on` is of.
+    judge_on: the images that the SVMs are tested on.
+    layer: name of the layer.
+    labels: of the classes that are tested.
+    possible: the values of k.
+    settings: the grid, and the number of draws.
+    num_images: number of images in the set that `fit_on` belongs to.
     seed: of the draws.
-    on_fits: called with the number of fits that have been done since.
+    on_fits: called with the number of fits since its last call.
   """
   costs = GRIDS[settings.costs]
   features, judged_features = (unit_rows(part.features[layer]) for part in (fit_on, judge_on))
@@ -212,7 +219,7 @@ def _judge_layer(fit_on: Examples, judge_on: Examples, layer: str, labels: Seque
 
 
 def _summary(precision: np.ndarray, costs: Sequence[float]) -> dict:
-  """Returns the figures of one k by f64[draws, G], means over the classes, at the cost of the highest mean."""
+  """Returns the figures of one k at the cost with the highest mean; `precision` f64[draws, G] is a mean of classes."""
   choice = int(precision.mean(axis=0).argmax())
   draws = precision[:, choice]
   return {"mean": float(draws.mean()), "min": float(draws.min()), "max": float(draws.max()), "std": float(draws.std()),

@@ -1,7 +1,9 @@
-"""Nearest neighbours of some images, for people to look at, and mean average precision where there are labels.
+"""Image retrieval: a plot with the nearest neighbours of some images and, if there are labels, mean average precision.
 
-A gallery image is relevant to a query if it has the query's label. Letters: Q queries, N gallery images, D numbers
-of a vector, n neighbours.
+A gallery image is relevant to a query if the two have the same label.
+
+Letters: Q queries, N gallery images, m M images of a part or block, D numbers of a vector, n neighbours, H side of an
+image in pixels.
 """
 
 import contextlib
@@ -36,27 +38,29 @@ from pirl_jax.runtime.progress import Progress
 from pirl_jax.storage.checkpoints import Checkpoints
 
 DEPTH = 50
-"""Neighbours up to which precision is told."""
+"""Largest number of neighbours for which the precision is reported."""
 
 QUERIES = 256
 SCORES = 2**28
-"""Queries ranked at a time, fewer where so many similarities to the gallery would stand in memory (1 GiB)."""
+"""QUERIES queries are ranked at a time; fewer, if their similarities to the gallery would be more than SCORES numbers
+(1 GiB)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalSettings:
-  """What is sought, among what, and how much of it is shown.
+  """The queries, the gallery, and how much of the result the plot shows.
 
   Attributes:
-    layer: one of `layers.layer_names`, or "embedding". With a bank it is "embedding" in any case.
-    gallery: "features" of the training images, or "bank": the run's memory bank.
-    queries: "train" or "test" images; None: test, if there are any.
-    num_queries: so many readable images, chosen by the seed, the same on every machine; all if there are fewer.
-    num_shown: of them on the PNG.
-    num_neighbours: of each on the PNG.
+    layer: one of `layers.layer_names`, or "embedding". With the gallery "bank" the layer is always "embedding".
+    gallery: "features" of the training images, or "bank" for the rows of the run's memory bank.
+    queries: "train" or "test" images; None takes the test images if there are any, else the training images.
+    num_queries: number of queries. The seed chooses them among the images that can be read, the same ones on every
+      machine; if there are fewer images, all are taken.
+    num_shown: number of queries in the plot.
+    num_neighbours: number of neighbours of each query in the plot.
 
   Raises:
-    UserError: an unknown gallery, or a number below 1.
+    UserError: the gallery is unknown, or a number is below 1.
   """
 
   layer: str
@@ -75,13 +79,13 @@ class RetrievalSettings:
 
 
 class Vectors(NamedTuple):
-  """Queries or a part of the gallery.
+  """The vectors of the queries, or of a part of the gallery.
 
   Attributes:
     rows: f32[m, D], unit norm.
-    index: i32[m], the records' numbers.
-    labels: i32[m]; -1: unlabelled.
-    num_broken: images that could not be read, up to the last one.
+    index: i32[m], the indices of the records.
+    labels: i32[m]; -1 for an image without a label.
+    num_broken: number of images that could not be read, among those up to the last image of `rows`.
   """
 
   rows: np.ndarray
@@ -91,15 +95,15 @@ class Vectors(NamedTuple):
 
 
 class Found(NamedTuple):
-  """What the search of the gallery gives.
+  """The result of the search in the gallery.
 
   Attributes:
-    similarity: f32[Q, n], nearest first.
-    ids: i32[Q, n], the records' numbers.
-    labels: i32[N], by the record's number; -1: unlabelled or not read.
-    blocks: the gallery's vectors, see `_ranking_precisions`; empty without labels.
-    num_gallery: images that could be read.
-    num_broken: those that could not.
+    similarity: f32[Q, n], cosine similarities in [-1, 1], the nearest neighbour first.
+    ids: i32[Q, n], the indices of the neighbours' records.
+    labels: i32[N], by record; -1 for an image without a label or an image that could not be read.
+    blocks: the gallery's vectors, see `_ranking_precisions`; empty if there are no labels.
+    num_gallery: number of gallery images that could be read.
+    num_broken: number of gallery images that could not be read.
   """
 
   similarity: np.ndarray
@@ -113,35 +117,43 @@ class Found(NamedTuple):
 def measure_retrieval(model: Model, gallery: Images, queries: Images, settings: RetrievalSettings, *, mesh: Mesh,
                       bank: np.ndarray | None, seed: int, same_split: bool,
                       plot_path: str | os.PathLike) -> Outcome:
-  """Returns how well an image finds its like by cosine similarity; writes some queries and what they found as a PNG.
+  """Searches the gallery for the images most similar to each query, and returns how good the results are.
 
-  The figures: `queries`, those shown, each with `name`, `index`, `class` and `neighbours` (the same and `similarity`,
-  nearest first); `mean_similarity_of_nearest` over all queries, in [-1, 1]; `num_queries`, `num_gallery`,
-  `num_broken_queries`, `num_broken_gallery`, `gallery` ("features" or "bank"), `layer`, `dim`, `similarity`, `seed`,
-  `written` (the PNG).
+  Similarity is the cosine similarity of the vectors. A PNG shows some queries with their nearest neighbours.
 
-  With labels, in [0, 1] and over the `num_judged` queries that have a relevant image in the gallery:
-  `mean_average_precision` (average precision as in information retrieval, over the whole ranking: the mean, over the
-  relevant images, of the precision at their rank; equals by lower index) and `precision_at` 1, 5, 10, ... neighbours.
-  `labels` is "classes", or says why these figures are left out; then the table holds the mean similarity instead, and
-  there is no curve.
+  The outcome's figures:
 
-  With labels the gallery's vectors stand in the host's memory, 10 GB for those of a ResNet-50 on ImageNet; similarities
-  of all queries to all images never do.
+  - `queries`: the queries in the plot, each with `name`, `index`, `class` and `neighbours`; each neighbour has the same
+    entries and `similarity`, the nearest first.
+  - `mean_similarity_of_nearest` over all queries, in [-1, 1].
+  - `num_queries`, `num_gallery`, `num_broken_queries`, `num_broken_gallery`, `gallery` ("features" or "bank"), `layer`,
+    `dim` (D), `similarity`, `seed`, `written` (the PNG).
+  - `labels`: "classes", or the reason why there are no figures with labels. In that case the table holds the mean
+    similarity instead, and there is no curve.
+
+  With labels there are more figures, over the `num_judged` queries that have a relevant image in the gallery:
+
+  - `mean_average_precision` in [0, 1], over the whole ranking. As usual in information retrieval, the average precision
+    is the mean over the relevant images of the precision at their rank; of equals the lower index ranks first.
+  - `precision_at` 1, 5, 10, ... neighbours, in [0, 1].
+
+  With labels the gallery's vectors are in the host's memory: 10 GB for a ResNet-50 on ImageNet. The similarities of all
+  queries to all images are never in memory at once.
 
   Args:
     model: the frozen network.
-    gallery: the images that are found.
-    queries: the images for which others are sought.
+    gallery: the images that are searched.
+    queries: the images whose neighbours are searched.
+    settings: layer, gallery, and numbers of queries and neighbours; `settings.queries` is not used here.
     mesh: the devices.
-    bank: f32[N, D], the memory bank's rows in the order of the gallery's images, instead of their features; a row of
-      zeros (an image that could not be read) is never found. None: features.
+    bank: f32[N, D], the rows of the memory bank in the order of the gallery's images, used instead of their features.
+      A row of zeros belongs to an image that could not be read and is never found. None uses features.
     seed: any integer.
-    same_split: queries and gallery are the same images; then none finds itself.
-    plot_path: the PNG, written by the first process; its folder is created.
+    same_split: True if queries and gallery are the same images; then no query finds itself.
+    plot_path: path of the PNG, which the first process writes; its folder is created.
 
   Raises:
-    UserError: unknown layer, a bank of other images, or no readable images.
+    UserError: the layer is unknown, the bank belongs to other images, or no image can be read.
   """
   layer = settings.layer if bank is None else EMBEDDING
   check_features(model, (layer,), image_size=gallery.image_size, field="retrieval.layer")
@@ -196,12 +208,15 @@ def _why_no_labels(gallery: Source, queries: Source) -> str:
 
 
 def _read_queries(model, queries, *, mesh, layer, num_queries, seed) -> Vectors:
-  """Returns the first readable images by the hash of their number: no generator whose draws could change."""
+  """Returns the vectors of the first `num_queries` readable images, in the order of a hash of (seed, index).
+
+  A hash is used instead of a random generator, whose draws may change between versions.
+  """
   order = shuffled(range(len(queries)), seed=seed)
   chosen = dataclasses.replace(queries, source=Subset(queries.source, order))
   parts, num_read = [], 0
   with (Progress("retrieval: queries", min(num_queries, len(queries))) as progress,
-        contextlib.closing(chosen.test_batches()) as batches):  # mostly left long before its end
+        contextlib.closing(chosen.test_batches()) as batches):  # usually closed long before its end
     for part in stream_features(layer_features(model.network, (layer,)), model.variables, batches, mesh):
       count = min(len(part.index), num_queries - num_read)
       parts.append((unit_norm(part.features[layer][:count]), part.index[:count], part.labels[:count]))
@@ -212,12 +227,13 @@ def _read_queries(model, queries, *, mesh, layer, num_queries, seed) -> Vectors:
   if not num_read:
     raise UserError(f"none of the {len(queries)} query images can be read")
   rows, place, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-  num_met = place[-1] + 1 if num_read == num_queries else len(order)  # not those behind, which a large batch reads too
+  # Images after the last query do not count, although the last batch may have read them.
+  num_met = place[-1] + 1 if num_read == num_queries else len(order)
   return Vectors(rows, np.asarray(order)[place], labels, int(num_met) - num_read)
 
 
 def _read_gallery(model, gallery, bank, *, mesh, layer, labelled) -> Iterator[Vectors]:
-  """Yields the gallery part by part, by rising index."""
+  """Yields the vectors of the gallery part by part, in ascending order of the index."""
   if bank is None:
     for part in stream_features(layer_features(model.network, (layer,)), model.variables, gallery.test_batches(), mesh):
       yield Vectors(unit_norm(part.features[layer]), part.index, part.labels, part.num_broken)
@@ -232,21 +248,21 @@ def _read_gallery(model, gallery, bank, *, mesh, layer, labelled) -> Iterator[Ve
 
 def _search(asked: Vectors, parts: Iterator[Vectors], num_images: int, *, depth: int, same_split: bool, keep: bool,
             mesh: Mesh) -> Found:
-  """Returns the neighbours of each query, at most `depth`.
+  """Returns the neighbours of each query, at most `depth` of them.
 
   Args:
     asked: the queries.
-    parts: the gallery, by rising index.
-    num_images: of the gallery, those that cannot be read among them.
-    depth: n, or fewer in a small gallery.
-    same_split: no query finds itself.
-    keep: the gallery's vectors are returned, too.
+    parts: the gallery, in ascending order of the index.
+    num_images: number of images in the gallery, including those that cannot be read.
+    depth: the largest n; a small gallery gives fewer neighbours.
+    same_split: True if queries and gallery are the same images; then no query finds itself.
+    keep: True returns the gallery's vectors, too.
     mesh: the devices.
 
   Raises:
-    UserError: the gallery has no image to be found.
+    UserError: the gallery has no image that could be found.
   """
-  # One more than needed, to leave out the query itself.
+  # With `same_split` one more neighbour is searched, because the query itself is left out afterwards.
   depth = min(depth, num_images - same_split)
   nearest = Nearest(asked.rows, k=depth + same_split, mesh=mesh)
   labels = np.full(num_images, -1, np.int32)
@@ -276,8 +292,11 @@ def _search(asked: Vectors, parts: Iterator[Vectors], num_images: int, *, depth:
 
 
 def _precisions(asked: Vectors, found: Found, *, same_split: bool, mesh: Mesh) -> tuple[int, float, np.ndarray]:
-  """Returns how many queries have a relevant image in the gallery, the mean of their average precisions, and their
-  precision at 1, 2, ... neighbours, f64[n]; (0, NaN, nothing) if there is none."""
+  """Returns (number of queries, mean average precision, precision at 1, 2, ... neighbours f64[n]).
+
+  Only queries with a relevant image in the gallery count. If there is no such query, the result is
+  (0, NaN, an empty array).
+  """
   own = asked.index if same_split else np.full(len(asked.index), -1)
   precision = _ranking_precisions(asked, own, found.blocks, found.labels, mesh=mesh)
   judged = np.isfinite(precision)
@@ -289,19 +308,20 @@ def _precisions(asked: Vectors, found: Found, *, same_split: bool, mesh: Mesh) -
 
 
 def _without(neighbours: Neighbours, own: np.ndarray) -> Neighbours:
-  """Leaves out each query itself, or where it was not found the last neighbour."""
+  """Returns the neighbours without the query itself, or without the last neighbour if the query is not among them."""
   keep = neighbours.ids != own[:, None]
   keep[keep.all(axis=1), -1] = False
   return Neighbours(*(x[keep].reshape(len(x), -1) for x in neighbours))
 
 
 def _ranking_precisions(asked: Vectors, own, blocks, labels, *, mesh) -> np.ndarray:
-  """Returns f64[Q], NaN for a query without a label or without a relevant image in the gallery.
+  """Returns the average precision of each query, f64[Q]; NaN for a query without a label or a relevant gallery image.
 
   Args:
     asked: the queries.
-    own: i32[Q], the gallery image that each query is; -1: none.
-    blocks: (f32[M, D], i32[M]) pairs, the gallery by rising index; index -1 is padding.
+    own: i32[Q], the gallery index of each query's own image; -1 if the query is not in the gallery.
+    blocks: (f32[M, D], i32[M]) pairs of vectors and indices: the gallery in ascending order of the index; index -1 is
+      padding.
     labels: i32[N], by index.
     mesh: the devices.
   """
@@ -325,12 +345,13 @@ def _ranking_precisions(asked: Vectors, own, blocks, labels, *, mesh) -> np.ndar
 
 
 def ranking_precision(similarity: np.ndarray, relevant: np.ndarray) -> float:
-  """Returns the average precision as in information retrieval, in (0, 1].
+  """Returns the average precision of one query in (0, 1], as defined in information retrieval.
 
-  It is the mean, over the relevant items, of the share of relevant ones among those ranked no lower.
+  The average precision is the mean, over the relevant items, of the precision at the item's rank: the share of relevant
+  items among all items up to this rank.
 
   Args:
-    similarity: f32[N]; the ranking falls with it, equals stay in their order.
+    similarity: f32[N]; the most similar item ranks first, and equal items keep their order.
     relevant: bool[N], at least one True.
   """
   ranking = np.argsort(-similarity, kind="stable")
@@ -340,7 +361,7 @@ def ranking_precision(similarity: np.ndarray, relevant: np.ndarray) -> float:
 
 @functools.cache
 def _make_score(mesh):
-  """Returns score(queries f32[Q, D], references f32[M, D]) -> f32[Q, M], as `Nearest` scores."""
+  """Returns score(queries f32[Q, D], references f32[M, D]) -> similarities f32[Q, M], equal to those of `Nearest`."""
   def device_score(queries, references):
     return jnp.matmul(queries, references.T, precision=lax.Precision.HIGHEST)
 
@@ -349,7 +370,7 @@ def _make_score(mesh):
 
 
 def _describe(gallery, queries, asked, found, *, num_shown, num_neighbours):
-  """Returns the queries shown, with their neighbours, as JSON values."""
+  """Returns the queries of the plot with their neighbours, as JSON values."""
   def describe(source, index, label):
     return {"name": source.image_name(int(index)), "index": int(index),
             "class": source.class_names[label] if label >= 0 else None}
@@ -377,7 +398,7 @@ def _save_plot(path, gallery, queries, figures):
 
 
 def _read_images(of: Images, index) -> np.ndarray:
-  """Returns u8[len(index), H, H, 3] under the test transform, black where an image cannot be read."""
+  """Returns u8[len(index), H, H, 3], the images under the test transform; an image that cannot be read is black."""
   batches = dataclasses.replace(of, source=Subset(of.source, index), batch_size=len(index)).test_batches()
   return np.concatenate([batch["image"] for batch in batches])
 
@@ -396,7 +417,7 @@ def _measure(evaluation: Evaluation) -> Outcome:
 
 
 def _check(evaluation: Evaluation) -> None:
-  """Raises UserError for an unknown layer, or a memory bank that is not there or of other images."""
+  """Raises UserError if the layer is unknown, or if the memory bank is missing or belongs to other images."""
   check_features(evaluation.subject.model, (evaluation.settings.layer,), image_size=evaluation.train.image_size,
                  field="retrieval.layer")
   if evaluation.settings.gallery == "bank":

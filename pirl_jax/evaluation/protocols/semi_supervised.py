@@ -1,15 +1,16 @@
-"""Semi-supervised learning: the whole network, fine-tuned on a share of the labels (PIRL section 3.3).
+"""Semi-supervised learning: the whole network is fine-tuned on a share of the labels (PIRL section 3.3).
 
-The procedure is that of NPID (arXiv 1805.01978, section 4.3), which the paper follows: a new linear layer on the pooled
-features, SGD with momentum on all parameters, 70 epochs from a rate of 0.01, divided by ten every 30 epochs; vissl
-(configs/config/benchmark/semi_supervised/imagenet1k/) has other milestones and Nesterov. Augmentation is random crop
-and flip.
+The paper follows the procedure of NPID (arXiv 1805.01978, section 4.3): a new linear layer on the pooled features, and
+SGD with momentum on all parameters for 70 epochs. The learning rate starts at 0.01 and is divided by ten every 30
+epochs. vissl (configs/config/benchmark/semi_supervised/imagenet1k/) has other milestones and Nesterov momentum. The
+augmentation is random crop and flip.
 
-Batch norm trains: with the statistics of the batch over all devices, so that their number changes nothing (vissl's are
-of each GPU's part), and its running statistics move; they judge the test images. An image that cannot be read has no
-weight in the loss, but its black image takes part in the batch's statistics, as in pre-training.
+Batch norm is in training mode. It uses the statistics of the batch over all devices, so the number of devices does not
+matter (in vissl each GPU uses the statistics of its own part). Its running statistics are updated, and they are used
+for the test images. An image that cannot be read has no weight in the loss. It is replaced by a black image, which does
+take part in the statistics of the batch, as in pre-training.
 
-Letters: B batch of all devices, b this device's part, N images, L classes, H W sides.
+Letters: B batch of all devices, b this device's part of the batch, N images, L classes, H W sides in pixels.
 """
 
 import dataclasses
@@ -46,11 +47,11 @@ from pirl_jax.views.normalisation import normalise
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SemiSupervisedSettings(training.TrainingSettings):
-  """How the network is fine-tuned, see `TrainingSettings`, and on which labels.
+  """How the network is fine-tuned (see `TrainingSettings`), and on which labels.
 
   Attributes:
-    fractions: shares of the labels, in (0, 1]; a smaller subset is part of a larger one.
-    balanced: the same share of every class instead of a plain draw.
+    fractions: shares of the labels, each in (0, 1]; a smaller subset is part of a larger one.
+    balanced: True draws the same share of every class; False draws from all images alike.
   """
 
   group: ClassVar[str] = "semi_supervised"
@@ -65,37 +66,41 @@ class SemiSupervisedSettings(training.TrainingSettings):
   def as_used(self, seed: int) -> dict[str, Any]:
     """Returns the settings and the seed for a result file."""
     used = super().as_used(seed)
-    del used["fractions"]  # which stand in the figures themselves
+    del used["fractions"]  # the figures themselves name the shares
     return used
 
 
 def measure_semi_supervised(model: Model, train: Images, test: Images, settings: SemiSupervisedSettings, *,
                             mesh: Mesh, seed: int, snapshot_folder: str | os.PathLike) -> Outcome:
-  """Returns top-1 and top-5 on the test images after fine-tuning on each share of the labels.
+  """Returns top-1 and top-5 accuracy on the test images after fine-tuning on each share of the labels.
 
-  Every share starts from `model`, which is not changed. What is judged is the network after the last epoch: nothing is
-  chosen on the test images. Interrupted, the same call goes on from its last snapshot, and a share that was finished
-  is not trained again.
+  Every share starts from `model`, which is not changed. The network after the last epoch is tested; nothing is chosen
+  on the test images. If the call was interrupted, the same call resumes from its last snapshot. A share that was
+  finished is not trained again.
 
-  The outcome's figures are `num_test`, `num_broken_test`, `num_labelled`, `num_classes`, `settings` and, by share,
-  `fractions`: `top1`, `top5` in [0, 1], `num_images`, `num_classes_seen` (classes with an image in the subset),
-  `batch_size` and `learning_rate` as used (a subset that fills no batch has batches of the largest power of two that it
-  fills), `steps`, `train_loss` (mean of the last epoch, in nats), `num_broken` (images met in the last epoch that
-  cannot be read), and of the subset `digest`, `indices` and `files` (the last two None for a share of 1, which is every
-  labelled image).
+  The outcome's figures are `num_test`, `num_broken_test`, `num_labelled`, `num_classes`, `settings` and `fractions`.
+  `fractions` holds for each share:
+
+  - `top1` and `top5` in [0, 1]; `num_images`; `num_classes_seen` (classes with an image in the subset).
+  - `batch_size` and `learning_rate` as used. If the subset is smaller than a batch, the batch size is the largest power
+    of two that the subset fills.
+  - `steps`; `train_loss` (mean of the last epoch, in nats); `num_broken` (images of the last epoch that could not be
+    read).
+  - `digest`, `indices` and `files` of the subset; `indices` and `files` are None for a share of 1, which is every
+    labelled image.
 
   Args:
     model: the pre-trained network; its heads are dropped.
     train: labelled images, from which the subsets are drawn, see `draw_subset`.
-    test: labelled images of the same classes, judged by their centre crop.
-    settings: of the subsets and the training; weight decay is on kernels, not on batch norm and biases.
-    mesh: the devices; their number divides every batch.
-    seed: of subsets, new layer, order and crops.
-    snapshot_folder: holds what is not finished; belongs to exactly these arguments, and the caller deletes it.
+    test: labelled images of the same classes; their centre crops are classified.
+    settings: of the subsets and the training; weight decay acts on kernels, not on batch norm and biases.
+    mesh: the devices; their number must divide every batch size.
+    seed: of the subsets, the new layer's initial values, the order of the images and the crops.
+    snapshot_folder: holds unfinished work. No call with other arguments may use it; the caller deletes it.
 
   Raises:
-    UserError: labels are missing or of other classes, a share leaves no image, a batch cannot be split over the
-      devices (all before anything compiles), no image of a subset can be read, or the loss is not finite.
+    UserError: labels are missing or of other classes, a share leaves no image, the devices cannot share a batch (all
+      before anything compiles), no image of a subset can be read, or the loss is not finite.
   """
   labels = classification.read_labels(train, test, protocol="semi_supervised")
   fractions = sorted(set(map(float, settings.fractions)))
@@ -123,7 +128,7 @@ def measure_semi_supervised(model: Model, train: Images, test: Images, settings:
     if jax.process_index() == 0:
       write_json(finished, found[str(fraction)])
 
-  # The same for every share: the images are.
+  # These two counts are the same for every share, because the test images are the same.
   counts = [{name: figures.pop(name) for name in ("num_test", "num_broken_test")} for figures in found.values()][0]
   table = {f"{_share(fraction)}, {top}": found[str(fraction)][top.replace("-", "")]
            for fraction in fractions for top in ("top-1", "top-5")}
@@ -136,14 +141,14 @@ def measure_semi_supervised(model: Model, train: Images, test: Images, settings:
 
 
 def fine_tuning_step(classifier: Classifier, optimizer: optax.GradientTransformation) -> Callable:
-  """Returns device_step(state, frozen, batch) -> (state, losses, num_read) of the whole network.
+  """Returns device_step(state, frozen, batch) -> (state, losses, num_read), for `training.make_classifier_step`.
 
-  It is for `training.make_classifier_step`; nothing is frozen. `state` is {"params", "batch_stats", "opt_state"}.
-  `batch` holds image u8[b, H, W, 3], label i32[b] and valid bool[b]. The only loss, {"": f32[]}, is the mean
-  cross-entropy.
+  The step trains the whole network; `frozen` is not used. `state` is {"params", "batch_stats", "opt_state"}. `batch`
+  holds image u8[b, H, W, 3], label i32[b] and valid bool[b]. The only loss, {"": f32[]}, is the mean cross-entropy in
+  nats.
 
   Args:
-    classifier: its batch norm over the mesh axis.
+    classifier: the network; its batch norm works over the mesh axis.
     optimizer: of all parameters.
   """
   def device_step(state, frozen, batch):
@@ -153,9 +158,9 @@ def fine_tuning_step(classifier: Classifier, optimizer: optax.GradientTransforma
         {"params": params, "batch_stats": state["batch_stats"]}, normalise(batch["image"]), train=True,
         mutable=["batch_stats"])
       weight = batch["valid"].astype(jnp.float32)  # [b]
-      # A label of -1 belongs to an image without weight, and must only not disturb.
+      # An image that cannot be read may have the label -1. Its weight is 0; any valid label will do.
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch["label"], 0))
-      # Both sums are over all devices, so the mean is that of the batch however it is split, and so is its gradient.
+      # Both sums are over all devices. So the mean and its gradient are those of the whole batch, however it is split.
       total, num_read = jax.lax.psum((jnp.sum(losses * weight), jnp.sum(weight)), AXIS)
       return total / jnp.maximum(num_read, 1), (num_read, updated["batch_stats"])
 
@@ -169,7 +174,7 @@ def fine_tuning_step(classifier: Classifier, optimizer: optax.GradientTransforma
 
 def _fine_tune(model: Model, train: Images, indices: np.ndarray, settings: SemiSupervisedSettings, *, mesh: Mesh,
                seed: int, folder: Path, title: str) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns the classifier's variables after the last step, and figures of the training."""
+  """Returns (the classifier's variables after the last step, figures of the training)."""
   steps_per_epoch = batches.steps_per_epoch(len(indices), settings.batch_size)
   optimizer = create_optimizer(training.falling_rate(settings, steps_per_epoch), momentum=settings.momentum,
                                weight_decay=settings.weight_decay, nesterov=settings.nesterov)
@@ -211,7 +216,7 @@ def _judge(trunk: ResNet, variables: dict[str, Any], test: Images, num_classes: 
           "num_broken_test": found.num_broken}
 
 
-# Kept, so that the test images of every share go through one program.
+# Cached, so that all shares use one compiled program for the test images.
 @functools.cache
 def _forward_fn(trunk, num_classes):
   classifier = Classifier(trunk, num_classes)
@@ -223,7 +228,11 @@ def _share(fraction):
 
 
 def _with_batches(settings, num_images, fraction, mesh):
-  """Returns the settings with the batch size asked for, or the largest power of two that a smaller subset fills."""
+  """Returns the settings with the batch size to use.
+
+  The batch size stays as it is if the subset fills a batch. Otherwise it is the largest power of two that the subset
+  fills.
+  """
   if settings.batch_size <= num_images:
     training.check_divides(settings, mesh)
     return settings

@@ -1,6 +1,8 @@
-"""Linear SVMs on frozen features, each class against the rest: the paper's protocol for VOC07, on any labels.
+"""Linear one-vs-rest SVMs on frozen features: the paper's protocol for VOC07, for any labelled images.
 
-After vissl (vissl/utils/svm_utils/svm_trainer.py) and the benchmark that the paper used (arXiv 1905.01235, appendix).
+The procedure follows vissl (vissl/utils/svm_utils/svm_trainer.py) and the benchmark that the paper used (arXiv
+1905.01235, appendix).
+
 Letters: N training images, M held-out images, D numbers of a feature, C classes, G costs.
 """
 
@@ -28,33 +30,33 @@ from pirl_jax.models.network import Model
 from pirl_jax.runtime.progress import Progress
 
 PAPER_COSTS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, *(2.0**-power for power in range(4, 20)))
-"""The grid of fair_self_supervision_benchmark, which the paper used."""
+"""The costs C of fair_self_supervision_benchmark, which the paper used."""
 
 VISSL_COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)
 
 GRIDS = {"paper": PAPER_COSTS, "vissl": VISSL_COSTS}
 
 SMALL_IMAGES = 96
-"""Pixels up to which SVMs are fitted on the pooled features alone, if no layer is named."""
+"""If no layer is named, SVMs of images up to this size in pixels are fitted on the pooled features alone."""
 
 MAX_ITER = 2_000
-"""Iterations after which a fit ends without having converged."""
+"""Largest number of iterations of a fit; a fit that needs more has not converged."""
 
 MEMORY = 2**34
-"""Bytes that the fits at work at the same time may take together; at least one always runs."""
+"""Bytes that all fits running at the same time may take together; one fit always runs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SvmSettings:
-  """What the SVMs are fitted on, and how their cost is chosen.
+  """Which layers the SVMs are fitted on, and how their cost is chosen.
 
   Attributes:
-    layers: names with commas between them, see `svm_layers`.
-    costs: the name of the grid, of `GRIDS`.
-    num_folds: of the cross-validation, >= 2 (vissl: 3).
+    layers: names separated by commas, see `svm_layers`.
+    costs: name of the grid of costs, one of `GRIDS`.
+    num_folds: number of folds of the cross-validation, >= 2 (vissl: 3).
 
   Raises:
-    UserError: an unknown grid, or too few folds.
+    UserError: the grid is unknown, or there are too few folds.
   """
 
   layers: str
@@ -73,8 +75,8 @@ class Examples(NamedTuple):
   Attributes:
     features: f32[N, D] by layer.
     targets: i8[N, C], see `Source.targets`.
-    index: i32[N], the records' numbers, rising.
-    num_broken: images left out because they could not be read.
+    index: i32[N], the indices of the records, in ascending order.
+    num_broken: number of images that were left out because they could not be read.
   """
 
   features: dict[str, np.ndarray]
@@ -84,12 +86,12 @@ class Examples(NamedTuple):
 
 
 class Classes(NamedTuple):
-  """What `choose_classes` returns.
+  """The classes that can be used, from `choose_classes`.
 
   Attributes:
-    fitted: the labels with enough examples to fit on, rising.
-    judged: those of them that a held-out image shows.
-    left_out: the reason why the other classes are not judged, by name.
+    fitted: the labels with enough training examples for a fit, in ascending order.
+    judged: the labels of `fitted` that at least one held-out image shows; only these get an average precision.
+    left_out: for every other class, by its name, the reason why it gets no average precision.
   """
 
   fitted: list[int]
@@ -98,12 +100,12 @@ class Classes(NamedTuple):
 
 
 class Machines(NamedTuple):
-  """One class against the rest, once for each cost.
+  """The fitted SVMs of one class against the rest, one for each cost.
 
   Attributes:
     weight: f64[D, G].
     bias: f64[G].
-    num_unfinished: of the G, those that did not converge.
+    num_unfinished: number of the G fits that did not converge.
   """
 
   weight: np.ndarray
@@ -111,42 +113,48 @@ class Machines(NamedTuple):
   num_unfinished: int
 
   def decide(self, features: np.ndarray) -> np.ndarray:
-    """Returns f64[G, n] of features f64[n, D]: above 0 where the class is said to be present."""
+    """Returns the decision values f64[G, n] of features f64[n, D]; above 0 means that the class is present."""
     return (features @ self.weight + self.bias[None, :]).T
 
 
 def measure_svm(model: Model, train: Images, test: Images, settings: SvmSettings, *, mesh: Mesh, seed: int) -> Outcome:
   """Returns the mean average precision of linear SVMs on the features of each layer.
 
-  Whole images, squashed to a square (`crops.squash_resize`, with the images' crop fraction). The cost of a class is
-  chosen by cross-validation (stratified, not shuffled): that of the highest mean of scikit-learn's average precision,
-  the first in the grid of equals. With it the SVM is fitted on all training images. What is there as a difficult
-  object alone counts as absent in training, and in the end such images are left out of the class's average precision,
-  which is that of `average_precision`.
+  The features are those of whole images, stretched to a square (`crops.squash_resize`, with the images' crop fraction).
+  The cost of a class is chosen by cross-validation, stratified and not shuffled: the cost with the highest mean of
+  scikit-learn's average precision, the first in the grid of equals. With this cost the SVM is fitted on all training
+  images. In training, an image that shows a class only as a difficult object counts as an image without the class. In
+  the test, such an image is left out of the average precision of the class (see `average_precision`).
 
-  The figures: for each of `layers` `mean_average_precision`, `average_precision` and `costs` by class name, `dim`,
-  `num_not_converged` (of the fits, see `MAX_ITER`) and, with one label an image, `top1` (the class with the largest
-  decision value); those of `best_layer` again (`mean_average_precision`, `top1`); `classes_left_out` with the reason;
-  `grid`, `num_folds`, `num_train`, `num_test`, `num_broken_train`, `num_broken_test`. Nothing is random; the number of
-  devices and threads and the batch size change nothing but the rounding of features.
+  The outcome's figures:
 
-  The features of all layers stand in the host's memory: 1.8 GB for the five maps of a ResNet-50 and VOC07.
+  - `layers`: for each layer `mean_average_precision`, `average_precision` and `costs` by class name, `dim` (D),
+    `num_not_converged` (number of fits, see `MAX_ITER`) and, if each image has one label, `top1` (the predicted class
+    is the one with the largest decision value).
+  - `best_layer`, with its `mean_average_precision` and `top1` once more.
+  - `classes_left_out` with the reasons; `grid`, `num_folds`, `num_train`, `num_test`, `num_broken_train`,
+    `num_broken_test`.
+
+  Nothing is random. The number of devices, the number of threads and the batch size change only the rounding of the
+  features.
+
+  The features of all layers are in the host's memory: 1.8 GB for the five maps of a ResNet-50 and VOC07.
 
   Args:
     model: the frozen network.
     train: the images that the SVMs are fitted on.
-    test: the images that they are judged on.
+    test: the images that the SVMs are tested on.
     settings: layers, grid and folds.
     mesh: the devices.
-    seed: LinearSVC's random_state; the solver used draws nothing.
+    seed: LinearSVC's random_state; the solver that is used draws no random numbers.
 
   Raises:
-    UserError: unknown layer, no labels, or no class with images enough.
+    UserError: a layer is unknown, there are no labels, or no class has enough images.
   """
   layers = svm_layers(model, settings.layers, image_size=train.image_size, field="svm.layers")
   costs, num_folds = GRIDS[settings.costs], settings.num_folds
   names = check_labels(train, test)
-  choose_classes(names, train.source.targets(), test.source.targets(), least=num_folds)  # before all that takes long
+  choose_classes(names, train.source.targets(), test.source.targets(), least=num_folds)  # fails before the long work
   fit_on = read_examples(model, train, mesh=mesh, layers=layers, title="SVM: features of training images")
   judge_on = read_examples(model, test, mesh=mesh, layers=layers, title="SVM: features of held-out images")
   classes = choose_classes(names, fit_on.targets, judge_on.targets, least=num_folds)
@@ -168,7 +176,7 @@ def measure_svm(model: Model, train: Images, test: Images, settings: SvmSettings
         "dim": fit_on.features[layer].shape[1],
         "num_not_converged": num_unfinished,
       }
-  best = max(layers, key=lambda layer: found[layer]["mean_average_precision"])  # of equals the first
+  best = max(layers, key=lambda layer: found[layer]["mean_average_precision"])  # the first of equals
   summary = {name: found[best][name] for name in ("mean_average_precision", "top1") if name in found[best]}
   figures = {
     **summary,
@@ -198,10 +206,13 @@ def check_grid(name: str, *, field: str) -> None:
 
 
 def svm_layers(model: Model, names: str, *, image_size: int, field: str) -> tuple[str, ...]:
-  """Returns the layers that SVMs are fitted on: those named; else the pooled features of small images, or every map.
+  """Returns the layers that SVMs are fitted on.
+
+  These are the layers in `names`. If `names` is empty, they are the pooled features for images of up to `SMALL_IMAGES`
+  pixels, and all maps of the trunk for larger images. For the arguments see `layers.named_layers`.
 
   Raises:
-    UserError: see `layers.named_layers`, as are the arguments.
+    UserError: see `layers.named_layers`.
   """
   otherwise = ("pooled",) if image_size <= SMALL_IMAGES else layer_names(model.network)[:-1]
   return named_layers(model, names, otherwise=otherwise, image_size=image_size, field=field)
@@ -211,7 +222,7 @@ def check_labels(train: Images, test: Images) -> tuple[str, ...]:
   """Returns the names of the classes.
 
   Raises:
-    UserError: there are none, or others among the held-out images.
+    UserError: there are no classes, or the held-out images have other classes than the training images.
   """
   for name, images in (("training", train), ("held-out", test)):
     if not images.source.class_names:
@@ -225,16 +236,16 @@ def check_labels(train: Images, test: Images) -> tuple[str, ...]:
 
 
 def choose_classes(names: Sequence[str], train: np.ndarray, test: np.ndarray, *, least: int) -> Classes:
-  """Returns the classes that can be fitted, and judged.
+  """Returns the classes that can be fitted and tested.
 
   Args:
     names: of the classes.
-    train: i8[N, C], targets.
-    test: i8[M, C], targets.
-    least: images with the class, and images without, that a fit needs.
+    train: i8[N, C], targets of the training images.
+    test: i8[M, C], targets of the held-out images.
+    least: a fit needs this many images that show the class, and this many that do not.
 
   Raises:
-    UserError: none can be judged.
+    UserError: no class can be fitted and tested.
   """
   present = np.count_nonzero(train == 1, axis=0)
   shown = np.any(test == 1, axis=0)
@@ -256,7 +267,7 @@ def choose_classes(names: Sequence[str], train: np.ndarray, test: np.ndarray, *,
 
 
 def read_examples(model: Model, images: Images, *, mesh: Mesh, layers: Sequence[str], title: str) -> Examples:
-  """Returns the features of whole images, squashed to a square, and their targets; `title` is the progress line's.
+  """Returns features and targets of whole images, stretched to a square; `title` is shown in the progress line.
 
   Raises:
     UserError: no image can be read.
@@ -270,23 +281,24 @@ def read_examples(model: Model, images: Images, *, mesh: Mesh, layers: Sequence[
 
 
 def unit_rows(features: np.ndarray) -> np.ndarray:
-  """Returns f64[N, D], each row over its length plus 1e-5, as vissl's SVMs take it."""
+  """Returns f64[N, D]: each row of `features` divided by (its length + 1e-5), as for vissl's SVMs."""
   features = features.astype(np.float64)
   return features / (np.linalg.norm(features, axis=1, keepdims=True) + 1e-5)
 
 
 def fit(features: np.ndarray, present: np.ndarray, costs: Sequence[float], *, seed: int) -> Machines:
-  """Returns LinearSVC with vissl's settings but for the solver.
+  """Returns the fitted SVMs of one class: LinearSVC with vissl's settings, except for the solver.
 
-  vissl solves the dual, here it is the primal: the same optimum, which it reaches at every cost, while the dual gives
-  up after `MAX_ITER` from about C = 100 on (average precision then differs by up to 0.003). Measured on textures the
-  primal takes a fifth of the time where images outnumber features, and up to 1.6 times as long where they do not.
-  What decides: the dual draws from the one generator that all of liblinear's threads share, so it does not repeat.
+  vissl solves the dual problem; here the primal problem is solved. Both have the same optimum. The primal solver
+  reaches the optimum at every cost. The dual solver stops after `MAX_ITER` iterations from about C = 100 on, and then
+  the average precision differs by up to 0.003. On textures the primal solver took a fifth of the time with more images
+  than features, and up to 1.6 times as long with fewer. The deciding reason: the dual solver draws from one random
+  generator that all of liblinear's threads share, so its results cannot be repeated.
 
   Args:
     features: f64[N, D].
-    present: bool[N], of both kinds.
-    costs: G of them.
+    present: bool[N], whether the image shows the class; both values must occur.
+    costs: the G costs.
     seed: see `measure_svm`.
   """
   targets = np.where(present, 1, -1)
@@ -300,23 +312,28 @@ def fit(features: np.ndarray, present: np.ndarray, costs: Sequence[float], *, se
 
 
 def run_fits(fit_fn: Callable[..., Any], tasks: Iterable[tuple], *, num_numbers: int) -> Iterator[Any]:
-  """Yields fit_fn(*task) of each task, in their order; threads work on several (liblinear leaves the lock to others).
+  """Yields fit_fn(*task) for each task, in the order of the tasks. Threads run several tasks at a time.
+
+  Threads suffice, because liblinear releases Python's global lock.
 
   Args:
-    fit_fn: what to do, by calls of `fit`.
-    tasks: its arguments.
+    fit_fn: the function to run; it calls `fit`.
+    tasks: the arguments of `fit_fn` for each task.
     num_numbers: N * D of the largest fit.
   """
-  # A selection of the images, 8 bytes a number, and liblinear's own copy, 16 bytes.
+  # A fit needs a selection of the images, with 8 bytes a number, and liblinear's own copy, with 16 bytes a number.
   num_threads = max(1, min(joblib.cpu_count(), MEMORY // (24 * num_numbers)))
   with warnings.catch_warnings():
-    warnings.simplefilter("ignore", ConvergenceWarning)  # `Machines` counts
+    warnings.simplefilter("ignore", ConvergenceWarning)  # `Machines.num_unfinished` counts these fits
     yield from joblib.Parallel(num_threads, backend="threading", return_as="generator")(
       joblib.delayed(fit_fn)(*task) for task in tasks)
 
 
 def _fit_layer(features, targets, judged_features, labels, *, costs, num_folds, seed, on_fits):
-  """Returns ({label: place of its cost in the grid}, {label: f64[M] decision values}, fits that did not converge)."""
+  """Returns ({label: position of its cost in the grid}, {label: f64[M] decision values}, number of failed fits).
+
+  A fit that does not converge counts as failed.
+  """
   def validate(label, kept, held_out):
     present = targets[:, label] == 1
     machines = fit(features[kept], present[kept], costs, seed=seed)
@@ -346,29 +363,30 @@ def _fit_layer(features, targets, judged_features, labels, *, costs, num_folds, 
 
 
 def _top1(scores: dict[int, np.ndarray], targets: np.ndarray) -> float:
-  """Returns the share of images whose class has the largest decision value, in [0, 1]; of equals the first counts."""
+  """Returns the share of images, in [0, 1], whose class has the largest decision value; of equals the first counts."""
   labels = np.array(list(scores))
   said = labels[np.argmax(np.stack(list(scores.values())), axis=0)]
   return float(np.mean(targets[np.arange(len(targets)), said] == 1))
 
 
 def average_precision(targets: np.ndarray, scores: np.ndarray) -> float:
-  """Returns the average precision of one class as VOC's devkit (from 2010 on) and vissl take it, in (0, 1].
+  """Returns the average precision of one class in (0, 1], by the definition of VOC's devkit (from 2010 on) and vissl.
 
-  It is the area under the curve of precision over recall. Precision is first made to rise nowhere along the curve: at
-  each recall it is the highest at that recall or a higher one; the area then is summed at every change of recall
-  (vissl: vissl/utils/svm_utils/evaluate.py). Images of equal score are taken together, as scikit-learn's
-  `precision_recall_curve` does, so that their order does not matter; scikit-learn's own `average_precision_score`
-  leaves precision as it is, and so is never higher.
+  The average precision is the area under the curve of precision over recall. The precision at each recall is first
+  replaced by the highest precision at this or a higher recall, so the curve never rises. The area is then summed over
+  all changes of recall (vissl: vissl/utils/svm_utils/evaluate.py). Images of equal score are taken together, as in
+  scikit-learn's `precision_recall_curve`, so their order does not matter. scikit-learn's own `average_precision_score`
+  uses the precision without this replacement and is therefore never higher.
 
   Args:
-    targets: i[N]: 1 present, 0 absent, -1 neither ("difficult"), left out. At least one is 1.
-    scores: f[N], finite; higher means more surely present.
+    targets: i[N]: 1 the class is present, 0 absent, -1 only as a difficult object (such images are left out). At least
+      one value is 1.
+    scores: f[N], finite; a higher score means that the class is more surely present.
   """
   judged = targets >= 0
   present, scores = targets[judged] == 1, scores[judged]
   order = np.argsort(-scores, kind="stable")
-  last = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # of its equals
+  last = np.flatnonzero(np.diff(scores[order], append=-np.inf))  # the last image of each group of equal scores
   hits = np.cumsum(present[order])[last]
   precision = np.maximum.accumulate((hits / (last + 1))[::-1])[::-1]
   recall = hits / hits[-1]
