@@ -1,7 +1,7 @@
 """Pre-training of image networks by pretext invariance (PIRL, arXiv 1912.01991) in JAX and Flax.
 
-The door for Python, see docs/python.md. Each name is imported when it is first asked for, so that the package itself
-loads neither JAX nor any other library.
+This module is the interface for Python, see docs/python.md. Each name is imported at its first use, so importing the
+package loads neither JAX nor any other library.
 """
 
 import importlib
@@ -22,7 +22,7 @@ _ROOMS = {"load": "pirl_jax.evaluation.encoder", "Encoder": "pirl_jax.evaluation
 
 
 def __getattr__(name: str) -> Any:
-  """Returns what the package offers under that name, from the module in which it is written."""
+  """Returns the public function or class of this name, imported from its module."""
   if name not in _ROOMS:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
   globals()[name] = value = getattr(importlib.import_module(_ROOMS[name]), name)
@@ -30,5 +30,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-  """Returns the names that are offered, those not yet imported too."""
+  """Returns the public names, including those that have not been imported yet."""
   return sorted(__all__)

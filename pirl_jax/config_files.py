@@ -1,4 +1,4 @@
-"""Which file `--config` means: a config that comes with the package, by its name, or a file of the user's own."""
+"""Finds the file that `--config` names: a config of the package, by its name, or a file of the user."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from pirl_jax import configs
 from pirl_jax.errors import UserError
 
 PARTS = ("__init__", "base", "data_sets")
-"""Files of configs/ that other configs are made of; they describe no job."""
+"""Files of configs/ that other configs use; they do not describe a job."""
 
 
 class _Parser(config_flags.ConfigFileFlagParser):
@@ -22,10 +22,10 @@ class _Parser(config_flags.ConfigFileFlagParser):
 
 
 def define_flag(values: flags.FlagValues = flags.FLAGS, **options: Any) -> flags.FlagHolder:
-  """Defines the flag --config among `values`, and returns what has its value.
+  """Defines the flag --config and returns the holder of its value.
 
   Args:
-    values: those of the program, if no others are given.
+    values: the flags to which --config is added; by default the flags of the program.
     options: of `config_flags.DEFINE_config_file`.
   """
   holder = config_flags.DEFINE_config_file(
@@ -40,11 +40,11 @@ def names() -> list[str]:
 
 
 def locate(argument: str) -> str:
-  """Returns FILE[:VARIANT], with a file that exists, for what stands behind `--config=`.
+  """Returns FILE[:VARIANT] with the path of an existing file, for the value of `--config=`.
 
   Args:
-    argument: NAME[:VARIANT] is a config of the package, FILE.py[:VARIANT] the user's own. `configs/NAME.py`, as the
-      docs write it, is the package's if the current folder has no such file.
+    argument: NAME[:VARIANT] for a config of the package, or FILE.py[:VARIANT] for a file of the user. `configs/NAME.py`
+      is a config of the package if the current folder has no such file.
 
   Raises:
     UserError: there is no such config.

@@ -1,8 +1,9 @@
-"""The one kind of error that a user can mend."""
+"""The error for mistakes that a user can correct."""
 
 
 class UserError(ValueError):
-  """Something a user asked for cannot be done; the message is one line with the value seen and the way out.
+  """A user's request cannot be carried out. The message is one line with the wrong value and a way out.
 
-  `launch.py` prints it and exits with 2. Any other exception is a defect and keeps its traceback.
+  `launch.py` prints the message and exits with code 2. Any other exception is a defect of the program and keeps its
+  traceback.
   """

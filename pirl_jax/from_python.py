@@ -1,4 +1,4 @@
-"""Pre-training and evaluation as launch.py does them, called from Python: in this process, its signals left alone."""
+"""Pre-training and evaluation, called from Python. They run in the calling process and do not change its signals."""
 
 from collections.abc import Mapping
 from os import PathLike, fspath
@@ -15,21 +15,22 @@ from pirl_jax.training.stopping import Stopping
 
 
 def pretrain(config: ConfigDict | Mapping[str, Any], workdir: str | PathLike[str] = "") -> Path:
-  """Returns the absolute folder of the run, once it has been pre-trained as `config` says.
+  """Pre-trains a run as `config` says, and returns the absolute folder of the run.
 
-  What the run prints and writes is what launch.py does, and so is how it goes on: the same call in the same folder
-  continues from the newest checkpoint, and does nothing where all is done.
+  The run prints and writes the same as with launch.py. The same call in the same folder resumes from the newest
+  checkpoint; if the run is finished, the call does nothing.
 
-  Ctrl-C is Python's own KeyboardInterrupt: the steps since the last checkpoint are lost and done again by the next
-  call. (launch.py saves before it stops; but a library must not end the process that it is called in.)
+  Ctrl-C raises KeyboardInterrupt. The steps since the last checkpoint are then lost, and the next call repeats them.
+  (launch.py saves the state before it stops, but a library must not end the process that calls it.)
 
   Args:
-    config: with every field, as configs/pirl.py:get_config returns it; or as a dict, such as that in a run's
-      config.json.
-    workdir: the folder of the run; "": runs/NAME.
+    config: a config with every field, as configs/pirl.py:get_config returns it, or a dict of all its fields, as in a
+      run's config.json.
+    workdir: the folder of the run; "" for runs/NAME.
 
   Raises:
-    UserError: the config, the data or what lies in `workdir` does not allow it. Nothing has been compiled or written.
+    UserError: the config or the data are wrong, or `workdir` holds something else. In this case nothing has been
+      compiled or written.
   """
   config = _config_of(config, "pretrain")
   folder = Path(fspath(workdir) or f"runs/{config.name}").expanduser()
@@ -39,17 +40,18 @@ def pretrain(config: ConfigDict | Mapping[str, Any], workdir: str | PathLike[str
 
 
 def evaluate(config: ConfigDict | Mapping[str, Any], workdir: str | PathLike[str] = "") -> dict[str, dict[str, Any]]:
-  """Returns the figures of each run that `config.checkpoint` names, by the run's label: the name of its folder.
+  """Evaluates the runs that `config.checkpoint` names. Returns their figures by the run's label, its folder's name.
 
-  The figures are those under "figures" of the result file, JSON values; accuracies lie in [0, 1]. Result file, table
-  and plot are written and printed as by launch.py.
+  The figures are the JSON values under "figures" in the result file; accuracies lie in [0, 1]. The result file and the
+  plot are written and the table is printed, as with launch.py.
 
   Args:
-    config: with every field, as configs/evaluate.py:get_config returns it; or as a dict.
-    workdir: where results/ is written; "": into the run's folder, those of several runs into runs/compare.
+    config: a config with every field, as configs/evaluate.py:get_config returns it, or a dict of all its fields.
+    workdir: the folder in which results/ is written; "" for the run's folder, or runs/compare for several runs.
 
   Raises:
-    UserError: the config, a checkpoint or the data does not allow it. Nothing has been compiled or written.
+    UserError: the config, a checkpoint or the data does not fit the evaluation. In this case nothing has been compiled
+      or written.
   """
   with hushed():
     outcomes = evaluation.run(_config_of(config, "evaluate"), fspath(workdir))
@@ -57,7 +59,7 @@ def evaluate(config: ConfigDict | Mapping[str, Any], workdir: str | PathLike[str
 
 
 def _config_of(config, job):
-  """Returns the config as a ConfigDict, after a check that it is one for that job."""
+  """Returns the config as a ConfigDict, after checking that it is a config for `job`."""
   if not isinstance(config, ConfigDict | Mapping):
     raise UserError(f"config is of type {type(config).__name__}; give a ConfigDict, as configs/*.py:get_config returns "
                     "it, or a dict of all its fields")

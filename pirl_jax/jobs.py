@@ -1,6 +1,6 @@
-"""What a config can ask for: the jobs by name, and what goes round every one of them.
+"""The jobs that a config can name, and the set-up that all jobs share.
 
-A job is a module with `run(config, workdir)`. One that saves what it has when it is asked to stop says `TRAINS = True`.
+A job is a module with `run(config, workdir)`. A job that saves its state when it is asked to stop sets `TRAINS = True`.
 """
 
 import importlib
@@ -14,7 +14,8 @@ from pirl_jax.training import stopping
 
 JOBS = {"pretrain": "pirl_jax.training.pretrain", "evaluate": "pirl_jax.evaluation.evaluate",
         "study": "pirl_jax.studies.study", "checkpoints": "pirl_jax.runs"}
-"""Modules by the `job` of a config, by name: a mistake in the flags is answered before JAX has loaded."""
+"""The module of each `job` of a config. Modules are named, not imported, so that errors in the flags are reported
+before JAX is loaded."""
 
 
 def carry_out(config: ConfigDict, workdir: str, by_hand: tuple[str, int | None, int | None]) -> None:
@@ -22,22 +23,22 @@ def carry_out(config: ConfigDict, workdir: str, by_hand: tuple[str, int | None, 
 
   Args:
     config: of any job.
-    workdir: folder of the run; "": the job's default.
+    workdir: folder of the run; "" for the job's default.
     by_hand: the arguments of `processes.processes`.
 
   Raises:
     UserError: there is no such job; or see the job's `run`.
-    Stopped, KeyboardInterrupt: by a signal.
+    Stopped, KeyboardInterrupt: raised after a signal.
   """
   if config.job not in JOBS:
     raise UserError(f"job={config.job!r} is unknown; choose from {', '.join(JOBS)}")
   quiet()
-  settle = stopping.note_sigterm()  # JAX takes seconds to load, and only then the job says what the signal is to it
+  settle = stopping.note_sigterm()  # loading JAX takes seconds; only then is it known what SIGTERM means for the job
   jax, processes, job = (importlib.import_module(name) for name in (
     "jax", "pirl_jax.runtime.processes", JOBS[config.job]))
   trains = getattr(job, "TRAINS", False)
   settle(trains)
-  # Of several processes JAX takes the signal for itself and tells the others.
+  # With several processes JAX itself receives the signal and informs the other processes.
   jax.config.update("jax_enable_preemption_service", trains)
   with processes.processes(*by_hand), stopping.Stopping() if trains and processes.alone() else nullcontext():
     job.run(config, workdir)

@@ -1,6 +1,6 @@
-"""What launch.py and the command pirl-jax do: --config=CONFIG[:VARIANT] [--workdir=DIR] [--config.FIELD=VALUE ...]
+"""Code of launch.py and the command pirl-jax: --config=CONFIG[:VARIANT] [--workdir=DIR] [--config.FIELD=VALUE ...]
 
-Reads the flags and the config, and hands the config to the job that it names (`jobs`).
+Reads the flags and the config, and runs the job that the config names (`jobs`).
 """
 
 import sys
@@ -21,14 +21,14 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, fr
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """Returns the arguments that are no flags (the program's name, and nothing else).
+  """Returns the arguments that are not flags: the program's name and nothing else.
 
   Raises:
-    UserError: whatever is wrong with the flags, the config file or an override, in one line.
+    UserError: the flags, the config file or an override is wrong; the message is one line.
   """
   try:
     rest = flags.FLAGS(argv)
-    # A file that failed to load says so only now, when its config is first looked at.
+    # If the config file could not be loaded, the error is raised here, at the first access to the config.
     named = CONFIG.value is not None and "job" in CONFIG.value
   # absl and ml_collections raise all of these for a misspelt field, a value of another type or an unknown file.
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
@@ -41,14 +41,14 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def _one_line(error, argv):
-  """Returns what went wrong as a UserError: the libraries wrap the first error in others and paste its traceback."""
+  """Returns a UserError with the message of the first error; the libraries wrap it and add its traceback."""
   chain = [error]
   while following := chain[-1].__cause__ or chain[-1].__context__:
     chain.append(following)
   if isinstance(chain[-1], UserError):
     return chain[-1]
   problems = []
-  if any(isinstance(part, KeyError) for part in chain):  # of a field's name they tell the last part alone
+  if any(isinstance(part, KeyError) for part in chain):  # the libraries' message has only the last part of the name
     config = config_files.define_flag(alone := flags.FlagValues(), sys_argv=argv[:1])
     alone(argv, known_only=True)
     given = [argument.partition("=")[0].lstrip("-").removeprefix("no") for argument in argv if argument.startswith("-")]
@@ -65,8 +65,10 @@ def main(_: list[str]) -> None:
 
 
 def start() -> None:
-  """Parses the flags, runs the job, and ends with exit code 2 and one line where the user can mend what is wrong, with
-  130 after Ctrl-C, and where it trains with 0 after SIGTERM.
+  """Parses the flags and runs the job.
+
+  A UserError is printed in one line and ends the program with exit code 2. Ctrl-C ends it with 130. A job that trains
+  ends with 0 after SIGTERM.
   """
   # --help shows the flags of the program that was called.
   for flag in (CONFIG, WORKDIR, KEEP_MEMORY, COORDINATOR, NUM_PROCESSES, PROCESS_ID):

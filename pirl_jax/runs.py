@@ -1,7 +1,7 @@
-"""Pre-training runs that are there already: found, opened with the network of one of their checkpoints, verified.
+"""Opens existing pre-training runs with the network of one of their checkpoints, and verifies checkpoints.
 
-The job `checkpoints` lists the checkpoints of a run and verifies them: all of each is read and compared with its
-checksums.
+The job `checkpoints` lists the checkpoints of a run and verifies them: it reads each checkpoint completely and compares
+the checksums.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from pirl_jax.storage.formats import FIRST_CHECKED
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A pre-training run and the checkpoint of it that is judged.
+  """A pre-training run, opened at one of its checkpoints.
 
   Attributes:
     label: short name in tables and plots.
     folder: the run's folder.
     step: of the checkpoint.
-    newest: whether it is the newest of the run.
+    newest: True if the checkpoint is the newest of the run.
     meta: of the checkpoint; its "config" is the run's whole config.
     model: the restored network.
   """
@@ -43,14 +43,14 @@ class Run:
 
 
 def run_folder(name: str, *, field: str = "--config.checkpoint") -> Path:
-  """Returns the absolute folder of the run that a user means: the run's own, or its folder of checkpoints.
+  """Returns the absolute folder of a run. `name` may be the run's folder, or the folder `checkpoints` in it.
 
   Args:
-    name: what the user gave.
-    field: where it was given, for the message.
+    name: the path that the user gave.
+    field: name of the flag or argument, for the error message.
 
   Raises:
-    UserError: there is nothing of the kind.
+    UserError: `name` is not the folder of a run.
   """
   given = Path(name).expanduser().absolute()
   folder = given.parent if given.name == "checkpoints" else given
@@ -66,10 +66,11 @@ def run_folder(name: str, *, field: str = "--config.checkpoint") -> Path:
 
 
 def open_run(folder: Path, label: str, step: int, mesh: jax.sharding.Mesh) -> Run:
-  """Returns the run with the model of its checkpoint `step` (0: the newest), whole on every device of `mesh`.
+  """Returns the run with the model of its checkpoint `step` (0: the newest), replicated on every device of `mesh`.
 
   Raises:
-    UserError: no such checkpoint, not one of ours, or parameters that do not fit the network of their config.
+    UserError: there is no such checkpoint, it is not a checkpoint of this program, it is damaged, or its parameters do
+      not fit the network of its config or are not finite.
   """
   with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
     steps = checkpoints.steps()
@@ -85,7 +86,7 @@ def open_run(folder: Path, label: str, step: int, mesh: jax.sharding.Mesh) -> Ru
       inputs = system.network_inputs(stored)
     except UserError:
       raise
-    except Exception as error:  # Orbax's are of many types; a meta of another program may lack anything
+    except Exception as error:  # Orbax raises errors of many types; a meta of another program may lack any field
       raise UserError(f"{folder / 'checkpoints' / str(step)} is not a checkpoint of this program, or damaged "
                       f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
     like = jax.eval_shape(lambda: network.init(jax.random.key(0), *inputs, train=False))
@@ -98,12 +99,12 @@ def open_run(folder: Path, label: str, step: int, mesh: jax.sharding.Mesh) -> Ru
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-  """Prints a line for each checkpoint: step, size, when it was written, kNN, and whether it is whole.
+  """Prints a line for each checkpoint: step, size, date, kNN, and whether the checkpoint is whole.
 
-  Nothing is written and nothing moved; `workdir` is not used.
+  Nothing on disk changes; `workdir` is not used.
 
   Raises:
-    UserError: no such run, no checkpoint in it, or one that is damaged.
+    UserError: there is no such run, it has no checkpoint, or a checkpoint is damaged.
   """
   del workdir
   if not config.checkpoint:

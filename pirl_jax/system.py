@@ -1,7 +1,7 @@
-"""What a run's config makes of transform, views and network; for the run itself and for whoever opens it later.
+"""Builds the pretext transform, the views and the network from a run's config, in training and in evaluations.
 
-The systems: "invariant" is PIRL, and NPID where the pretext term has no weight; "covariant" predicts the transform
-(Jigsaw, RotNet; paper equation 2); "supervised" predicts the class.
+The objectives: "invariant" is PIRL, or NPID if the weight of the pretext term is 0. "covariant" predicts the transform
+(Jigsaw, RotNet; paper equation 2). "supervised" predicts the class.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,12 +22,12 @@ OBJECTIVES = ("invariant", "covariant", "supervised")
 
 
 def uses_image(config: Mapping[str, Any]) -> bool:
-  """Returns whether the loss looks at the image view."""
+  """Returns whether the loss uses the image view."""
   return config["objective"] != "covariant"
 
 
 def uses_pretext(config: Mapping[str, Any]) -> bool:
-  """Returns whether the loss looks at a pretext view."""
+  """Returns whether the loss uses the pretext view."""
   return config["objective"] == "covariant" or config["objective"] == "invariant" and config["pretext_weight"] > 0
 
 
@@ -37,7 +37,7 @@ def has_bank(config: Mapping[str, Any]) -> bool:
 
 
 def pretext_of(config: Mapping[str, Any]) -> Pretext:
-  """Returns the transform that a config names, whether or not its loss looks at it.
+  """Returns the pretext transform that a config names, even if the loss does not use it.
 
   Raises:
     UserError: see `create_pretext`.
@@ -54,7 +54,7 @@ def views_of(config: Mapping[str, Any]) -> Callable:
 
 
 def crops_of(config: Mapping[str, Any]) -> dict[str, tuple[int, tuple[float, float]]]:
-  """Returns the crops that the views are made of: (side in pixels, range of the share of the area), by name."""
+  """Returns {name: (side in pixels, range of the share of the area)} of the crops from which the views are made."""
   data, crops = config["data"], {}
   if uses_image(config):
     crops["image_crop"] = data["image_size"], tuple(data["image_scale"])
@@ -65,14 +65,14 @@ def crops_of(config: Mapping[str, Any]) -> dict[str, tuple[int, tuple[float, flo
 
 
 def network_of(config: Mapping[str, Any], *, num_classes: int) -> Network:
-  """Returns the network of a config, without a mesh axis.
+  """Returns the network of a config. Its batch norm does not use a mesh axis.
 
   Args:
     config: of the run.
-    num_classes: of the training images; only the supervised network depends on it.
+    num_classes: number of classes of the training images; only the supervised network depends on it.
 
   Raises:
-    UserError: see `create_resnet`, `create_pretext`; or there is nothing to predict.
+    UserError: see `create_resnet` and `create_pretext`; or there are fewer than two classes or transforms to predict.
   """
   model = config["model"]
   trunk = create_resnet(model["arch"], width=model["width"], stem=model["stem"], dtype=jnp.dtype(model["dtype"]),
@@ -95,7 +95,10 @@ def network_of(config: Mapping[str, Any], *, num_classes: int) -> Network:
 
 
 def network_inputs(config: Mapping[str, Any]) -> tuple[jax.Array | None, jax.Array | None]:
-  """Returns an image and its pretext view in a batch of one, zeros f32, for init; None for what the loss ignores."""
+  """Returns (image f32[1, H, W, 3], pretext view f32[1, P, h, w, 3]), zeros, to initialise the network.
+
+  A view that the loss does not use is None.
+  """
   size = config["data"]["image_size"]
   return (jnp.zeros((1, size, size, 3)) if uses_image(config) else None,
           jnp.zeros((1, *pretext_of(config).view_shape)) if uses_pretext(config) else None)

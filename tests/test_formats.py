@@ -111,7 +111,7 @@ def test_a_stored_config_that_lacks_a_group_is_the_same_run(run, part):
 
 @pytest.mark.parametrize("run", [1], indirect=True)
 def test_the_first_format_lacks_a_part_of_the_state_and_says_so(run):
-  with pytest.raises(UserError, match="format 1, .* it can be evaluated, not gone on with"):
+  with pytest.raises(UserError, match="format 1, .* can be evaluated, but not resumed"):
     pretrain.run(config(), str(run))
 
 

@@ -1,1 +1,1 @@
-"""The figures of runs and evaluations, drawn without a display."""
+"""Plots of runs and evaluations, drawn without a display."""

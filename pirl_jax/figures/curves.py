@@ -1,4 +1,4 @@
-"""The plot of one evaluation, or of several side by side."""
+"""The plot of one evaluation, or of several evaluations in one figure."""
 
 import dataclasses
 import os
@@ -17,10 +17,10 @@ class Curve:
 
   Attributes:
     x_label, y_label: of the axes.
-    x: numbers, or names (layers, say), the same for every run of a comparison where they are names.
-    y: as many numbers.
-    low, high: the band about it, as many numbers, or None.
-    log_x: whether the axis of x is logarithmic.
+    x: numbers, or names, for example of layers. Names must be the same for all runs of a comparison.
+    y: numbers, as many as `x`.
+    low, high: lower and upper edge of a band around the line, as many numbers, or None.
+    log_x: True for a logarithmic x axis.
   """
 
   x_label: str
@@ -33,22 +33,22 @@ class Curve:
 
 
 def save_plot(path: str | os.PathLike, title: str, curves: Mapping[str, Curve]) -> None:
-  """Writes a figure with one line for each run, with its band where there is one.
+  """Writes a figure with one line for each run; a line has a band if its curve has one.
 
   Args:
-    path: the file, its ending says the format; its folder is created.
+    path: the file; its ending says the format, and its folder is created.
     title: above the axes.
     curves: by the run's name.
   """
   figure = Figure(figsize=(6, 4), layout="constrained")
-  FigureCanvasAgg(figure)  # draws without a display and without pyplot's list of open figures
+  FigureCanvasAgg(figure)  # needs no display, and the figure does not stay in pyplot's list of open figures
   axes = figure.subplots()
   for name, curve in curves.items():
     (line,) = axes.plot(curve.x, curve.y, label=name, marker="." if len(curve.x) < 40 else None)
     if curve.low is not None:
       axes.fill_between(curve.x, curve.low, curve.high, alpha=0.2, color=line.get_color())
   axes.set(xlabel=curve.x_label, ylabel=curve.y_label, xscale="log" if curve.log_x else "linear")
-  # Names of data and runs may hold dollars, and are no formulas.
+  # A dollar sign in the name of a data set or run must not start a formula.
   axes.set_title(title, parse_math=False)
   axes.grid(alpha=0.3)
   for text in axes.legend().get_texts():

@@ -14,14 +14,14 @@ from PIL import Image, ImageDraw, ImageFont
 from pirl_jax.storage.files import replacing
 
 SIDE = 192
-"""Pixels to which the side of a small image is scaled up (by a whole factor); larger ones stay."""
+"""Small images are enlarged by a whole factor to a side of at most this many pixels; larger images stay as they are."""
 
 GAP = 4
 MARGIN = 16
 TEXT_HEIGHT = 20
 COLUMNS = 2
 NEIGHBOUR_SIDE = 128
-"""As `SIDE`, where many images stand in a row."""
+"""The same for plots with many images in a row."""
 
 FRAME = 3
 RIGHT, WRONG = (0, 140, 60), (205, 40, 40)
@@ -29,16 +29,18 @@ RIGHT, WRONG = (0, 140, 60), (205, 40, 40)
 
 def save_views_plot(path: str | os.PathLike, image: np.ndarray | None, pretext: np.ndarray | None, *,
                     num_images: int = 8) -> None:
-  """Writes a PNG with the first examples of a batch: image view at the left, pretext views at the right.
+  """Writes a PNG with the first examples of a batch: the image view on the left, the pretext views on the right.
 
-  Letters: B batch, P pretext views of an image, H W and h w sides. Patches stand in the order in which the network gets
-  them, row by row in a square grid with gaps (one alone for rotation).
+  Letters: B batch, P pretext views of an image, H W and h w sides in pixels.
+
+  Patches are shown in the order in which the network gets them, row by row in a square grid with gaps. For rotation
+  there is a single pretext view.
 
   Args:
     path: the file; its folder is created.
-    image: u8[B, H, W, 3], or None where the loss does not look at it.
-    pretext: u8[B, P, h, w, 3], or None likewise; one of the two is there.
-    num_images: examples shown, at most B.
+    image: u8[B, H, W, 3], or None if the loss does not use the image view.
+    pretext: u8[B, P, h, w, 3], or None if the loss does not use pretext views. At most one of the two is None.
+    num_images: largest number of examples to show.
   """
   batch = len(image if image is not None else pretext)
   shown = min(num_images, batch)
@@ -78,21 +80,21 @@ def save_views_plot(path: str | os.PathLike, image: np.ndarray | None, pretext: 
 
 
 def save_curves(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Writes a figure of loss, learning rate and (where it was measured) kNN accuracy over epochs.
+  """Writes a figure of loss, learning rate and, if it was measured, kNN accuracy over epochs.
 
   Args:
-    path: the file, its ending says the format; its folder is created.
-    rows: of a run, see `Logbook.rows`.
+    path: the file; its ending says the format, and its folder is created.
+    rows: the metrics of a run, see `Logbook.rows`.
   """
   panels = [("loss", {"loss": "loss", "loss_image": "image", "loss_pretext": "pretext"}),
             ("learning rate", {"learning_rate": "learning rate"}), ("kNN top-1", {"knn_top1": "kNN top-1"})]
   panels = [(title, curves) for title, curves in panels
             if title == "loss" or any(name in row for name in curves for row in rows)]
   figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
-  FigureCanvasAgg(figure)  # draws without a display and without pyplot's list of open figures
+  FigureCanvasAgg(figure)  # needs no display, and the figure does not stay in pyplot's list of open figures
   for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
     for name, label in curves.items():
-      # None is a figure that was not finite: nothing is drawn there.
+      # None stands for a value that was not finite; such a value is not drawn.
       points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
       if points:
         axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
@@ -107,20 +109,20 @@ def save_curves(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> N
 def save_neighbours(path: str | os.PathLike, queries: np.ndarray, neighbours: np.ndarray, *, title: str,
                     similarity: Sequence[Sequence[float]], query_classes: Sequence[str | None],
                     classes: Sequence[Sequence[str | None]]) -> None:
-  """Writes a PNG with a row for each query: the query, a gap, and its neighbours with similarity and class beneath.
+  """Writes a PNG with a row for each query: the query, a gap, and its neighbours with similarity and class below.
 
-  A neighbour has a green frame if it has the class of the query, a red one if it has another.
+  A neighbour has a green frame if it has the class of the query, and a red frame if it has another class.
 
-  Letters: R rows, n neighbours, H W sides.
+  Letters: R rows, n neighbours, H W sides in pixels.
 
   Args:
     path: the file; its folder is created.
     queries: u8[R, H, W, 3].
-    neighbours: u8[R, n, H, W, 3], nearest first.
+    neighbours: u8[R, n, H, W, 3], the nearest first.
     title: above the rows.
-    similarity: R rows of n.
-    query_classes: R names, None where there is none.
-    classes: R rows of n.
+    similarity: R rows of n numbers.
+    query_classes: R names, or None for a query without a class.
+    classes: R rows of n names or None.
   """
   height, width = _enlarge(queries[0], NEIGHBOUR_SIDE).shape[:2]
   font = ImageFont.load_default()

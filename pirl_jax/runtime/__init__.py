@@ -1,1 +1,1 @@
-"""Devices and processes, and what a program shows while it works."""
+"""Devices, processes and memory, and the progress that a program shows while it works."""

@@ -1,4 +1,4 @@
-"""The mesh of devices, and the ways an array can lie on it."""
+"""The mesh of devices, and the two ways to lay out an array on the mesh."""
 
 import os
 
@@ -16,12 +16,12 @@ WHOLE = PartitionSpec()
 
 
 def create_mesh(num_devices: int = 0) -> Mesh:
-  """Returns a mesh with the one axis "data" over the first `num_devices` devices (0: all that JAX sees).
+  """Returns a mesh with the single axis "data" over the first `num_devices` devices (0: all devices that JAX sees).
 
   Raises:
-    UserError: more devices are asked for than there are.
+    UserError: there are fewer devices.
   """
-  # By processes, so that each has a block of the batch, whatever order the devices come in.
+  # The devices are sorted by process, so that each process has one contiguous block of the batch.
   devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
   if not 0 <= num_devices <= len(devices):
     raise UserError(f"num_devices={num_devices}, but JAX sees {len(devices)} {devices[0].platform} device(s); "
@@ -30,7 +30,7 @@ def create_mesh(num_devices: int = 0) -> Mesh:
 
 
 def device_bytes() -> int:
-  """Returns the memory of a device of this process, in bytes; virtual devices of a CPU share that of the machine."""
+  """Returns the memory of a device of this process in bytes; CPU devices share the machine's memory equally."""
   device = jax.local_devices()[0]
   if stats := device.memory_stats():
     return stats["bytes_limit"]
@@ -38,10 +38,10 @@ def device_bytes() -> int:
 
 
 def split(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding that splits the first axis over the devices."""
+  """Returns the sharding that splits the first axis of an array over the devices."""
   return NamedSharding(mesh, SPLIT)
 
 
 def whole(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding that gives every device the whole array."""
+  """Returns the sharding that replicates an array on every device."""
   return NamedSharding(mesh, WHOLE)

@@ -1,7 +1,7 @@
-"""The start of several processes, and what they agree on.
+"""Starts the processes of a run and lets them exchange results and errors.
 
-The processes are those of JAX's own engine, `jax.distributed`: every one runs the same program, and all of their
-devices make one mesh.
+The processes are those of `jax.distributed`: every process runs the same program, and the devices of all processes form
+one mesh.
 """
 
 import contextlib
@@ -21,29 +21,30 @@ from jax.experimental import multihost_utils
 from pirl_jax.errors import UserError
 
 START_SECONDS = 300
-"""How long the processes wait for one another at the start."""
+"""How long the processes wait for each other at the start."""
 
 HEARTBEAT_SECONDS = 60
-"""How long a process may be silent before the others take it for lost."""
+"""If a process is silent for this time, the others treat it as lost."""
 
 SHUTDOWN_SECONDS = 30
-"""How long a process that has come to its end waits for the others."""
+"""How long a process that has finished waits for the others."""
 
 
 @contextlib.contextmanager
 def processes(coordinator: str = "", num_processes: int | None = None, process_id: int | None = None) -> Iterator[None]:
-  """Joins the processes of a run, before anything else of JAX is used; a process by itself has nothing to join.
+  """A context in which the processes of a run are connected; enter it before anything else of JAX is used.
 
-  Without arguments, JAX looks for what has started the program: a TPU pod slice, SLURM's srun, Open MPI's mpirun.
-  Inside, process 0 alone prints, and one that fails ends at once, so that the others do not wait for it.
+  Without arguments JAX detects how the program was started: on a TPU pod slice, by SLURM's srun or by Open MPI's
+  mpirun. If none of these is found, the process runs alone. Within the context only process 0 prints. A process that
+  fails ends at once, so that the others do not wait for it.
 
   Args:
-    coordinator: HOST:PORT at which process 0 listens; "": to be found.
-    num_processes: how many there are; 1: this one alone, wherever it was started.
-    process_id: which of them this is, from 0 on.
+    coordinator: HOST:PORT at which process 0 listens; "" lets JAX find it.
+    num_processes: number of processes; 1 means that this process runs alone, however it was started.
+    process_id: number of this process, from 0 on.
 
   Raises:
-    UserError: the three do not fit together, or the other processes did not come.
+    UserError: the three arguments do not fit together, or the other processes did not connect in time.
   """
   _join(coordinator, num_processes, process_id)
   if alone():
@@ -53,18 +54,18 @@ def processes(coordinator: str = "", num_processes: int | None = None, process_i
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(
         nowhere if jax.process_index() else sys.stdout):
       yield
-  except UserError:  # raised in all of them
+  except UserError:  # raised in all processes
     raise
   except Exception as error:
     traceback.print_exc()
     print(f"error: process {jax.process_index()} of {jax.process_count()} ends here. {_reason(error)} The same command "
           "in all processes goes on from the newest checkpoint.", file=sys.stderr, flush=True)
-    os._exit(1)  # the way out that Python knows waits for the others, which may be gone
+    os._exit(1)  # a normal exit would wait for the other processes, which may be gone
 
 
 def alone() -> bool:
-  """Returns whether this process is the only one of the run, without starting the devices to find out."""
-  # Asked first: to count processes starts the devices, and a mistake in the config is to be answered before.
+  """Returns whether this process is the only one of the run; a process that runs alone does not start the devices."""
+  # `is_initialized` comes first: `process_count` starts the devices, and errors in the config must be reported before.
   return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
@@ -79,7 +80,7 @@ def _join(coordinator, num_processes, process_id):
   if num_processes == 1 and not coordinator:
     return
   if not coordinator and os.environ.get("SLURM_NTASKS") == "1":
-    return  # JAX would give it the first of the GPUs alone
+    return  # JAX would use only the first of the GPUs
   by_hand = coordinator, num_processes, process_id
   if any(by_hand) or process_id == 0:
     if not coordinator or num_processes is None or process_id is None:
@@ -93,14 +94,14 @@ def _join(coordinator, num_processes, process_id):
                  shutdown_timeout_seconds=SHUTDOWN_SECONDS)
   try:
     if coordinator:
-      # Every device that this process sees is its own, whatever SLURM may think of it.
+      # The process uses every device that it sees, whatever SLURM's variables say.
       jax.distributed.initialize(*by_hand, local_device_ids=[], cluster_detection_method="deactivate", **options)
     else:
-      with warnings.catch_warnings():  # on a Kubernetes pod without the package for it there is nothing to find
+      with warnings.catch_warnings():  # JAX warns on a Kubernetes pod if the package kubernetes is missing
         warnings.simplefilter("ignore")
         jax.distributed.initialize(**options)
   except ValueError as error:
-    if "coordinator_address" not in str(error):  # none found: a process by itself
+    if "coordinator_address" not in str(error):  # if JAX has found no coordinator, the process runs alone
       raise
   except RuntimeError as error:
     reason = " ".join(str(error).split())[:300]
@@ -109,10 +110,10 @@ def _join(coordinator, num_processes, process_id):
 
 
 def check_alike(facts: Mapping[str, Any]) -> None:
-  """Compares what must be the same in every process, JSON values; all processes call this together.
+  """Checks that `facts`, JSON values by name, are the same in every process; all processes call this together.
 
   Raises:
-    UserError: in every process, with the first difference and who has it.
+    UserError: in every process, if a fact differs; the message names the first difference and its process.
   """
   everyone = _gather_text(json.dumps(facts, sort_keys=True))
   for process, other in enumerate(map(json.loads, everyone)):
@@ -123,10 +124,10 @@ def check_alike(facts: Mapping[str, Any]) -> None:
 
 
 def together(fn: Callable, *args: Any) -> Any:
-  """Returns fn(*args), called in every process; all processes call this together.
+  """Returns fn(*args), which is called in every process; all processes call this together.
 
   Raises:
-    UserError: in every process where `fn` raised one in any, so that none waits for one that has given up.
+    UserError: in every process, if `fn` raised one in any process; so no process waits for one that has failed.
   """
   failure, result = "", None
   try:
@@ -139,10 +140,10 @@ def together(fn: Callable, *args: Any) -> Any:
 
 
 def first_failure(failure: str) -> str:
-  """Returns what went wrong in the first process in which something did, "" if in none; all call this together.
+  """Returns the failure of the first process that has one, or "" if none has; all processes call this together.
 
   Args:
-    failure: what went wrong in this one; "": nothing.
+    failure: what went wrong in this process, or "".
   """
   for process, other in enumerate(_gather_text(failure)):
     if other:
@@ -151,13 +152,13 @@ def first_failure(failure: str) -> str:
 
 
 def wait_for_all(what: str) -> None:
-  """Returns once all processes have called this; `what` they wait for is named in the error of one that is lost."""
+  """Returns when all processes have called this; if a process is lost, the error message names `what`."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
 
 
 def _gather_text(text: str) -> list[str]:
-  """Returns the texts of all processes, in their order."""
+  """Returns the texts of all processes, in the order of the processes."""
   if jax.process_count() == 1:
     return [text]
   content = np.frombuffer(text.encode(), np.uint8)

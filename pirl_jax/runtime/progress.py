@@ -1,4 +1,4 @@
-"""The progress line of whatever counts up to a known number."""
+"""The progress line of work that counts up to a known number."""
 
 import sys
 from time import perf_counter
@@ -8,23 +8,23 @@ import jax
 from tqdm import tqdm
 
 PLAIN_SECONDS = 10.0
-"""Least seconds between two lines where there is no terminal."""
+"""Shortest time between two lines if there is no terminal."""
 
 
 class Progress:
-  """A context manager: one line that refreshes on a terminal, elsewhere a plain line now and then, and one at the end.
+  """A context manager that shows progress: on a terminal as one line that is refreshed, elsewhere as plain lines.
 
-  Only the first process prints.
+  Plain lines are printed at most every `PLAIN_SECONDS` and at the end. Only the first process prints.
   """
 
   def __init__(self, title: str, total: int, *, unit: str = "images", stream: TextIO | None = None):
     """Starts the clock.
 
     Args:
-      title: what is done.
-      total: the number counted up to.
-      unit: what is counted.
-      stream: where the line goes (None: standard output).
+      title: name of the work.
+      total: the number at which the work is done.
+      unit: name of the things that are counted.
+      stream: the stream to print to; None is standard output.
     """
     self._title, self._total, self._unit = title, total, unit
     self._stream = stream if stream is not None else sys.stdout
@@ -45,7 +45,7 @@ class Progress:
       self._print()
 
   def update(self, count: int = 1, note: str = "") -> None:
-    """Counts `count` more; `note` stands behind the count until the next one."""
+    """Adds `count` to the number; `note` is shown after the number until the next note."""
     self._done += count
     self._note = note or self._note
     if self._bar is not None:

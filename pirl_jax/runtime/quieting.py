@@ -1,4 +1,4 @@
-"""Keeps the libraries quiet: a run speaks for itself."""
+"""Suppresses log messages of the libraries; the program prints its own messages."""
 
 import contextlib
 import logging
@@ -10,10 +10,10 @@ from absl import logging as absl_logging
 
 
 def quiet() -> None:
-  """Keeps the libraries' own notes from being printed; a run speaks for itself.
+  """Suppresses log messages of the libraries for the rest of the program.
 
-  Where a disk is full, Orbax logs a thousand lines of tracebacks for each checkpoint, and TensorStore as many: all of
-  them say what the error says that is raised.
+  If a disk is full, Orbax logs a thousand lines of tracebacks for each checkpoint, and so does TensorStore. The error
+  that is raised gives the same information.
   """
   absl_logging.set_verbosity(absl_logging.FATAL)
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -29,7 +29,7 @@ def quiet() -> None:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-  """Keeps the notes of Orbax and others from being printed while it lasts, in a program that is not ours to silence."""
+  """Suppresses log messages of Orbax and others within the context only, for use in somebody else's program."""
   before = absl_logging.get_verbosity()
   absl_logging.set_verbosity(absl_logging.FATAL)
   try:

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: with snapshots.py the only file that knows Orbax.
+"""Checkpoints of a run. Only this file and snapshots.py use Orbax.
 
-A checkpoint is a folder STEP with one item for each use, so that an evaluation reads the model alone:
-`model` (params, batch_stats), `train` (opt_state, step, seed, normaliser), `bank` (bank, usable) and `meta` (JSON).
-What a system does not have (a bank, say) is missing from its item. `meta` holds the checksums of all arrays, and one of
-itself.
+A checkpoint is a folder STEP with several items, so that an evaluation can read the model alone: `model` (params,
+batch_stats), `train` (opt_state, step, seed, normaliser), `bank` (bank, usable) and `meta` (JSON). If a system does not
+have a field, for example a bank, the field is missing from its item. `meta` holds the checksums of all arrays and its
+own checksum.
 """
 
 import contextlib
@@ -33,31 +33,31 @@ ITEMS = {"model": ("params", "batch_stats"), "train": ("opt_state", "step", "see
          "bank": ("bank", "usable")}
 BEST_METRIC = "knn_top1"
 ASIDE = "unreadable-"
-"""Begins the name of a folder into which a damaged checkpoint has been moved."""
+"""Start of the name of a folder into which a damaged checkpoint has been moved."""
 
 RETRY_SECONDS = 20
 PATIENCE_SECONDS = 600
-"""How long the last checkpoint of a run is tried to be written, and how often."""
+"""If the last checkpoint of a run cannot be written, it is tried again every RETRY_SECONDS for PATIENCE_SECONDS."""
 
 
 class Checkpoints:
-  """The checkpoints of one run; a context manager that waits for the last save to be on disk.
+  """The checkpoints of one run; a context manager that waits until the last save is on disk.
 
-  Kept are the last few and the one with the best kNN: a policy that knows the best alone would delete the newest
-  whenever it is not the best, and with it the way to resume.
+  The newest checkpoints and the one with the best kNN are kept. A policy that keeps only the best would delete the
+  newest checkpoint whenever it is not the best; then the run could not resume.
   """
 
   def __init__(self, folder: str | os.PathLike, *, keep: int):
-    """Opens `folder`, which need not be there yet: it is made by the first save.
+    """Opens `folder`; if it does not exist, the first save creates it.
 
     Args:
       folder: of the checkpoints.
-      keep: how many of the newest to keep, >= 1.
+      keep: number of newest checkpoints to keep, >= 1.
     """
     self._folder = Path(folder).absolute()
     self._keep = keep
     self._manager, self._writing = None, False
-    self._knn_top1 = {}  # by step, of what this program has saved
+    self._knn_top1 = {}  # by step, for the checkpoints that this program has saved
 
   def __enter__(self) -> Self:
     return self
@@ -66,16 +66,16 @@ class Checkpoints:
     self.close()
 
   def steps(self) -> list[int]:
-    """Returns the steps of the checkpoints on disk, oldest first; unfinished ones do not count."""
+    """Returns the steps of the finished checkpoints on disk, the oldest first."""
     return sorted(self._open().all_steps()) if self._folder.is_dir() else []
 
   def read_meta(self, step: int) -> dict[str, Any]:
-    """Returns the `meta` of a checkpoint, that of an older format as this one has it.
+    """Returns the `meta` of a checkpoint; an older format is converted to the current one.
 
     Raises:
-      UserError: written by a later version of the program, in a format that this one does not know.
-      Exception: Orbax's own errors, of many types, when the file is missing or damaged; ValueError where it is another
-        than was written.
+      UserError: a later version of the program wrote the checkpoint, in a format that this version does not know.
+      Exception: the file is missing or damaged; Orbax raises errors of many types.
+      ValueError: the content of the file does not have its checksum.
     """
     meta = self._open().restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
     checksum, version = meta.pop("checksum", None), meta["format"]
@@ -87,17 +87,17 @@ class Checkpoints:
     return upgrade(meta)
 
   def restore(self, step: int, like: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """Returns the state of a checkpoint, split over `mesh` whatever mesh it was saved from.
+    """Returns the state of a checkpoint, laid out for `mesh`; it may have been saved from another mesh.
+
+    The checksums are not compared here, see `restore_newest`.
 
     Args:
       step: of the checkpoint.
       like: a state of the same shapes; its arrays are not read.
-      mesh: where the state is to lie.
-
-    The checksums are not compared here, see `restore_newest`.
+      mesh: the devices for the state.
 
     Raises:
-      Exception: Orbax's own errors, of many types, when files are missing or damaged.
+      Exception: files are missing or damaged; Orbax raises errors of many types.
     """
     shardings = state_shardings(mesh, with_bank=like.bank is not None)
     items = {
@@ -108,16 +108,16 @@ class Checkpoints:
     return like.replace(**{field: restored[item][field] for item, fields in _items(like).items() for field in fields})
 
   def restore_model(self, step: int, like: Mapping[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Returns {"params", "batch_stats"} of a checkpoint, whole on every device of `mesh`; nothing else is read.
+    """Returns {"params", "batch_stats"} of a checkpoint, replicated on every device of `mesh`; nothing else is read.
 
     Args:
       step: of the checkpoint.
-      like: the same tree of the network that is to take them; its arrays are not read.
-      mesh: where they are to lie.
+      like: the variables of the network for which they are restored; the arrays are not read.
+      mesh: the devices for the variables.
 
     Raises:
-      UserError: a parameter or statistic is missing, is one too many or has another shape (all are compared by name
-        before anything is read), the files cannot be read, or hold other values than were saved.
+      UserError: a parameter or statistic is missing, is not in the network or has another shape (all names are compared
+        before anything is read), or the files cannot be read or do not have their checksums.
     """
     where = self._folder / str(step)
     as_stored = self._stored(step, "model")
@@ -135,13 +135,15 @@ class Checkpoints:
   def restore_bank(self, step: int, layout: Layout) -> np.ndarray:
     """Returns the memory bank in the order of the images, f32[N, D], on the host; rows of broken images are zero.
 
+    N is the number of images, D the number of dimensions of an embedding.
+
     Args:
       step: of the checkpoint.
-      layout: of the run that wrote it.
+      layout: the bank's layout in the run that wrote the checkpoint.
 
     Raises:
-      UserError: there is no bank, it is not of that layout, the files cannot be read, or hold other values than were
-        saved.
+      UserError: there is no bank, the bank has another layout, or the files cannot be read or do not have their
+        checksums.
     """
     shapes = self._stored(step, "bank")
     if "bank" not in shapes:
@@ -156,7 +158,7 @@ class Checkpoints:
     return bank[layout.row_of(np.arange(layout.num_images))]
 
   def _stored(self, step, item):
-    """Returns the tree of an item with shapes and types in the place of arrays, as Orbax wrote it down."""
+    """Returns the tree of an item, from Orbax's metadata, with shapes and types in the place of arrays."""
     try:
       with StandardCheckpointer() as reader:
         return reader.metadata(self._folder / str(step) / item).item_metadata.tree
@@ -164,7 +166,7 @@ class Checkpoints:
       raise self._unreadable(step, error) from error
 
   def _read_item(self, step, item, as_stored, sharding_of):
-    """Returns an item with the types in which it was saved, compared with its checksums."""
+    """Returns an item with the types in which it was saved, after comparing its checksums."""
     try:
       tree, changed = self._read_and_compare(step, self.read_meta(step), item, as_stored, sharding_of)
     except Exception as error:  # of many types, see restore
@@ -181,15 +183,15 @@ class Checkpoints:
     return tree, _changed(meta, {item: tree})
 
   def check(self, step: int, mesh: jax.sharding.Mesh) -> str:
-    """Returns what is wrong with a checkpoint, "" if it is whole: everything in it is read and its checksums compared.
+    """Reads everything in a checkpoint and compares the checksums. Returns what is wrong, or "" if nothing is.
 
     Args:
       step: of the checkpoint.
-      mesh: where its arrays are to lie meanwhile.
+      mesh: the devices that hold the arrays during the check.
     """
     try:
       meta = self.read_meta(step)
-      # A checkpoint without checksums does not say what should be there.
+      # A checkpoint without checksums has no list of its items; then the items on disk are read.
       for item in meta.get("checksums") or [name for name in ITEMS if (self._folder / str(step) / name).is_dir()]:
         _, changed = self._read_and_compare(
           step, meta, item, self._stored(step, item),
@@ -201,11 +203,13 @@ class Checkpoints:
     return ""
 
   def best_metric(self, step: int) -> float | None:
-    """Returns the kNN accuracy by which the best checkpoint is chosen; None where it was not measured, or cannot be
-    read."""
+    """Returns the kNN accuracy by which the best checkpoint is chosen, in [0, 1].
+
+    The result is None if the accuracy was not measured or cannot be read.
+    """
     if step in self._knn_top1:
       return self._knn_top1[step]
-    # Read past Orbax, which asks for it in the middle of saving.
+    # The file is read without Orbax, because Orbax calls this method in the middle of a save.
     meta = read_json(self._folder / str(step) / "meta" / "metadata") or {}
     checksum = meta.pop("checksum", None)
     if BEST_METRIC in meta:
@@ -223,19 +227,19 @@ class Checkpoints:
 
   def restore_newest(self, check_meta: Callable[[dict[str, Any]], None], like: TrainState, mesh: jax.sharding.Mesh, *,
                      say: Callable[[str], None]) -> TrainState:
-    """Returns the state of the newest checkpoint that can be read and has the values that were saved.
+    """Returns the state of the newest checkpoint that can be read and whose checksums are right.
 
-    Newer ones that cannot, or have not, are named and moved to `unreadable-STEP` beside it: left in their place, they
-    would make Orbax skip every later save up to their step without a word.
+    Newer checkpoints are damaged. They are named and moved to `unreadable-STEP` in the same folder. If they stayed in
+    place, Orbax would silently skip every later save up to their step.
 
     Args:
-      check_meta: raises a UserError when a checkpoint belongs to another run.
+      check_meta: raises a UserError if a checkpoint belongs to another run.
       like: see `restore`.
       mesh: see `restore`.
       say: prints a line.
 
     Raises:
-      UserError: from `check_meta`, or because none of the checkpoints can be read; the disk is as it was.
+      UserError: from `check_meta`, or because no checkpoint can be read. In both cases nothing on disk has changed.
     """
     unreadable = {}
     for step in reversed(self.steps()):
@@ -248,7 +252,7 @@ class Checkpoints:
         raise
       except Exception as error:  # Orbax raises Exception itself for a damaged data file
         failure = reason_of(error)
-      # Checksums are taken by all processes together, so only once each of them has read its part.
+      # All processes compute the checksums together. So first every process must have read its part.
       if failure := first_failure(failure) or _changed(meta, _items(state)):
         unreadable[step] = failure
         continue
@@ -258,34 +262,35 @@ class Checkpoints:
         if jax.process_index() == 0:
           (self._folder / str(bad_step)).rename(self._aside(bad_step))
       if unreadable:
-        wait_for_all("moving the checkpoints that cannot be read")  # before any process looks at the folder again
+        # No process may look at the folder again before the damaged checkpoints have been moved.
+        wait_for_all("moving the checkpoints that cannot be read")
       return state
     raise UserError(f"none of the checkpoints in {self._folder} can be read ({unreadable}); "
                     "move the folder away to start anew, or choose another --workdir")
 
   def _aside(self, step):
-    """Returns where a damaged checkpoint goes; an earlier one of the same step is never written over."""
+    """Returns a new path for a damaged checkpoint; an earlier one of the same step is never overwritten."""
     names = itertools.chain([f"{ASIDE}{step}"], (f"{ASIDE}{step}-{number}" for number in itertools.count(2)))
     return next(path for path in map(self._folder.joinpath, names) if not path.exists())
 
   def save(self, step: int, state: TrainState, meta: Mapping[str, Any], *, knn_top1: float | None,
            surely: bool = False, say: Callable[[str], None] = print) -> None:
-    """Starts to write a checkpoint and returns before it is on disk; the state may be donated at once.
+    """Starts writing a checkpoint and returns before it is on disk; the state may be donated at once.
 
-    A disk that cannot take it is no reason to lose the run: that is said, what was begun is cleared away, and it is
-    tried once more at once and else at the next save. (Of several processes all end then: each would have to know of
-    the other's disk.)
+    If the disk cannot take the checkpoint, the run continues: a warning is printed, the unfinished files are removed,
+    and writing is tried once more at once. If this fails, too, the next save is the next try. With several processes an
+    error ends all of them, because a process does not know of errors of another process's disk.
 
     Args:
-      step: steps taken.
+      step: number of steps taken.
       state: the whole state.
-      meta: JSON values, to which the format and the checksums are added.
-      knn_top1: measured at this step, if it was; the best is kept.
-      surely: returns only once it is on disk, and tries for `PATIENCE_SECONDS`.
+      meta: JSON values; the format and the checksums are added.
+      knn_top1: kNN accuracy in [0, 1], or None if it was not measured at this step; the best checkpoint is kept.
+      surely: True returns only when the checkpoint is on disk, and tries for `PATIENCE_SECONDS`.
       say: prints a line.
 
     Raises:
-      UserError: asked to be sure, it could not be written.
+      UserError: with `surely`, if the checkpoint could not be written.
     """
     begun = time.monotonic()
     for attempt in itertools.count():
@@ -294,7 +299,7 @@ class Checkpoints:
         if surely:
           self._manager.wait_until_finished()
         return
-      except Exception as error:  # of many types, see restore; of an earlier save, too, that ended meanwhile
+      except Exception as error:  # of many types, see restore; it may come from an earlier save that ended meanwhile
         if jax.process_count() > 1:
           raise
         self._abandon()
@@ -320,25 +325,29 @@ class Checkpoints:
       raise RuntimeError(f"Orbax skipped the checkpoint of step {step}; on disk are {self.steps()}")
 
   def _abandon(self):
-    """Gives up what is being written; the next save clears it away."""
-    with contextlib.suppress(Exception):  # it says once more what went wrong
+    """Gives up the save in progress; the next save removes its files."""
+    with contextlib.suppress(Exception):  # closing raises the error of the save once more
       self._manager.close()
     self._manager, self._writing = None, False
 
   def close(self) -> None:
-    """Waits until everything is on disk. Another call opens the folder again."""
+    """Waits until everything is on disk. A later call of another method opens the folder again."""
     if self._manager is not None:
       self._manager.close()
       self._manager = None
 
   def _open(self, *, writing=False):
-    """Returns Orbax's manager. What a killed run left half-written goes only once this run saves: one that is refused
-    must leave the folder as it was."""
+    """Returns Orbax's manager.
+
+    Unfinished files of a killed run are removed only when this run saves (`writing`). A run that is refused must not
+    change the folder.
+    """
     if writing and not self._writing:
       self.close()
     if self._manager is None:
       for path in map(self._legacy_metrics, filter(str.isdigit, (child.name for child in self._folder.glob("*")))):
-        if path.exists() and read_json(path) is None:  # Orbax reads all, and one that it cannot keeps it from the rest
+        # Orbax reads this file of every checkpoint; if one of them is damaged, Orbax opens none of the checkpoints.
+        if path.exists() and read_json(path) is None:
           raise UserError(f"{path} is damaged; move {path.parent} away: without it the checkpoint is whole, but not "
                           "known as the one with the best kNN")
       self._manager = CheckpointManager(self._folder, options=CheckpointManagerOptions(
@@ -349,7 +358,7 @@ class Checkpoints:
 
 
 class _Best(PreservationPolicy):
-  """Keeps the one with the best kNN. Orbax's own reads it from a file that no checksum guards."""
+  """Keeps the checkpoint with the best kNN. Orbax's own policy would read the metric from a file without a checksum."""
 
   def __init__(self, metric_of):
     self._metric_of = metric_of
@@ -362,13 +371,16 @@ class _Best(PreservationPolicy):
 
 
 def _items(state):
-  """Returns the fields of each item that this state has."""
+  """Returns {item: {field: value}} of the fields that this state has."""
   return {item: {field: getattr(state, field) for field in fields if getattr(state, field) is not None}
           for item, fields in ITEMS.items()}
 
 
 def _changed(meta, items):
-  """Returns which arrays of {item: tree} are not those that were saved, "" if none or nobody knows."""
+  """Returns in words which arrays of {item: tree} do not have their checksums.
+
+  The result is "" if all arrays have theirs, or if the checkpoint has no checksums.
+  """
   if "checksums" not in meta:
     return ""
   wrong = []
@@ -380,7 +392,7 @@ def _changed(meta, items):
 
 
 def reason_of(error: Exception) -> str:
-  """Returns what an error says in one line, the disk's own words ahead of TensorStore's, which are long."""
+  """Returns the message of an error in one line; the disk's own words come before TensorStore's long text."""
   text = " ".join(str(error).split()) or type(error).__name__
   if of_the_disk := re.search(r"([^:]+) \[os_error_code=", text):
     text = f"{of_the_disk[1].strip()}: {text}"
@@ -398,5 +410,5 @@ def _shapes(tree):
 
 
 def template_of(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-  """Returns the shapes and types of a tree of arrays, to be restored with this sharding."""
+  """Returns a tree of shapes and types for restoring `tree` with this sharding."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -1,7 +1,7 @@
-"""Checksums of arrays: the same on any number of devices, wherever the parts of an array lie.
+"""Checksums of arrays. A checksum does not depend on the number of devices or on how the array is split over them.
 
-Orbax notices a file that is missing or cut short, and not one whose bytes have changed. So a checkpoint keeps the
-checksums of the arrays that went into it, and they are compared with those of the arrays that came out.
+Orbax detects a file that is missing or cut short, but not a file whose bytes have changed. Therefore a checkpoint
+stores the checksums of its arrays, and they are compared with the checksums of the arrays that are read.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ _MURMUR = 0x85EBCA6B, 0xC2B2AE35
 def checksums(tree: Any) -> dict[str, str]:
   """Returns {"params/trunk/conv1/kernel": 16 hexadecimal digits} of a tree of arrays.
 
-  They are computed where the arrays lie, without a copy. A change within one value always changes the checksum, any
-  other change all but surely: 64 bits, sums of a hash of each value's bits and place, modulo 2**32. All processes that
-  hold parts of the arrays call this together.
+  A checksum has 64 bits: two sums, modulo 2**32, of a hash of each value's bits and position. A change of one value
+  always changes the checksum; any other change does so almost surely. The checksums are computed on the devices that
+  hold the arrays, without a copy. All processes that hold parts of the arrays must call this together.
 
   Args:
-    tree: of arrays, numbers or truth values of 64 bits or less.
+    tree: of arrays of numbers or booleans with at most 64 bits.
   """
   leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -32,7 +32,7 @@ def checksums(tree: Any) -> dict[str, str]:
 
 
 def json_checksum(value: Any) -> str:
-  """Returns 16 hexadecimal digits of a value that JSON can hold, whatever the order of its fields."""
+  """Returns 16 hexadecimal digits, a hash of a JSON value; the order of the fields does not matter."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -42,7 +42,7 @@ def _sums(leaves):
 
 
 def _sum(x):
-  """Returns (u32[], u32[]): sums in which the order does not count, so that the devices may add up their own parts."""
+  """Returns (u32[], u32[]): sums that do not depend on the order, so each device can sum its own part."""
   words = _words(x)
   place = jnp.zeros(words.shape, jnp.uint32)
   for dimension, size in enumerate(words.shape):
@@ -50,12 +50,12 @@ def _sum(x):
   first = _mix(words ^ _mix(place * jnp.uint32(_GOLDEN)))
   second = _mix(first + jnp.uint32(_GOLDEN))
   zero = jnp.uint32(0)
-  # Both in one pass: XLA's CPU compiler would else keep what they share in memory.
+  # Both sums are computed in one pass; in two passes XLA's CPU compiler would store the shared part in memory.
   return jax.lax.reduce((first, second), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), range(words.ndim))
 
 
 def _words(x):
-  """Returns the bits of an array, u32[..., words of a value]."""
+  """Returns the bits of an array as 32-bit words, u32[..., words per value]."""
   x = jnp.asarray(x)
   if x.dtype == bool:
     x = x.astype(jnp.uint8)
@@ -68,7 +68,7 @@ def _words(x):
 
 
 def _mix(x):
-  """Returns a one-to-one scramble of 32 bits: the last step of MurmurHash3."""
+  """Returns a one-to-one mix of 32 bits: the last step of MurmurHash3."""
   for shift, factor in zip((16, 13), _MURMUR, strict=True):
     x = (x ^ (x >> shift)) * jnp.uint32(factor)
   return x ^ (x >> 16)

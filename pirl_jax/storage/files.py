@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and folders that one process has to itself."""
+"""Writes files atomically (complete or not at all), and locks folders against other processes."""
 
 import contextlib
 import fcntl
@@ -15,13 +15,14 @@ import numpy as np
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-  """Yields a file, open for writing bytes, that takes the name `path` if all goes well and is gone otherwise.
+  """Yields a temporary file, open for writing bytes. It becomes `path` at the end; after an error it is deleted.
 
-  Until it is on disk, an old one stays. Its folder is created. One writer at a time: the temporary file always has the
-  same name, so that what a killed program left is written over and does not pile up.
+  An old file at `path` stays until the new file is on disk. The folder is created. Only one process at a time may write
+  to a path: the temporary file always has the same name, so that files of killed programs are overwritten and do not
+  pile up.
 
   Raises:
-    OSError: the disk does not take it.
+    OSError: the file cannot be written.
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,31 +31,31 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     with open(temporary, "wb") as file:
       yield file
       file.flush()
-      os.fsync(file.fileno())  # else a power cut may leave the new name with half of it
+      os.fsync(file.fileno())  # without this a power cut may leave half of the content under the new name
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
 
 
 def write_file(path: str | os.PathLike, content: bytes) -> None:
-  """Writes `content` as `replacing` does."""
+  """Writes `content` to `path`, see `replacing`."""
   with replacing(path) as file:
     file.write(content)
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
-  """Writes `obj` as JSON, as `replacing` does.
+  """Writes `obj` as JSON to `path`, see `replacing`.
 
   Args:
     path: the file.
-    obj: dicts, sequences, strings, numbers (numpy's too), None. Numbers that are not finite become null,
-      because JSON knows no NaN.
+    obj: dicts, sequences, strings, numbers (also of numpy), None. Numbers that are not finite become null, because JSON
+      has no NaN.
   """
   write_file(path, (json.dumps(strict(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def strict(obj: Any) -> Any:
-  """Returns `obj` in JSON's own types, numbers that are not finite as None."""
+  """Returns `obj` in JSON's own types, with None for numbers that are not finite."""
   if isinstance(obj, Mapping):
     return {str(key): strict(value) for key, value in obj.items()}
   if isinstance(obj, list | tuple):
@@ -67,7 +68,7 @@ def strict(obj: Any) -> Any:
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
-  """Returns the object in a file of JSON; None where there is none, or none that can be read: it is made anew then."""
+  """Returns the object in a JSON file, or None if there is no such file or it cannot be read."""
   try:
     stored = json.loads(Path(path).read_text())
   except (OSError, ValueError):
@@ -77,16 +78,16 @@ def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike, *, patience: float = math.inf) -> Iterator[None]:
-  """Holds a folder, which is created, against every other process that asks for it; one that dies lets go of it.
+  """Locks a folder against other processes that use this function. The lock ends with the process that holds it.
 
-  Where a disk knows no locks there is none.
+  On a file system without locks nothing is locked.
 
   Args:
-    folder: to hold.
-    patience: seconds to wait for a process that holds it.
+    folder: the folder, which is created.
+    patience: seconds to wait for a process that holds the lock.
 
   Raises:
-    TimeoutError: it is still held.
+    TimeoutError: another process still holds the lock.
     OSError: the folder cannot be created.
   """
   Path(folder).mkdir(parents=True, exist_ok=True)
@@ -107,6 +108,6 @@ def _is_held(handle):
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     return True
-  except OSError:  # a disk that knows no locks
+  except OSError:  # a file system without locks
     pass
   return False

@@ -1,4 +1,4 @@
-"""The format of what a run stores about itself, and how older ones are read."""
+"""The format of checkpoints and stored configs, and how older formats are read."""
 
 import json
 from collections.abc import Mapping
@@ -8,26 +8,26 @@ from pirl_jax.configs.base import get_base
 from pirl_jax.storage.settings import with_defaults
 
 FORMAT = 5
-"""Of the items of a checkpoint and of the config in its `meta`.
+"""The current format of a checkpoint's items and of the config in its `meta`.
 
-1: the first; 2: systems other than PIRL, the seed is part of the state; 3: parts of a batch; 4: checksums,
-a bank of bfloat16 is stored as its bits; 5: the kNN accuracy stands in `meta`.
+1: the first format. 2: systems other than PIRL; the seed is part of the state. 3: micro-batches. 4: checksums; a
+bfloat16 bank is stored as its bits. 5: the kNN accuracy is in `meta`.
 """
 
 FIRST_RESUMED = 2
-"""The first format from which a run goes on; what is older can be evaluated."""
+"""The first format from which a run can resume; older checkpoints can be evaluated."""
 
 FIRST_CHECKED = 4
 """The first format with checksums."""
 
 FIRST_BITS = 4
-"""The first format with the bits of a bank of bfloat16."""
+"""The first format in which a bfloat16 bank is stored as its bits."""
 
 
 def upgrade(meta: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the `meta` of a checkpoint of any format up to `FORMAT` as this version of the program has it.
+  """Returns the `meta` of a checkpoint of any format up to `FORMAT`, converted to the current format.
 
-  `format` stays what it was. The classes were not counted in the first one: its networks do not predict any.
+  The entry `format` keeps its value. Format 1 has no number of classes, because its networks do not predict classes.
   """
   upgraded = {"num_classes": 0, **meta}
   if "config" in meta:
@@ -37,10 +37,10 @@ def upgrade(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the config of a run of any format with the fields of today, JSON values.
+  """Returns the config of a run of any format with the fields of the current format, as JSON values.
 
-  A field or a group that it lacks has its value in configs/base.py, which is what was done before it could be chosen;
-  of the pretext views' photometric list, that of the image's list in the same run.
+  A missing field or group gets its value in configs/base.py: a new field's default is what the program did before the
+  field existed. `pretext_photometric` is an exception: missing fields get the values of the run's own `photometric`.
   """
   data, jigsaw = dict(config["data"]), dict(config["jigsaw"])
   for old, new in (("pretext_size", "crop_size"), ("pretext_scale", "crop_scale")):

@@ -1,7 +1,7 @@
-"""What a run writes down: metrics.jsonl, TensorBoard events and the progress line.
+"""The log of a run: metrics.jsonl, TensorBoard events and the progress line.
 
-One row of metrics.jsonl is one step. `log` and `record` for the same step add to the same row, so whoever
-reads the file finds the kNN figure beside the loss of its step.
+One row of metrics.jsonl is one step. `log` and `record` for the same step add to the same row, so the kNN accuracy
+stands beside the loss of its step.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from pirl_jax.storage.tensorboard import TensorBoard
 METRICS = "metrics.jsonl"
 
 PLAIN_SECONDS = 10.0
-"""Least seconds between two progress lines where there is no terminal: five minutes stay on one page."""
+"""Shortest time between two progress lines if there is no terminal; the lines of five minutes fit on one page."""
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """Returns the rows of a metrics.jsonl; a line torn by a crash is left out; [] if there is no file."""
+  """Returns the rows of a metrics.jsonl, or [] if there is no file; a line that a crash has cut is left out."""
   try:
     lines = Path(path).read_bytes().splitlines()
   except FileNotFoundError:
     return []
   rows = []
   for line in lines:
-    with contextlib.suppress(ValueError):  # what json raises, and what bytes that are no UTF-8 raise
+    with contextlib.suppress(ValueError):  # raised for text that is not JSON and for bytes that are not UTF-8
       row = json.loads(line)
       if isinstance(row, dict) and isinstance(row.get("step"), int):
         rows.append(row)
@@ -42,10 +42,11 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class Logbook:
-  """The notes of one run; a context manager. Only the process with `enabled` writes and prints.
+  """The log of one run; a context manager. Only the process with `enabled` writes and prints.
 
-  Steps count from 1: step s is logged after the s-th update. On resume the rows after `start_step`, which the
-  run is about to live through again, are cut, in metrics.jsonl and (by its purge mark) in TensorBoard.
+  Steps count from 1: step s is logged after the s-th update. When a run resumes, it repeats the steps after
+  `start_step`. Therefore the rows after `start_step` are removed from metrics.jsonl, and a purge mark hides them in
+  TensorBoard.
   """
 
   def __init__(self, workdir: str | os.PathLike, *, start_step: int, total_steps: int, steps_per_epoch: int,
@@ -53,15 +54,15 @@ class Logbook:
     """Opens the files of `workdir` and starts the clock.
 
     Args:
-      workdir: the run's folder; created.
-      start_step: steps already done (0: a new run).
+      workdir: the run's folder, which is created.
+      start_step: number of steps already done; 0 for a new run.
       total_steps: the last step of the run.
-      steps_per_epoch: steps of an epoch, >= 1.
-      batch_size: global batch size; images/s counts these.
-      enabled: False on every process but the first: nothing is written or printed, the figures are kept.
-      stream: where progress and messages go (None: standard output). On a terminal it is one line that
-      refreshes,
-        elsewhere plain lines, at most one in `PLAIN_SECONDS`.
+      steps_per_epoch: number of steps in an epoch, >= 1.
+      batch_size: global batch size, from which images/s is computed.
+      enabled: False on every process except the first. With False nothing is written or printed, but the figures are
+        kept in memory.
+      stream: the stream for progress and messages; None is standard output. On a terminal the progress is one line that
+        is refreshed; elsewhere it is plain lines, at most one in `PLAIN_SECONDS`.
     """
     self._total_steps = total_steps
     self._steps_per_epoch = steps_per_epoch
@@ -75,7 +76,7 @@ class Logbook:
 
     self._path = Path(workdir) / METRICS
     self._rows = [row for row in read_rows(self._path) if row["step"] <= start_step]
-    self._behind = False  # whether rows are missing on disk, because it did not take them
+    self._behind = False  # whether rows are missing in the file, because they could not be written
     if enabled:
       self._write_all()
       self._tensorboard = TensorBoard(workdir, start_step, self.say)
@@ -84,8 +85,8 @@ class Logbook:
     self._started = perf_counter()
     self._paused_seconds = 0.0
     self._logged_seconds = 0.0  # working time at the last log
-    self._rate_mark = None  # (step, wall time) after the first log: what came before holds the compilation
-    self._rates = []  # (images, working seconds, seconds of them that waited for data) of each interval
+    self._rate_mark = None  # (step, wall time) after the first log; the time before includes the compilation
+    self._rates = []  # for each interval: (images, working seconds, seconds of these spent waiting for data)
     self._plain_printed = -math.inf
 
   def __enter__(self) -> Self:
@@ -97,12 +98,12 @@ class Logbook:
   def log(self, step: int, metrics: Mapping[str, float], *, data_wait_seconds: float) -> None:
     """Writes the row of `step` and refreshes the progress line.
 
-    To `metrics` it adds `epoch`, `images_per_second` and `data_wait` (in [0, 1]), both over the working time
-    since the last log: `paused` time does not count.
+    The row also gets `epoch`, `images_per_second` and `data_wait` (share of the time, in [0, 1]). The last two are over
+    the working time since the last log; `paused` time does not count.
 
     Args:
-      step: steps done so far; larger than at the last log.
-      metrics: scalars by name (numpy's or JAX's too); those that are not finite become null.
+      step: number of steps done so far; larger than at the last log.
+      metrics: scalars by name, also of numpy or JAX; values that are not finite are written as null.
       data_wait_seconds: seconds since the last log in which the loop waited for its next batch.
 
     Raises:
@@ -123,7 +124,7 @@ class Logbook:
       self._rate_mark = (step, perf_counter())
 
   def record(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Adds figures (`knn_top1`, say) to the row of `step`; where that step has no row yet, it gets its own.
+    """Adds figures, for example `knn_top1`, to the row of `step`; if the step has no row yet, a row is added.
 
     Raises:
       ValueError: a later step has been written already.
@@ -134,11 +135,11 @@ class Logbook:
 
   @property
   def rows(self) -> list[dict[str, Any]]:
-    """Returns the rows of metrics.jsonl, those that the disk did not take among them."""
+    """Returns the rows of metrics.jsonl, including rows that could not be written yet."""
     return list(self._rows)
 
   def has(self, step: int, name: str) -> bool:
-    """Returns whether the row of a step has a figure of that name."""
+    """Returns whether the row of a step has a figure of this name."""
     return any(row["step"] == step and name in row for row in reversed(self._rows))
 
   def say(self, text: str) -> None:
@@ -149,7 +150,7 @@ class Logbook:
 
   @contextlib.contextmanager
   def tolerant(self, name: str) -> Iterator[None]:
-    """Within it a disk that is full or read-only is said, and not raised; `name` is what was to be written."""
+    """Turns the error of a full or read-only disk into a printed warning; `name` is the file to be written."""
     try:
       yield
     except OSError as error:
@@ -157,7 +158,7 @@ class Logbook:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Stops the clock of images/s and data wait: round evaluations, checkpoints and the compilation."""
+    """Stops the clock of images/s and data wait, for evaluations, checkpoints and compilation."""
     before = self._working_seconds()
     try:
       yield
@@ -165,10 +166,10 @@ class Logbook:
       self._paused_seconds += self._working_seconds() - before
 
   def summary(self) -> str:
-    """Returns a few lines on the run so far: time, the last loss and its mean over an epoch, speed, kNN.
+    """Returns a few lines about the run so far: time, last loss and its mean over the last epoch, speed, kNN.
 
-    Mean speed and waiting leave out the first interval of this session where there are others, because it
-    holds the compilation.
+    The mean speed and the waiting time leave out the first interval of this session, which includes the compilation. If
+    it is the only interval, it is used.
     """
     total = perf_counter() - self._started
     pause = f", {_clock(self._paused_seconds)} of it in pauses (evaluation, checkpoints)"
@@ -191,7 +192,7 @@ class Logbook:
     return "\n".join(lines)
 
   def close(self) -> None:
-    """Closes files and progress line; what is written stays. A second call does nothing."""
+    """Closes the files and the progress line. A second call does nothing."""
     if self._closed:
       return
     self._closed = True
@@ -235,8 +236,8 @@ class Logbook:
     self._tensorboard.add(step, figures)
 
   def _write_row(self, row, offset):
-    # One write of a whole line. Figures added to a row lengthen it, so its old beginning is written over with
-    # itself.
+    # The whole line is written at once. If figures are added to the last row, its line is overwritten by a longer one
+    # with the same beginning.
     line = _line(row)
     self._file.seek(offset)
     self._file.write(line)
@@ -245,14 +246,14 @@ class Logbook:
     self._row_offset, self._file_size = offset, offset + len(line)
 
   def _write_all(self):
-    """Writes the file anew, whole or not at all."""
+    """Writes the whole file again; the old file stays until the new one is complete."""
     if self._file is not None:
-      with contextlib.suppress(OSError):  # what it could not write is in the rows
+      with contextlib.suppress(OSError):  # nothing is lost: the rows are in memory, too
         self._file.close()
     lines = [_line(row) for row in self._rows]
     write_file(self._path, b"".join(lines))
     self._file = open(self._path, "r+b")  # noqa: SIM115, open as long as the run
-    # The row being written begins here; it is written anew when figures are added to it.
+    # The last row starts here; it is written again when figures are added to it.
     self._row_offset = sum(map(len, lines[:-1]))
     self._file_size = sum(map(len, lines))
     self._behind = False
@@ -271,12 +272,12 @@ class Logbook:
       print(self._progress_text(step), file=self._stream, flush=True)
 
   def _progress_text(self, step):
-    # What matters most comes first: a narrow terminal cuts the end.
+    # The most important parts come first, because a narrow terminal cuts the end.
     parts = [f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}",
              f"epoch {step / self._steps_per_epoch:.1f}/{self._total_steps / self._steps_per_epoch:.4g}"]
     loss = self._last("loss")
     if "loss" in self._rows[-1] or loss is not None:
-      # A row that has no finite loss says so here: the older, finite one would hide it.
+      # If the last row has a loss that is not finite, the line says so instead of showing an older, finite loss.
       now = self._rows[-1].get("loss", loss)
       parts.append("loss not finite" if now is None else f"loss {now:.3f}")
     knn = self._last("knn_top1")
@@ -294,7 +295,7 @@ class Logbook:
     return next((row[name] for row in reversed(self._rows) if row.get(name) is not None), None)
 
   def _seconds_left(self, step):
-    """Returns an estimate by the wall time since the first log, evaluations and checkpoints included."""
+    """Returns an estimate from the wall time since the first log, including evaluations and checkpoints."""
     remaining = self._total_steps - step
     if self._rate_mark is not None and step > self._rate_mark[0]:
       mark_step, mark_time = self._rate_mark

@@ -1,4 +1,4 @@
-"""Settings in nested groups, JSON values: as flat names, compared, and with what an older program did not know yet."""
+"""Settings in nested groups of JSON values: flattens and compares them, and adds defaults that older runs lack."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any], *, free: Sequence[str] = ()) -> (
     tuple[str, Any, Any] | None):
-  """Returns (field, value before, value now) of the first field, by its name, that differs; None if none does.
+  """Returns (field, value before, value now) of the first field that differs, in alphabetical order; None if none does.
 
   Args:
     before: nested settings.
-    now: the others; a field that one of the two lacks is None there.
+    now: the settings to compare with; a field that is missing in one of the two counts as None there.
     free: fields that may differ; a name that ends with a dot stands for its whole group.
   """
   before, now = flatten(before), flatten(now)
@@ -31,7 +31,7 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any], *, free: Seque
 
 
 def field_problem(field: str, settings: Mapping[str, Any]) -> str:
-  """Returns "" if `field`, "group.field" or a group, is there; else that it is not, and the nearest name that is."""
+  """Returns "" if `field` is the name of a field ("group.field") or group, else a message with the nearest name."""
   known = flatten(settings)
   if field in known or any(name.startswith(f"{field}.") for name in known):
     return ""
@@ -39,14 +39,14 @@ def field_problem(field: str, settings: Mapping[str, Any]) -> str:
   group, _, last = field.rpartition(".")
   nearest = difflib.get_close_matches(last, sorted({name for *_, name in groups.values()}), n=1)
   near = [name for name in known if groups[name][2] in nearest]
-  near = [name for name in near if groups[name][0] == group] or near  # else it is in another group than was thought
+  near = [name for name in near if groups[name][0] == group] or near  # prefer a field of the group that was given
   return f"there is no config field {field}" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
 def with_defaults(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns `stored` with the default of every field, and of every field of a group, that is missing there.
+  """Returns `stored` with defaults added for all missing fields, also within groups.
 
-  Fields without a default stay.
+  Fields without a default stay as they are.
 
   Raises:
     TypeError, AttributeError: a group of `defaults` is a single value in `stored`.

@@ -1,4 +1,4 @@
-"""Snapshots of a long evaluation, so that the same command goes on."""
+"""Snapshots of a long evaluation, from which the same command resumes."""
 
 import contextlib
 import os
@@ -15,13 +15,14 @@ from pirl_jax.storage.checksums import checksums
 
 
 class Snapshots:
-  """Where a long evaluation stands, so that the same command goes on; a context manager.
+  """The snapshots of a long evaluation, from which the same command resumes; a context manager.
 
-  Only the newest one is kept. What lies in the folder belongs to one evaluation: the caller names the folder by it.
+  Only the newest snapshot is kept. A folder must belong to one evaluation; the caller chooses the name of the folder
+  accordingly.
   """
 
   def __init__(self, folder: str | os.PathLike):
-    """Opens `folder`; it is made by the first save."""
+    """Opens `folder`; the first save creates it."""
     self._folder = Path(folder).absolute()
     self._manager = None
 
@@ -35,13 +36,13 @@ class Snapshots:
         manager.close()
 
   def restore(self, like: Any, mesh: jax.sharding.Mesh) -> tuple[int, Any]:
-    """Returns (step, tree) as last saved, or (0, `like`) where nothing that can be read was.
+    """Returns (step, tree) of the newest snapshot, or (0, `like`) if there is no snapshot that can be read.
 
-    One that cannot be read is named and thrown away: what is lost is time.
+    A snapshot that cannot be read is named and deleted; only computing time is lost.
 
     Args:
-      like: the tree at the start, of arrays whole on every device.
-      mesh: where the arrays are to lie.
+      like: the tree at the start; its arrays are replicated on every device.
+      mesh: the devices for the arrays.
     """
     if self._folder.is_dir():
       template = template_of(like, whole(mesh))
@@ -52,17 +53,22 @@ class Snapshots:
             step, args=args.Composite(tree=args.StandardRestore(template), checksums=args.JsonRestore()))
         except Exception as error:  # Orbax raises Exception itself for a damaged file
           failure = reason_of(error)
-        failure = first_failure(failure)  # checksums are taken by all processes together
+        failure = first_failure(failure)  # all processes compute the checksums together
         if not failure and found["checksums"] == checksums(found["tree"]):
           return step, found["tree"]
         print(f"snapshot {self._folder / str(step)} cannot be read, thrown away: {failure or 'not as it was saved'}")
-        self._open().delete(step)  # else Orbax would skip every save up to this step without a word
+        self._open().delete(step)  # otherwise Orbax would silently skip every save up to this step
     return 0, like
 
   def save(self, step: int, tree: Any) -> None:
-    """Starts to write a tree of arrays under a step >= 1, higher than the last, and returns before it is on disk.
+    """Starts writing a tree of arrays and returns before it is on disk.
 
-    A disk that cannot take it is no reason to end the evaluation: that is said. (Of several processes all end.)
+    If the disk cannot take the snapshot, a warning is printed and the evaluation continues. With several processes an
+    error ends all of them.
+
+    Args:
+      step: >= 1, and higher than that of the last snapshot.
+      tree: of arrays.
     """
     items = args.Composite(tree=args.StandardSave(tree), checksums=args.JsonSave(checksums(tree)))
     with self._tolerant(f"that of step {step}"):
@@ -73,13 +79,13 @@ class Snapshots:
   def _tolerant(self, which):
     try:
       yield
-    except Exception as error:  # of many types, see restore; of an earlier save, too, that ended meanwhile
+    except Exception as error:  # of many types, see restore; it may come from an earlier save that ended meanwhile
       if jax.process_count() > 1:
         raise
       print(f"WARNING: a snapshot could not be written to {self._folder}, {which} ({reason_of(error)}); the evaluation "
             "goes on without it")
       manager, self._manager = self._manager, None
-      with contextlib.suppress(Exception):  # it says once more what went wrong
+      with contextlib.suppress(Exception):  # closing raises the error of the save once more
         if manager is not None:
           manager.close()
 

@@ -1,1 +1,1 @@
-"""Studies: many runs, judged alike, and their figures side by side."""
+"""Studies: many runs, evaluated in the same way, and their figures side by side."""

@@ -1,7 +1,7 @@
 """The figure of a study.
 
-Beside our own panels stands the paper's figure (PIRL, arXiv 1912.01991) as far as its numbers are known: its figures
-were published as plots, so that only what its tables and text say can be drawn.
+The study's own panels stand beside a panel with the numbers of the paper (PIRL, arXiv 1912.01991). The paper published
+its figures as plots, so only the numbers in its tables and text can be drawn.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from pirl_jax.studies.statistics import CONFIDENCE, Cell
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """Some values: a line of the panel, or one of its bars or intervals.
+  """A line of a panel, or one of its bars or intervals.
 
   Attributes:
-    x: numbers, or names; a bar or interval stands under its own name instead.
-    y: as many numbers.
-    error: half the height of the error bar or band, as many numbers; None: none.
-    series: what it belongs to, if that has another name than the line itself: a series has one colour in all panels.
+    x: numbers, or names; not used for a bar or an interval, which stands above its own name.
+    y: numbers, as many as `x`.
+    error: half the height of the error bars or of the band, as many numbers; None draws no error.
+    series: name of the series, if it differs from the name of the line. A series has the same colour in all panels.
   """
 
   x: Sequence[float] | Sequence[str]
@@ -38,16 +38,16 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-  """One of the axes of the figure.
+  """One panel of the figure, with its own axes.
 
   Attributes:
-    title: says the data and the network.
-    y_label: says what an error bar is, too.
-    kind: "lines", "bands" (lines with a band about them), "bars" or "intervals" (about a line at 0).
+    title: names the data and the network.
+    y_label: of the y axis; also says what the error bars are.
+    kind: "lines", "bands" (lines with an error band), "bars" or "intervals" (error bars and a line at 0).
     lines: by name.
-    x_label: of the axis.
-    log_x: whether the axis of x is logarithmic.
-    note: below the axes.
+    x_label: of the x axis.
+    log_x: True for a logarithmic x axis.
+    note: text below the x axis.
   """
 
   title: str
@@ -85,19 +85,23 @@ PAPER = {
      "NPID++": Line(LAYERS, [6.6, 27.4, 38.5, 53.1, 59.0]), "Random": Line(LAYERS, [9.6, 13.7, 12.0, 8.0, 5.6])},
     "layer", note="table 7"),
 }
-"""The paper's side of the studies. Of figure 4 (distances) no number is known, and it has no study of the draw."""
+"""The panel of the paper for each study. For the paper's figure 4 (distances) no number is known, and the paper has no
+study of how negatives are drawn."""
 
 
 def lines_panel(cells: Sequence[Cell], *, title: str, figure: str, x_label: str, log_x: bool, share: bool) -> Panel:
-  """Returns a line for each point over the layers, or, of cells that have no layer, for each series over `x`, a number.
+  """Returns a panel of lines.
+
+  If the cells have layers, there is a line for each point over the layers. Otherwise there is a line for each series
+  over the numbers `x`.
 
   Args:
-    cells: of one figure, or of one in each layer.
+    cells: of one figure, or of one figure in each layer.
     title: of the panel.
     figure: name of the figure.
-    x_label: of the axis.
-    log_x: whether it is logarithmic.
-    share: the figures are shares, shown in per cent.
+    x_label: of the x axis.
+    log_x: True for a logarithmic x axis.
+    share: True shows the figures in per cent.
   """
   lines = {}
   for cell in cells:
@@ -111,15 +115,17 @@ def lines_panel(cells: Sequence[Cell], *, title: str, figure: str, x_label: str,
 
 def bars_panels(cells: Sequence[Cell], *, title: str, figure: str, x_label: str, reference: str,
                 share: bool) -> list[Panel]:
-  """Returns a bar for each point, and where there are several seeds the differences to the reference beside them.
+  """Returns a panel with a bar for each point and, if there are several seeds, a panel with differences.
+
+  The second panel shows the differences to the reference.
 
   Args:
     cells: of one figure.
     title: of the panels.
     figure: name of the figure.
-    x_label: of the axes.
-    reference: label of a point, or "".
-    share: the figures are shares, shown in per cent.
+    x_label: of the x axes.
+    reference: label of a point, or "" for no differences.
+    share: True shows the figures in per cent.
   """
   scale = 100 if share else 1
   bars = {cell.label: Line([""], *_heights([cell], share), cell.series) for cell in cells}
@@ -136,13 +142,13 @@ def bars_panels(cells: Sequence[Cell], *, title: str, figure: str, x_label: str,
 
 def distances_panel(matched: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str, figure: str,
                     x_label: str) -> Panel:
-  """Returns the density of the distances of each point, with the standard deviation over its seeds as a band.
+  """Returns a panel with the density of the distances of each point; a band shows the standard deviation over seeds.
 
   Args:
-    matched: by label of the point, for each seed the histogram: `counts` and the `edges` of its bins.
+    matched: by label of the point, the histogram of each seed: `counts` and the `edges` of its bins.
     title: of the panel.
-    figure: name of the axis of y.
-    x_label: of the axis.
+    figure: label of the y axis.
+    x_label: of the x axis.
   """
   lines = {}
   for label, seeds in matched.items():
@@ -154,7 +160,7 @@ def distances_panel(matched: Mapping[str, Sequence[Mapping[str, Any]]], *, title
 
 
 def _heights(cells, share):
-  """Returns means and standard deviations (None for one seed)."""
+  """Returns (means, standard deviations) of the cells; with one seed the standard deviations are None."""
   scale = 100 if share else 1
   several = len(cells[0].values) > 1
   return [scale * cell.mean for cell in cells], [scale * cell.std for cell in cells] if several else None
@@ -169,22 +175,22 @@ def _seeds(number):
 
 
 def save_panels(path: str | os.PathLike, title: str, panels: Sequence[Panel]) -> None:
-  """Writes a figure with the panels side by side, each with axes of its own.
+  """Writes a figure with the panels side by side.
 
   Args:
-    path: the file, its ending says the format; its folder is created.
-    title: above all of them.
+    path: the file; its ending says the format, and its folder is created.
+    title: above all panels.
     panels: at least one.
   """
   colours = colours_of(panels)
   figure = Figure(figsize=(5.6 * len(panels), 4.6), layout="constrained")
-  FigureCanvasAgg(figure)  # draws without a display and without pyplot's list of open figures
+  FigureCanvasAgg(figure)  # needs no display, and the figure does not stay in pyplot's list of open figures
   figure.suptitle(title, parse_math=False)
   all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
   for axes, panel in zip(all_axes, panels, strict=True):
     _draw(axes, panel, colours)
     if panel.kind == "lines" and all(len(line.x) == 1 for line in panel.lines.values()):
-      axes.sharex(all_axes[0])  # so that a point alone has its place
+      axes.sharex(all_axes[0])  # with the x axis of the first panel a single point stands at its right place
   with replacing(path) as file:
     figure.savefig(file, dpi=120, format=Path(path).suffix[1:])
 
@@ -219,7 +225,7 @@ def _draw(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
     axes.set_xticks(range(len(panel.lines)), panel.lines, rotation=30, ha="right", parse_math=False)
   else:
     for text in axes.legend().get_texts():
-      text.set_parse_math(False)  # names of settings may hold dollars, and are no formulas
+      text.set_parse_math(False)  # a dollar sign in the name of a setting must not start a formula
   if panel.kind == "intervals":
     axes.axhline(0, color="black", linewidth=0.8)
   if panel.log_x:

@@ -20,20 +20,20 @@ from pirl_jax.storage.formats import upgrade_config
 from pirl_jax.storage.settings import difference, flatten
 
 MARK = "trained.json"
-"""In a run's folder, written when its training has returned: the step of its last checkpoint."""
+"""A file in a run's folder, written when its training has ended; the file holds the step of the last checkpoint."""
 
 EXAMPLE = '''--config.points='[("PIRL", 0.5, "pirl", {"pretext_weight": 0.5}), ...]\''''
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """A place in the study.
+  """A point of the study: one setting of one system.
 
   Attributes:
-    series: name of its line.
-    x: its place there, a number or a text; "" where a series has one point alone.
-    system: what is trained, a file of configs/ without ending.
-    fields: of the system's config that are set, by name ("group.field").
+    series: name of the line to which the point belongs.
+    x: position of the point on the line, a number or a text; "" if the series has a single point.
+    system: the system that is trained: the name of a file of configs/ without its ending.
+    fields: fields of the system's config that are set, {"group.field": value}.
   """
 
   series: str
@@ -49,13 +49,13 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """A run, which is one seed of a point, and its evaluation.
+  """The run of one seed of a point, and its evaluation.
 
   Attributes:
     point: of the study.
     config: of the pre-training, with seed and name.
     evaluation: config of the evaluation.
-    folder: of the run.
+    folder: the folder of the run.
   """
 
   point: Point
@@ -65,19 +65,19 @@ class Trial:
 
   @property
   def step(self) -> int | None:
-    """Returns the last step of the training, or None before it has ended."""
+    """Returns the last step of the training, or None if the training has not ended."""
     return (read_json(self.folder / MARK) or {}).get("step")
 
   @property
   def trained(self) -> bool:
-    """Returns whether the training has ended and its last checkpoint is there."""
+    """Returns whether the training has ended and its last checkpoint is on disk."""
     return self.step is not None and (self.folder / "checkpoints" / str(self.step)).is_dir()
 
   def result(self) -> dict[str, Any] | None:
-    """Returns the result file of this very evaluation of the last checkpoint, or None."""
+    """Returns the content of the result file of this evaluation of the last checkpoint, or None."""
     protocol = self.evaluation.protocol
     asked = json.loads(json.dumps(self.evaluation[protocol].to_dict()))
-    # Images other than the run's own give the file a longer name.
+    # If the evaluation uses images other than the run's own, the file has a longer name.
     for path in sorted((self.folder / "results").glob(f"{self.evaluation.name}*.json")):
       stored = read_json(path) or {}
       settings = stored.get("settings", {})
@@ -90,8 +90,8 @@ def read_points(config: ConfigDict) -> list[Point]:
   """Returns the points of the study.
 
   Raises:
-    UserError: none, one that is not written as a point, two of the same name, an x that is not a number where it has to
-      be, or a reference that is none of them.
+    UserError: there are no points, a point has the wrong form, two points have the same name, an x must be a number and
+      is not, or the reference is not one of the points.
   """
   points = [read_point(point) for point in (*config.points, *config.more_points)]
   if not points:
@@ -104,7 +104,7 @@ def read_point(point: Any) -> Point:
   """Returns the point that (SERIES, X, SYSTEM, {FIELD: VALUE, ...}) describes.
 
   Raises:
-    UserError: it is something else.
+    UserError: `point` has another form.
   """
   if isinstance(point, (tuple, list)) and len(point) == 4:
     series, x, system, fields = point
@@ -116,7 +116,7 @@ def read_point(point: Any) -> Point:
 
 
 def check_points(points: Sequence[Point], *, plot: str, log_x: bool, reference: str) -> None:
-  """Raises UserError for points that cannot be told apart, drawn or compared."""
+  """Raises UserError if two points have the same label, or if the points cannot be plotted or compared."""
   labels = [point.label for point in points]
   for label in labels:
     if labels.count(label) > 1:
@@ -134,7 +134,7 @@ def create_trial(config: ConfigDict, point: Point, seed: int, root: Path) -> Tri
   """Returns one seed of a point: the configs of its training and of its evaluation, and its folder.
 
   Raises:
-    UserError: an unknown system or variant, or a field or value that its config does not take.
+    UserError: the system or the variant is unknown, or the config does not accept a field or a value.
   """
   run_config = system_config(point.system, config.variant)
   evaluation = evaluations.get_config(config.evaluation)
@@ -157,18 +157,21 @@ def create_trial(config: ConfigDict, point: Point, seed: int, root: Path) -> Tri
 
 
 def older_folder(runs: Path, pattern: str, config: ConfigDict) -> Path | None:
-  """Returns the folder of a run of this very config that a program with fewer fields named by another digest, or None.
+  """Returns the folder of an older run with the same config, or None.
+
+  If a version of the program adds config fields, the digest in the folder's name changes. Runs of older versions are
+  found here by comparing the configs.
 
   Args:
-    runs: where to look.
-    pattern: of the folder's name.
-    config: of the run; its name does not count.
+    runs: the folder that holds the folders of runs.
+    pattern: glob pattern for the folder's name.
+    config: of the run; its field `name` is not compared.
   """
   now = json.loads(json.dumps(config.to_dict()))
   for path in sorted(runs.glob(f"{pattern}/config.json")):
     try:
       stored = upgrade_config(read_json(path) or {})
-    except (KeyError, TypeError, AttributeError):  # it is damaged, which matters to whoever trains there
+    except (KeyError, TypeError, AttributeError):  # a damaged config; only a run in that folder needs to report it
       continue
     if difference(stored, now, free=("name",)) is None:
       return path.parent
@@ -195,14 +198,13 @@ def set_fields(config: ConfigDict, fields: Mapping[str, Any], *, where: str, fix
   """Sets fields of `config` in place.
 
   Args:
-    config: any.
-    fields: values by the names of the fields, "group.field", of the types that the fields have; a whole number is taken
-      for a float, too.
-    where: named in an error.
+    config: any config.
+    fields: {"group.field": value}; a value must have the type of its field; a float field also takes a whole number.
+    where: where the fields were given; the error message names it.
     fixed: fields that may not be set.
 
   Raises:
-    UserError: there is no such field, or the value is of another type.
+    UserError: there is no such field, or the value has another type.
   """
   for field, value in fields.items():
     if field in fixed:
@@ -213,23 +215,23 @@ def set_fields(config: ConfigDict, fields: Mapping[str, Any], *, where: str, fix
       group = group.get(part) if isinstance(group, ConfigDict) else None
     if not isinstance(group, ConfigDict) or name not in group or isinstance(group[name], ConfigDict):
       raise UserError(f"{where}: there is no config field {field}")
-    kind = group.get_type(name)  # known of a field without a value too
+    kind = group.get_type(name)  # a field without a value has a type, too
     accepted = {float: (int, float), tuple: (tuple, list)}.get(kind, kind)
-    # Python takes True for the number 1.
+    # bool is a subclass of int in Python, so isinstance alone would accept True as a number.
     if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
       raise UserError(f"{where}: {field}={value!r} is not possible: it is of type {kind.__name__}")
     group[name] = value
 
 
 def digest(config: ConfigDict, without: Iterable[str]) -> str:
-  """Returns eight hexadecimal digits of all fields but those named."""
+  """Returns eight hexadecimal digits, a hash of all fields except those in `without`."""
   fields = {name: value for name, value in config.to_dict().items() if name not in without}
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 
 @contextlib.contextmanager
 def named(trial: Trial):
-  """Puts the name of the trial before what a UserError says."""
+  """Puts the name of the trial before the message of a UserError."""
   try:
     yield
   except UserError as error:

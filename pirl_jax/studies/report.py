@@ -1,4 +1,4 @@
-"""What a study found, written down: the table, the figure, and every number in files."""
+"""Writes the report of a study: the table, the figure, and files with every number."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ def report(config: ConfigDict, trials: Sequence[Trial], folder: Path) -> None:
   """Writes study.csv, study.json and study.png into `folder`, and prints the table.
 
   Raises:
-    UserError: a result lacks a figure that the study needs.
+    UserError: a result does not have a figure that the study needs.
   """
   results = {trial.folder: trial.result() for trial in trials}
   cells = create_cells(trials, results, config.reference)
@@ -47,11 +47,11 @@ def create_cells(trials: Sequence[Trial], results: Mapping[Path, dict[str, Any]]
 
   Args:
     trials: in the order of points and seeds.
-    results: the result of each, by the run's folder.
-    reference: label of a point, or "": none.
+    results: the result of each trial, by the run's folder.
+    reference: label of a point, or "" for no reference.
 
   Raises:
-    UserError: a result lacks a figure.
+    UserError: a result does not have a figure that the study needs.
   """
   values = {}  # of (point, figure, layer), in the order of the seeds
   for trial in trials:
@@ -61,7 +61,7 @@ def create_cells(trials: Sequence[Trial], results: Mapping[Path, dict[str, Any]]
   base = {figure: found for (point, figure, _), found in values.items() if point.label == reference}
   cells = []
   for (point, figure, layer), found in values.items():
-    # A layer that the reference's network does not have is compared with nothing.
+    # If the reference's network does not have the layer, there is nothing to compare with.
     compared = point.label != reference and figure in base
     difference = paired_difference(found, base[figure]) if compared else None
     cells.append(Cell(point.series, str(point.x), figure, layer, tuple(found), difference))
@@ -69,10 +69,12 @@ def create_cells(trials: Sequence[Trial], results: Mapping[Path, dict[str, Any]]
 
 
 def read_figures(protocol: str, figures: dict[str, Any]) -> dict[tuple[str, str], float]:
-  """Returns the figures that a study takes, by name and layer ("" where it is of none); the one to draw comes first.
+  """Returns the figures that a study takes from a result, by (name, layer); the figure to plot comes first.
+
+  The layer is "" for a figure that does not belong to a layer.
 
   Raises:
-    UserError: one is not there.
+    UserError: the result does not have one of the figures.
   """
   reading = protocol_of(protocol).reading
   try:
@@ -86,7 +88,7 @@ def read_figures(protocol: str, figures: dict[str, Any]) -> dict[tuple[str, str]
 
 
 def write_rows(path: Path, study: str, trials: Sequence[Trial], cells: Sequence[Cell]) -> None:
-  """Writes the long table: a row for each figure of each run, an accuracy as a share in [0, 1]."""
+  """Writes a table in long format: a row for each figure of each run, with accuracies in [0, 1]."""
   of_point = {}
   for trial in trials:
     of_point.setdefault(trial.point.label, []).append(trial)
@@ -101,14 +103,14 @@ def write_rows(path: Path, study: str, trials: Sequence[Trial], cells: Sequence[
 
 def create_panels(config: ConfigDict, trials: Sequence[Trial], results: Mapping[Path, dict[str, Any]],
                   cells: Sequence[Cell], *, share: bool) -> list[Panel]:
-  """Returns the panels of the study's figure: its own, and the paper's where its numbers are known.
+  """Returns the panels of the study's figure, and the paper's panel if the numbers of the paper are known.
 
   Args:
     config: of the study.
-    trials: all of them.
+    trials: all trials.
     results: by the run's folder.
-    cells: those that the table shows.
-    share: whether their figures are shares.
+    cells: the cells that the table shows.
+    share: True if the figures are shares, shown in per cent.
   """
   title = config.panel_title or f"here, {config.variant or 'embedded textures'}, {trials[0].config.model.arch}"
   first = [cell for cell in cells if cell.figure == cells[0].figure]

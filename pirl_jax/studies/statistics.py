@@ -1,4 +1,4 @@
-"""What a study found: means over seeds, paired differences, and the table for people."""
+"""The statistics of a study: means over seeds, paired differences, and the text table."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ UNSHOWN = "no difference shown"
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """A mean of differences seed by seed, and the ends of its confidence interval; both None for one seed."""
+  """The mean of the differences seed by seed, and the ends of its confidence interval; with one seed both are None."""
 
   mean: float
   low: float | None
@@ -22,7 +22,7 @@ class Difference:
 
   @property
   def verdict(self) -> str:
-    """Returns in words whether the interval leaves out 0."""
+    """Returns in words whether the confidence interval excludes 0."""
     if self.low is None:
       return "one seed, no interval"
     return UNSHOWN if self.low <= 0 <= self.high else "difference shown"
@@ -35,9 +35,9 @@ class Cell:
   Attributes:
     series, x: of the point; `x` may be empty.
     figure: name of the figure.
-    layer: the layer that it is of, or "".
-    values: one a seed.
-    difference: to the reference point; None without one, and at the reference itself.
+    layer: the layer to which the figure belongs, or "".
+    values: one value for each seed.
+    difference: to the reference point; None for the reference itself, or if there is no reference.
   """
 
   series: str
@@ -59,25 +59,25 @@ class Cell:
 
   @property
   def std(self) -> float | None:
-    """Returns the standard deviation over the seeds, with divisor their number less one; None for one seed."""
+    """Returns the sample standard deviation over the seeds (divisor: number of seeds - 1), or None for one seed."""
     return statistics.stdev(self.values) if len(self.values) > 1 else None
 
   def to_json(self) -> dict[str, Any]:
-    """Returns all of it as JSON values."""
+    """Returns the cell as JSON values, with mean, standard deviation and verdict."""
     difference = self.difference and {**dataclasses.asdict(self.difference), "verdict": self.difference.verdict}
     return {**dataclasses.asdict(self), "mean": self.mean, "std": self.std, "num_seeds": len(self.values),
             "difference": difference}
 
 
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
-  """Returns the mean of values[i] - reference[i] and its 95 % interval by Student's t.
+  """Returns the mean of values[i] - reference[i] and its 95 % confidence interval by Student's t.
 
-  It takes the differences as draws from one normal distribution, and knows nothing of other comparisons: of twenty
-  such intervals one may be expected to miss.
+  The interval assumes that the differences are independent draws from one normal distribution. It is not corrected for
+  multiple comparisons: of twenty such intervals, one is expected to miss the true difference.
 
   Args:
-    values: one a seed.
-    reference: of the same seeds.
+    values: one value for each seed.
+    reference: the values of the reference for the same seeds.
   """
   differences = [value - other for value, other in zip(values, reference, strict=True)]
   mean = statistics.fmean(differences)
@@ -95,7 +95,7 @@ def format_table(title: str, cells: Sequence[Cell], *, reference: str, share: bo
     title: the first line.
     cells: at least one.
     reference: label of the point that the others are compared with, or "".
-    share: the figures are shares, shown in per cent; else plain numbers.
+    share: True shows the figures in per cent; False shows plain numbers.
   """
   lines = [title, f"{_spread(cells)}{', %' if share else ''}"]
   if reference:

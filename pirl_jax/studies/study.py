@@ -1,8 +1,9 @@
-"""A study from its config: pre-train every run, judge it, and set the figures side by side.
+"""A study from its config: pre-train every run, evaluate it, and compare the figures.
 
-A run belongs to its config and not to a study: WORKDIR/runs/SYSTEM-DIGEST-SEED is trained once, whichever studies ask
-for it, and holds the results of all its evaluations. WORKDIR/NAME holds the table and the figure of one study, made
-anew from the runs' result files each time. One study at a time may work in a folder.
+A run is identified by its config, not by a study. The run in WORKDIR/runs/SYSTEM-DIGEST-SEED is trained once, even if
+several studies need it, and its folder holds the results of all its evaluations. WORKDIR/NAME holds the table and the
+figure of one study, which are written again from the runs' result files each time. Only one study at a time may work in
+a folder.
 """
 
 import contextlib
@@ -29,27 +30,27 @@ from pirl_jax.training import pretrain
 from pirl_jax.training.parts import build, check_config
 
 TRAINS = True
-"""Asked to stop, this job saves the state of the run it trains and ends well, see `jobs`."""
+"""If this job is asked to stop, it saves the state of the current run and ends with exit code 0, see `jobs`."""
 
 PLOTS = ("lines", "bars", "layers", "distances")
 
 COMPILED_SECONDS = 0.3
-"""Programs that took less to compile are not kept on disk."""
+"""Programs that compile in less time are not stored on disk."""
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-  """Trains and judges what is not yet done of the study in `workdir`, and writes table and figure.
+  """Trains and evaluates those runs of the study in `workdir` that are not done yet; writes the table and the figure.
 
-  Without a `workdir` ("") the folder is runs/study.
+  If `workdir` is "", the folder is runs/study.
 
   Raises:
-    UserError: the study or one of its runs is not possible (before anything is trained), or a run came to nothing.
+    UserError: the study or one of its runs is not possible (raised before anything is trained), or a run failed.
   """
   root = Path(workdir or "runs/study")
   check_study(config, root)
   points = read_points(config)
   trials = [create_trial(config, point, seed, root) for point in points for seed in config.seeds]
-  # Read once: every process of several must come to the same list.
+  # The results are read once: if there are several processes, all of them must get the same list.
   waiting = {trial.folder: trial for trial in trials if trial.result() is None}
   check_trials(trials, waiting.values())
   print(format_plan(points, trials, waiting), flush=True)
@@ -60,7 +61,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 
 def check_study(config: ConfigDict, root: Path) -> None:
-  """Raises UserError for a value that no study could have."""
+  """Raises UserError for a value that is wrong in every study."""
   def require(holds, field, rule):
     if not holds:
       raise UserError(f"{field}={config[field]!r} is not possible: {rule}")
@@ -90,8 +91,8 @@ def check_trials(trials: Iterable[Trial], waiting: Iterable[Trial]) -> None:
   """Raises UserError for a trial that its config or its data makes impossible.
 
   Args:
-    trials: all of them; their configs are looked at.
-    waiting: those that have no result yet; of the points not yet trained the data are opened too.
+    trials: all trials; their configs are checked.
+    waiting: the trials without a result. For each point that has an untrained trial the data are opened, too.
   """
   first = {}
   for trial in waiting:
@@ -101,13 +102,13 @@ def check_trials(trials: Iterable[Trial], waiting: Iterable[Trial]) -> None:
     with named(trial):
       check_config(trial.config)
       if first.get(trial.point) is trial:
-        with contextlib.redirect_stdout(io.StringIO()):  # the images found are told when the run begins
+        with contextlib.redirect_stdout(io.StringIO()):  # the description of the images is printed when the run starts
           parts = build(trial.config, trial.folder)
         _check_labels(trial, parts)
 
 
 def _check_labels(trial, parts):
-  """Raises UserError if the evaluation is of the run's own images and they lack what it needs."""
+  """Raises UserError if the evaluation uses the run's own images and these lack held-out images or labels."""
   protocol = trial.evaluation.protocol
   reading = protocol_of(protocol).reading
   if any(value is not None for value in trial.evaluation.data.to_dict().values()):
@@ -120,7 +121,7 @@ def _check_labels(trial, parts):
 
 
 def format_plan(points: Sequence[Point], trials: Sequence[Trial], waiting: dict[Path, Trial]) -> str:
-  """Returns lines of text: what is done already, and what is to do."""
+  """Returns lines of text: for each point the seeds that are done and the seeds that are to do."""
   folders = {trial.folder for trial in trials}
   lines = [f"{len(points)} points, {len(folders)} runs, {len(folders) - len(waiting)} of them done"]
   width = max(len(point.label) for point in points)
@@ -136,9 +137,9 @@ def format_plan(points: Sequence[Point], trials: Sequence[Trial], waiting: dict[
 
 
 def keep_compiled(folder: Path) -> None:
-  """Lets JAX keep its compiled programs in `folder`, so that runs of one program compile it once.
+  """Lets JAX store compiled programs in `folder`, so that a program that several runs share is compiled only once.
 
-  A folder that was chosen already (JAX_COMPILATION_CACHE_DIR) stays.
+  If a folder has been chosen already (JAX_COMPILATION_CACHE_DIR), that folder is used.
   """
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
@@ -146,10 +147,10 @@ def keep_compiled(folder: Path) -> None:
 
 
 def carry_out(waiting: Sequence[Trial]) -> None:
-  """Trains those that are not trained, and judges all of them.
+  """Trains the trials that are not trained yet, and evaluates all trials in `waiting`.
 
   Raises:
-    UserError: a run came to nothing.
+    UserError: a run failed.
   """
   started = time.perf_counter()
   for number, trial in enumerate(waiting, 1):
@@ -165,7 +166,7 @@ def carry_out(waiting: Sequence[Trial]) -> None:
 
 
 def train(trial: Trial) -> None:
-  """Pre-trains the run of a trial, or goes on with it, and marks it as trained."""
+  """Pre-trains the run of a trial, or resumes it, and marks it as trained."""
   started = time.perf_counter()
   pretrain.run(trial.config, str(trial.folder))
   with Checkpoints(trial.folder / "checkpoints", keep=trial.config.checkpoint.keep) as checkpoints:

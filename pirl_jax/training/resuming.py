@@ -108,10 +108,10 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
   def check(meta):
     if meta["format"] < FIRST_RESUMED:
       raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a part of the state is "
-                      "missing: it can be evaluated, not gone on with; choose another --workdir")
+                      "missing: the run can be evaluated, but not resumed; choose another --workdir")
     if meta["format"] < FIRST_BITS and parts.config.bank.dtype == "bfloat16":
-      raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a bank of bfloat16 was "
-                      "stored otherwise: it can be evaluated, not gone on with; choose another --workdir")
+      raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a bfloat16 bank is "
+                      "stored in another way: the run can be evaluated, but not resumed; choose another --workdir")
     for name, now in expected.items():
       if meta.get(name) != now:
         if name == "data" and (changes := contents.difference(parts.train, parts.workdir)):
