@@ -1,1 +1,1 @@
-"""What can be run: one file for each kind of job, with its variants."""
+"""The configs: one file for each kind of job, with its variants."""

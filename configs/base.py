@@ -1,115 +1,122 @@
-"""Every field of a pre-training run, once, with its meaning and unit. The values are the paper's main run.
+"""Every field of a pre-training run, with its meaning and unit. The values are those of the paper's main run.
 
-A new field has the value here that leaves everything as it was: that is its value in runs stored without the field.
+If a field is added, its value here must be what the program did before: stored runs without the field get this value.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_base() -> ConfigDict:
-  """Returns the settings of the paper's main run (section 3; vissl pirl_jigsaw_4node_resnet50.yaml), but for data."""
+  """Returns the settings of the paper's main run (section 3; vissl pirl_jigsaw_4node_resnet50.yaml), without data."""
   config = ConfigDict()
-  config.job = "pretrain"  # what launch.py does with this config
-  config.name = ""  # of the run; without --workdir its folder is runs/NAME
+  config.job = "pretrain"  # the job that launch.py runs
+  config.name = ""  # of the run; without --workdir the folder of the run is runs/NAME
   config.seed = 0  # of everything random: weights, bank, order, crops, views, negatives
-  # "invariant": image and transformed image against the memory bank (PIRL, NPID); "covariant": the network tells which
-  # transform it was (Jigsaw, RotNet); "supervised": which class. The last two use none of the fields from
-  # num_negatives to loss, pretext_weight and bank.
+  # "invariant": the image and the transformed image are compared with the memory bank (PIRL, NPID). "covariant": the
+  # network predicts which transform was applied (Jigsaw, RotNet). "supervised": the network predicts the class.
+  # "covariant" and "supervised" do not use the fields num_negatives, negative_sampling, temperature, loss,
+  # pretext_weight and bank.
   config.objective = "invariant"
   config.num_epochs = 800  # 0: the untrained network
   config.batch_size = 1024  # images in a step, over all devices
-  # Parts of a batch that pass through the network one after the other, in as much less memory. The gradient is that of
-  # the whole batch, but batch norm has the statistics of a part.
+  # Number of parts of a batch that pass through the network one after the other. More parts need less memory. The
+  # gradient is that of the whole batch, but batch norm uses the statistics of each part.
   config.micro_batches = 1
   config.num_negatives = 32_000  # for each term, a multiple of the bank's strata (256 or fewer); 0: every row
-  config.negative_sampling = "shared"  # one draw for the batch; "per_image": one for each image, many times slower
+  config.negative_sampling = "shared"  # one draw for the batch; "per_image": one draw for each image, many times slower
   config.temperature = 0.07  # tau
-  config.loss = "nce"  # "nce" (the official one), "infonce" (softmax), "eq4" (the paper's equations as written)
+  config.loss = "nce"  # "nce" (official code), "infonce" (softmax), "eq4" (the paper's equations as written)
   config.pretext = "jigsaw"  # the transform: "jigsaw", "rotation", "rotation_jigsaw"
-  config.pretext_weight = 0.5  # lambda: weight of the pretext term, the image term has the rest; 0: no pretext view
+  config.pretext_weight = 0.5  # lambda: weight of the pretext term; the image term has 1 - lambda; 0: no pretext view
 
   config.data = data = ConfigDict()
   data.source = "tfds"  # "embedded" (textures, no download), "folder" or "tfds"
-  data.name = ""  # tfds: name of the data set, as in its catalog
-  data.root = ""  # folder: the folder of images; tfds: where prepared sets lie ("": its default)
-  data.split = "train"  # tfds: a split; folder: a sub-folder ("": everything)
-  data.labels = "none"  # folder: "folder" takes the sub-folders as classes; for kNN and objective=supervised only
-  data.num_images = 0  # embedded: how many to draw; else so many images at random instead of all (0)
+  data.name = ""  # tfds: name of the data set in TFDS's catalog
+  data.root = ""  # folder: the folder of images; tfds: folder of prepared sets ("": TFDS's default)
+  data.split = "train"  # tfds: a split; folder: a sub-folder ("": the whole folder)
+  data.labels = "none"  # folder: "folder" takes the sub-folders as classes, for kNN and objective=supervised only
+  # embedded: number of images to draw. folder, tfds: number of images to take at random, 0 for all.
+  data.num_images = 0
   data.image_size = 224  # pixels, side of the image view
-  data.image_scale = (0.08, 1.0)  # share of the image's area that the image crop covers
-  data.num_threads = 16  # that decode and crop
-  data.max_bad_fraction = 0.05  # of the images that may turn out broken; with more the run stops
+  data.image_scale = (0.08, 1.0)  # range of the share of the image's area that the image crop covers
+  data.num_threads = 16  # threads that decode and crop
+  data.max_bad_fraction = 0.05  # largest share of images that cannot be read; with more the run stops
 
-  config.jigsaw = jigsaw = ConfigDict()  # of "jigsaw" and "rotation_jigsaw"; "rotation" turns a crop like the image's
+  # For "jigsaw" and "rotation_jigsaw"; the transform "rotation" uses the size and scale of the image crop.
+  config.jigsaw = jigsaw = ConfigDict()
   jigsaw.crop_size = 255  # pixels, side of the crop that is cut into patches
-  jigsaw.crop_scale = (0.6, 1.0)  # share of the image's area that it covers
-  jigsaw.grid = 3  # cells a side
+  jigsaw.crop_scale = (0.6, 1.0)  # range of the share of the image's area that this crop covers
+  jigsaw.grid = 3  # cells on each side
   jigsaw.patch_size = 64  # pixels, side of a patch, at most crop_size // grid
-  jigsaw.augment = "patches"  # the list below is drawn for each patch; "crop": for the whole crop before it is cut
-  jigsaw.num_permutations = 0  # orders of the patches; 0: all, 9!
-  jigsaw.permutation_subset = "max_avg"  # they differ most on average, "max_min": the two most alike differ most
+  jigsaw.augment = "patches"  # the list below is drawn for each patch; "crop": once for the crop before it is cut
+  jigsaw.num_permutations = 0  # number of orders of the patches; 0: all, 9!
+  # How the orders are chosen: "max_avg" maximises the mean distance between them, "max_min" the smallest distance.
+  jigsaw.permutation_subset = "max_avg"
 
-  # The official list (vissl pirl_jigsaw_4node_resnet50.yaml), drawn anew for the image and for each patch. 0: left out.
+  # The photometric augmentations of the official run (vissl pirl_jigsaw_4node_resnet50.yaml), drawn independently for
+  # the image and for each patch. A strength or probability of 0 switches an operation off.
   config.photometric = photometric = ConfigDict()
-  photometric.brightness = 0.4  # factor uniform in [1 - b, 1 + b]; contrast and saturation likewise
+  photometric.brightness = 0.4  # factor uniform in [1 - b, 1 + b]; the same for contrast and saturation
   photometric.contrast = 0.4
   photometric.saturation = 0.4
   photometric.hue = 0.2  # shift uniform in [-h, h], in turns of the colour circle, at most 0.5
-  photometric.jitter_probability = 1.0  # of the four above together, in random order
+  photometric.jitter_probability = 1.0  # of the four operations above together, in random order
   photometric.group_probability = 0.66  # of posterize, sharpness, solarize and autocontrast together
   photometric.grayscale_probability = 0.2
   photometric.blur_probability = 0.0  # Gaussian
   photometric.blur_radius = (0.1, 2.0)  # pixels, standard deviation
   photometric.flip_probability = 0.5  # horizontal
 
-  # The list of the pretext views: that of the image, but for what is set here.
+  # The photometric augmentations of the pretext views: those of the image, except for fields that are set here.
   config.pretext_photometric = ConfigDict({name: photometric.get_oneway_ref(name) for name in photometric})
 
   config.model = model = ConfigDict()
   model.arch = "resnet50"
-  model.width = 1  # channels times this
+  model.width = 1  # factor for the number of channels
   model.stem = "imagenet"  # "imagenet" (7x7, pooling), "3x3", "3x3s2" (stride 2, for CPUs)
   model.head = "linear"  # "linear", or "mlp" (vissl resnet50_mlphead.yaml)
-  model.dim = 128  # of an embedding
-  # Of the trunk: "float32" or "bfloat16"; weights, statistics and loss stay float32. "float64", with JAX_ENABLE_X64=1,
-  # is for all of them, to tell rounding from mistakes.
+  model.dim = 128  # dimensions of an embedding
+  # Type in which the trunk computes: "float32" or "bfloat16"; weights, statistics and loss stay in float32. "float64"
+  # (with JAX_ENABLE_X64=1) computes everything in float64, to distinguish rounding errors from mistakes.
   model.dtype = "float32"
-  model.remat = False  # keep the inputs of the stages alone and compute the rest again for the gradient: less memory
-  # Statistics over all devices, so that their number changes nothing; "device": each its own, as the authors ran it
-  # (32 images on each of 32 GPUs).
+  # True needs less memory: only the inputs of the stages are kept, the rest is computed again for the gradient.
+  model.remat = False
+  # "global": statistics over all devices, so the number of devices does not matter. "device": each device uses its own
+  # statistics, as in the authors' runs (32 images on each of 32 GPUs).
   model.batch_norm = "global"
 
   config.bank = bank = ConfigDict()
   bank.momentum = 0.5  # weight of the old row
-  bank.dtype = "float32"  # of storage: "float32", "bfloat16" or "float64"
+  bank.dtype = "float32"  # type in which the bank is stored: "float32", "bfloat16" or "float64"
 
   config.optimizer = optimizer = ConfigDict()
-  optimizer.learning_rate = 0.12  # for a batch of 1,024; scaled in proportion to the batch
+  optimizer.learning_rate = 0.12  # for a batch of 1,024; scaled in proportion to the batch size
   optimizer.warmup_epochs = 0
-  optimizer.warmup_factor = 0.0  # share of the rate at which the warm-up starts
-  optimizer.schedule = "cosine"  # "cosine", or "steps": constant, but for a factor at each milestone
-  optimizer.end_factor = 0.001  # cosine: share of the rate that is left at the end
-  optimizer.update_interval = "epoch"  # cosine: it falls every "epoch", as in the official runs, or every "step"
+  optimizer.warmup_factor = 0.0  # share of the learning rate at which the warm-up starts
+  optimizer.schedule = "cosine"  # "cosine", or "steps": constant between milestones, multiplied by a factor at each
+  optimizer.end_factor = 0.001  # cosine: share of the learning rate at the end
+  optimizer.update_interval = "epoch"  # cosine: the rate changes every "epoch", as in the official runs, or "step"
   optimizer.milestones = (0.6, 0.8)  # steps: shares of the run
-  optimizer.decay_factor = 0.1  # steps
+  optimizer.decay_factor = 0.1  # steps: factor at each milestone
   optimizer.momentum = 0.9
-  optimizer.weight_decay = 1e-4  # not on batch norm
-  optimizer.decay_biases = False  # nor on biases, unless this is set
+  optimizer.weight_decay = 1e-4  # on kernels, not on batch norm
+  optimizer.decay_biases = False  # True: weight decay on the biases of linear layers, too
 
   config.checkpoint = checkpoint = ConfigDict()
-  checkpoint.every_steps = 2_500  # and at every evaluation and at the end
-  checkpoint.keep = 3  # the last so many, and the one with the best kNN
+  checkpoint.every_steps = 2_500  # a checkpoint is also written at every evaluation and at the end
+  checkpoint.keep = 3  # number of newest checkpoints to keep; the one with the best kNN is kept, too
 
   config.evaluate = evaluate = ConfigDict()
   evaluate.every_epochs = 10  # kNN of held-out images against the bank; 0: never
-  evaluate.split = ""  # of the held-out images; "": none, and no kNN
-  evaluate.num_images = 0  # embedded: how many held-out images to draw
-  evaluate.k = 200  # neighbours, or as many as there are
+  evaluate.split = ""  # of the held-out images; "": no held-out images and no kNN
+  # embedded: number of held-out images to draw. folder, tfds: number to take at random, 0 for all.
+  evaluate.num_images = 0
+  evaluate.k = 200  # number of neighbours; if there are fewer images, all of them vote
   evaluate.temperature = 0.07
   evaluate.crop_fraction = 0.875  # share of the shorter side that the centre crop keeps
   evaluate.batch_size = 1024  # images, over all devices
-  evaluate.learning = False  # ends the run with kNN on raw pixels, untrained and trained network
+  evaluate.learning = False  # True: at the end, kNN on raw pixels, the untrained and the trained network
 
   config.log = log = ConfigDict()
-  log.every_steps = 50
+  log.every_steps = 50  # steps between two rows of metrics.jsonl
   return config

@@ -1,4 +1,4 @@
-"""What the checkpoints of a run are worth: python launch.py --config=configs/checkpoints.py --config.checkpoint=RUN"""
+"""Lists and verifies a run's checkpoints: python launch.py --config=configs/checkpoints.py --config.checkpoint=RUN"""
 
 from ml_collections import ConfigDict
 
@@ -8,14 +8,14 @@ VARIANTS = ("",)
 
 
 def get_config(variant: str = "") -> ConfigDict:
-  """Returns the config; there is one alone.
+  """Returns the config, which has no variants.
 
   Raises:
-    UserError: a variant is asked for.
+    UserError: a variant is given.
   """
   if variant not in VARIANTS:
     raise UserError(f"configs/checkpoints.py has no variant {variant!r}")
   config = ConfigDict()
-  config.job = "checkpoints"  # what launch.py does with this config
+  config.job = "checkpoints"  # the job that launch.py runs
   config.checkpoint = ""  # the run's folder
   return config

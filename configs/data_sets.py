@@ -1,4 +1,4 @@
-"""The data sets, and the views, network and training that suit them; every system's config starts from one of these."""
+"""The data sets, each with suitable views, network and training. Every system's config starts from one of these."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,14 +9,14 @@ from pirl_jax.errors import UserError
 
 
 def embedded(config: ConfigDict) -> None:
-  """4,096 drawn textures, ResNet-8. Two CPU cores, 2 minutes: kNN of the features goes from about 20 to 50 %."""
+  """4,096 drawn textures, ResNet-8. In 2 minutes on two CPU cores the features' kNN rises from about 20 to 50 %."""
   small_network(config)
   config.num_epochs = 25
   config.data.source = "embedded"
   config.data.num_images = 4_096
   config.data.num_threads = 1
-  # Without the photometric group no structure is learnt (kNN 22 % instead of 54 % after 20 epochs), presumably because
-  # near-grey textures can then be told apart by their brightness. At twice the rate it is 25 %.
+  # Without the photometric augmentations no structure is learnt: kNN 22 % instead of 54 % after 20 epochs, and 25 % at
+  # twice the learning rate. The presumed reason: near-grey textures can then be distinguished by their brightness.
   config.optimizer.warmup_epochs = 1
   config.evaluate.split = "test"
   config.evaluate.num_images = 1_024
@@ -28,11 +28,12 @@ def embedded(config: ConfigDict) -> None:
 def cifar10(config: ConfigDict) -> None:
   """CIFAR-10 by TFDS, ResNet-18 with a 3x3 stem. One GPU.
 
-  NPID's CIFAR-10 settings (lemniscate cifar.py: batch 128, rate 0.03, decay 5e-4, temperature 0.1, crops from a fifth
-  of the area, softmax), with a cosine instead of the two steps, as PIRL has it, and PIRL's second view. Not measured.
+  NPID's settings for CIFAR-10 (lemniscate cifar.py: batch 128, learning rate 0.03, weight decay 5e-4, temperature 0.1,
+  crops from a fifth of the area, softmax), with PIRL's cosine schedule instead of two steps, and PIRL's second view.
+  This config has not been measured.
   """
-  # 48 pixels for the jigsaw: cells of 16 and patches of 12 keep the paper's ratio of 64 to 85, and 12 pixels leave
-  # the stride-8 trunk more than a point to look at, where patches of 8 cut from 32 pixels would not.
+  # The jigsaw uses a crop of 48 pixels. Cells of 16 and patches of 12 pixels keep the paper's ratio of 64 to 85. A
+  # patch of 12 pixels gives the stride-8 trunk more than one point; a patch of 8 pixels, cut from 32, would not.
   small_images(config, image_size=32, cell=16, patch_size=12)
   resnet18(config)
   config.num_epochs = 200
@@ -46,8 +47,9 @@ def cifar10(config: ConfigDict) -> None:
 def stl10(config: ConfigDict) -> None:
   """STL-10 by TFDS, 100,000 unlabelled images of 96 pixels, ResNet-18 with a 3x3 stem. One GPU.
 
-  The jigsaw of pirl_pytorch (cells of 32) with the paper's ratio of patch to cell; its 6,400 negatives and 100 epochs.
-  There are no labels in this split, so health figures take the place of kNN. Not measured.
+  The jigsaw has the cells of pirl_pytorch (32 pixels) and the paper's ratio of patch to cell. The 6,400 negatives and
+  100 epochs are those of pirl_pytorch. This split has no labels, so there is no kNN; the health figures show whether
+  the network learns. This config has not been measured.
   """
   small_images(config, image_size=96, cell=32, patch_size=24)
   resnet18(config)
@@ -61,7 +63,7 @@ def stl10(config: ConfigDict) -> None:
 def folder(config: ConfigDict) -> None:
   """Any folder of images: --config.data.root=DIR. ResNet-50 at 224 pixels: one GPU or more.
 
-  For other sizes see `small_images`; for a CPU there is `folder_small`.
+  For other image sizes see `small_images`; for a CPU use `folder_small`.
   """
   config.num_epochs = 200
   config.batch_size = 256
@@ -87,7 +89,10 @@ def imagenet(config: ConfigDict) -> None:
 
 
 def supervised_schedule(config: ConfigDict) -> None:
-  """vissl's schedule for Jigsaw, RotNet and supervised networks: rate 0.1 for 256, steps at 30, 60, 90, 100 of 105."""
+  """vissl's schedule for Jigsaw, RotNet and supervised networks: 105 epochs, learning rate 0.1 for a batch of 256.
+
+  The learning rate falls after 30, 60, 90 and 100 epochs.
+  """
   config.num_epochs = 105
   config.batch_size = 256
   config.optimizer.update(learning_rate=0.4, warmup_epochs=5, warmup_factor=0.25, schedule="steps",
@@ -95,7 +100,7 @@ def supervised_schedule(config: ConfigDict) -> None:
 
 
 def small_images(config: ConfigDict, *, image_size: int, cell: int, patch_size: int) -> None:
-  """Sets the sizes of the views, in pixels, and a test crop that is the whole image."""
+  """Sets the sizes of the views, in pixels, and makes the test crop the whole image."""
   config.data.image_size = image_size
   config.jigsaw.crop_size = cell * config.jigsaw.grid
   config.jigsaw.patch_size = patch_size
@@ -104,13 +109,14 @@ def small_images(config: ConfigDict, *, image_size: int, cell: int, patch_size: 
 
 
 def small_network(config: ConfigDict) -> None:
-  """Sets what two CPU cores can train: a ResNet-8, views of 32 pixels, 2,048 negatives, softmax loss.
+  """Sets a training that two CPU cores can do: a ResNet-8, views of 32 pixels, 2,048 negatives, softmax loss.
 
-  `nce` diverges on a few thousand images (embedded set, rates 0.03 to 0.4: image loss of 300 to 2,400 instead of 9, kNN
-  at chance). The embeddings of a new network are all alike, and within an epoch of 32 steps so are the rows; the sum
-  over the negatives, unbounded in `nce`, then seems to drive embeddings and bank round the sphere one after the other:
-  an image's own row, the oldest, is less similar to it than the others are. On 50,000 images the loss fell slowly over
-  the 3.6 epochs that were tried.
+  The loss `nce` diverges on a few thousand images. On the embedded set, with learning rates of 0.03 to 0.4, the image
+  loss was 300 to 2,400 instead of 9, and kNN was at chance. The presumed reason: The embeddings of a new network are
+  nearly equal, and after an epoch of 32 steps the rows of the bank are nearly equal, too. In `nce` the sum over the
+  negatives is unbounded. It seems to drive the embeddings around the sphere, and the bank follows: an image's own row,
+  the oldest, is less similar to the image than the other rows are. On 50,000 images the loss fell slowly over the 3.6
+  epochs that were tried.
   """
   small_images(config, image_size=32, cell=12, patch_size=10)
   config.batch_size = 128
@@ -127,9 +133,9 @@ def small_network(config: ConfigDict) -> None:
 
 
 def resnet18(config: ConfigDict) -> None:
-  """Sets what lemniscate (CIFAR-10) and pirl_pytorch (STL-10) share: ResNet-18, batch 128, decay 5e-4, softmax loss.
+  """Sets ResNet-18, batch 128, weight decay 5e-4 and softmax loss, as lemniscate (CIFAR-10) and pirl_pytorch (STL-10).
 
-  The rate, 0.03, is lemniscate's. The softmax is the better choice for small sets anyway, see `small_network`.
+  The learning rate of 0.03 is lemniscate's. For small sets the softmax loss is the better choice, see `small_network`.
   """
   config.loss = "infonce"
   config.batch_size = 128
@@ -140,11 +146,11 @@ def resnet18(config: ConfigDict) -> None:
 
 
 LABELLED = {"": embedded, "cifar10": cifar10, "folder": folder, "folder_small": folder_small}
-"""By the variant's name: every system has these, and with them whatever it needs to learn from labels."""
+"""The variants that every system has, by name. These sets can have labels, which some systems need."""
 
 
 def compose(*settings: Callable[[ConfigDict], None]) -> Callable[[ConfigDict], None]:
-  """Returns the function that applies these one after the other."""
+  """Returns a function of a config that applies the settings one after the other."""
   def apply(config):
     for setting in settings:
       setting(config)
@@ -155,7 +161,7 @@ def create_config(system: str, variant: str, variants: Mapping[str, Callable[[Co
   """Returns the config of a variant of a system.
 
   Raises:
-    UserError: an unknown variant.
+    UserError: the variant is unknown.
   """
   if variant not in variants:
     raise UserError(f"configs/{system}.py has no variant {variant!r}; choose none or one of "

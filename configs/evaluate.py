@@ -1,7 +1,7 @@
 """Evaluation: python launch.py --config=configs/evaluate.py:PROTOCOL --config.checkpoint=RUN[,RUN...], or RUN+RUN
 
-A protocol with another source's settings is a variant of it (`linear_moco`). docs/evaluation.md says which protocol
-answers which question.
+A variant such as `linear_moco` is a protocol with the settings of another publication. docs/evaluation.md says which
+protocol answers which question.
 """
 
 from ml_collections import ConfigDict
@@ -12,32 +12,35 @@ from pirl_jax.errors import UserError
 
 
 def get_base() -> ConfigDict:
-  """Returns the fields that every protocol has, once, with their meaning and unit."""
+  """Returns the fields that every protocol has, with their meaning and unit."""
   config = ConfigDict()
-  config.job = "evaluate"  # what launch.py does with this config
+  config.job = "evaluate"  # the job that launch.py runs
   config.protocol = ""
-  config.name = ""  # of the result files, results/NAME.json; another name keeps what is there
-  # The run's folder. Several with commas between them give one table and one plot; with pluses they are an ensemble.
+  config.name = ""  # of the result files, results/NAME.json; with another name an older result is kept
+  # The run's folder. Several folders, separated by commas, are compared in one table and one plot. Folders joined by +
+  # are evaluated as an ensemble.
   config.checkpoint = ""
   config.step = 0  # of the checkpoint; 0: the newest
   config.seed = 0  # of everything random in the evaluation
 
-  # Without a value: as in the run. With a source given, nothing is taken from the run's data but sizes and threads.
+  # A field without a value is taken from the run. If data.source is given, only sizes and threads are taken from the
+  # run; the other fields have the defaults of that source.
   config.data = data = ConfigDict()
   data.source = placeholder(str)  # "embedded", "folder" or "tfds"
   data.name = placeholder(str)  # tfds: name of the data set
-  data.root = placeholder(str)  # folder: the folder of images; tfds: where prepared sets lie
+  data.root = placeholder(str)  # folder: the folder of images; tfds: folder of prepared sets
   data.split = placeholder(str)  # of the training images
   data.test_split = placeholder(str)  # of the held-out images
   data.labels = placeholder(str)  # folder: "folder" takes the sub-folders as classes
-  data.num_images = placeholder(int)  # embedded: how many training images to draw; else so many at random, 0: all
-  data.test_num_images = placeholder(int)  # the same of held-out images
+  # Training images. embedded: number to draw. folder, tfds: number to take at random, 0 for all.
+  data.num_images = placeholder(int)
+  data.test_num_images = placeholder(int)  # the same for held-out images
   data.image_size = placeholder(int)  # pixels, side of the images as the network sees them
   data.crop_fraction = placeholder(float)  # share of the shorter side that the centre crop keeps
   data.batch_size = placeholder(int)  # test images at a time, over all devices
-  data.num_threads = placeholder(int)  # that decode
-  for name, value in get_run_base().data.items():  # what a single source has of its own, as in configs/base.py
-    if name not in data and name not in ("image_scale", "max_bad_fraction"):  # the two are of training alone
+  data.num_threads = placeholder(int)  # threads that decode
+  for name, value in get_run_base().data.items():  # further fields of configs/base.py, which a single source uses
+    if name not in data and name not in ("image_scale", "max_bad_fraction"):  # these two are for training only
       data[name] = placeholder(type(value))
   return config
 
@@ -53,25 +56,25 @@ def knn(config: ConfigDict) -> None:
 def linear(config: ConfigDict) -> None:
   """A linear classifier on each layer of the frozen trunk: the paper's appendix C."""
   config.linear = linear = ConfigDict()
-  linear.layers = ""  # with commas between them; "": all
+  linear.layers = ""  # names separated by commas; "": all layers of the trunk
   linear.num_epochs = 28
   linear.batch_size = 256
-  linear.learning_rate = 0.01  # for a batch of 256; scaled in proportion to the batch
+  linear.learning_rate = 0.01  # for a batch of 256; scaled in proportion to the batch size
   linear.schedule = "steps"  # "steps" or "cosine" (to zero)
-  linear.milestones = (1 / 3, 2 / 3)  # shares of the epochs, where the rate falls: two, equally spaced
+  linear.milestones = (1 / 3, 2 / 3)  # shares of the epochs after which the learning rate falls
   linear.decay_factor = 0.1
   linear.momentum = 0.9
   linear.nesterov = False
   linear.weight_decay = 5e-4
   linear.head = "bn"  # before the linear layer: "bn" (no scale or shift), "bn_affine", "plain" (none)
-  linear.image_scale = (0.08, 1.0)  # share of the image's area that the random crop covers
-  linear.cached = False  # features taken once, without augmentation; for small data
+  linear.image_scale = (0.08, 1.0)  # range of the share of the image's area that the random crop covers
+  linear.cached = False  # True: features are computed once, without augmentation; for small data sets
 
 
 def linear_ensemble(config: ConfigDict) -> None:
-  """For an ensemble, --config.checkpoint=A+B: twice the epochs.
+  """For an ensemble, --config.checkpoint=A+B: twice the number of epochs.
 
-  The paper's PIRL-ens. has "longer" training of its linear layers; how much longer it does not tell.
+  The paper trains the linear layers of PIRL-ens. "longer"; it does not say how much longer.
   """
   linear(config)
   config.linear.num_epochs = 56
@@ -92,40 +95,43 @@ def linear_small(config: ConfigDict) -> None:
 
 
 def linear_moco(config: ConfigDict) -> None:
-  """As MoCo: the pooled features alone, plain linear layer, rate 30, 100 epochs (pirl-like runs in vissl too)."""
+  """As MoCo: the pooled features alone, plain linear layer, learning rate 30, 100 epochs.
+
+  vissl uses such settings, too, for runs like PIRL's.
+  """
   linear(config)
   config.linear.update(layers="pooled", num_epochs=100, learning_rate=30.0, milestones=(0.6, 0.8), weight_decay=0.0,
                        head="plain")
 
 
 def linear_simclr(config: ConfigDict) -> None:
-  """As SimCLR: the pooled features alone, plain linear layer, rate 0.3 with a cosine, 100 epochs."""
+  """As SimCLR: the pooled features alone, plain linear layer, learning rate 0.3 with a cosine, 100 epochs."""
   linear(config)
   config.linear.update(layers="pooled", num_epochs=100, learning_rate=0.3, schedule="cosine", weight_decay=1e-6,
                        head="plain", nesterov=True)
 
 
 def svm(config: ConfigDict) -> None:
-  """Linear SVMs, one against the rest, cost by cross-validation: the protocol of VOC07, on any labels."""
+  """Linear one-vs-rest SVMs, cost chosen by cross-validation: the protocol of VOC07, for any labelled images."""
   config.svm = svm = ConfigDict()
   svm.layers = ""  # "": the pooled features for images of up to 96 pixels, every map of the trunk for larger ones
-  svm.costs = "paper"  # the grid: "paper" (fssb's, 26 values) or "vissl" (11)
+  svm.costs = "paper"  # grid of costs: "paper" (fair_self_supervision_benchmark, 26 values) or "vissl" (11 values)
   svm.num_folds = 3
 
 
 def svm_voc07(config: ConfigDict) -> None:
-  """The paper's VOC07 figures: trained on trainval, judged on test."""
+  """The paper's VOC07 figures: trained on trainval, tested on test."""
   svm(config)
   voc07(config)
 
 
 def low_shot(config: ConfigDict) -> None:
-  """The same SVMs on a few examples a class, as vissl's low-shot benchmark."""
+  """The same SVMs on a few examples per class, as in vissl's low-shot benchmark."""
   config.low_shot = low_shot = ConfigDict()
   low_shot.layers = ""  # as svm.layers; vissl takes res4 and res5
   low_shot.costs = "vissl"
-  low_shot.shots = (1, 2, 4, 8, 16, 32, 64, 96)  # positive examples a class
-  low_shot.num_draws = 5
+  low_shot.shots = (1, 2, 4, 8, 16, 32, 64, 96)  # positive examples per class
+  low_shot.num_draws = 5  # draws of the examples for each number
 
 
 def low_shot_voc07(config: ConfigDict) -> None:
@@ -138,36 +144,37 @@ def low_shot_voc07(config: ConfigDict) -> None:
 def semi_supervised(config: ConfigDict) -> None:
   """The whole network, fine-tuned on a share of the labels: the paper's section 3.3, by NPID's procedure."""
   config.semi_supervised = semi = ConfigDict()
-  semi.fractions = (0.01, 0.1)  # of the labelled images, in (0, 1]
-  semi.balanced = False  # the same share of every class instead of a plain draw
+  semi.fractions = (0.01, 0.1)  # shares of the labelled images, in (0, 1]
+  semi.balanced = False  # True: the same share of every class; False: drawn from all images alike
   semi.num_epochs = 70
   semi.batch_size = 256
-  semi.learning_rate = 0.01  # for a batch of 256; scaled in proportion to the batch
-  semi.milestones = (30 / 70, 60 / 70)  # shares of the epochs, where the rate falls
+  semi.learning_rate = 0.01  # for a batch of 256; scaled in proportion to the batch size
+  semi.milestones = (30 / 70, 60 / 70)  # shares of the epochs after which the learning rate falls
   semi.decay_factor = 0.1
   semi.momentum = 0.9
   semi.nesterov = False
   semi.weight_decay = 0.0
-  semi.image_scale = (0.08, 1.0)  # share of the image's area that the random crop covers
+  semi.image_scale = (0.08, 1.0)  # range of the share of the image's area that the random crop covers
 
 
 def semi_supervised_vissl(config: ConfigDict) -> None:
-  """vissl with PIRL's lists: one step down at epoch 30, Nesterov."""
+  """vissl's settings with PIRL's lists of images: the learning rate falls once, after epoch 30; Nesterov momentum."""
   semi_supervised(config)
   config.semi_supervised.update(milestones=(30 / 70,), nesterov=True)
 
 
 def semi_supervised_small(config: ConfigDict) -> None:
-  """For data of some thousand images, where 10 % of the labels make one batch of 256 and 70 steps in all.
+  """For sets of a few thousand images, for which 10 % of the labels would make one batch of 256 and 70 steps in all.
 
-  Embedded run: 28.8 and 64.3 % top-1 instead of 21.1 and 41.4 %.
+  On the embedded run, 1 % and 10 % of the labels give 28.8 and 64.3 % top-1, instead of 21.1 and 41.4 % with the
+  settings of `semi_supervised`.
   """
   semi_supervised(config)
   config.semi_supervised.update(batch_size=32, learning_rate=0.08)
 
 
 def semi_supervised_full(config: ConfigDict) -> None:
-  """vissl's fine-tuning on all labels: 105 epochs, rate 0.1, down at 30, 60, 90 and 100."""
+  """vissl's fine-tuning on all labels: 105 epochs, learning rate 0.1, lowered after 30, 60, 90 and 100 epochs."""
   semi_supervised(config)
   config.semi_supervised.update(fractions=(1.0,), num_epochs=105, learning_rate=0.1,
                                 milestones=(30 / 105, 60 / 105, 90 / 105, 100 / 105), nesterov=True)
@@ -176,34 +183,34 @@ def semi_supervised_full(config: ConfigDict) -> None:
 def invariance(config: ConfigDict) -> None:
   """Distances between an image and its transformed version: the paper's figure 4."""
   config.invariance = invariance = ConfigDict()
-  invariance.split = placeholder(str)  # "train" or "test" images; without a value test, where there are any
+  invariance.split = placeholder(str)  # "train" or "test" images; without a value, test images if there are any
   invariance.representation = "heads"  # f and g; "trunk": pooled features, for networks without f and g
-  invariance.num_pictures = 2_000  # images; the name is that of stored results
-  invariance.num_transforms = 10  # draws of t for each image
-  invariance.num_bins = 50  # of the histogram over [0, 2]
+  invariance.num_pictures = 2_000  # number of images; the field keeps this name because stored results have it
+  invariance.num_transforms = 10  # random transforms of each image
+  invariance.num_bins = 50  # bins of the histogram over [0, 2]
 
 
 def retrieval(config: ConfigDict) -> None:
-  """Nearest neighbours of some images, as a plot; mean average precision."""
+  """Image retrieval: a plot with the nearest neighbours of some images, and mean average precision."""
   config.retrieval = retrieval = ConfigDict()
   retrieval.layer = "pooled"  # a layer of the trunk, or "embedding"
-  retrieval.gallery = "features"  # of the training images, or "bank": the run's memory bank
-  retrieval.queries = placeholder(str)  # "train" or "test" images; without a value test, where there are any
+  retrieval.gallery = "features"  # "features" of the training images, or "bank": the rows of the run's memory bank
+  retrieval.queries = placeholder(str)  # "train" or "test" images; without a value, test images if there are any
   retrieval.num_queries = 1_000
-  retrieval.num_shown = 8
-  retrieval.num_neighbours = 8
+  retrieval.num_shown = 8  # queries in the plot
+  retrieval.num_neighbours = 8  # neighbours of each query in the plot
 
 
 def features(config: ConfigDict) -> None:
-  """Writes features, labels and file names for use elsewhere."""
+  """Writes features, labels and file names into a file for other programs."""
   config.features = features = ConfigDict()
   features.layer = "pooled"  # a layer of the trunk, or "embedding"
-  features.splits = ()  # any splits of the data; (): data.split, and data.test_split where there is one
+  features.splits = ()  # any splits of the data; (): data.split and, if there is one, data.test_split
   features.format = "npz"  # "npz" or "parquet"
 
 
 def voc07(config: ConfigDict) -> None:
-  """Sets the data of the paper's SVMs; the archives are fetched by TFDS's name for them."""
+  """Sets the data of the paper's SVMs: VOC2007, which TFDS calls voc/2007."""
   config.data.source = "tfds"
   config.data.name = "voc/2007"
   config.data.split = "train+validation"
@@ -220,7 +227,7 @@ def get_config(variant: str = "") -> ConfigDict:
   """Returns the config of a protocol.
 
   Raises:
-    UserError: none or an unknown one.
+    UserError: no protocol is given, or the protocol is unknown.
   """
   if variant not in VARIANTS:
     raise UserError(f"configs/evaluate.py needs a protocol, and {variant!r} is none; for example "

@@ -1,7 +1,7 @@
 """The covariant jigsaw, which predicts the order of the patches: python launch.py --config=configs/jigsaw.py[:VARIANT]
 
-Noroozi and Favaro 2016, as trained by Goyal et al. 2019 and in vissl. On the small sets everything but the objective is
-as in configs/pirl.py: it is PIRL's covariant twin.
+Noroozi and Favaro 2016, as trained by Goyal et al. 2019 and in vissl. For the small sets all settings except the
+objective are those of configs/pirl.py, so that the covariant and the invariant objective can be compared.
 """
 
 from ml_collections import ConfigDict
@@ -11,17 +11,17 @@ from pirl_jax.configs.data_sets import compose
 
 
 def covariant(config: ConfigDict, *, num_permutations: int = 100) -> None:
-  """Sets the objective, and how many orders of the patches there are to tell apart."""
+  """Sets the objective, and the number of orders of the patches from which the network has to predict."""
   config.objective = "covariant"
   config.pretext = "jigsaw"
   config.jigsaw.num_permutations = num_permutations
 
 
 def imagenet(num_permutations: int):
-  """Returns vissl's jigsaw_8gpu_resnet.yaml: 105 epochs, batch 256.
+  """Returns a function of a config that sets vissl's jigsaw_8gpu_resnet.yaml: 105 epochs, batch 256.
 
-  There the image's shorter side becomes 256 pixels and 255 x 255 of them are cut at random; here it is the random
-  crop of PIRL's jigsaw.
+  The crop differs: vissl resizes the image's shorter side to 256 pixels and cuts out 255 x 255 pixels at random; here
+  the crop is the random crop of PIRL's jigsaw.
   """
   def apply(config):
     data_sets.imagenet(config)
@@ -34,9 +34,9 @@ def imagenet(num_permutations: int):
 
 VARIANTS = {
   **{name: compose(data_set, covariant) for name, data_set in data_sets.LABELLED.items()},
-  "imagenet": imagenet(2_000),  # linear top-1 46.7 in vissl; 45.7 in the paper
-  "imagenet_100": imagenet(100),  # 48.6
-  "imagenet_10000": imagenet(10_000),  # 48.1
+  "imagenet": imagenet(2_000),  # linear top-1: 46.7 % in vissl, 45.7 % in the paper
+  "imagenet_100": imagenet(100),  # 48.6 % in vissl
+  "imagenet_10000": imagenet(10_000),  # 48.1 % in vissl
 }
 
 
@@ -44,6 +44,6 @@ def get_config(variant: str = "") -> ConfigDict:
   """Returns the config of a variant; "" is the embedded data set.
 
   Raises:
-    UserError: an unknown variant.
+    UserError: the variant is unknown.
   """
   return data_sets.create_config("jigsaw", variant, VARIANTS)

@@ -1,7 +1,7 @@
 """PIRL pre-training: python launch.py --config=configs/pirl.py[:VARIANT] [--workdir=DIR] [--config.FIELD=VALUE ...]
 
-Without a variant it needs neither a download nor a GPU: textures that the program draws itself, 2 minutes on two cores.
-With every variant --config.pretext=rotation or rotation_jigsaw takes another transform.
+Without a variant it needs neither a download nor a GPU: the program draws the images itself, and the training takes 2
+minutes on two CPU cores. With every variant, --config.pretext=rotation or rotation_jigsaw chooses another transform.
 """
 
 import dataclasses
@@ -14,12 +14,15 @@ from pirl_jax.views.recipe import GBLUR
 
 
 def epochs(number: int):
-  """Returns the setting that trains for so many epochs."""
+  """Returns a function of a config that sets the number of epochs."""
   return lambda config: config.update(num_epochs=number)
 
 
 def analysis(config: ConfigDict) -> None:
-  """The paper's section 4: 400 epochs, 4,096 negatives. Linear top-1 62.2 (jigsaw), 60.2 (rotation), 63.1 (both)."""
+  """The paper's section 4: 400 epochs, 4,096 negatives.
+
+  The paper's linear top-1 is 62.2 % (jigsaw), 60.2 % (rotation) and 63.1 % (both).
+  """
   imagenet(config)
   config.num_epochs = 400
   config.num_negatives = 4_096
@@ -49,7 +52,10 @@ def gblur(config: ConfigDict) -> None:
 
 
 def wide(width: int):
-  """Returns the setting for a wider ResNet-50, as vissl's w2 and w4: 400 epochs, half precision in the trunk."""
+  """Returns a function of a config that sets a wider ResNet-50, as vissl's w2 and w4.
+
+  It sets 400 epochs and bfloat16 in the trunk.
+  """
   def apply(config):
     imagenet(config)
     config.num_epochs = 400
@@ -59,16 +65,16 @@ def wide(width: int):
 
 
 def resnet101(config: ConfigDict) -> None:
-  """Sets the deeper trunk."""
+  """Sets a deeper trunk, ResNet-101."""
   config.model.arch = "resnet101"
 
 
 def pycontrast(config: ConfigDict) -> None:
-  """HobbitLong/PyContrast's PIRL: 200 epochs, 65,536 negatives, softmax; linear top-1 61.7 in its README.
+  """PIRL of HobbitLong/PyContrast: 200 epochs, 65,536 negatives, softmax; linear top-1 is 61.7 % in its README.
 
-  Its patches are cut from a crop that is flipped as a whole and not coloured. It draws one set of negatives for both
-  terms and lets a patch start one pixel further in its cell; here each term has its own, and the last pixel is unused,
-  as in vissl.
+  PyContrast cuts the patches from a crop that is flipped as a whole, without colour augmentation. Two details differ
+  here. PyContrast draws one set of negatives for both terms; here each term has its own. PyContrast lets a patch start
+  one pixel further in its cell; here the last pixel is not used, as in vissl.
   """
   imagenet(config)
   config.num_epochs = 200
@@ -82,9 +88,9 @@ def pycontrast(config: ConfigDict) -> None:
 
 
 def yfcc_1m(config: ConfigDict) -> None:
-  """The paper's section 3.4: a million images at random of a folder of YFCC-100M, --config.data.root=DIR; no labels.
+  """The paper's section 3.4: a million random images from a folder of YFCC-100M, --config.data.root=DIR; no labels.
 
-  The rest is as on ImageNet; linear top-1 on ImageNet 57.8.
+  The other settings are those for ImageNet. The paper's linear top-1 on ImageNet is 57.8 %.
   """
   config.data.source = "folder"
   config.data.split = ""
@@ -95,14 +101,15 @@ def yfcc_1m(config: ConfigDict) -> None:
 VARIANTS = {
   **data_sets.LABELLED,
   "stl10": data_sets.stl10,
-  # The paper's main run: 32 V100 there; linear top-1 63.6 (64.3 in vissl; 62.9 after 200 epochs).
+  # All numbers in these comments are linear top-1 in %, as published.
+  # The paper's main run, on 32 V100 GPUs: 63.6 (64.3 in vissl; 62.9 after 200 epochs).
   "imagenet": imagenet,
   "imagenet_400ep": analysis,
   "imagenet_200ep": compose(imagenet, epochs(200)),
   "imagenet_rotation": compose(analysis, rotation),
   "imagenet_rotation_jigsaw": compose(analysis, rotation_jigsaw),
   "imagenet_mlp": compose(imagenet, mlp),
-  # The best of the official release: 69.9 (65.8 after 200 epochs).
+  # The best ResNet-50 of the official release: 69.9 (65.8 after 200 epochs).
   "imagenet_gblur": compose(imagenet, gblur),
   "imagenet_gblur_200ep": compose(imagenet, gblur, epochs(200)),
   "imagenet_w2": wide(2),  # 69.3
@@ -119,6 +126,6 @@ def get_config(variant: str = "") -> ConfigDict:
   """Returns the config of a variant; "" is the embedded data set.
 
   Raises:
-    UserError: an unknown variant.
+    UserError: the variant is unknown.
   """
   return data_sets.create_config("pirl", variant, VARIANTS)

@@ -1,6 +1,7 @@
 """The untrained network, saved like a run, for evaluation: python launch.py --config=configs/random_init.py[:VARIANT]
 
-Its batch statistics are measured on the training images; else a deep network that never trained gives noise alone.
+The batch statistics are measured on the training images. Without this the features of a deep untrained network would be
+pure noise.
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +24,6 @@ def get_config(variant: str = "") -> ConfigDict:
   """Returns the config of a variant; "" is the embedded data set.
 
   Raises:
-    UserError: an unknown variant.
+    UserError: the variant is unknown.
   """
   return data_sets.create_config("random_init", variant, VARIANTS)

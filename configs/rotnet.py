@@ -1,6 +1,7 @@
-"""RotNet, which predicts by which angle the image is turned: python launch.py --config=configs/rotnet.py[:VARIANT]
+"""RotNet, which predicts the angle by which the image is turned: python launch.py --config=configs/rotnet.py[:VARIANT]
 
-Gidaris et al. 2018. On the small sets everything but the objective is as in PIRL (Rotation): it is its covariant twin.
+Gidaris et al. 2018. For the small sets all settings except the objective are those of PIRL (Rotation), so that the
+covariant and the invariant objective can be compared.
 """
 
 from ml_collections import ConfigDict
@@ -10,16 +11,16 @@ from pirl_jax.configs.data_sets import compose
 
 
 def covariant(config: ConfigDict) -> None:
-  """Sets objective and transform."""
+  """Sets the objective and the transform."""
   config.objective = "covariant"
   config.pretext = "rotation"
 
 
 def imagenet(config: ConfigDict) -> None:
-  """vissl rotnet_8gpu_resnet.yaml: 105 epochs, batch 256; linear top-1 48.2 there, 48.9 in the paper.
+  """vissl rotnet_8gpu_resnet.yaml: 105 epochs, batch 256; linear top-1 is 48.2 % in vissl and 48.9 % in the paper.
 
-  There the flip comes after the rotation, which makes 90 degrees of an image look like 270 degrees of its mirror
-  image; here before it.
+  The order of flip and rotation differs. In vissl the flip comes after the rotation, so an image turned by 90 degrees
+  may look like its mirror image turned by 270 degrees. Here the flip comes before the rotation.
   """
   data_sets.imagenet(config)
   data_sets.supervised_schedule(config)
@@ -37,6 +38,6 @@ def get_config(variant: str = "") -> ConfigDict:
   """Returns the config of a variant; "" is the embedded data set.
 
   Raises:
-    UserError: an unknown variant.
+    UserError: the variant is unknown.
   """
   return data_sets.create_config("rotnet", variant, VARIANTS)

@@ -1,9 +1,9 @@
 """Studies: python launch.py --config=configs/study.py:STUDY [--workdir=DIR] [--config.FIELD=VALUE ...]
 
-A study pre-trains its points, several seeds each, judges every run by the same evaluation and ends with a table and a
-figure. Without a `variant` it needs neither a download nor a GPU. The same command goes on where it stopped; more
-points and seeds, and other evaluations, add to the runs that are there. `:own` is a study without points, to be filled:
-docs/extending.md shows how.
+A study pre-trains its points with several seeds each, evaluates every run in the same way, and ends with a table and a
+figure. Without a `variant` it needs neither a download nor a GPU. The same command resumes a study that was stopped. If
+points, seeds or an evaluation are added, only the new runs are trained. `:own` is a study without points, to be filled
+in: docs/extending.md shows how.
 """
 
 import functools
@@ -19,37 +19,40 @@ from pirl_jax.configs import base, evaluate
 from pirl_jax.errors import UserError
 
 NO_SYSTEMS = ("__init__", "base", "checkpoints", "data_sets", "evaluate", "study")
-"""Files of configs/ that describe no pre-training."""
+"""Files of configs/ that do not describe a pre-training."""
 
 OWN_FIELDS = ("job", "name", "seed")
 OWN_EVALUATION_FIELDS = ("job", "protocol", "name", "checkpoint", "step")
-"""What a study sets itself, of a run and of an evaluation."""
+"""Fields of a run's config and of an evaluation's config that the study sets itself."""
 
 
 def get_base() -> ConfigDict:
-  """Returns the fields that every study has, once, with their meaning; the embedded data are set up to be quick."""
+  """Returns the fields that every study has, with their meaning. The settings for the embedded data are quick ones."""
   config = ConfigDict()
-  config.job = "study"  # what launch.py does with this config
-  config.study = ""  # in the first column of study.csv; if it is one of the paper's, the paper's panel is drawn too
-  config.name = ""  # of the folder of table and figure, WORKDIR/NAME
+  config.job = "study"  # the job that launch.py runs
+  config.study = ""  # first column of study.csv; for a study of the paper, the paper's panel is drawn, too
+  config.name = ""  # the table and the figure are in the folder WORKDIR/NAME
   config.seeds = (0, 1, 2)  # of the pre-training
 
-  # A point is (SERIES, X, SYSTEM, {"FIELD": VALUE, "GROUP.FIELD": VALUE}): SERIES is the name of its line, X its place
-  # there (a number, or a text, which may be ""), SYSTEM a file of configs/ without ending, and its fields are set.
+  # A point is (SERIES, X, SYSTEM, {"FIELD": VALUE, "GROUP.FIELD": VALUE}). SERIES is the name of the line to which the
+  # point belongs. X is the position on the line, a number or a text, which may be "". SYSTEM is a file of configs/
+  # without its ending. The fields are set in the config of the system.
   config.points = ()
-  config.more_points = ()  # added to them
-  config.reference = ""  # the point that the others are compared with, seed by seed: its "SERIES X"; "": none
+  config.more_points = ()  # added to `points`
+  config.reference = ""  # "SERIES X" of the point with which the others are compared, seed by seed; "": none
 
   config.variant = ""  # of the systems' config files; "": the embedded textures
-  # settings: fields of every run, system_settings: of the runs of one system, evaluation_settings: of every evaluation.
-  # Without a value a field is as in the config of the run or of the evaluation. A point's own fields come last.
+  # settings: fields of every run. system_settings: fields of the runs of one system. evaluation_settings: fields of
+  # every evaluation. A field without a value is as in the config of the run or the evaluation. A point's own fields are
+  # set last.
   config.update(no_settings())
   config.evaluation = "knn"  # variant of configs/evaluate.py
 
-  config.embedded = embedded = no_settings()  # the same three, taken first if there is no variant
-  # A quarter of the images, each seen 24 times, teach more in 25,000 views than all of them. The rates are the best
-  # for a seed that is in no study (100): of 0.025 to 0.2 for PIRL, of up to 1.6 for the covariant systems. NPID's is
-  # that of seeds 0 to 2, because seed 100 misled: at 0.2 it got 46 %, they 29 % on average (43 % at 0.1).
+  config.embedded = embedded = no_settings()  # the same three groups; without a variant they are applied first
+  # With 25,000 views, a quarter of the images, each seen 24 times, gives a better kNN than all images. The learning
+  # rates are the best ones for seed 100, which no study uses: tried were 0.025 to 0.2 for PIRL and up to 1.6 for the
+  # covariant systems. NPID's learning rate is the best one for seeds 0 to 2, because seed 100 was misleading: at 0.2 it
+  # got 46 %, but seeds 0 to 2 got 29 % on average (43 % at 0.1).
   embedded.settings.update(num_negatives=1024, batch_size=64, num_epochs=24)
   embedded.settings.data.num_images = 1024
   embedded.settings.optimizer.learning_rate = 0.2
@@ -60,16 +63,16 @@ def get_base() -> ConfigDict:
   embedded.system_settings.rotnet.optimizer.learning_rate = 0.4
 
   config.plot = "bars"  # "lines" (over X), "bars", "layers" (lines over the layers), "distances" (histograms)
-  config.title = ""  # above the figure and the table; "": NAME: EVALUATION
-  config.panel_title = ""  # above the panel; "": the data and the network
+  config.title = ""  # title of the figure and the table; "": NAME: EVALUATION
+  config.panel_title = ""  # title of the panel; "": the data and the network
   config.x_label = ""
-  config.y_label = ""  # "": what the evaluation measures; the unit and the spread over the seeds are added
+  config.y_label = ""  # "": the figure that is measured; the unit and the spread over the seeds are added
   config.log_x = False
   return config
 
 
 def no_settings() -> ConfigDict:
-  """Returns the fields of runs (for all systems, and for each) and of evaluations, all of them without a value."""
+  """Returns the groups `settings`, `system_settings` and `evaluation_settings`, with all fields without a value."""
   evaluation = {}
   for variant in evaluate.VARIANTS:
     evaluation |= dict(unset(evaluate.get_config(variant), OWN_EVALUATION_FIELDS).items(preserve_field_references=True))
@@ -80,7 +83,7 @@ def no_settings() -> ConfigDict:
 
 
 def unset(config: ConfigDict, without: Iterable[str] = ()) -> ConfigDict:
-  """Returns the fields of `config` without their values, each with its type, but for those of the names `without`."""
+  """Returns the fields of `config`, except those named in `without`, with their types but without values."""
   return ConfigDict({name: unset(config[name]) if isinstance(config[name], ConfigDict)
                      else placeholder(config.get_type(name)) for name in config if name not in without})
 
@@ -93,7 +96,7 @@ def systems() -> tuple[str, ...]:
 
 
 def sweep(series: str, system: str, field: str, values: Iterable[Any]) -> list[tuple]:
-  """Returns a point for each value of one field of a system; the value is its X, too."""
+  """Returns a point for each value of one field of a system; the value is also the X of the point."""
   return [(series, value, system, {field: value}) for value in values]
 
 
@@ -105,11 +108,11 @@ def pretext_weight(config: ConfigDict) -> None:
 
 
 def permutations(config: ConfigDict) -> None:
-  """Accuracy over the number of permutations, PIRL and the network that predicts them: the paper's figure 7."""
+  """Accuracy over the number of permutations, for PIRL and for a network that predicts them: the paper's figure 7."""
   config.points = [
     *sweep("PIRL", "pirl", "jigsaw.num_permutations", (1, 10, 100, 1_000, 10_000)),
     ("PIRL", 362_880, "pirl", {"jigsaw.num_permutations": 0}),  # all 9!
-    # Of one permutation alone there is nothing to predict, and to predict 10,000 takes 90 million weights.
+    # With one permutation there is nothing to predict; predicting 10,000 takes 90 million weights.
     *sweep("Jigsaw", "jigsaw", "jigsaw.num_permutations", (10, 100, 1_000))]
   config.reference = "PIRL 362880"
   config.update(plot="lines", x_label="number of permutations", log_x=True)
@@ -123,7 +126,7 @@ def negatives(config: ConfigDict) -> None:
 
 
 def pretext(config: ConfigDict) -> None:
-  """Pretext tasks, each alone and in PIRL: the paper's table 5."""
+  """Pretext tasks, each by itself and as a transform of PIRL: the paper's table 5."""
   config.points = [
     ("PIRL (Jigsaw)", "", "pirl", {}),
     ("PIRL (Rotation)", "", "pirl", {"pretext": "rotation"}),
@@ -155,21 +158,22 @@ def invariance(config: ConfigDict) -> None:
 
 
 def draw(config: ConfigDict) -> None:
-  """Negatives drawn once for the whole batch, as here, against a draw for every image, as in the official code."""
+  """One draw of negatives for the whole batch, this project's default, or one for every image, as in the official code.
+  """
   config.points = [("PIRL", sampling, "pirl", {"num_negatives": 512, "negative_sampling": sampling})
                    for sampling in ("shared", "per_image")]
   config.reference = "PIRL shared"
 
 
 def own(config: ConfigDict) -> None:
-  """A study of one's own, without points: they and whatever else differs are set on the command line, or in a file.
+  """A study of your own: points and other fields are set on the command line, or in a config file of your own.
 
-  The file may lie anywhere: it starts from `get_config("own")`, and docs/extending.md has one.
+  The file may be in any folder. It starts from `get_config("own")`; docs/extending.md has an example.
   """
 
 
 RANDOM = ("Random", "", "random_init", {"num_epochs": 0})
-"""The untrained network; the epochs stand here because the settings of the study would give it some."""
+"""The untrained network. The number of epochs is set here because the study's settings would otherwise set another."""
 
 VARIANTS = {"lambda": pretext_weight} | {variant.__name__: variant for variant in (
   permutations, negatives, pretext, layers, invariance, draw, own)}
@@ -179,7 +183,7 @@ def get_config(variant: str = "") -> ConfigDict:
   """Returns the config of a study.
 
   Raises:
-    UserError: none or an unknown one.
+    UserError: no study is given, or the study is unknown.
   """
   if variant not in VARIANTS:
     raise UserError(f"configs/study.py needs a study, and {variant!r} is none; for example "

@@ -1,6 +1,7 @@
 """The supervised baseline, which predicts the class: python launch.py --config=configs/supervised.py[:VARIANT]
 
-The same trunk, trained on every label of the training images, with crops and flips alone.
+The trunk is the same as for PIRL. It is trained on all labels of the training images, with only crops and flips as
+augmentation.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ def supervised(config: ConfigDict) -> None:
 
 VARIANTS = {
   **{name: compose(data_set, supervised) for name, data_set in data_sets.LABELLED.items()},
-  # vissl: 105 epochs, batch 256; linear top-1 75.5 there, 75.9 in the paper.
+  # vissl: 105 epochs, batch 256; linear top-1 is 75.5 % in vissl and 75.9 % in the paper.
   "imagenet": compose(data_sets.imagenet, data_sets.supervised_schedule, supervised),
 }
 
@@ -27,6 +28,6 @@ def get_config(variant: str = "") -> ConfigDict:
   """Returns the config of a variant; "" is the embedded data set.
 
   Raises:
-    UserError: an unknown variant.
+    UserError: the variant is unknown.
   """
   return data_sets.create_config("supervised", variant, VARIANTS)

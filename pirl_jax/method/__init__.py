@@ -1,1 +1,1 @@
-"""PIRL on arrays: no config, no disk, no clock."""
+"""The method of PIRL as functions of arrays; nothing here reads a config, a disk or a clock."""

@@ -1,5 +1,8 @@
-"""The views of a batch and what the network makes of them, as every step runs them. Letters: b this device's images of
-a part of the batch, D outputs of a head (an embedding, or the logits of D labels)."""
+"""Views and forward pass, as used by every step.
+
+Letters: b this device's images of a part of the batch, H W S sides in pixels, D outputs of a head (the dimensions of an
+embedding, or the logits of D labels).
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,15 +16,15 @@ from pirl_jax.models.network import Network
 
 def forward(network: Network, views_fn: Callable, state: TrainState, params: Any,
             crops: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array | None, Any]:
-  """Returns what the heads give, {"image" or "pretext": f32[b, D]}, the transform's labels i32[b], and batch_stats.
+  """Returns (outputs of the heads {"image", "pretext": f32[b, D]}, labels of the transforms i32[b], new batch_stats).
 
-  The labels are None if the views have none. A head that is not there gives nothing.
+  The outputs leave out a view that the network has no head for. The labels are None if there is no pretext view.
 
   Args:
-    network: in training: its batch norm takes the statistics of these images, and moves those of the state.
+    network: runs in training mode: its batch norm uses the statistics of these images and updates the running ones.
     views_fn: see `views.two_views.make_views`.
-    state: for its seed, its step and its batch statistics.
-    params: of the network; the gradient is taken by them.
+    state: gives the seed, the step and the batch statistics.
+    params: of the network; passed separately, because the gradient is taken with respect to them.
     crops: `image_crop` u8[b, H, W, 3] or `pretext_crop` u8[b, S, S, 3], or both, and `index` i32[b].
   """
   keys = view_keys(state.seed, state.step, crops["index"])

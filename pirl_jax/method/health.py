@@ -1,6 +1,6 @@
-"""Is the run still sound? What a step must not hold (NaN, infinity), and what it should not come to (collapse).
+"""Figures that show whether a run is sound: numbers that are not finite, collapse, and similarities with the bank.
 
-Letters: B batch of all devices, M its parts, K negatives, D embedding.
+Letters: B batch of all devices, M parts of the batch, K negatives, D dimensions of an embedding.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 
 QUANTITIES = ("the loss", "the gradients", "the parameters", "the batch statistics", "the rows of the memory bank")
-"""Looked at in each step, in the order in which a number that is not finite passes from one to the next."""
+"""The quantities that each step checks. A number that is not finite spreads from one to the next in this order."""
 
 NOT_FINITE = "not_finite"
-"""Name among the metrics of a step of what `not_finite` returns."""
+"""Name of the result of `not_finite` among the metrics of a step."""
 
 
 def not_finite(loss: Any, gradients: Any, parameters: Any, batch_stats: Any, bank_rows: Any = ()) -> jax.Array:
-  """Returns bool[5]: in which of `QUANTITIES`, trees of f32[...], there is a NaN or an infinity. Runs in the step."""
+  """Returns bool[5]: which of `QUANTITIES`, each a tree of f32[...], holds a NaN or an infinity; runs in the step."""
   def holds_one(tree):
     return jnp.any(jnp.array([jnp.any(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], bool))
 
@@ -25,43 +25,49 @@ def not_finite(loss: Any, gradients: Any, parameters: Any, batch_stats: Any, ban
 
 
 def sum_of_shares(share: jax.Array, x: jax.Array) -> jax.Array:
-  """Returns what a part of a batch adds to the mean of x f32[B / M], f32[]; `share` f32[B / M] weighs each image."""
+  """Returns f32[], the contribution of a part to the mean of x f32[B / M] over the batch.
+
+  `share` f32[B / M] is the weight of each image in [0, 1]; over the whole batch the weights sum to 1.
+  """
   return jnp.sum(x * share)
 
 
 class Similarities(NamedTuple):
-  """Scores of the images of a part of a batch, f32[B / M] each: cosines divided by the temperature."""
+  """Similarities of the images of a part of a batch, f32[B / M] each; a score is a cosine divided by tau."""
 
   own: jax.Array
-  """With the own row."""
+  """Score with the image's own row."""
   beaten: jax.Array
-  """How many negatives are less similar than the own row."""
+  """Number of negatives that are less similar than the own row."""
   negatives: jax.Array
-  """With the negatives, summed."""
+  """Sum of the scores with the negatives."""
   count: jax.Array
-  """How many negatives there are."""
+  """Number of negatives."""
 
 
 def watch(score: jax.Array, weight: jax.Array, positive: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns the terms f32[B / M, K] whose sums over the negatives are the last three of `Similarities`, in their order.
+  """Returns three terms f32[B / M, K]; their sums over the negatives are `beaten`, `negatives` and `count`.
 
   Args:
-    score, weight: f32[B / M, K], of the negatives; see `losses.Negatives`.
-    positive: f32[B / M, 1], the scores with the own rows.
+    score: f32[B / M, K], scores with the negatives, see `losses.Negatives`.
+    weight: f32[B / M, K], 1 for a negative that counts, else 0.
+    positive: f32[B / M, 1], scores with the own rows.
   """
   return (score < positive) * weight, score * weight, weight
 
 
 def similarities(seen: Mapping[str, Similarities], *, mean: Callable, temperature: float) -> dict[str, jax.Array]:
-  """Returns figures that need no label and show whether the network learns, f32[] each.
+  """Returns figures f32[] that show, without labels, whether the network learns.
 
-  similarity_own, similarity_own_pretext: cosine of the image's, and the pretext view's, embedding with its own row;
-  similarity_negatives: mean cosine of the image's embedding with the negatives; negatives_beaten: share of them that
-  are less similar than the own row, for the pretext view (the image if there is none).
+  - similarity_own, similarity_own_pretext: mean cosine, in [-1, 1], of the embedding of the image, or of the pretext
+    view, with the image's own row.
+  - similarity_negatives: mean cosine, in [-1, 1], of the image's embedding with the negatives.
+  - negatives_beaten: share, in [0, 1], of the negatives that are less similar than the own row, for the pretext view
+    or, if there is none, for the image.
 
   Args:
-    seen: of each view, "pretext" and "image", or "image" alone.
-    mean: mean(x f32[B / M]) -> what these images add to the mean over the batch, f32[].
+    seen: the similarities of the views "pretext" and "image", or of "image" alone.
+    mean: mean(x f32[B / M]) -> f32[], the contribution of these images to the mean over the batch.
     temperature: tau.
   """
   image, harder = seen["image"], seen.get("pretext", seen["image"])
@@ -74,14 +80,14 @@ def similarities(seen: Mapping[str, Similarities], *, mean: Callable, temperatur
 
 
 def spread(emb: jax.Array, share: jax.Array) -> jax.Array:
-  """Returns the spread of embeddings f32[M, B / M, D], a health figure, f32[].
+  """Returns the spread of the embeddings, f32[] in [0, 1].
 
-  It is the standard deviation of each dimension over the batch, averaged and times sqrt(D): 1 when the embeddings fill
-  the sphere, 0 when they have collapsed to a point.
+  The spread is the standard deviation over the batch, averaged over the dimensions and multiplied by sqrt(D). It is 1
+  if the embeddings fill the sphere, and 0 if they have collapsed to a point.
 
   Args:
-    emb: unit vectors.
-    share: f32[M, B / M], the weight of each image; they sum up to 1.
+    emb: f32[M, B / M, D], unit vectors.
+    share: f32[M, B / M], the weight of each image; the weights sum to 1.
   """
   def mean(x):
     return jnp.sum(x * share[..., None], axis=(0, 1), keepdims=True)

@@ -1,15 +1,15 @@
 """The memory bank: one unit vector for every image, split by rows over the devices.
 
-Letters: N images, S strata, R rows of a stratum, B batch (of all devices), K negatives, D embedding.
+Letters: N images, S strata, R rows of a stratum, B batch (of all devices), K negatives, D dimensions of an embedding.
 
-The bank is one array [S * R, D]. Image i lives in stratum i % S at position i // S, that is at row
-(i % S) * R + i // S. A device holds S / devices whole strata, and everything random is drawn for each stratum from
-its own number, never from the device's: so a run is the same on any number of devices that divides S. Interleaving
-also keeps a stratum from being one class of a sorted data set. Where S does not divide N, the last rows of some
+The bank is one array [S * R, D]. Image i is in stratum i % S at position i // S, so its row is (i % S) * R + i // S.
+A device holds S / devices whole strata. Every random number depends on the number of the stratum, not on the device.
+Therefore a run is the same on any number of devices that divides S. The interleaving has a second purpose: a stratum
+does not consist of a single class if the data set is sorted by class. If S does not divide N, the last rows of some
 strata are padding, which is never drawn, read or written.
 
-The functions that take `axis` run inside `jax.shard_map` over that mesh axis, on a device's own rows, with the
-embeddings of the whole batch; no row of the bank ever leaves its device, only sums do.
+The functions that take `axis` run inside `jax.shard_map` over this mesh axis. They get a device's own rows and the
+embeddings of the whole batch. Between devices only sums are sent: no device gets the rows of another.
 """
 
 import dataclasses
@@ -24,50 +24,51 @@ from jax.extend.random import threefry2x32_p
 from pirl_jax.errors import UserError
 
 MAX_STRATA = 256
-"""Divides 4,096, 32,000 and 65,536, the numbers of negatives in use."""
+"""Largest number of strata; it divides 4,096, 32,000 and 65,536, the usual numbers of negatives."""
 
 CREATED_ROWS = 16_384
-"""That are drawn at a time when a bank is made: 8 MB of numbers with D = 128."""
+"""Number of rows that are drawn at a time when a bank is created: 8 MB with D = 128."""
 
 MAX_SHARE = 0.8
-"""Of a device's memory, for its part of the bank: the network needs some, too."""
+"""Largest share of a device's memory that its part of the bank may take; the network needs memory, too."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Where the images' rows lie in a bank [S * R, D]. `num_images` is N, `num_strata` S."""
+  """The positions of the images' rows in a bank [S * R, D]. `num_images` is N, `num_strata` is S."""
 
   num_images: int
   num_strata: int
 
   @property
   def rows_per_stratum(self) -> int:
-    """R, the smallest number with S * R >= N."""
+    """Returns R, the smallest number with S * R >= N."""
     return -(-self.num_images // self.num_strata)
 
   @property
   def num_rows(self) -> int:
-    """S * R: the images' rows and the padding."""
+    """Returns S * R, the number of rows including the padding."""
     return self.num_strata * self.rows_per_stratum
 
   def row_of(self, index):
-    """Returns the row of each image, i32[...] in [0, S * R), of `index` i32[...] in [0, N), numpy or JAX."""
+    """Returns the rows i32[...] in [0, S * R) of images with the indices i32[...] in [0, N), for numpy or JAX."""
     return index % self.num_strata * self.rows_per_stratum + index // self.num_strata
 
 
 def create_layout(num_images: int, *, num_devices: int, num_negatives: int) -> Layout:
   """Returns the layout of a bank [S * R, D] for N images.
 
-  S is 256, or for a small set the largest power of two up to N / 4. It follows from N alone, so that a
-  run may move to another number of devices.
+  S is 256, or for a small set the largest power of two up to N / 4. S depends on N alone, so a run can move to another
+  number of devices.
 
   Args:
     num_images: N.
-    num_devices: that share the bank.
-    num_negatives: K; 0: every row, or a run without a bank.
+    num_devices: number of devices that share the bank.
+    num_negatives: K; 0 for every row, or for a run without a bank.
 
   Raises:
-    UserError: more negatives than images, or the devices or the negatives do not divide into the strata.
+    UserError: there are more negatives than images, the number of devices does not divide S, or the number of negatives
+      is not a multiple of S.
   """
   if num_images < 2:
     raise UserError(f"{num_images} image(s): there is nothing to tell apart; at least 2 are needed")
@@ -91,9 +92,9 @@ def check_fits(layout: Layout, *, dim: int, dtype: Any, num_devices: int, device
   Args:
     layout: of the bank.
     dim: D.
-    dtype: in which it is stored.
-    num_devices: that share the bank.
-    device_bytes: memory of each.
+    dtype: type in which the bank is stored.
+    num_devices: number of devices that share the bank.
+    device_bytes: memory of each device in bytes.
   """
   bank_bytes = layout.num_rows * dim * jnp.dtype(dtype).itemsize
   room = MAX_SHARE * device_bytes
@@ -113,19 +114,21 @@ def _multiple_below(number, unit):
 
 
 def normalise(x: jax.Array) -> jax.Array:
-  """Returns x f32[..., D] with unit L2 norm along the last axis (a zero vector stays zero, with a zero gradient)."""
-  # The larger of norm and 1e-12 as in PyTorch's normalize, but under the root: the root's slope at 0 is infinite.
+  """Returns x f32[..., D] with unit L2 norm along the last axis; a zero vector stays zero and has a zero gradient."""
+  # As in PyTorch's normalize the norm is at least 1e-12. The maximum is taken before the square root, because the slope
+  # of the square root at 0 is infinite.
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
 def create(key: jax.Array, layout: Layout, *, dim: int, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
-  """Returns the bank [S * R, D], unit rows as `stored` has them, and `usable` bool[S * R], False on padding.
+  """Returns the bank [S * R, D], unit rows in the form of `stored`, and `usable` bool[S * R], False on padding.
 
-  Each entry is uniform in +-1/sqrt(D/3), then each row is normalised (vissl/losses/nce_loss.py, `norm_init`). There
-  the processes' banks are averaged before the first step, which makes rows of norm 1/sqrt(processes) and ties Z to the
-  number of processes; here every row starts with unit norm.
+  Each entry is drawn uniformly from +-1/sqrt(D/3), then each row is normalised (vissl/losses/nce_loss.py, `norm_init`).
+  vissl then averages the banks of all processes before the first step. The averaged rows have a norm of
+  1/sqrt(processes), so Z depends on the number of processes. Here every row starts with unit norm.
 
-  The rows come a few at a time, the same as all at once: else the numbers on the way would take several times the bank.
+  The rows are drawn a few at a time, with the same result as all at once. All at once would need several times the
+  memory of the bank.
   """
   strata, rows = layout.num_strata, layout.rows_per_stratum
   size = min(rows, max(1, CREATED_ROWS // strata))
@@ -144,13 +147,13 @@ def create(key: jax.Array, layout: Layout, *, dim: int, dtype=jnp.float32) -> tu
 
 
 def _uniform(key, row, dim):
-  """Returns the entries f32[*row, D] in +-1/sqrt(D/3) of the given rows of the whole bank.
+  """Returns the initial entries f32[*row, D], in +-1/sqrt(D/3), of the given rows of the bank.
 
-  They are those that `jax.random.uniform` gives for the whole of it, entry i from the hash of i.
+  The entries are those of `jax.random.uniform` for the whole bank: entry i is computed from the hash of i.
   """
   row = row.astype(jnp.uint32)[..., None]
-  low = row * dim  # the number of the row's first entry, modulo 2**32 ...
-  high = ((row >> 16) * dim + ((row & 0xFFFF) * dim >> 16)) >> 16  # ... and what is above
+  low = row * dim  # the lower 32 bits of the number of the row's first entry ...
+  high = ((row >> 16) * dim + ((row & 0xFFFF) * dim >> 16)) >> 16  # ... and its upper 32 bits
   entry = low + jnp.arange(dim, dtype=jnp.uint32)[(None,) * (row.ndim - 1)]
   high = jnp.broadcast_to(high, entry.shape) + (entry < low)
   first, second = jax.random.key_data(key)
@@ -162,16 +165,17 @@ def _uniform(key, row, dim):
 
 
 def stored(vectors: jax.Array, dtype: Any) -> jax.Array:
-  """Returns vectors f32[..., D] as a bank of that type keeps them, [..., D]: bfloat16 as its bits, u16.
+  """Returns vectors f32[..., D] in the form in which a bank of this type stores them, [..., D].
 
-  To read or write some rows of an array of bfloat16, a CPU first turns the whole of it into float32.
+  bfloat16 is stored as its bits, u16[..., D]. The reason: to read or write some rows of a bfloat16 array, XLA's CPU
+  backend first converts the whole array to float32.
   """
   vectors = vectors.astype(dtype)
   return jax.lax.bitcast_convert_type(vectors, jnp.uint16) if vectors.dtype == jnp.bfloat16 else vectors
 
 
 def vectors(rows: jax.Array) -> jax.Array:
-  """Returns rows of a bank [..., D], see `stored`, in the precision in which they are computed with, f32[..., D]."""
+  """Returns rows of a bank [..., D], see `stored`, as vectors f32[..., D] to compute with."""
   rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == jnp.uint16 else rows
   return rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
 
@@ -181,18 +185,18 @@ def _images_in_stratum(layout, stratum):
 
 
 def draw(key: jax.Array, layout: Layout, *, num_negatives: int, axis: str, num_draws: int | None = None) -> jax.Array:
-  """Returns this device's part of a draw of K negatives, local rows i32[K / devices], with replacement.
+  """Returns this device's part of a draw of K negatives with replacement: local rows i32[K / devices].
 
-  The draw is stratified: K / S uniform draws from the images of each stratum (so where S does not divide N, those of a
-  stratum that has one image fewer come a little more often: 0.02 % for ImageNet). It is shared by the whole batch: a
-  draw for every image gathers B x K x D numbers, at 16 to 31 times the cost.
+  The draw is stratified: K / S uniform draws from the images of each stratum. If S does not divide N, some strata have
+  one image fewer, and their images are drawn slightly more often: 0.02 % for ImageNet. The whole batch shares the draw,
+  because a draw for every image gathers B x K x D numbers, at 16 to 31 times the cost.
 
   Args:
     key: of the draw.
     layout: of the bank.
     num_negatives: K, at least 1.
     axis: the mesh axis that splits the bank.
-    num_draws: B, for as many independent draws, one for each image: i32[B, K / devices].
+    num_draws: B for one independent draw per image, then the result is i32[B, K / devices]; None for a shared draw.
   """
   num_local = layout.num_strata // jax.lax.axis_size(axis)
   local = jnp.arange(num_local)
@@ -209,11 +213,11 @@ def draw(key: jax.Array, layout: Layout, *, num_negatives: int, axis: str, num_d
 
 
 def local_rows(bank: jax.Array, rows: jax.Array, *, axis: str) -> tuple[jax.Array, jax.Array]:
-  """Returns global rows as this device numbers its own, i32 as `rows`, and which of them are its own, bool.
+  """Returns (local i32[...], mine bool[...]): the numbers of global rows on this device, and which of them it holds.
 
   Args:
-    bank: [rows of this device, ...]; or `usable`.
-    rows: i32 of any shape.
+    bank: [rows of this device, ...], the bank or `usable`.
+    rows: i32[...], global rows.
     axis: the mesh axis that splits the bank.
   """
   local = rows - jax.lax.axis_index(axis) * bank.shape[0]
@@ -221,15 +225,15 @@ def local_rows(bank: jax.Array, rows: jax.Array, *, axis: str) -> tuple[jax.Arra
 
 
 def read(bank: jax.Array, rows: jax.Array, *negatives: jax.Array, axis: str) -> tuple[jax.Array, ...]:
-  """Returns the vectors at `rows`, f32[B, D], and those of each draw of negatives, f32[..., K / devices, D].
+  """Returns the vectors at `rows`, f32[B, D], and the vectors of each draw of negatives, f32[..., K / devices, D].
 
-  Everything is read with a single gather, on which the update depends. With two or more, XLA cannot prove that all
-  reads precede the update and copies the whole bank; `optimization_barrier` does not help.
+  Everything is read with a single gather, on which the update depends. With two or more gathers, XLA cannot prove that
+  all reads precede the update and copies the whole bank; `optimization_barrier` does not help.
 
   Args:
     bank: [rows of this device, D], see `stored`.
-    rows: i32[B], global rows; the vectors come out the same on every device.
-    negatives: draws i32[K / devices] or i32[B, K / devices] of local rows; the vectors are this device's.
+    rows: i32[B], global rows; their vectors are the same on every device.
+    negatives: draws i32[K / devices] or i32[B, K / devices] of this device's local rows.
     axis: the mesh axis that splits the bank.
   """
   local, mine = local_rows(bank, rows, axis=axis)
@@ -241,7 +245,7 @@ def read(bank: jax.Array, rows: jax.Array, *negatives: jax.Array, axis: str) -> 
 
 
 def weights(usable: jax.Array, rows: jax.Array, negatives: jax.Array, *, axis: str) -> jax.Array:
-  """Returns f32[B, K / devices]: 0 where a negative is the image itself or an image found broken, else 1.
+  """Returns f32[B, K / devices]: 0 if a negative is the image itself or an image that was found broken, else 1.
 
   Args:
     usable: bool[rows of this device].
@@ -267,7 +271,7 @@ def negative_scores(others: jax.Array, embeddings: jax.Array, *, temperature: fl
     embeddings: f32[B, D], unit vectors.
     temperature: tau.
   """
-  # Full float32 products: by default a GPU or TPU rounds the factors to fewer bits, and 1 / tau magnifies that.
+  # Full float32 products: by default a GPU or TPU rounds the factors to fewer bits, and 1 / tau magnifies this error.
   pairs = "bd,kd->bk" if others.ndim == 2 else "bd,bkd->bk"
   return jnp.einsum(pairs, embeddings, others, precision=jax.lax.Precision.HIGHEST) / temperature
 
@@ -276,14 +280,15 @@ def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Arr
            momentum: float, axis: str) -> jax.Array:
   """Returns this device's part of the bank after row <- normalise(momentum * row + (1 - momentum) * embedding).
 
-  `momentum` weighs the old row (paper, section 2.2; vissl/losses/nce_loss.py, `update_memory`). No other row changes.
+  `momentum` is the weight of the old row (paper, section 2.2; vissl/losses/nce_loss.py, `update_memory`). No other row
+  changes.
 
   Args:
     bank: [rows of this device, D], see `stored`.
-    rows: i32[B], global rows, none twice.
-    own: f32[B, D], these rows as they are.
+    rows: i32[B], global rows, all different.
+    own: f32[B, D], the old vectors of these rows.
     embeddings: f32[B, D], unit vectors f(v_I) of the whole batch.
-    valid: bool[B]; the rows of broken images stay as they are.
+    valid: bool[B]; the rows of broken images (False) do not change.
     momentum: in [0, 1].
     axis: the mesh axis that splits the bank.
   """
@@ -294,15 +299,15 @@ def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Arr
 
 
 def retire(usable: jax.Array, rows: jax.Array, valid: jax.Array, *, axis: str) -> tuple[jax.Array, jax.Array]:
-  """Returns `usable` with the rows of the batch's broken images switched off, and which of the batch now count.
+  """Returns (new `usable` bool[rows of this device], counts bool[B]): broken images are marked and no longer count.
 
-  The second, bool[B] and the same on every device, is False for an image that was found broken now or ever before:
-  one that can be read every other time would make a run depend on when it was interrupted.
+  `counts` is the same on every device. It is False for an image that could not be read in this step or in an earlier
+  one. Without this memory an image that can be read only sometimes would make a run depend on when it was interrupted.
 
   Args:
     usable: bool[rows of this device].
-    rows: i32[B].
-    valid: bool[B], what could be read in this batch.
+    rows: i32[B], global rows.
+    valid: bool[B], which images could be read in this step.
     axis: the mesh axis that splits the bank.
   """
   local, mine = local_rows(usable, rows, axis=axis)
@@ -312,5 +317,5 @@ def retire(usable: jax.Array, rows: jax.Array, valid: jax.Array, *, axis: str) -
 
 
 def _own_or_dropped(array, local, chosen):
-  # Past the end, where `mode="drop"` leaves it out; a negative number would wrap to another row.
+  # Rows that are not chosen get a number past the end, which `mode="drop"` ignores; a negative number would wrap.
   return jnp.where(chosen, local, array.shape[0])

@@ -1,6 +1,6 @@
-"""The parts of a batch that pass through the network one after the other.
+"""Micro-batches: parts of a batch that pass through the network one after the other.
 
-Letters: B batch of all devices, b this device's images, M parts.
+Letters: B batch of all devices, b this device's images, M parts of the batch.
 """
 
 from collections.abc import Callable
@@ -15,22 +15,24 @@ from pirl_jax.runtime.mesh import AXIS
 
 
 def split_batch(batch: Any, micro_batches: int) -> Any:
-  """Returns a tree of this device's [b, ...] as [M, b / M, ...], M parts.
+  """Returns a tree of this device's arrays [b, ...], cut into M parts: [M, b / M, ...].
 
-  Part j takes every Mth image from the jth on, so that over all devices it has the same images on any number of them.
+  Part j takes every Mth image, starting with the jth. So over all devices a part has the same images on any number of
+  devices.
   """
   return jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def accumulate(grad_fn: Callable, params: Any, parts: Any) -> tuple[Any, Any]:
-  """Returns the gradients summed over the parts of a batch and over the devices, and the rest of each part, [M, ...].
+  """Returns (gradients, rest): the gradients summed over the parts and the devices, the rest of each part [M, ...].
 
   Args:
     grad_fn: grad_fn(params, part) -> (gradients, rest); a part is `parts` without the first axis.
-    params: the same on every device.
-    parts: a tree of [M, ...].
+    params: the parameters f32[...], the same on every device.
+    parts: a tree of arrays [M, ...].
   """
-  # As "varying" the parameters have gradients of this device's images: they are summed over the devices once.
+  # With "varying" parameters the gradients are those of this device's images; they are summed over the devices once, at
+  # the end, instead of once for each part.
   params = jax.lax.pcast(params, AXIS, to="varying")
 
   def add(total, part):
@@ -43,20 +45,20 @@ def accumulate(grad_fn: Callable, params: Any, parts: Any) -> tuple[Any, Any]:
 
 
 def whole_batch_stats(network: Network, batch_stats: Any) -> Any:
-  """Returns the batch statistics to keep, of those after each part of the batch [M, ...]: their mean.
+  """Returns the batch statistics f32[...] to keep: the mean of the statistics f32[M, ...] after each part of the batch.
 
-  Where each device has its own, it is the mean over the devices, too; evaluation uses it.
+  If each device has its own statistics, the mean is also over the devices; evaluations use this mean.
   """
   mean = jax.tree.map(partial(jnp.mean, axis=0), batch_stats)
   return mean if network.trunk.batch_norm_axis else jax.lax.pmean(mean, AXIS)
 
 
 def positions(num_parts: int, part_size: int) -> jax.Array:
-  """Returns where the images of each part stand in the batch of all devices, i32[M, B / M].
+  """Returns the positions i32[M, B / M], in [0, B), of the images of each part in the batch of all devices.
 
   Args:
     num_parts: M.
-    part_size: B / M, images of a part over all devices.
+    part_size: B / M, number of images of a part over all devices.
   """
   num_local = num_parts * part_size // jax.lax.axis_size(AXIS)
   local = jax.lax.axis_index(AXIS) * num_local + jnp.arange(num_local)
@@ -64,5 +66,8 @@ def positions(num_parts: int, part_size: int) -> jax.Array:
 
 
 def gather(x: jax.Array, *, axis: int = 0) -> jax.Array:
-  """Returns [..., b, ...] of this device's images as [..., B, ...] of all devices, the same on each; `axis` is b's."""
+  """Returns the arrays [..., b, ...] of all devices as one array [..., B, ...], the same on every device.
+
+  `axis` is the position of b among the axes of x.
+  """
   return jax.lax.all_gather(x, AXIS, axis=axis, tiled=True, to="invarying")

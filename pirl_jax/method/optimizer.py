@@ -1,4 +1,4 @@
-"""SGD with momentum and the schedules of the official runs, from plain numbers; and the step that they take."""
+"""SGD with momentum, the learning rate schedules of the official runs, and the update of the state's parameters."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,22 @@ from pirl_jax.method.state import TrainState
 
 def cosine_schedule(*, base_rate: float, end_factor: float, num_steps: int, warmup_steps: int = 0,
                     warmup_factor: float = 0.0, hold_steps: int = 1) -> optax.Schedule:
-  """Returns step i32[] -> learning rate f32[]: a linear warm-up, then half a cosine down to `end_factor * base_rate`.
+  """Returns schedule(step i32[]) -> learning rate f32[]: a linear warm-up, then half a cosine.
 
-  vissl's ClassyVision scheduler: end + (start - end) * (1 + cos(pi * progress)) / 2, updated once an epoch in the
-  official runs (`update_interval: epoch`).
+  The cosine falls from `base_rate` to `end_factor * base_rate`. This is the scheduler of vissl's ClassyVision:
+  end + (start - end) * (1 + cos(pi * progress)) / 2, updated once per epoch in the official runs
+  (`update_interval: epoch`).
 
   Args:
-    base_rate: the rate at the top.
-    end_factor: what is left of it at the end, 1/1000 in the paper.
-    num_steps: steps of the whole run.
-    warmup_steps: of them, those that warm up; the paper has none.
-    warmup_factor: share of `base_rate` from which it rises.
-    hold_steps: the rate changes only every so many steps: 1, or the steps of an epoch.
+    base_rate: the learning rate after the warm-up.
+    end_factor: share of `base_rate` at the end, in [0, 1]; 1/1000 in the paper.
+    num_steps: number of steps of the whole run.
+    warmup_steps: number of steps of the warm-up; the paper has none.
+    warmup_factor: share of `base_rate` at which the warm-up starts.
+    hold_steps: number of steps between two changes of the learning rate: 1, or the steps of an epoch.
+
+  Raises:
+    UserError: the warm-up is not shorter than the run.
   """
   if not 0 <= warmup_steps < num_steps:
     raise UserError(f"the warm-up takes {warmup_steps} steps, but the run has only {num_steps}; "
@@ -38,21 +42,21 @@ def cosine_schedule(*, base_rate: float, end_factor: float, num_steps: int, warm
 
 def step_schedule(*, base_rate: float, milestones: Sequence[float], decay_factor: float, num_steps: int,
                   warmup_steps: int = 0, warmup_factor: float = 0.0) -> optax.Schedule:
-  """Returns step i32[] -> learning rate f32[]: constant but for a factor at each milestone.
+  """Returns schedule(step i32[]) -> learning rate f32[]: constant, and multiplied by a factor at each milestone.
 
-  So did NPID's and the covariant runs:
+  NPID's and the covariant runs use this schedule:
   vissl configs/config/pretrain/{npid/npid,jigsaw/jigsaw,rotnet/rotnet}_8gpu_resnet.yaml.
 
   Args:
-    base_rate: the rate before the first milestone.
-    milestones: shares of the run, rising, in (0, 1).
-    decay_factor: by which each multiplies the rate.
-    num_steps: steps of the whole run.
-    warmup_steps: of them, those in which the rate rises linearly.
-    warmup_factor: share of `base_rate` from which it rises.
+    base_rate: the learning rate before the first milestone.
+    milestones: shares of the run in (0, 1), in ascending order.
+    decay_factor: factor for the learning rate at each milestone.
+    num_steps: number of steps of the whole run.
+    warmup_steps: number of steps at the start in which the learning rate rises linearly.
+    warmup_factor: share of `base_rate` at which the warm-up starts.
 
   Raises:
-    UserError: the warm-up reaches the first milestone, or the milestones do not rise within the run.
+    UserError: the warm-up reaches the first milestone, or the milestones are not ascending shares in (0, 1).
   """
   if not all(low < high for low, high in itertools.pairwise((0, *milestones, 1))):
     raise UserError(f"optimizer.milestones={tuple(milestones)}: shares of the run are needed, rising, between 0 and 1")
@@ -67,11 +71,18 @@ def step_schedule(*, base_rate: float, milestones: Sequence[float], decay_factor
 
 def create_optimizer(schedule: optax.Schedule, *, momentum: float, weight_decay: float, nesterov: bool = False,
                      decay_biases: bool = False) -> optax.GradientTransformation:
-  """Returns SGD with momentum, PyTorch's rule: velocity <- momentum * velocity + gradient + decay * weight.
+  """Returns SGD with PyTorch's momentum: velocity <- momentum * velocity + gradient + weight_decay * weight.
 
-  The decay applies to the kernels of convolutions and linear layers only, not to batch norm and not to biases
-  (vissl pirl_jigsaw_4node_resnet50.yaml: `regularize_bn: False`, `regularize_bias: False`); with `decay_biases` to the
-  biases of linear layers, too (npid_8gpu_resnet.yaml).
+  Weight decay acts on the kernels of convolutions and linear layers, not on batch norm and biases
+  (vissl pirl_jigsaw_4node_resnet50.yaml: `regularize_bn: False`, `regularize_bias: False`). With `decay_biases` it also
+  acts on the biases of linear layers (npid_8gpu_resnet.yaml).
+
+  Args:
+    schedule: schedule(step i32[]) -> learning rate f32[].
+    momentum: in [0, 1).
+    weight_decay: >= 0.
+    nesterov: True for Nesterov momentum in PyTorch's form.
+    decay_biases: True for weight decay on the biases of linear layers.
   """
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask=partial(_decayed, biases=decay_biases)),
@@ -79,13 +90,13 @@ def create_optimizer(schedule: optax.Schedule, *, momentum: float, weight_decay:
 
 
 def descend(state: TrainState, optimizer: optax.GradientTransformation, grads: Any, **fields: Any) -> TrainState:
-  """Returns the state one step i32[] on: its parameters moved by the gradients, and the other fields as given.
+  """Returns the state after an update: `step` i32[] is one higher, the parameters f32[...] are updated.
 
   Args:
-    state: before the step.
+    state: before the update.
     optimizer: see `create_optimizer`.
-    grads: by the parameters, a tree of the same shapes.
-    fields: what else has changed, by name.
+    grads: the gradients, a tree of f32[...] of the same shapes as the parameters.
+    fields: new values of further fields of the state, by name.
   """
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -95,5 +106,5 @@ def descend(state: TrainState, optimizer: optax.GradientTransformation, grads: A
 def _decayed(params, *, biases):
   if not isinstance(params, Mapping):
     return jnp.ndim(params) > 1
-  linear = biases and "kernel" in params  # batch norm has a bias, too, and no kernel
+  linear = biases and "kernel" in params  # a layer with a bias but without a kernel is batch norm
   return {name: (linear and name == "bias") or _decayed(value, biases=biases) for name, value in params.items()}

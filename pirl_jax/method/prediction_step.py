@@ -1,6 +1,6 @@
-"""One step of the baselines that predict a label: of the transform (Jigsaw, RotNet), or of the class (supervised).
+"""One step of the baselines that predict a label: the transform (Jigsaw, RotNet) or the class (supervised).
 
-Letters: B batch of all devices, M its parts, b this device's images of a part, L labels.
+Letters: B batch of all devices, M parts of the batch, b this device's images of a part, L labels.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,12 @@ def make_prediction_step(network: Network, optimizer: optax.GradientTransformati
                          layout: memory_bank.Layout, mesh: Mesh, *, micro_batches: int = 1) -> Callable:
   """Returns train_step(state, batch) -> (state, metrics), as `make_contrastive_step`, for a state without a bank.
 
-  The loss is the cross-entropy of the transform's label, where the views have one (paper, equation 2), else of the
-  batch's `label` i32[B]; an image whose label is -1 has no weight. `metrics` holds loss and top1, f32[], and
-  what `health.not_finite` returns.
+  The loss is a cross-entropy in nats. If the network has a pretext head, the loss predicts the label of the transform
+  (paper, equation 2). Otherwise it predicts the batch's `label` i32[B]; an image whose label is -1 has no weight.
+  `metrics` holds `loss` f32[], `top1` f32[] in [0, 1], and `not_finite` bool[5], see `health.not_finite`.
 
   Args:
-    network: one of its heads gives logits f32[B, L]; the other view is not there.
+    network: with a single head, which gives logits f32[B, L].
     optimizer: see `create_optimizer`.
     views_fn: see `views.two_views.make_views`.
     layout: of the mask of the images found broken.
@@ -39,15 +39,15 @@ def make_prediction_step(network: Network, optimizer: optax.GradientTransformati
   predicts_class = network.pretext_head is None
 
   def device_step(state, batch):
-    # 1. An image found broken has no weight from here on, and one without a label never has any.
+    # 1. An image that was found broken has no weight from here on; an image without a label never has any weight.
     batch = split_batch(batch, micro_batches)  # [M, b, ...]
     rows = gather(layout.row_of(batch["index"]), axis=1)  # [M, B / M]
     usable, valid = memory_bank.retire(state.usable, rows, gather(batch["valid"], axis=1), axis=AXIS)
     if predicts_class:
       valid &= gather(batch["label"], axis=1) >= 0
-    share = valid / jnp.maximum(jnp.sum(valid), 1)  # of an image in every mean
+    share = valid / jnp.maximum(jnp.sum(valid), 1)  # [M, B / M], the weight of each image in every mean
 
-    # 2. The cross-entropy of the label, given the view.
+    # 2. The cross-entropy of the label, predicted from the view.
     def objective(params, part):
       crops, share = part
       outputs, transform, batch_stats = forward(network, views_fn, state, params, crops)
@@ -60,7 +60,7 @@ def make_prediction_step(network: Network, optimizer: optax.GradientTransformati
 
     grads, (metrics, batch_stats) = accumulate(jax.grad(objective, has_aux=True), state.params, (batch, share))
 
-    # 3. The parameters move.
+    # 3. The parameters are updated.
     state = descend(state, optimizer, grads, batch_stats=whole_batch_stats(network, batch_stats), usable=usable)
     metrics = jax.tree.map(jnp.sum, metrics)
     metrics[health.NOT_FINITE] = health.not_finite(metrics["loss"], grads, state.params, state.batch_stats)

@@ -1,4 +1,4 @@
-"""Everything that a training run carries from step to step, created already split over the mesh."""
+"""The state that a training run carries from step to step; it is created already split over the mesh."""
 
 from typing import Any
 
@@ -14,15 +14,15 @@ from pirl_jax.runtime import mesh as mesh_lib
 
 
 class TrainState(flax.struct.PyTreeNode):
-  """The state of a run. The bank [S * R, D] and its mask bool[S * R] are split over the devices, the rest is on each.
+  """The state of a run. Bank [S * R, D] and mask bool[S * R] are split over the devices; the rest is replicated.
 
-  Letters: S strata, R rows of a stratum, D embedding.
+  Letters: S strata, R rows of a stratum, D dimensions of an embedding.
   """
 
   step: Any
-  """i32[], steps taken."""
+  """i32[], number of steps taken."""
   seed: Any
-  """u32[], of the views and the negatives; part of the state, so that every seed runs the same compiled program."""
+  """u32[], seed of the views and the negatives. It is part of the state, so all seeds share one compiled program."""
   params: Any
   """Parameters of trunk and heads, f32."""
   batch_stats: Any
@@ -32,47 +32,48 @@ class TrainState(flax.struct.PyTreeNode):
   usable: Any
   """bool[S * R], split over the devices: False on padding and on the rows of images found broken."""
   bank: Any
-  """[S * R, D], unit rows, see `memory_bank.stored`, split likewise; None for a system without a bank."""
+  """[S * R, D], unit rows, see `memory_bank.stored`, split over the devices; None for a system without a bank."""
   normaliser: Any
-  """f32[], Z of the `nce` loss; 0 until the first batch has set it, and with other losses; None without a bank."""
+  """f32[], Z of the `nce` loss; 0 before the first batch has set it, and for other losses; None without a bank."""
 
 
 def state_specs(*, with_bank: bool = True) -> TrainState:
-  """Returns how the state lies on the mesh: whole on each device, but for bank [S * R, D] and mask bool[S * R]."""
+  """Returns the state's layout on the mesh: bank [S * R, D] and mask bool[S * R] are split, the rest is replicated."""
   specs = dict.fromkeys(TrainState.__dataclass_fields__, mesh_lib.WHOLE) | {"usable": mesh_lib.SPLIT}
   return TrainState(**specs | ({"bank": mesh_lib.SPLIT} if with_bank else {"bank": None, "normaliser": None}))
 
 
 def state_shardings(mesh: Mesh, *, with_bank: bool = True) -> TrainState:
-  """Returns `state_specs` as shardings on this mesh."""
+  """Returns the layout of `state_specs` as shardings on this mesh."""
   return jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), state_specs(with_bank=with_bank))
 
 
 def create_state(seed: int, network: Network, optimizer: optax.GradientTransformation, layout: memory_bank.Layout, *,
                  mesh: Mesh, dim: int, bank_dtype: Any, inputs: tuple[Any, Any], with_bank: bool = True) -> TrainState:
-  """Returns the state before the first step. It is made on the devices that keep it: no device holds a whole bank.
+  """Returns the state before the first step. Each device creates its own part, so no device ever holds a whole bank.
 
   Args:
     seed: of the parameters, the bank, the views and the negatives, taken modulo 2**32.
-    network: without a mesh axis: it is initialised outside of `shard_map`.
+    network: without a mesh axis, because it is initialised outside of `shard_map`.
     optimizer: see `create_optimizer`.
     layout: of the bank.
     mesh: the devices.
     dim: D.
-    bank_dtype: in which the bank [S * R, D] is stored.
-    inputs: an image f32[1, H, W, 3] and a pretext view f32[1, P, h, w, 3], None for what the network does not get.
-    with_bank: whether there is a bank.
+    bank_dtype: type in which the bank [S * R, D] is stored.
+    inputs: an image f32[1, H, W, 3] and a pretext view f32[1, P, h, w, 3]; None for a view that the network does not
+      use.
+    with_bank: True if the state has a bank.
   """
   def init(seed):
     params_key, bank_key = jax.random.split(jax.random.key(seed))
     variables = network.init(params_key, *inputs, train=False)
     bank, usable = memory_bank.create(bank_key, layout, dim=dim, dtype=bank_dtype)
-    # Flax starts running statistics in float32; a step makes them as exact as the parameters.
+    # Flax creates running statistics in float32, but a step returns them in the type of the parameters.
     batch_stats = optax.tree_utils.tree_cast(variables["batch_stats"], jax.tree.leaves(variables["params"])[0].dtype)
     return TrainState(
       step=jnp.zeros((), jnp.int32), seed=seed, params=variables["params"], batch_stats=batch_stats,
       opt_state=optimizer.init(variables["params"]), usable=usable, bank=bank if with_bank else None,
       normaliser=jnp.zeros(()) if with_bank else None)
 
-  # The init key is data of the traced program: the same bits whatever the number of devices.
+  # The seed is an argument of the compiled program, and the bits do not depend on the number of devices.
   return jax.jit(init, out_shardings=state_shardings(mesh, with_bank=with_bank))(jnp.uint32(seed % 2**32))

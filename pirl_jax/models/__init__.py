@@ -1,1 +1,1 @@
-"""The trunk, the heads, and the network that joins them."""
+"""The trunk, the heads, and the network that consists of both."""

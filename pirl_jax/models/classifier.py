@@ -1,4 +1,4 @@
-"""A trunk with a new linear layer on its pooled features, for training as a whole on labels.
+"""A trunk with a new linear layer on its pooled features; both are trained together on labels.
 
 Letters: B batch, H W height and width, C trunk features, L classes.
 """
@@ -15,7 +15,10 @@ from pirl_jax.models.resnet import ResNet
 
 
 class Classifier(nn.Module):
-  """The trunk and a linear layer with bias, in float32 whatever the trunk computes in."""
+  """The trunk and a linear layer with bias, f32[B, H, W, 3] -> logits f32[B, L].
+
+  The linear layer computes in float32, also if the trunk computes in bfloat16.
+  """
 
   trunk: ResNet
   num_classes: int
@@ -24,15 +27,15 @@ class Classifier(nn.Module):
   def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
     """Returns logits f32[B, L] of normalised images f32[B, H, W, 3]; `train`: see `ResNet`."""
     pooled = self.trunk(image, train=train)["pooled"]
-    # PyTorch's default, as vissl's head has it (vissl/models/heads/mlp.py, PARAMS_MULTIPLIER 1).
+    # PyTorch's default initialisation, as in vissl's head (vissl/models/heads/mlp.py, PARAMS_MULTIPLIER 1).
     layer = nn.Dense(self.num_classes, kernel_init=kernel_init, bias_init=bias_init(pooled.shape[-1]), name="linear")
     return layer(pooled)
 
 
 def on_trunk(classifier: Classifier, key: jax.Array, variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns {"params", "batch_stats"} of the classifier: a copy of a network's trunk, and a new linear layer.
+  """Returns {"params", "batch_stats"}, f32[...] each, of the classifier: a copy of a trunk, and a new linear layer.
 
-  To be called inside of a jitted function: the trunk that is initialised and not used costs nothing there.
+  Call this inside of a jitted function: there the second trunk, which is initialised but not used, costs nothing.
 
   Args:
     classifier: without a mesh axis.
@@ -40,6 +43,6 @@ def on_trunk(classifier: Classifier, key: jax.Array, variables: Mapping[str, Any
     variables: {"params", "batch_stats"} of a `Network` with the same trunk.
   """
   fresh = classifier.init(key, jnp.zeros((1, 32, 32, 3)), train=False)  # no parameter depends on the image's size
-  # Copies, because whoever trains gives the arrays away, and jit may hand an argument through as it is.
+  # The trunk is copied, because the training donates its arrays; without a copy jit may return the argument itself.
   trunk = {name: jax.tree.map(jnp.copy, variables[name]["trunk"]) for name in ("params", "batch_stats")}
   return {"params": {**fresh["params"], "trunk": trunk["params"]}, "batch_stats": {"trunk": trunk["batch_stats"]}}

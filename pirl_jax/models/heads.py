@@ -1,7 +1,8 @@
 """The heads between trunk and loss. They are dropped for transfer.
 
-Letters: B batch, P pretext views of an image, C trunk features, D embedding, L classes. No head normalises: the loss
-does.
+Letters: B batch, P pretext views of an image, C trunk features, D dimensions of an embedding, L classes.
+
+No head normalises its output; the embeddings are normalised in the step.
 """
 
 from typing import Any
@@ -18,16 +19,19 @@ PATCH_FEATURES = 1_000
 
 
 def _linear(x: jax.Array, features: int, name: str) -> jax.Array:
-  # As exact as what comes in: the trunk's pooled features are float32 or more.
+  # The layer computes in the type of its input: the trunk's pooled features are float32 or float64.
   layer = nn.Dense(features, param_dtype=x.dtype, kernel_init=kernel_init, bias_init=bias_init(x.shape[-1]), name=name)
   return layer(x)
 
 
 class ImageHead(nn.Module):
-  """f, and g of a transform that makes one view: a linear layer, or linear - ReLU - linear, as wide as its input.
+  """The head f, and the head g of a transform that makes one view.
 
-  Paper section 2.3 and appendix A.2; vissl configs/config/pretrain/pirl/models/resnet50_mlphead.yaml. (In vissl's files
-  for wider networks the ReLU of this MLP is written where nothing reads it; here it is there for every width.)
+  The head is a linear layer f32[B, C] -> f32[B, D] or, with `mlp`, linear - ReLU - linear with C hidden units.
+
+  Paper section 2.3 and appendix A.2; vissl configs/config/pretrain/pirl/models/resnet50_mlphead.yaml. In vissl's config
+  files for wider networks the setting for the ReLU of this MLP stands at a place where no code reads it; here every
+  width has the ReLU.
   """
 
   dim: int
@@ -35,7 +39,7 @@ class ImageHead(nn.Module):
 
   @nn.compact
   def __call__(self, features: jax.Array, *, train: bool = False) -> jax.Array:
-    """Returns f32[B, D] of pooled trunk features f32[B, C] or f32[B, 1, C]; `train` changes nothing."""
+    """Returns embeddings f32[B, D] of pooled trunk features f32[B, C] or f32[B, 1, C]; `train` changes nothing."""
     features = jnp.reshape(features, (features.shape[0], -1))
     if self.mlp:
       features = nn.relu(_linear(features, features.shape[-1], "hidden"))
@@ -43,10 +47,12 @@ class ImageHead(nn.Module):
 
 
 class PatchesHead(nn.Module):
-  """g of the jigsaw: one layer shared by the patches, their concatenation in the order seen, and a second layer.
+  """The head g of the jigsaw, f32[B, P, C] -> f32[B, D].
 
-  There is no batch norm, and no ReLU between the two (the MLP variant has one: it ends each patch's MLP with it).
-  Paper section 2.3 and appendix A.1; vissl/models/heads/siamese_concat_view.py.
+  A first linear layer is applied to each patch. Its outputs are concatenated in the order in which the patches are
+  shown, and a second linear layer follows. There is no batch norm, and no ReLU between the two layers. The variant
+  `mlp` has an MLP for each patch, which ends with a ReLU. Paper section 2.3 and appendix A.1;
+  vissl/models/heads/siamese_concat_view.py.
   """
 
   dim: int
@@ -54,7 +60,7 @@ class PatchesHead(nn.Module):
 
   @nn.compact
   def __call__(self, features: jax.Array, *, train: bool = False) -> jax.Array:
-    """Returns f32[B, D] of pooled trunk features f32[B, P, C]; `train` changes nothing."""
+    """Returns embeddings f32[B, D] of pooled trunk features f32[B, P, C]; `train` changes nothing."""
     if self.mlp:
       features = nn.relu(_linear(features, features.shape[-1], "hidden"))
     patches = _linear(features, self.dim, "patch")  # [B, P, D]
@@ -64,7 +70,7 @@ class PatchesHead(nn.Module):
 
 
 class ClassHead(nn.Module):
-  """A linear layer to classes: the angles of RotNet, or the labels of the supervised baseline.
+  """A linear classifier f32[B, C] -> f32[B, L], for the angles of RotNet or the labels of the supervised baseline.
 
   vissl configs/config/pretrain/rotnet/rotnet_8gpu_resnet.yaml.
   """
@@ -78,13 +84,14 @@ class ClassHead(nn.Module):
 
 
 class PatchesClassHead(nn.Module):
-  """The covariant jigsaw: linear - batch norm - ReLU for each patch, their concatenation, and a linear layer to orders.
+  """The classifier of the covariant jigsaw, f32[B, P, C] -> logits f32[B, L] of the L orders.
 
+  Each patch passes linear - batch norm - ReLU; the outputs are concatenated, and a linear layer follows.
   vissl configs/config/pretrain/jigsaw/jigsaw_8gpu_resnet.yaml; vissl/models/heads/siamese_concat_view.py.
 
   Attributes:
     num_classes: L.
-    batch_norm_axis: mesh axis over which batch statistics are taken; None: each device its own.
+    batch_norm_axis: mesh axis over which batch statistics are computed; None means that each device has its own.
   """
 
   num_classes: int

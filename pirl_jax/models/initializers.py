@@ -1,7 +1,8 @@
 """PyTorch's default initialisation, which the official runs used for every convolution and linear layer.
 
-vissl/models/trunks/resnext.py rebuilds the stages after torchvision's constructor, so torchvision's Kaiming-normal
-never takes effect and the default of `Conv2d` and `Linear` stays: uniform in +-1/sqrt(fan_in), biases included.
+vissl/models/trunks/resnext.py builds the stages again after torchvision's constructor. Therefore torchvision's
+Kaiming-normal initialisation has no effect. PyTorch's default for `Conv2d` and `Linear` remains: weights and biases are
+uniform in +-1/sqrt(fan_in).
 """
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def bias_init(fan_in: int):
-  """Returns an initialiser that draws uniformly in +-1/sqrt(fan_in), as PyTorch does for the bias of a layer."""
+  """Returns init(key, shape, dtype) -> f32[shape], uniform in +-1/sqrt(fan_in), as PyTorch initialises biases."""
   def init(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
     return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
   return init

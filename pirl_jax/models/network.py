@@ -1,4 +1,4 @@
-"""The whole network of a run: one trunk for both views, a head for each. And several networks as one."""
+"""The whole network of a run (one trunk for both views, and a head for each view), and ensembles of networks."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,12 +13,14 @@ from pirl_jax.models.resnet import ResNet
 
 
 class Network(nn.Module):
-  """Trunk and heads. Letters: B batch, P pretext views of an image, D what a head gives, C trunk features.
+  """Trunk and heads: (image f32[B, H, W, 3], pretext f32[B, P, h, w, 3]) -> (f32[B, D], f32[B, D]).
+
+  Letters: B batch, P pretext views of an image, H W h w sides in pixels, D outputs of a head, C trunk features.
 
   Attributes:
-    trunk: for both views.
-    image_head: f, or the classifier of the supervised baseline; None where the loss does not look at the image view.
-    pretext_head: g, or the classifier of a covariant task; None where there is no pretext view.
+    trunk: the same for both views.
+    image_head: f, or the classifier of the supervised baseline; None if the loss does not use the image view.
+    pretext_head: g, or the classifier of a covariant task; None if there is no pretext view.
   """
 
   trunk: ResNet
@@ -27,14 +29,14 @@ class Network(nn.Module):
 
   def __call__(self, image: jax.Array | None, pretext: jax.Array | None, *, train: bool) -> tuple[
       jax.Array | None, jax.Array | None]:
-    """Returns what the heads give for both views of a batch: f(v_I) and g(v_It), each f32[B, D], not yet normalised.
+    """Returns the outputs of the heads, f(v_I) and g(v_It), each f32[B, D], not normalised to unit norm.
 
-    The trunk runs twice, on the patches and then on the images, so each call has its own batch statistics and the
-    running ones move twice, in the official order (vissl/models/base_ssl_model.py).
+    The trunk runs twice: on the pretext views, then on the images. Each call has its own batch statistics, and the
+    running statistics are updated twice, in the official order (vissl/models/base_ssl_model.py).
 
     Args:
-      image: f32[B, H, W, 3], normalised; None gives None.
-      pretext: f32[B, P, h, w, 3], normalised; None gives None.
+      image: f32[B, H, W, 3], normalised images; None gives None.
+      pretext: f32[B, P, h, w, 3], normalised pretext views; None gives None.
       train: see `ResNet`.
     """
     pretext_out = None if pretext is None else self.embed_pretext(pretext, train=train)
@@ -43,25 +45,25 @@ class Network(nn.Module):
 
   @property
   def has_embedding(self) -> bool:
-    """Returns whether there is an f whose output represents an image."""
+    """Returns whether the network has a head f whose output is an embedding of the image."""
     return isinstance(self.image_head, ImageHead)
 
   def embed_image(self, image: jax.Array, *, train: bool = False) -> jax.Array:
-    """Returns f(v_I), f32[B, D], not yet normalised, of normalised images f32[B, H, W, 3]."""
+    """Returns f(v_I), f32[B, D], without unit norm, of normalised images f32[B, H, W, 3]."""
     return self.image_head(self.trunk(image, train=train)["pooled"], train=train)
 
   def embed_pretext(self, pretext: jax.Array, *, train: bool = False) -> jax.Array:
-    """Returns g(v_It), f32[B, D], not yet normalised, of normalised pretext views f32[B, P, h, w, 3]."""
+    """Returns g(v_It), f32[B, D], without unit norm, of normalised pretext views f32[B, P, h, w, 3]."""
     batch, patches = pretext.shape[:2]
     features = self.trunk(jnp.reshape(pretext, (batch * patches, *pretext.shape[2:])), train=train)["pooled"]
     return self.pretext_head(jnp.reshape(features, (batch, patches, -1)), train=train)
 
   def features(self, image: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
-    """Returns the trunk's features by stage, see `ResNet.__call__`, of normalised images f32[B, H, W, 3]."""
+    """Returns the trunk's features by layer, see `ResNet.__call__`, of normalised images f32[B, H, W, 3]."""
     return self.trunk(image, train=train)
 
   def with_batch_norm_axis(self, axis: Any) -> "Network":
-    """Returns the network, as a step maps it, with batch statistics over that mesh axis (None: each device its own)."""
+    """Returns the network with batch statistics over this mesh axis; with None each device has its own statistics."""
     def on_axis(module):
       return module.clone(batch_norm_axis=axis) if hasattr(module, "batch_norm_axis") else module
     return self.clone(trunk=on_axis(self.trunk), image_head=on_axis(self.image_head),
@@ -70,14 +72,14 @@ class Network(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble:
-  """Several networks as one, for whoever needs nothing but features (PIRL, section 3.2: PIRL-ens.).
+  """Several networks whose features are concatenated (PIRL, section 3.2: PIRL-ens.).
 
-  They look at the same image. What each finds in a layer is put side by side, see `layer_features`.
-
-  Its variables are a tuple with those of each network, in the same order.
+  All networks get the same image f32[B, H, W, 3]. For each layer their channels are concatenated, see
+  `evaluation.layers.layer_features`. The variables of an ensemble are a tuple of the networks' variables, in the same
+  order.
 
   Attributes:
-    networks: two or more; they may differ, but their trunks have as many stages.
+    networks: two or more; they may differ, but their trunks must have the same number of stages.
   """
 
   networks: tuple[Network, ...]
@@ -85,11 +87,12 @@ class Ensemble:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A network and its restored values.
+  """A network and its restored variables.
 
   Attributes:
-    network: as the run built it; batch norm with running statistics unless a protocol trains it. Or several as one.
-    variables: {"params": ..., "batch_stats": ...}, whole on every device of the mesh; of an ensemble a tuple of them.
+    network: the network that the run has built, or an ensemble.
+    variables: {"params": ..., "batch_stats": ...}, f32[...] each, replicated on every device of the mesh; a tuple of
+      such dicts for an ensemble.
   """
 
   network: Network | Ensemble

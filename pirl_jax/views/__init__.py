@@ -1,1 +1,1 @@
-"""Augmentation on the device: photometric operations, the jigsaw's patches, and both views of a batch."""
+"""Augmentation on the device: photometric operations, pretext transforms, and both views of a batch."""

@@ -1,20 +1,20 @@
-"""Images as the networks take them, and back."""
+"""Conversion between pixel levels and the normalised images that networks take."""
 
 import jax
 import numpy as np
 
 MEAN = np.float32([0.485, 0.456, 0.406])
 STD = np.float32([0.229, 0.224, 0.225])
-"""Of the channels of ImageNet's images in [0, 1], as the official runs normalise (torchvision)."""
+"""Mean and standard deviation of the channels of ImageNet's images in [0, 1], as in the official runs (torchvision)."""
 
 
 def normalise(image: jax.Array) -> jax.Array:
-  """Returns the image as the network takes it, f32[..., 3], from its levels in [0, 255]."""
+  """Returns normalised images f32[..., 3], of about zero mean and unit variance, from levels [..., 3] in [0, 255]."""
   channels = (1,) * (image.ndim - 1) + (3,)
   scale, shift = 1 / (255 * STD), -MEAN / STD
   return image.astype(float) * scale.reshape(channels) + shift.reshape(channels)
 
 
 def denormalise(view: jax.Array | np.ndarray) -> np.ndarray:
-  """Returns the levels u8[..., 3] behind a normalised `view` (f32[..., 3]), on the host, for plots."""
+  """Returns the levels u8[..., 3], in [0, 255], of a normalised `view` f32[..., 3], on the host, for plots."""
   return np.clip(np.rint(255 * (np.asarray(view, np.float32) * STD + MEAN)), 0, 255).astype(np.uint8)

@@ -1,8 +1,9 @@
-"""Subsets of the orders of the jigsaw's patches, chosen to lie far apart.
+"""Subsets of the orders of the jigsaw's patches, chosen so that the orders differ much from each other.
 
 Noroozi & Favaro 2016, algorithm 1; vissl `extra_scripts/generate_jigsaw_permutations.py`. The distance of two orders is
-Hamming's: the number of places that hold different patches. It is never 1.
-Letters: P patches, T permutations of the P! possible ones.
+the Hamming distance: the number of positions with different patches. It is never 1.
+
+Letters: P patches, T permutations out of the P! possible ones.
 """
 
 import contextlib
@@ -19,25 +20,31 @@ import numpy as np
 from pirl_jax.errors import UserError
 
 SUBSETS = ("max_avg", "max_min")
-MAX_PATCHES = 9  # 362,880 orders; of ten patches there are 3.6 million, of the sixteen of the next grid 2e13
+MAX_PATCHES = 9  # 362,880 orders; ten patches have 3.6 million orders, the sixteen patches of the next grid 2e13
 
 
 @functools.cache
 def permutation_subset(num_permutations: int, *, num_patches: int = 9, subset: str = "max_avg") -> np.ndarray:
-  """Returns u8[T, P], read-only: different permutations of 0..P - 1, far apart; the same ones on every machine.
+  """Returns u8[T, P], read-only: T different permutations of 0..P - 1 with large distances, the same on every machine.
 
-  The first is the identity. Each next one is, of those that remain, the one with the largest mean ("max_avg") or the
-  largest smallest ("max_min") Hamming distance to those before it; of equals, the one that is ahead by the other
-  measure, and of these the first in lexicographic order. So a smaller subset is the beginning of a larger one.
+  The first permutation is the identity. Each further one has the largest mean distance ("max_avg") or the largest
+  smallest distance ("max_min") to the permutations before it. Of equals, the one with the larger other measure is
+  taken, then the first in lexicographic order. So a smaller subset is the start of a larger one.
 
-  The official script starts with a random permutation and takes the first of equals. Relabelling the patches changes
-  no distance, so any start is as good as another; with the identity, T = 1 is the image in its own order.
+  The official script starts with a random permutation and takes the first of equals. The start does not matter for the
+  distances, because relabelling the patches changes no distance. With the identity as the start, T = 1 is the image in
+  its own order.
 
-  10,000 of nine patches take 3 s on one core. What was chosen is kept in the folder pirl_jax of XDG_CACHE_HOME
-  (~/.cache), where one may write there.
+  10,000 permutations of nine patches take 3 s on one core. The result is stored in the folder pirl_jax of
+  XDG_CACHE_HOME (~/.cache), if the folder can be written to.
+
+  Args:
+    num_permutations: T.
+    num_patches: P.
+    subset: "max_avg" or "max_min".
 
   Raises:
-    UserError: T is not in 1..P!, P is not in 1..9, or there is no such `subset`.
+    UserError: T is not in 1..P!, P is not in 1..9, or `subset` is unknown.
   """
   if subset not in SUBSETS:
     raise UserError(f"jigsaw.permutation_subset={subset!r} is unknown; take one of {', '.join(SUBSETS)}")
@@ -60,18 +67,22 @@ def permutation_subset(num_permutations: int, *, num_patches: int = 9, subset: s
 
 
 def hamming_statistics(permutations: np.ndarray) -> tuple[int, float]:
-  """Returns (smallest, mean) Hamming distance over all pairs of `permutations` (u8[T, P] of values below P <= 15).
+  """Returns (smallest, mean) Hamming distance over all pairs of `permutations`, both in [0, P].
+
+  Args:
+    permutations: u8[T, P] of values below P <= 15.
 
   Raises:
-    ValueError: fewer than two permutations have no pair.
+    ValueError: there are fewer than two permutations.
   """
   count, num_patches = permutations.shape
   if count < 2:
     raise ValueError("the distances of fewer than two permutations are not defined")
   same = sum(math.comb(n, 2) for column in permutations.T for n in np.bincount(column).tolist())
   mean = num_patches - same / math.comb(count, 2)
-  # Two permutations agree in some m places if and only if, for a choice of m columns, those columns of them are equal.
-  # That is a search for equal numbers, a few hundred at most, instead of one through T * T pairs.
+  # Two permutations agree in m positions if and only if some choice of m columns is equal in both. For each choice, a
+  # number is computed from the columns of every permutation, and equal numbers are searched. This takes a few hundred
+  # searches at most, instead of T * T comparisons.
   digits = permutations * num_patches ** np.arange(num_patches, dtype=np.int64)
   for distance in range(num_patches):
     for columns in itertools.combinations(range(num_patches), num_patches - distance):
@@ -81,10 +92,11 @@ def hamming_statistics(permutations: np.ndarray) -> tuple[int, float]:
 
 
 def _choose(count, num_patches, *, by_mean):
-  """Returns u8[count, P], chosen as `permutation_subset` says."""
-  # A permutation is a head and a tail. In lexicographic order those of one head are neighbours, and their tails are
-  # the orders of what the head left over: 126 sets for 3,024 heads of 4 patches of 9. So 3,024 heads and 126 * 120
-  # tails are compared and not 362,880 rows of nine: 55 us instead of 170 for each step.
+  """Returns u8[count, P], chosen by the rule of `permutation_subset`."""
+  # A permutation is split into a head and a tail. In lexicographic order, permutations with the same head are
+  # neighbours, and their tails are the orders of the remaining patches. Nine patches have 3,024 heads of 4 patches, and
+  # only 126 sets of remaining patches. So 3,024 heads and 126 * 120 tails are compared instead of 362,880 rows of nine,
+  # which takes 55 us instead of 170 us for each step.
   permutations = _all_permutations(num_patches)
   tail = min(5, num_patches)
   block = math.factorial(tail)
@@ -92,8 +104,8 @@ def _choose(count, num_patches, *, by_mean):
   sets, set_of_head = np.unique(permutations[::block, num_patches - tail:], axis=0, return_inverse=True)
   tails = np.moveaxis(sets[:, _all_permutations(tail)], 2, 0).copy()  # [tail, sets, block]
 
-  total = np.zeros(len(permutations), np.int32)  # places in which it agrees with those chosen, all together
-  most = np.zeros(len(permutations), np.uint8)  # and with that one of them with which it agrees most
+  total = np.zeros(len(permutations), np.int32)  # for each permutation: equal positions, summed over the chosen ones
+  most = np.zeros(len(permutations), np.uint8)  # for each permutation: equal positions, maximum over the chosen ones
   first, second = (total, most) if by_mean else (most, total)
   chosen = np.zeros(count, np.int64)
   for step in range(1, count):
@@ -102,7 +114,7 @@ def _choose(count, num_patches, *, by_mean):
     same += (heads == latest[:num_patches - tail, None]).sum(axis=0, dtype=np.uint8)[:, None]
     same = same.reshape(-1)
     total += same
-    np.maximum(most, same, out=most)  # of a chosen one it is P, more than any other has
+    np.maximum(most, same, out=most)  # for a chosen permutation this is P, more than for any other
     total[chosen[step - 1]] = np.iinfo(np.int32).max // 2
     equals = np.flatnonzero(first == first.min())
     chosen[step] = equals[second[equals].argmin()]
@@ -110,13 +122,13 @@ def _choose(count, num_patches, *, by_mean):
 
 
 def _all_permutations(num_patches):
-  """Returns u8[P!, P] in lexicographic order."""
+  """Returns all permutations u8[P!, P] in lexicographic order."""
   flat = itertools.chain.from_iterable(itertools.permutations(range(num_patches)))
   return np.fromiter(flat, np.uint8).reshape(-1, num_patches)
 
 
 def _read(count, num_patches, subset):
-  """Returns u8[count, P] from the smallest file that holds as many, or None."""
+  """Returns u8[count, P] from the smallest stored file with at least `count` permutations, or None."""
   sizes = []
   with contextlib.suppress(OSError, RuntimeError):
     folder = _cache_folder()
@@ -124,7 +136,7 @@ def _read(count, num_patches, subset):
     sizes = sorted(int(name[1]) for name in names if name)
   for size in sizes:
     if size >= count:
-      # Whatever may be wrong with a file, it can be made anew: cut short, no array, an array of objects, unreadable.
+      # A file may be cut short, unreadable, no array or an array of objects. In every case it can be computed again.
       with contextlib.suppress(Exception), open(folder / _file_name(size, num_patches, subset), "rb") as file:
         permutations = np.lib.format.read_array(file, allow_pickle=False)
         if _is_whole(permutations, size, num_patches):
@@ -143,11 +155,11 @@ def _is_whole(permutations, count, num_patches):
 
 
 def _write(permutations, subset):
-  """Keeps them for other runs; where that is not possible, each run chooses anew."""
+  """Stores the permutations for other runs; if this is not possible, each run computes them again."""
   with contextlib.suppress(OSError, RuntimeError):
     folder = _cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".", dir=folder)  # of this process alone
+    handle, temporary = tempfile.mkstemp(prefix=".", dir=folder)  # a name that no other process uses
     try:
       with open(handle, "wb") as file:
         np.lib.format.write_array(file, permutations, allow_pickle=False)
@@ -161,6 +173,6 @@ def _file_name(count, num_patches, subset):
 
 
 def _cache_folder():
-  """Returns the folder by the XDG rules, which ignore a relative path; raises RuntimeError without a home."""
+  """Returns the folder by the XDG rules, which ignore a relative path; without a home folder raises RuntimeError."""
   folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
   return (folder if folder.is_absolute() else pathlib.Path.home() / ".cache") / "pirl_jax"

@@ -1,10 +1,11 @@
-"""What a pretext transform is.
+"""The interface of a pretext transform.
 
-A transform t of PIRL changes an image so that its content stays recognisable; the network learns that t(image) is the
-same image (invariant, paper equation 1), or which t it was (covariant, equation 2). docs/systems.md shows how to add
-one.
+A transform t of PIRL changes an image so that its content stays recognisable. The network learns that t(image) shows
+the same image (invariant, paper equation 1), or it learns to predict t (covariant, equation 2). docs/systems.md shows
+how to add a transform.
 
-Letters: S side of the crop that is transformed, P views that a transform makes of it, h w their sides, T transforms.
+Letters: S side of the crop that is transformed, P views that a transform makes of the crop, h w sides of a view, T
+number of different transforms, B batch, C trunk features, D dimensions of an embedding.
 """
 
 import abc
@@ -16,14 +17,14 @@ from flax import linen as nn
 
 
 class Pretext(abc.ABC):
-  """A set of transforms. Hashable, and equal to another one with the same values.
+  """A set of transforms u8[S, S, 3] -> f32[P, h, w, 3]. Instances are hashable, and equal if their values are equal.
 
   Attributes:
     crop_size: S, in pixels.
     crop_scale: range of the share of the image's area that the crop covers, within (0, 1].
-    head: head g, built as head(dim, mlp=...): pooled features f32[B, P, C] -> f32[B, D].
-    covariant_head: built as covariant_head(T): f32[B, P, C] -> logits f32[B, T].
-    settings: name of the config group whose fields are keyword arguments of the class; "": it has none.
+    head: class of the head g, created by head(dim, mlp=...): pooled features f32[B, P, C] -> f32[B, D].
+    covariant_head: class of the classifier, created by covariant_head(T): f32[B, P, C] -> logits f32[B, T].
+    settings: name of the config group whose fields are keyword arguments of the class; "" if there is none.
   """
 
   crop_size: int
@@ -40,16 +41,16 @@ class Pretext(abc.ABC):
   @property
   @abc.abstractmethod
   def num_labels(self) -> int:
-    """Returns T; 0 where they are too many to be told apart by a label."""
+    """Returns T, or 0 if there are too many transforms to have labels."""
 
   @abc.abstractmethod
   def __call__(self, key: jax.Array, crop: jax.Array, augment: Callable[[jax.Array], jax.Array]) -> tuple[
       jax.Array, jax.Array]:
-    """Returns (views f32[P, h, w, 3], normalised, label i32[]) of one image; 0 <= label < T, -1 where T is 0.
+    """Returns (normalised views f32[P, h, w, 3], label i32[]) of one image; 0 <= label < T, or -1 if `num_labels` is 0.
 
     Args:
-      key: of the transform alone.
+      key: for the transform only.
       crop: u8[S, S, 3].
-      augment: [n, H, W, 3] -> f32[n, H, W, 3], normalised: the photometric list and the flip, drawn anew for each of
-        the n images. A transform decides whether that comes before or after it.
+      augment: function [n, H, W, 3] -> normalised f32[n, H, W, 3] that applies the photometric augmentations and the
+        flip, drawn independently for each of the n images. The transform calls it before or after its own change.
     """

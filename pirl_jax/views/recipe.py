@@ -1,4 +1,4 @@
-"""The settings of the photometric list. They need no JAX, so that a config which names them loads at once."""
+"""The settings of the photometric augmentations. This file does not import JAX, so configs that use it load fast."""
 
 import dataclasses
 
@@ -10,20 +10,21 @@ _MAX_BLUR_RADIUS = 2.4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-  """How often and how strongly each operation is applied; the defaults are the base list of the official run.
+  """How often and how strongly each operation is applied; the defaults are those of the official run.
 
-  An operation whose strength or probability is 0 is left out of the program. Sources, below vissl's
+  An operation whose strength or probability is 0 is left out of the program. Sources, in vissl's
   `configs/config/pretrain/pirl/`: `pirl_jigsaw_4node_resnet50.yaml`; for `GBLUR` `transforms/photo_gblur.yaml`.
 
-  Raises `UserError` when a value is out of range.
+  Raises:
+    UserError: a value is out of range.
   """
 
-  brightness: float = 0.4  # factor uniform in [max(0, 1 - s), 1 + s]; so for contrast and saturation
+  brightness: float = 0.4  # factor uniform in [max(0, 1 - s), 1 + s]; the same for contrast and saturation
   contrast: float = 0.4
   saturation: float = 0.4
   hue: float = 0.2  # turns of the colour circle, uniform in [-h, h], at most 0.5
-  jitter_probability: float = 1.0  # one coin for the four above, which come in random order
-  group_probability: float = 0.66  # one coin for posterize, sharpness, solarize, autocontrast, in this order
+  jitter_probability: float = 1.0  # one draw for the four operations above, which are applied in random order
+  group_probability: float = 0.66  # one draw for posterize, sharpness, solarize, autocontrast, in this order
   grayscale_probability: float = 0.2
   blur_probability: float = 0.0
   blur_radius: tuple[float, float] = (0.1, 2.0)  # pixels, PIL's radius = standard deviation of the Gaussian

@@ -1,6 +1,6 @@
 """Rotation by a multiple of 90 degrees: paper section 4.3 and appendix A.2; the angles of RotNet.
 
-Letters: S side of the crop.
+Letters: S side of the crop in pixels, C channels.
 """
 
 import dataclasses
@@ -18,9 +18,10 @@ NUM_ANGLES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Rotation(Pretext):
-  """One view: the image, augmented as usual and then turned by 0, 90, 180 or 270 degrees. The label counts the turns.
+  """One view f32[1, S, S, 3]: the crop u8[S, S, 3], augmented and then turned by 0, 90, 180 or 270 degrees.
 
-  Turned last, because a flip behind it would make 90 degrees of one image look like 270 degrees of its mirror image.
+  The label is the number of quarter turns. The rotation comes last: a flip after the rotation would make an image
+  turned by 90 degrees look like its mirror image turned by 270 degrees.
   """
 
   crop_size: int
@@ -35,7 +36,7 @@ class Rotation(Pretext):
 
   @property
   def num_labels(self) -> int:
-    """Returns 4."""
+    """Returns the number of angles, 4."""
     return NUM_ANGLES
 
   def __call__(self, key: jax.Array, crop: jax.Array, augment: Callable[[jax.Array], jax.Array]) -> tuple[
@@ -51,8 +52,9 @@ def draw_turns(key: jax.Array) -> jax.Array:
 
 
 def rotate(image: jax.Array, turns: jax.Array) -> jax.Array:
-  """Returns the square `image` [S, S, C] after `turns` (i32[], 0..3) turns by 90 degrees to the left, as `np.rot90`."""
-  # Selects of a transposed and of mirrored copies: under vmap `lax.switch` would compute all four and select, too.
+  """Returns the square `image` [S, S, C] after `turns` (i32[] in 0..3) quarter turns to the left, as `np.rot90`."""
+  # The result is selected from transposed and mirrored copies. `lax.switch` would not save work: under vmap it computes
+  # all four cases and selects, too.
   image = jnp.where(turns % 2 == 1, jnp.swapaxes(image, 0, 1), image)
   image = jnp.where((turns == 1) | (turns == 2), image[::-1], image)
   return jnp.where((turns == 2) | (turns == 3), image[:, ::-1], image)

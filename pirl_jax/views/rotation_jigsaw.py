@@ -1,6 +1,6 @@
-"""Rotation and jigsaw: the crop is turned, and then cut and shuffled. Paper section 4.3, table 5.
+"""Rotation and jigsaw: the crop is turned, then cut into patches, which are shuffled. Paper section 4.3, table 5.
 
-Letters: S side of the crop, P patches, h w their sides.
+Letters: S side of the crop, P patches, h w sides of a patch, in pixels.
 """
 
 import dataclasses
@@ -14,15 +14,15 @@ from pirl_jax.views.rotation import NUM_ANGLES, draw_turns, rotate
 
 @dataclasses.dataclass(frozen=True)
 class RotationJigsaw(Jigsaw):
-  """The jigsaw of a crop turned by 0, 90, 180 or 270 degrees.
+  """The jigsaw f32[P, h, w, 3] of a crop u8[S, S, 3] that is turned by 0, 90, 180 or 270 degrees.
 
-  The paper does not tell the head; what comes out are patches, so it is the jigsaw's. The label of a numbered set of
-  orders is `turns * num_permutations + number of the order`.
+  The paper does not describe the head; the views are patches, so the head of the jigsaw is used. If the orders are
+  numbered, the label is `turns * num_permutations + number of the order`.
   """
 
   @property
   def num_labels(self) -> int:
-    """Returns four times the number of orders; 0 where that is all of them, see `Jigsaw`."""
+    """Returns four times the number of orders, or 0 if all orders are used, see `Jigsaw`."""
     return NUM_ANGLES * super().num_labels
 
   def __call__(self, key: jax.Array, crop: jax.Array, augment: Callable[[jax.Array], jax.Array]) -> tuple[

@@ -1,6 +1,7 @@
 """Both views of a batch, on the device: the image, and its transformed version for the pretext task.
 
-Letters: B batch, H W the image's sides, S side of the pretext crop, P pretext views of an image, h w their sides.
+Letters: B batch, H W sides of the image, S side of the pretext crop, P pretext views of an image, h w sides of a
+pretext view, in pixels.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,15 +24,16 @@ PRETEXTS: dict[str, type[Pretext]] = {"jigsaw": Jigsaw, "rotation": Rotation, "r
 
 def create_pretext(name: str, *, image_size: int, image_scale: tuple[float, float],
                    settings: Mapping[str, Mapping[str, Any]]) -> Pretext:
-  """Returns the transform of that name.
+  """Returns the transform u8[S, S, 3] -> f32[P, h, w, 3] with this name.
 
   Args:
     name: a key of `PRETEXTS`.
-    image_size: pixels, and image_scale: of the image view's crop, for transforms without a crop of their own.
-    settings: groups of keyword arguments by name; a transform takes the one that its class names.
+    image_size: side of the image view's crop in pixels, for transforms without crop settings of their own.
+    image_scale: range of the share of the image's area that the image view's crop covers, for the same transforms.
+    settings: groups of keyword arguments by name; the transform takes the group that its class names in `settings`.
 
   Raises:
-    UserError: an unknown name, or settings that do not fit.
+    UserError: the name is unknown, or the settings do not fit each other.
   """
   if name not in PRETEXTS:
     raise UserError(f"pretext={name!r} is unknown; choose from {', '.join(PRETEXTS)}")
@@ -44,15 +46,15 @@ def create_pretext(name: str, *, image_size: int, image_scale: tuple[float, floa
 def make_views(pretext: Pretext | None, *, recipe: Recipe, pretext_recipe: Recipe) -> Callable:
   """Returns views_fn(keys, image_crop, pretext_crop) -> (image f32[B, H, W, 3], pretext f32[B, P, h, w, 3], label).
 
-  `keys` are B typed keys, `image_crop` is u8[B, H, W, 3], `pretext_crop` u8[B, S, S, 3]; of a crop that is None no view
-  is made, and None stands in its place. `label` i32[B] tells the transform, see `Pretext`. What comes out is
-  normalised, and depends on the image's own key and pixels alone, not on its place in the batch.
+  `keys` are B typed keys, `image_crop` is u8[B, H, W, 3], and `pretext_crop` is u8[B, S, S, 3]. If a crop is None, its
+  view is None. `label` i32[B] is the label of the transform, see `Pretext`, or None if there is no pretext view. The
+  views are normalised. They depend on the image's own key and pixels alone, not on its position in the batch.
 
   Args:
-    pretext: the transform; None where there is no pretext view at all.
-    recipe: the photometric list of the image.
-    pretext_recipe: that of the pretext views. It is drawn anew for each of them, as the official code does, unless the
-      transform augments the crop as a whole.
+    pretext: the transform, or None for no pretext view.
+    recipe: photometric augmentations of the image view.
+    pretext_recipe: photometric augmentations of the pretext views. They are drawn independently for each pretext view,
+      as in the official code, unless the transform augments the crop as a whole.
   """
   def view(key, crop, recipe):
     image = jnp.moveaxis(crop, -1, 0).astype(float)  # [3, H, W]; float32, unless JAX_ENABLE_X64 is set
