@@ -1,12 +1,12 @@
-"""The memory bank by itself: what a step costs, and what it sends, as the bank grows. `python -m benchmarks.bank`
+"""Time of a step and bytes sent between devices, for memory banks of different sizes. `python -m benchmarks.bank`
 
-The real train step, with a network that is next to nothing in the place of the ResNet, so that what is measured is
-the bank: scores, loss, gradient by the embeddings, and the rows that move. The negatives are drawn once for the batch,
-drawn for each image (as the PyTorch implementations do), or are all rows. The devices are virtual ones of this CPU, or
-those that JAX sees.
+This runs the real train step with a trivial network instead of the ResNet. So the time is that of the bank: scores,
+loss, gradient with respect to the embeddings, and the update of the rows. The negatives are drawn once for the batch,
+drawn for each image (as in the PyTorch implementations), or are all rows. The devices are virtual devices of this CPU,
+or those that JAX sees.
 
   python -m benchmarks.bank --rows 50_000 1_281_167 10_000_000 --devices 1 8
-  python -m benchmarks.bank --rows 0                     # as many as fit into 60 % of the memory
+  python -m benchmarks.bank --rows 0                     # as many rows as fit into 60 % of the memory
 """
 
 import argparse
@@ -35,7 +35,7 @@ NEGATIVES = {"shared": "drawn once", "per_image": "drawn for each image", "all":
 
 
 class Pixels(nn.Module):
-  """A trunk that passes its pixels on."""
+  """A trunk that returns the pixels as its features."""
 
   batch_norm_axis: str | None = None
 
@@ -47,7 +47,7 @@ class Pixels(nn.Module):
 
 
 def views_fn(keys, image_crop, pretext_crop=None):
-  """The crops as they are, image and pretext view."""
+  """Returns the crops without a change as image view and pretext view."""
   del keys
   return image_crop / 255, pretext_crop[:, None] / 255, None
 

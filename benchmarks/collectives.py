@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text."""
+"""Counts the bytes that a compiled program sends between devices, from the text of the program."""
 
 import math
 import re

@@ -1,15 +1,16 @@
-"""Images per second of the feature export against the network's forward pass alone.
+"""Images per second of the feature export, compared with the network's forward pass alone.
 
   python -m benchmarks.features [FOLDER] [--rounds=9] [--seconds=2] [--num=192] [--format=npz]
 
-The export is all that `configs/evaluate.py:features` does for a split: it reads the images, puts them on the devices,
-computes, fetches the features and writes the file. The forward pass has its batches on the devices already and leaves
-the features there: the same images, batch size and program, nothing else. Both are compiled before. They take turns
-of some seconds, in changing order, because machines change their speed. Weights are random: they take as long.
+The export is everything that `configs/evaluate.py:features` does for a split: it reads the images, copies them to the
+devices, computes, fetches the features and writes the file. For the forward pass the batches are on the devices
+already, and the features stay there; images, batch size and program are the same. Both are compiled before. They run in
+turns of some seconds, in changing order, because the speed of a machine changes. The weights are random, which takes
+the same time.
 
-Without FOLDER: the network and the images of the embedded run, and a ResNet-18 on textures of 128 pixels. With a
-FOLDER of photographs: a ResNet-50 at 224 pixels on `num` of them, read and decoded in as many threads as there are
-cores.
+Without FOLDER there are two cases: the network and the images of the embedded run, and a ResNet-18 on textures of 128
+pixels. With a FOLDER of photographs the case is a ResNet-50 at 224 pixels on `num` of them, read and decoded in as many
+threads as there are cores.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Images per second and core: this project's input pipeline against the usual one with Pillow.
+"""Images per second and core of this project's input pipeline, compared with the usual pipeline with Pillow.
 
   python -m benchmarks.input_pipeline FOLDER [--seconds=10] [--rounds=5]
 
-FOLDER holds photographs of full size. Both pipelines do the host's whole share of a PIRL sample of ImageNet:
-read and decode the image, crop it twice (224 px of 8-100 % of its area, 255 px of 60-100 %). The usual
-pipeline then goes on, as the host has to when the device does not: 9 patches of 64 px from the 255 px crop,
-colour jitter and random grey on all ten crops, floats, normalised, one batch. Here the device does that, in
-about a hundredth of its time. Both run in one thread; the denominator is the CPU time of the process, so that
-other work on the machine counts little. Rounds are interleaved, because machines change their speed.
+FOLDER holds photographs of full size. Both pipelines do all work of the host for a PIRL sample of ImageNet. They read
+and decode the image and crop it twice (224 px of 8-100 % of its area, 255 px of 60-100 %). In the usual pipeline the
+host also makes the views: 9 patches of 64 px from the 255 px crop, colour jitter and random grey on all ten crops,
+conversion to floats, normalisation, one batch. In this project the device makes the views, in about a hundredth of its
+time. Both pipelines run in one thread. Images are counted per CPU time of the process, so other work on the machine
+counts little. The rounds are interleaved, because the speed of a machine changes.
 """
 
 import argparse
@@ -85,8 +85,10 @@ def our_samples(source):
 
 
 def pillow_samples(paths: list[str]):
-  """Yields the number of samples in each batch of the usual pipeline: images f32[B, 3, 224, 224], patches
-  f32[B, 9, 3, 64, 64]."""
+  """Yields the number of samples in each batch of the usual pipeline.
+
+  A batch is images f32[B, 3, 224, 224] and patches f32[B, 9, 3, 64, 64].
+  """
   rng, pick = np.random.default_rng(0), random.Random(0)
   while True:
     images, patches = [], []
@@ -128,7 +130,7 @@ def colour_jitter(pick: random.Random, image: Image.Image) -> Image.Image:
 
 
 def turn_hue(image: Image.Image, share: float) -> Image.Image:
-  """Turns the hue by a share of the circle, on 8-bit HSV."""
+  """Returns the image with its hue shifted by a share of the colour circle, on 8-bit HSV."""
   hue, saturation, value = image.convert("HSV").split()
   turned = Image.fromarray(np.asarray(hue) + np.uint8(int(share * 255) % 256))
   return Image.merge("HSV", (turned, saturation, value)).convert("RGB")

@@ -1,7 +1,7 @@
 """The network of a PIRL run and its training step in PyTorch, for comparison: basic-block ResNets on small images.
 
-It has no views and no memory bank: images, patches, own rows and negatives are given. Both passes, both heads, the
-softmax loss and SGD are those of `pirl_jax`.
+The step has no views and no memory bank: images, patches, own rows and negatives are its arguments. Both forward
+passes, both heads, the softmax loss and SGD are the same as in `pirl_jax`.
 """
 
 import torch
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-  """Trunk with a 3x3 stem and two linear heads: of the image, and of its patches."""
+  """A trunk with a 3x3 stem, and two linear heads: one for the image and one for its patches."""
 
   def __init__(self, blocks: tuple[int, ...], channels: int, stem_stride: int, dim: int, num_patches: int):
     super().__init__()
@@ -47,7 +47,7 @@ class Network(nn.Module):
     self.patches_head = nn.Linear(num_patches * dim, dim)
 
   def forward(self, images: torch.Tensor, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the embeddings f32[B, D] of images f32[B, 3, H, W] and of patches f32[B P, 3, h, w], of unit length."""
+    """Returns the embeddings f32[B, D], of unit norm, of images f32[B, 3, H, W] and of patches f32[B P, 3, h, w]."""
     pooled = self.trunk(patches).mean((2, 3))
     pretext = self.patches_head(self.patch(pooled).reshape(len(images), -1))
     image = self.image_head(self.trunk(images).mean((2, 3)))
@@ -57,7 +57,7 @@ class Network(nn.Module):
 def create_step(network: Network, *, learning_rate: float, temperature: float):
   """Returns step(images, patches, own, negatives) -> loss, a float: one step of SGD.
 
-  own f32[B, D] are the rows of the images, negatives f32[2, K, D] those of each of the two terms.
+  `own` f32[B, D] are the rows of the images, `negatives` f32[2, K, D] the negatives of each of the two terms.
   """
   optimizer = torch.optim.SGD(network.parameters(), lr=learning_rate, momentum=0.9, weight_decay=1e-4)
 

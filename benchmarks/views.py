@@ -1,6 +1,6 @@
-"""Times the colour jitter's random order against its alternatives, and the whole views. `python -m benchmarks.views`
+"""Times ways to apply the colour jitter in random order, and whole views. `python -m benchmarks.views`
 
-Prints milliseconds for a batch (median of interleaved rounds, compile excluded) on the default device.
+Prints milliseconds per batch (median of interleaved rounds, without compilation) on the default device.
 """
 
 import functools
@@ -32,14 +32,14 @@ def factors(drawn):
 
 
 def fixed_order(image, drawn):
-  """Brightness, contrast, saturation, hue: what the random order costs is over and above this."""
+  """Brightness, contrast, saturation, hue in this order; the random orders are compared with this time."""
   for step, value in zip(STEPS, factors(drawn), strict=True):
     image = step(image, value)
   return image
 
 
 def slots(image, drawn):
-  """The project's way: three blend slots, hue, three blend slots."""
+  """The way of this project: three blend slots, hue, three blend slots."""
   brightness, contrast, saturation, hue = factors(drawn)
   return photometric.color_jitter(
     image, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, places=drawn.places
@@ -47,7 +47,7 @@ def slots(image, drawn):
 
 
 def select_of_four(image, drawn):
-  """Four turns, in each all four steps and a choice, in a loop as `slots` has one."""
+  """Four turns in a loop, as in `slots`; each turn computes all four steps and selects one."""
 
   def turn(number, image):
     results = [step(image, value) for step, value in zip(STEPS, factors(drawn), strict=True)]
@@ -57,7 +57,7 @@ def select_of_four(image, drawn):
 
 
 def switch_of_orders(image, drawn):
-  """`lax.switch` over the 24 orders: under vmap every branch is computed."""
+  """`lax.switch` over the 24 orders; under vmap every branch is computed."""
 
   def branch(order):
     def run(image):
@@ -74,7 +74,7 @@ def switch_of_orders(image, drawn):
 
 
 def time_all(cases):
-  """cases: {name: function without arguments}. Returns {name: milliseconds}; compiles and warms up first."""
+  """Returns {name: milliseconds} of `cases` {name: function without arguments}; compiles and warms up first."""
   for run in cases.values():
     jax.block_until_ready(run())
   times = {name: [] for name in cases}
@@ -92,7 +92,7 @@ def crops(rng, num, size):
 
 
 def jitter_cases(rng, sizes):
-  """sizes: (number of images, side). One function a way, over all sizes."""
+  """Returns a function for each way to jitter; it runs over all `sizes`, (number of images, side in pixels)."""
   ways = (fixed_order, slots, select_of_four, switch_of_orders)
   recipe = Recipe(group_probability=0, grayscale_probability=0, flip_probability=0)
   batches = []
@@ -112,7 +112,7 @@ def jitter_cases(rng, sizes):
 
 
 def views_cases(rng):
-  """Whole views, cut and normalised: the embedded run's sizes and those of ImageNet."""
+  """Returns functions that make whole views, cut and normalised, for the sizes of the embedded run and of ImageNet."""
   cases = {}
   for name, num, size, pretext_size, patch_size in (("embedded", 128, 32, 36, 10), ("imagenet", 64, 224, 255, 64)):
     keys = jax.random.split(jax.random.key(0), num)
