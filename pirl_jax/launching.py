@@ -79,5 +79,5 @@ def start() -> None:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
-    print("interrupted; the same command goes on", file=sys.stderr)
+    print("interrupted; the same command resumes", file=sys.stderr)
     sys.exit(130)

@@ -133,5 +133,5 @@ def run(config: ConfigDict, workdir: str) -> None:
   if not steps:
     raise UserError(f"{folder} holds no finished checkpoint")
   if damaged:
-    raise UserError(f"of {len(steps)} checkpoint(s) in {folder}, damaged: {', '.join(damaged)}; a run that goes on "
-                    "takes the newest whole one and sets those after it aside")
+    raise UserError(f"of {len(steps)} checkpoint(s) in {folder}, damaged: {', '.join(damaged)}; a run that resumes "
+                    "takes the newest whole checkpoint and moves the newer ones aside")

@@ -92,7 +92,7 @@ def test_a_new_field_and_a_new_group_have_their_defaults_in_older_runs(run, monk
   assert opened.meta["config"]["zoom"] == {"factor": 1.0, "sides": [1, 2]}
   assert opened.meta["config"]["pretext_photometric"]["vignette"] == 0.0
   pretrain.run(with_new_fields(config()), str(run))
-  assert "goes on from step 4 of 6" in capsys.readouterr().out
+  assert "resumes from step 4 of 6" in capsys.readouterr().out
   assert json.loads((run / "config.json").read_text())["zoom"] == {"factor": 1.0, "sides": [1, 2]}
 
 
@@ -128,7 +128,7 @@ def test_a_later_format_is_refused_and_nothing_is_moved(run):
 @pytest.mark.parametrize("run", [2], indirect=True)
 def test_a_damaged_config_can_be_deleted_and_that_of_the_checkpoint_still_counts(run):
   (run / "config.json").write_text("{")
-  with pytest.raises(UserError, match="config.json is damaged .* delete it to go on"):
+  with pytest.raises(UserError, match="config.json is damaged .* delete it to resume"):
     pretrain.run(config(), str(run))
   (run / "config.json").unlink()
   other = config()

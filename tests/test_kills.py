@@ -133,7 +133,7 @@ def test_an_evaluation_that_is_killed_gives_the_same_figures(tmp_path, expected,
     killed = sum(kill_after(f"{unfinished}/**/_CHECKPOINT_METADATA", command, rng, **options) for _ in range(kills))
     output, = launch(*command, **options)
     print(f"{protocol}: {killed} kills")
-    assert killed >= min(kills, 3) and ("goes on from step" in output) == bool(kills), (killed, output[-2000:])
+    assert killed >= min(kills, 3) and ("resumes from step" in output) == bool(kills), (killed, output[-2000:])
     assert not unfinished.exists()
     result, = (run / "results").glob("*.json")
     figures.append(without_clocks(json.loads(result.read_text())))

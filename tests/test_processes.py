@@ -68,7 +68,7 @@ def test_a_run_moves_to_other_hosts_and_back(tmp_path, one):
     lost = tmp_path / "checkpoints" / str(step)
     lost.rename(tmp_path / f"lost-{devices}")  # as if it had been stopped after step 10
     (output,) = launch(*command, devices=devices, double=True)
-    assert "goes on from step 10 of 20" in output
+    assert "resumes from step 10 of 20" in output
     assert_same_run(tmp_path, one)
   judged, = launch("--config=configs/evaluate.py:knn", f"--config.checkpoint={tmp_path}",
                    "--config.data.test_split=test", "--config.data.test_num_images=64", double=True)

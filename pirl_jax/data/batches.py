@@ -260,8 +260,8 @@ def _read(source: Source, index: int) -> tuple[np.ndarray | None, int]:
   # If the disk fails, the image may be sound; it must not be dropped from the training.
   except OSError as error:
     raise UserError(f"{source.image_name(index)} cannot be read because the disk or the network fails "
-                    f"({error.strerror or error}); once it is back, or the file is there again from a copy, the same "
-                    "command goes on") from error
+                    f"({error.strerror or error}); when it works again, or when the file has been copied back, the "
+                    "same command resumes the run") from error
 
 
 def _crops(source: Source, index: int, rng: np.random.Generator, *, crops) -> dict[str, np.ndarray]:

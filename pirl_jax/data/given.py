@@ -95,7 +95,7 @@ def _read_file(path, name):
   except ValueError as error:  # a path with a zero byte in it
     raise UserError(f"{name} is no path ({error})") from error
   except BrokenImage as error:
-    raise UserError(f"{name} cannot be decoded: {error}; leave it out, or mend it") from error
+    raise UserError(f"{name} cannot be decoded: {error}; leave it out, or repair it") from error
 
 
 def _convert(image, name):

@@ -117,8 +117,8 @@ def check_same_images(data: dict[str, dict[str, Any]]) -> None:
     for field in DATA_FIELDS:
       if other[field] != first[field]:
         raise UserError(f"the runs have different images (data.{field}: {first[field]!r} in {label}, "
-                        f"{other[field]!r} in {other_label}); name those to judge both on, "
-                        "--config.data.source=... and so on")
+                        f"{other[field]!r} in {other_label}); name the images for all runs with "
+                        "--config.data.source=... and the other fields of data")
 
 
 def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -138,8 +138,8 @@ def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> d
   for other in others:
     for name in ("image_size", "crop_fraction"):
       if (value := sizes_of_run(other)[name]) != sizes[name]:
-        raise UserError(f"the networks of {subject.label} look at the same image, and data.{name} is {sizes[name]} "
-                        f"in {first.label} and {value} in {other.label}; give one, "
+        raise UserError(f"the networks of {subject.label} get the same images, but data.{name} is {sizes[name]} "
+                        f"in {first.label} and {value} in {other.label}; choose one, "
                         f"--config.data.{name}={sizes[name]}")
   if sizes["batch_size"] % mesh.size or sizes["batch_size"] < 1:
     raise UserError(f"data.batch_size={sizes['batch_size']} does not divide among {mesh.size} devices; "

@@ -88,7 +88,7 @@ def check_maps(network: Network | Ensemble, variables: Any, layers: Sequence[str
       sizes = " and ".join(" x ".join(map(str, grid)) for grid in grids[layer])
       fitting = ", ".join(name for name in names if len(grids[name]) == 1)
       raise UserError(f"{field}: the networks of the ensemble have {sizes} points in the pooled map of {layer} at "
-                      f"{image_size} pixels, which cannot be put side by side; choose from {fitting}")
+                      f"{image_size} pixels, which cannot be concatenated; choose from {fitting}")
 
 
 def check_features(model: Model, layers: Sequence[str], *, image_size: int, field: str) -> None:

@@ -52,8 +52,9 @@ class Evaluation:
     """
     if self.subject.is_ensemble:
       folders = ",".join(str(run.folder) for run in self.subject.runs)
-      raise UserError(f"{self.config.protocol} as asked for needs the weights, heads or memory bank of one run, and "
-                      f"{self.subject.label} is an ensemble; give its runs one by one, --config.checkpoint={folders}")
+      raise UserError(f"{self.config.protocol} with these settings needs the weights, heads or memory bank of one run, "
+                      f"and {self.subject.label} is an ensemble; give its runs one by one, "
+                      f"--config.checkpoint={folders}")
     return self.subject.runs[0]
 
   def labelled_test(self) -> Images:

@@ -203,7 +203,7 @@ def train_classifier(train_step: Callable, state: dict[str, Any], frozen: Any, o
   with Snapshots(folder) as snapshots:
     start_step, state = snapshots.restore(state, mesh)
     if start_step:
-      print(f"goes on from step {start_step} of {num_steps}")
+      print(f"resumes from step {start_step} of {num_steps}")
     in_flight, saved = deque(), time.perf_counter()
     with (closing(open_stream(start_step=start_step)) as stream,
           Progress(words.title, (num_steps - start_step) * settings.batch_size) as progress):

@@ -9,7 +9,7 @@ does not consist of a single class if the data set is sorted by class. If S does
 strata are padding, which is never drawn, read or written.
 
 The functions that take `axis` run inside `jax.shard_map` over this mesh axis. They get a device's own rows and the
-embeddings of the whole batch. Between devices only sums are sent: no device gets the rows of another.
+embeddings of the whole batch. Rows of the bank never leave their device; only sums are sent between devices.
 """
 
 import dataclasses

@@ -59,7 +59,7 @@ def processes(coordinator: str = "", num_processes: int | None = None, process_i
   except Exception as error:
     traceback.print_exc()
     print(f"error: process {jax.process_index()} of {jax.process_count()} ends here. {_reason(error)} The same command "
-          "in all processes goes on from the newest checkpoint.", file=sys.stderr, flush=True)
+          "in all processes resumes from the newest checkpoint.", file=sys.stderr, flush=True)
     os._exit(1)  # a normal exit would wait for the other processes, which may be gone
 
 
@@ -84,8 +84,8 @@ def _join(coordinator, num_processes, process_id):
   by_hand = coordinator, num_processes, process_id
   if any(by_hand) or process_id == 0:
     if not coordinator or num_processes is None or process_id is None:
-      raise UserError("--coordinator=HOST:PORT, --num_processes=N and --process_id=I belong together, the same but for "
-                      "the last in every process")
+      raise UserError("--coordinator=HOST:PORT, --num_processes=N and --process_id=I belong together: give all three "
+                      "to every process; only --process_id differs")
     if not re.fullmatch(r".+:\d+", coordinator):
       raise UserError(f"--coordinator={coordinator} is not HOST:PORT, like 10.0.0.1:1234")
     if not 0 <= process_id < num_processes:
@@ -106,7 +106,7 @@ def _join(coordinator, num_processes, process_id):
   except RuntimeError as error:
     reason = " ".join(str(error).split())[:300]
     raise UserError(f"the processes of this run did not find each other ({reason}); "
-                    "for a process by itself: --num_processes=1") from error
+                    "to run a single process: --num_processes=1") from error
 
 
 def check_alike(facts: Mapping[str, Any]) -> None:

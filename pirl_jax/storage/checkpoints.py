@@ -266,7 +266,7 @@ class Checkpoints:
         wait_for_all("moving the checkpoints that cannot be read")
       return state
     raise UserError(f"none of the checkpoints in {self._folder} can be read ({unreadable}); "
-                    "move the folder away to start anew, or choose another --workdir")
+                    "move the folder away to start from the beginning, or choose another --workdir")
 
   def _aside(self, step):
     """Returns a new path for a damaged checkpoint; an earlier one of the same step is never overwritten."""
@@ -308,7 +308,7 @@ class Checkpoints:
           return
         if surely and time.monotonic() - begun > PATIENCE_SECONDS:
           raise UserError(f"the checkpoint of step {step} could not be written to {self._folder} ({reason_of(error)}); "
-                          f"on disk are {self.steps()}; make room, and the same command goes on from there") from error
+                          f"on disk are {self.steps()}; make room, and the same command resumes from there") from error
         if attempt:
           say(f"trying again in {RETRY_SECONDS} s")
           time.sleep(RETRY_SECONDS)
@@ -348,8 +348,8 @@ class Checkpoints:
       for path in map(self._legacy_metrics, filter(str.isdigit, (child.name for child in self._folder.glob("*")))):
         # Orbax reads this file of every checkpoint; if one of them is damaged, Orbax opens none of the checkpoints.
         if path.exists() and read_json(path) is None:
-          raise UserError(f"{path} is damaged; move {path.parent} away: without it the checkpoint is whole, but not "
-                          "known as the one with the best kNN")
+          raise UserError(f"{path} is damaged; move {path.parent} away: the checkpoint itself is whole, but without "
+                          "its kNN accuracy it is not kept as the best one")
       self._manager = CheckpointManager(self._folder, options=CheckpointManagerOptions(
         preservation_policy=AnyPreservationPolicy([LatestN(self._keep), _Best(self.best_metric)]),
         cleanup_tmp_directories=writing))

@@ -225,13 +225,13 @@ class Logbook:
     try:
       if self._behind:
         self._write_all()
-        self.say(f"{self._path.name} could be written again, nothing of it is missing")
+        self.say(f"{self._path.name} could be written again; no row is missing")
       else:
         self._write_row(row, offset)
     except OSError as error:
       if not self._behind:
         self.say(f"WARNING: {self._path} could not be written ({error.strerror or error}); the rows are kept in memory "
-                 "and written once it can")
+                 "and written later")
       self._behind = True
     self._tensorboard.add(step, figures)
 

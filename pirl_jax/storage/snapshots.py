@@ -56,7 +56,7 @@ class Snapshots:
         failure = first_failure(failure)  # all processes compute the checksums together
         if not failure and found["checksums"] == checksums(found["tree"]):
           return step, found["tree"]
-        print(f"snapshot {self._folder / str(step)} cannot be read, thrown away: {failure or 'not as it was saved'}")
+        print(f"snapshot {self._folder / str(step)} cannot be read, deleted: {failure or 'not as it was saved'}")
         self._open().delete(step)  # otherwise Orbax would silently skip every save up to this step
     return 0, like
 
@@ -83,7 +83,7 @@ class Snapshots:
       if jax.process_count() > 1:
         raise
       print(f"WARNING: a snapshot could not be written to {self._folder}, {which} ({reason_of(error)}); the evaluation "
-            "goes on without it")
+            "continues without it")
       manager, self._manager = self._manager, None
       with contextlib.suppress(Exception):  # closing raises the error of the save once more
         if manager is not None:

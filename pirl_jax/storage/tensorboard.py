@@ -51,7 +51,7 @@ class TensorBoard:
     """Prints one line instead of Python's traceback if the writer's thread has ended by an error of the disk."""
     if _is_writer(args.thread) and issubclass(args.exc_type, OSError):
       self._say(f"WARNING: TensorBoard's events could not be written ({args.exc_value.strerror}); some will be missing "
-                "there, none in metrics.jsonl")
+                "in TensorBoard, none in metrics.jsonl")
     else:
       self._excepthook(args)
 

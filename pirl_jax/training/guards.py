@@ -63,8 +63,8 @@ class Guard:
           write_json(path, {"step": step, "not_finite": bad, "images": [
             {"index": int(number), "name": self._image_name(int(number))} for number in index]})
         raise UserError(
-          f"in step {step}, {bad[0]} held numbers that are not finite{_also(bad[1:])}; the checkpoints from before "
-          f"are whole, in {self._folder / 'checkpoints'}; its images are listed in {path}; a lower "
+          f"in step {step}, {bad[0]} held numbers that are not finite{_also(bad[1:])}; the earlier checkpoints in "
+          f"{self._folder / 'checkpoints'} are whole; the images of this step are listed in {path}; a lower "
           "optimizer.learning_rate may help, in another --workdir")
 
   def warn_of_collapse(self, step: int, figures: Mapping[str, float]) -> None:
@@ -125,5 +125,6 @@ class Broken:
     if len(index) > self._limit * self._layout.num_images:
       raise UserError(
         f"{count} of {self._layout.num_images} training images cannot be read, more than data.max_bad_fraction="
-        f"{self._limit}; they are listed in {self._path}; where a disk or a network is at fault, the same command goes "
-        "on from the newest checkpoint once it is back; else allow more, or start anew without them")
+        f"{self._limit}; they are listed in {self._path}; if a disk or a network has failed, the same command resumes "
+        "from the newest checkpoint when it works again; otherwise raise data.max_bad_fraction, or start a new run "
+        "without these images")

@@ -77,7 +77,7 @@ def pretrain(config: ConfigDict, workdir: Path, stopping: Stopping) -> None:
                  steps_per_epoch=parts.steps_per_epoch, batch_size=config.batch_size,
                  enabled=jax.process_index() == 0) as book:
       if start_step:
-        book.say(f"goes on from step {start_step} of {parts.total_steps}")
+        book.say(f"resumes from step {start_step} of {parts.total_steps}")
       if config.num_epochs:
         with stopping.held():
           state = train(parts, state, checkpoints, book, stopping)
@@ -166,7 +166,7 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
         save(parts, state, checkpoints, knn_top1=knn_top1, surely=stop or last, say=book.say)
     if stop:
       book.say(f"stopped after step {step}, saved in {parts.workdir / 'checkpoints' / str(step)}; the same command "
-               "goes on")
+               "resumes the run")
       stopping.stop()
   stream.close()
   return state

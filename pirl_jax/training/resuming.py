@@ -56,8 +56,8 @@ def check_new(parts: Parts) -> None:
   # is started, so after twice the interval there must be one.
   if rows and rows[-1]["step"] > 2 * before["checkpoint"]["every_steps"]:
     raise UserError(f"{parts.workdir / METRICS} reaches step {rows[-1]['step']}, but {parts.workdir / 'checkpoints'} "
-                    "holds no checkpoint; bring them back, or choose another --workdir, or delete that file to start "
-                    "anew")
+                    "holds no checkpoint; bring the checkpoints back, or choose another --workdir, or delete that file "
+                    "to start from the beginning")
 
 
 def begin(parts: Parts) -> None:
@@ -83,8 +83,8 @@ def check_same_config(config: ConfigDict, workdir: Path) -> None:
   try:
     stored = upgrade_config(json.loads(path.read_text()))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it to go on, the checkpoints hold "
-                    "the config, too; or choose another --workdir") from error
+    raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it to resume the run, because the "
+                    "checkpoints hold the config, too; or choose another --workdir") from error
   compare_configs(config, stored, workdir)
 
 
@@ -93,7 +93,7 @@ def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -
   if found := difference(stored, json.loads(json.dumps(config.to_dict())), free=FREE_ON_RESUME):
     field, before, now = found
     raise UserError(f"{workdir} holds a run with {field}={before!r}, and now it is {now!r}; choose another --workdir, "
-                    "or give the old value to go on")
+                    "or give the old value to resume the run")
 
 
 def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
@@ -115,14 +115,14 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
     for name, now in expected.items():
       if meta.get(name) != now:
         if name == "data" and (changes := contents.difference(parts.train, parts.workdir)):
-          raise UserError(f"the training images are not those with which the run in {parts.workdir} began; "
+          raise UserError(f"the training images are not those with which the run in {parts.workdir} started; "
                           f"{changes}; restore them, or choose another --workdir")
         raise UserError(f"the checkpoint in {parts.workdir} has {name} {meta.get(name)!r}, and this run {now!r}; "
                         "choose another --workdir")
     compare_configs(parts.config, meta["config"], parts.workdir)
     if meta["step"] > parts.total_steps:
       raise UserError(f"{parts.workdir} has already done {meta['step']} steps, and num_epochs="
-                      f"{parts.config.num_epochs} is {parts.total_steps}; raise num_epochs")
+                      f"{parts.config.num_epochs} are {parts.total_steps} steps; raise num_epochs")
 
   return checkpoints.restore_newest(check, jax.eval_shape(parts.initial_state), parts.mesh, say=print)
 

@@ -94,7 +94,7 @@ class Stopping:
   def check(self) -> None:
     """Raises `Stopped` if this is the only process and it has been asked to stop."""
     if self._asked is not None and self._alone:
-      os.write(2, b"\nstopped; the same command goes on\n")  # not print: the handler may have interrupted a print
+      os.write(2, b"\nstopped; the same command resumes\n")  # not print: the handler may have interrupted a print
       raise Stopped(EXIT_CODES[self._asked])
 
   def requested(self) -> bool:
@@ -123,14 +123,14 @@ class Stopping:
     while number := self._watched.recv(1):
       if number[0] in EXIT_CODES and self._alone and self._held and not self._questions:
         # The first step is still compiling, which may take minutes. Nothing unsaved exists yet, so the program can end.
-        _end("stopped before the first step; the same command goes on", number[0])
+        _end("stopped before the first step; the same command resumes", number[0])
       if number[0] != signal.SIGINT:
         continue
       interrupts += 1
       if interrupts > 1:
         _end("ended at once, by a second Ctrl-C", signal.SIGINT)
       if self._held:
-        os.write(2, b"\nCtrl-C: finishes the step and saves; once more ends at once\n")
+        os.write(2, b"\nCtrl-C: finishes the step and saves; a second Ctrl-C ends at once\n")
       if not self._alone:
         os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the others
 

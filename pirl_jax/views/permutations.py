@@ -50,7 +50,7 @@ def permutation_subset(num_permutations: int, *, num_patches: int = 9, subset: s
     raise UserError(f"jigsaw.permutation_subset={subset!r} is unknown; take one of {', '.join(SUBSETS)}")
   if not 1 <= num_patches <= MAX_PATCHES:
     raise UserError(
-      f"no subset of the orders of {num_patches} patches can be chosen: 1 to {MAX_PATCHES} have few enough to list; "
+      f"no subset of the orders of {num_patches} patches can be chosen, only for 1 to {MAX_PATCHES} patches; "
       "take jigsaw.grid <= 3, or all orders with jigsaw.num_permutations=0"
     )
   if not 1 <= num_permutations <= math.factorial(num_patches):

@@ -86,7 +86,7 @@ def test_a_new_source_trains_is_evaluated_and_leaves_older_runs_as_they_were(ram
   with pytest.raises(UserError, match=r"holds a run with data.ramp_classes=4, and now it is 5"):
     pretrain.run(tiny(**{"data.ramp_classes": 5}), str(tmp_path / "old"))
   pretrain.run(tiny(num_epochs=2), str(tmp_path / "old"))
-  assert "goes on from step 2 of 4" in capsys.readouterr().out
+  assert "resumes from step 2 of 4" in capsys.readouterr().out
   judged = evaluate_config.get_config("knn")
   judged.update_from_flattened_dict({"checkpoint": str(tmp_path / "old"), "knn.k": 5})
   evaluate.run(judged, "")

@@ -159,9 +159,9 @@ def test_what_is_exported_of_an_ensemble_is_what_its_runs_have_side_by_side(runs
 
 
 @pytest.mark.parametrize("variant, fields, said", [
-  ("semi_supervised", {}, "semi_supervised as asked for needs .* and a.b is an ensemble"),
-  ("invariance", {"invariance__representation": "trunk"}, "invariance as asked for needs .* and a.b is an ensemble"),
-  ("retrieval", {"retrieval__gallery": "bank"}, "retrieval as asked for needs .* memory bank .* a.b is an ensemble"),
+  ("semi_supervised", {}, "semi_supervised with these settings needs .* and a.b is an ensemble"),
+  ("invariance", {"invariance__representation": "trunk"}, "invariance with these settings needs .* a.b is an ensemble"),
+  ("retrieval", {"retrieval__gallery": "bank"}, "retrieval with these settings .* memory bank .* a.b is an ensemble"),
   ("knn", {"knn__layer": "embedding"}, "knn.layer names the layer 'embedding'; this ensemble has conv1"),
   ("linear", {"linear__layers": "res4,embedding"}, "linear.layers names the layer 'embedding'; this ensemble has"),
 ])
@@ -185,7 +185,7 @@ def test_the_runs_of_an_ensemble_see_images_of_one_size(runs, tmp_path, monkeypa
 
   monkeypatch.setattr(Checkpoints, "read_meta", read_meta)
   given = {"image_size": 16, "crop_fraction": 0.9}[field]
-  with pytest.raises(UserError, match=rf"data.{field} is .* in a and .* in b; give one, --config.data.{field}="):
+  with pytest.raises(UserError, match=rf"data.{field} is .* in a and .* in b; choose one, --config.data.{field}="):
     evaluate.run(config_of("knn", f"{runs[0]}+{runs[1]}", **QUICK["knn"]), str(tmp_path))
   evaluate.run(config_of("knn", f"{runs[0]}+{runs[1]}", **QUICK["knn"], **{f"data__{field}": given}), str(tmp_path))
   assert result_of(tmp_path, "knn")["settings"][field] == given

@@ -224,7 +224,7 @@ def test_after_a_damaged_snapshot_the_evaluation_starts_anew_and_can_save(tmp_pa
   with Snapshots(tmp_path) as snapshots:
     step, tree = snapshots.restore(snapshot_tree(mesh, 0), mesh)
     assert step == 0 and (np.asarray(tree["weights"]) == 0).all()
-    assert f"snapshot {tmp_path / '5'} cannot be read, thrown away: " in capsys.readouterr().out
+    assert f"snapshot {tmp_path / '5'} cannot be read, deleted: " in capsys.readouterr().out
     snapshots.save(1, snapshot_tree(mesh, 1))
   with Snapshots(tmp_path) as snapshots:
     assert snapshots.restore(snapshot_tree(mesh, 0), mesh)[0] == 1

@@ -54,7 +54,7 @@ def test_rows_that_the_disk_did_not_take_are_written_later(tmp_path):
     book.record(3, {"knn_top1": 0.5})
     assert [row["loss"] for row in rows(tmp_path)] == [1, 2, 3] and rows(tmp_path)[-1]["knn_top1"] == 0.5
   assert said.getvalue().count("WARNING") == 1 and "No space left on device" in said.getvalue()
-  assert "nothing of it is missing" in said.getvalue()
+  assert "no row is missing" in said.getvalue()
 
 
 def test_curves_are_drawn_of_the_rows_that_the_disk_did_not_take_too(tmp_path):

@@ -56,7 +56,7 @@ def test_while_the_first_step_compiles_there_is_nothing_to_wait_for(tmp_path, mo
     running.signal(0, signal.SIGTERM)
     sent = time.monotonic()
     (code, output), = running.wait()
-  assert code == 0 and time.monotonic() - sent < 5 and "the same command goes on" in output
+  assert code == 0 and time.monotonic() - sent < 5 and "the same command resumes" in output
   assert not (tmp_path / "checkpoints").exists() and output.startswith("training images: ")
 
 
@@ -103,4 +103,4 @@ def test_one_of_two_processes_is_asked_and_both_save_the_same_step(tmp_path):
   last = newest(tmp_path)
   assert f"stopped after step {last}," in ended[0][1]
   output = launch(*TRAINING, f"--config.num_epochs={last // 4 + 1}", f"--workdir={tmp_path}")[0]
-  assert f"goes on from step {last} of" in output
+  assert f"resumes from step {last} of" in output

@@ -111,7 +111,7 @@ def measure_invariance(model: Model, images: Images, settings: InvarianceSetting
   image_emb, pretext_emb, num_broken = _embed(model, images, index, settings, mesh=mesh, views_fn=views_fn,
                                               pretext_size=pretext_size, seed=seed)
   if len(image_emb) < 2:
-    raise UserError(f"{len(image_emb)} of {len(index)} images can be read; distances to another one need two")
+    raise UserError(f"{len(image_emb)} of {len(index)} images can be read; distances to another image need two images")
   matched = _distances(image_emb, pretext_emb)
   mismatched = _distances(image_emb, np.roll(pretext_emb, -1, axis=0))
   is_other = np.repeat([0, 1], [matched.size, mismatched.size])
@@ -132,8 +132,9 @@ def measure_invariance(model: Model, images: Images, settings: InvarianceSetting
 def check_representation(network: Network, representation: str) -> None:
   """Raises UserError if the representation is "heads" and the network lacks one of the heads f and g."""
   if representation == "heads" and (network.image_head is None or network.pretext_head is None):
-    raise UserError("this network was not trained to represent an image and its transformed version alike, it has no "
-                    "heads f and g; compare what its trunk gives: --config.invariance.representation=trunk")
+    raise UserError("this network has no heads f and g, because it was not trained to represent an image and its "
+                    "transformed version alike; compare the features of its trunk: "
+                    "--config.invariance.representation=trunk")
 
 
 def _embed(model, images, index, settings, *, mesh, views_fn, pretext_size, seed):

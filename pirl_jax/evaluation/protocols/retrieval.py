@@ -283,7 +283,7 @@ def _search(asked: Vectors, parts: Iterator[Vectors], num_images: int, *, depth:
       if keep:
         blocks.append(block)
   if num_gallery <= same_split:
-    raise UserError(f"the gallery has {num_gallery} images that can be read of {num_images}, none to be found")
+    raise UserError(f"{num_gallery} of {num_images} gallery images can be read; there is no image to be found")
   depth = min(depth, num_gallery - same_split)
   neighbours = nearest.result()
   if same_split:
@@ -423,8 +423,8 @@ def _check(evaluation: Evaluation) -> None:
   if evaluation.settings.gallery == "bank":
     run, given = evaluation.single_run(), evaluation.train.source.fingerprint
     if given != run.meta["data"]:
-      raise UserError(f"the bank of {run.label} is of other images than those given ({run.meta['data']!r}, and now "
-                      f"{given!r}); use --config.retrieval.gallery=features")
+      raise UserError(f"the memory bank of {run.label} belongs to other images than those given ({run.meta['data']!r}, "
+                      f"and now {given!r}); use --config.retrieval.gallery=features")
 
 
 PROTOCOL = Protocol(

@@ -229,7 +229,7 @@ def check_labels(train: Images, test: Images) -> tuple[str, ...]:
       raise UserError(f"SVMs need labels, and the {name} images have none "
                       "(for folders of classes: --config.data.labels=folder)")
   if train.source.class_names != test.source.class_names:
-    raise UserError("SVMs are judged on the classes they were fitted on, and the held-out images have others: "
+    raise UserError("SVMs are tested on the classes that they were fitted on, but the held-out images have others: "
                     f"{', '.join(test.source.class_names[:5])}, ...; the training images have "
                     f"{', '.join(train.source.class_names[:5])}, ...")
   return train.source.class_names

@@ -452,12 +452,12 @@ def test_an_interrupted_measurement_goes_on_where_it_was(tmp_path, monkeypatch, 
   for num_steps in (5, 4):
     with pytest.raises(RuntimeError, match="the machine is gone"):
       measure(tmp_path, train=Stops(num_steps * 32 + 10), **arguments)
-  assert "goes on from step 4 of 9" in capsys.readouterr().out
+  assert "resumes from step 4 of 9" in capsys.readouterr().out
   assert measure(tmp_path, **arguments) == measured[False]  # bit for bit
-  assert "goes on from step 8 of 9" in capsys.readouterr().out
+  assert "resumes from step 8 of 9" in capsys.readouterr().out
   # Trained to the end, and stopped before anything was written.
   assert measure(tmp_path, **arguments) == measured[False]
-  assert "goes on from step 9 of 9" in capsys.readouterr().out
+  assert "resumes from step 9 of 9" in capsys.readouterr().out
 
 
 def test_an_interrupted_measurement_goes_on_with_the_cache(tmp_path, monkeypatch, capsys, measured):
@@ -474,7 +474,7 @@ def test_an_interrupted_measurement_goes_on_with_the_cache(tmp_path, monkeypatch
     patch.setattr(linear.batches, "place", stop)
     measure(tmp_path, cached=True)
   assert measure(tmp_path, cached=True) == measured[True]  # bit for bit
-  assert "goes on from step 3 of 9" in capsys.readouterr().out
+  assert "resumes from step 3 of 9" in capsys.readouterr().out
 
 
 def test_no_snapshot_sooner_than_a_minute(tmp_path, measured):

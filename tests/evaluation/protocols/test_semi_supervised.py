@@ -286,7 +286,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch, c
   capsys.readouterr()
   assert measure(tmp_path, num_threads=0) == expected  # bit for bit
   said = capsys.readouterr().out
-  assert "goes on from step 4 of 6" in said and "10 % of the labels" not in said
+  assert "resumes from step 4 of 6" in said and "10 % of the labels" not in said
 
 
 def test_an_evaluation_interrupted_while_judging_goes_on(tmp_path, monkeypatch, measured):
