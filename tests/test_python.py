@@ -67,6 +67,15 @@ def tiny():
   return config
 
 
+@pytest.fixture
+def interruptible():
+  """A process that a shell has started in the background ignores SIGINT; in this test it raises KeyboardInterrupt."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_run_interrupted_in_python_goes_on_and_is_evaluated(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -427,7 +427,8 @@ def test_memory_does_not_grow_with_the_training_images(monkeypatch):
 
   small, large = map(peak, sources)
   assert small > 64 * 16e3  # a block at the least is seen
-  assert large < small + 2e6  # where the features of 1,792 more images are 29 MB
+  # The features of 1,792 more images are 29 MB. How many batches wait at once differs: 4 MB more were seen.
+  assert large < small + 10e6
 
 
 @pytest.mark.parametrize(("changes", "message"), [
