@@ -118,7 +118,7 @@ def test_what_is_no_config_for_the_job(tmp_path, job, config, said):
   assert not (tmp_path / "run").exists()
 
 
-def test_the_page_can_be_run_from_top_to_bottom(tmp_path, monkeypatch, capsys, quick_compile):
+def test_the_page_can_be_run_from_top_to_bottom(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   rng = np.random.default_rng(0)
   for name, side in (("cat.jpg", 50), ("dog.png", 40)):

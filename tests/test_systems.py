@@ -37,8 +37,6 @@ from pirl_jax.training import parts as parts_lib
 from pirl_jax.views import normalisation, two_views
 from pirl_jax.views.pretext import Pretext
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 NUM_IMAGES = 72
 KNN = {"data.source": "embedded", "evaluate.split": "test", "evaluate.every_epochs": 1}
 UNLABELLED = {"data.source": "folder", "data.num_images": 0, "data.split": "", "evaluate.split": ""}

@@ -17,8 +17,6 @@ LAYOUT = memory_bank.create_layout(N, num_devices=1, num_negatives=0)  # 32 stra
 BROKEN = 11
 NAMES = ["nce", "infonce", "eq4"]
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def case():
