@@ -18,7 +18,7 @@ from pirl_jax.errors import UserError
 class Subset(Source):
   """The records of a source named by `index`, in its order."""
 
-  def __init__(self, source: Source, index: Sequence[int]):
+  def __init__(self, source: Source, index: Sequence[int]) -> None:
     self._source, self._index = source, np.asarray(index)
     self.class_names, self.multi_label = source.class_names, source.multi_label
     self.slow_labels = source.slow_labels
@@ -88,5 +88,5 @@ def subset_digest(indices: np.ndarray) -> str:
   return _digest(",".join(map(str, np.asarray(indices).tolist()))).hex()[:16]
 
 
-def _digest(text):
+def _digest(text: str) -> bytes:
   return hashlib.sha256(text.encode()).digest()

@@ -49,7 +49,7 @@ class TfdsSource(Source):
     del class_names
     return cls(settings.name, data_dir=settings.root, split=settings.split)
 
-  def __init__(self, name: str, *, data_dir: str, split: str):
+  def __init__(self, name: str, *, data_dir: str, split: str) -> None:
     builder = _builder(name, data_dir)
     if not os.path.exists(builder.data_dir):
       _prepare(builder, name)
@@ -175,14 +175,14 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
     ) from error
 
 
-def _build_command(name: str, data_dir) -> str:
+def _build_command(name: str, data_dir: str) -> str:
   directory = f" --data_dir={data_dir}" if data_dir else ""
   return (
     f"pip install tensorflow importlib_resources && tfds build {name} --file_format=array_record{directory}"
   )
 
 
-def _needs_tensorflow(name: str, data_dir, error: ImportError) -> str:
+def _needs_tensorflow(name: str, data_dir: str, error: ImportError) -> str:
   missing = error
   while missing is not None and not getattr(missing, "name", None):  # TFDS raises again, without the name
     missing = missing.__cause__ or missing.__context__
@@ -241,7 +241,7 @@ def _label_sets(builder: tfds.core.DatasetBuilder) -> tuple[str, str] | tuple[No
   return (keys[0], keys[0]) if len(keys) == 1 else (None, None)
 
 
-def _digest(info, records: Source) -> str:
+def _digest(info: tfds.core.SplitInfo, records: Source) -> str:
   """Returns a hash of the lengths of the shards and of some images: another order on disk almost surely
   differs.
 

@@ -97,7 +97,7 @@ def own_data(run: Run) -> dict[str, Any]:
     "test_split": held_out["split"], "test_num_images": held_out["num_images"]})
 
 
-def _full_root(data):
+def _full_root(data: dict[str, Any]) -> dict[str, Any]:
   return {**data, "root": os.path.abspath(os.path.expanduser(data["root"])) if data["root"] else ""}
 
 
@@ -118,7 +118,7 @@ def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> d
   Raises:
     UserError: one is out of range, or the runs of an ensemble have seen images of different sizes.
   """
-  def sizes_of_run(run):
+  def sizes_of_run(run: Run) -> dict[str, Any]:
     own = own_sizes(run.meta["config"], num_devices=mesh.size)
     return own | {name: config.data[name] for name in own if config.data[name] is not None}
 
@@ -153,7 +153,8 @@ def prepare(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_
   data = data_of(config, subject.runs[0])
   sizes = sizes_of(config, subject, mesh)
 
-  def open_split(split, class_names=None, num_images=data["num_images"]):
+  def open_split(split: str, class_names: tuple[str, ...] | None = None,
+                 num_images: int = data["num_images"]) -> Images:
     which = {name: data[name] for name in SOURCE_FIELDS} | {"split": split, "num_images": num_images}
     source = open_fn(sources.DataSettings(**which, image_size=sizes["image_size"]), class_names)
     return Images(source, **sizes)
@@ -244,7 +245,7 @@ def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int 
   return older
 
 
-def _as_now(settings):
+def _as_now(settings: dict[str, Any]) -> dict[str, Any]:
   """Returns the settings of a stored result as this version has them: what they lack has its default."""
   stored, data, protocol = settings["run_config"], settings["data"], settings["protocol"]
   configs = {run: upgrade_config(config) for run, config in stored.items()} if "ensemble" in settings else (

@@ -51,7 +51,7 @@ def format_table(title: str, outcomes: Mapping[str, Outcome], *, share: bool = T
   return "\n".join(lines)
 
 
-def _cell(value, share):
+def _cell(value: float | None, share: bool) -> str:
   if value is None:
     return "-"
   if share:

@@ -71,7 +71,7 @@ class TrainingSettings:
   weight_decay: float
   image_scale: tuple[float, float]
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field in ("num_epochs", "batch_size"):
       self.require(getattr(self, field) >= 1, field, "a whole number from 1 is needed")
     self.require(0 < self.learning_rate < math.inf, "learning_rate", "a finite number above 0 is needed")
@@ -164,7 +164,8 @@ def make_classifier_step(device_step: Callable, mesh: Mesh, *, steps_per_epoch: 
     mesh: the devices.
     steps_per_epoch: after so many steps the sums of `state["epoch"]` start again.
   """
-  def counted(state, frozen, batch):
+  def counted(state: dict[str, Any], frozen: Any,
+              batch: Mapping[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     step, epoch = state["step"], state["epoch"]
     state, losses, num_read = device_step(state, frozen, batch)
     # The sums of the epoch stay on the device, so that no step waits for the host.
@@ -235,7 +236,7 @@ def epoch_means(state: Mapping[str, Any]) -> tuple[dict[str, float], int]:
   return {name: float(loss) / max(num_read, 1) for name, loss in sums["loss"].items()}, num_read
 
 
-def _check_finite(means, settings, words, epoch):
+def _check_finite(means: Mapping[str, float], settings: TrainingSettings, words: Words, epoch: int) -> None:
   for name in words.losses:
     if not math.isfinite(means[name]):
       on = name and f" on {name}"

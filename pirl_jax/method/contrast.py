@@ -125,12 +125,12 @@ class Contrast:
     if not self.loss_fn.has_normaliser:
       return known
 
-    def sums(part):
+    def sums(part: Any) -> tuple[jax.Array, jax.Array]:
       images, embs = part["images"], embs_fn(part)
       view = "pretext" if "pretext" in embs else "image"
       return losses.nce_normaliser_sums(*self.scores(memory, images, view, embs[view]), images.share > 0)
 
-    def first():
+    def first() -> jax.Array:
       return losses.nce_normaliser(*jax.tree.map(jnp.sum, jax.lax.map(sums, parts)),
                                    num_images=self.layout.num_images)
 

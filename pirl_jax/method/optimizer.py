@@ -92,7 +92,7 @@ def descend(state: TrainState, optimizer: optax.GradientTransformation, grads: A
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state, **fields)
 
 
-def _decayed(params, *, biases):
+def _decayed(params: Any, *, biases: bool) -> Any:
   if not isinstance(params, Mapping):
     return jnp.ndim(params) > 1
   linear = biases and "kernel" in params  # batch norm has a bias, too, and no kernel

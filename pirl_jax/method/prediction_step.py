@@ -3,8 +3,9 @@
 Letters: B batch of all devices, M its parts, b this device's images of a part, L labels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from pirl_jax.method.forward import forward
 from pirl_jax.method.micro_batches import accumulate, gather, split_batch, whole_batch_stats
 from pirl_jax.method.optimizer import descend
 from pirl_jax.method.programs import map_step
+from pirl_jax.method.state import TrainState
 from pirl_jax.models.network import Network
 from pirl_jax.runtime.mesh import AXIS
 
@@ -38,7 +40,7 @@ def make_prediction_step(network: Network, optimizer: optax.GradientTransformati
   """
   predicts_class = network.pretext_head is None
 
-  def device_step(state, batch):
+  def device_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
     # 1. An image found broken has no weight from here on, and one without a label never has any.
     batch = split_batch(batch, micro_batches)  # [M, b, ...]
     rows = gather(layout.row_of(batch["index"]), axis=1)  # [M, B / M]
@@ -48,7 +50,7 @@ def make_prediction_step(network: Network, optimizer: optax.GradientTransformati
     share = valid / jnp.maximum(jnp.sum(valid), 1)  # of an image in every mean
 
     # 2. The cross-entropy of the label, given the view.
-    def objective(params, part):
+    def objective(params: Any, part: Any) -> tuple[jax.Array, Any]:
       crops, share = part
       outputs, transform, batch_stats = forward(network, views_fn, state, params, crops)
       logits, = map(gather, outputs.values())  # [B / M, L]

@@ -4,7 +4,7 @@ Letters: R rows of the bank, D embedding, B batch. `moved` is what the update of
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ def in_one_program(device_step: Callable, update: Callable, mesh: Mesh) -> Calla
     update: update(bank, *moved) -> bank.
     mesh: the devices.
   """
-  def step(state, batch):
+  def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
     rest, moved, metrics = device_step(state.replace(bank=None), state.bank, batch)
     return rest.replace(bank=update(state.bank, *moved)), metrics
 

@@ -63,7 +63,7 @@ def create_state(seed: int, network: Network, optimizer: optax.GradientTransform
     inputs: an image f32[1, H, W, 3] and a pretext view f32[1, P, h, w, 3], None for what the network does not get.
     with_bank: whether there is a bank.
   """
-  def init(seed):
+  def init(seed: jax.Array) -> TrainState:
     params_key, bank_key = jax.random.split(jax.random.key(seed))
     variables = network.init(params_key, *inputs, train=False)
     bank, usable = memory_bank.create(bank_key, layout, dim=dim, dtype=bank_dtype)

@@ -62,7 +62,7 @@ class Network(nn.Module):
 
   def with_batch_norm_axis(self, axis: Any) -> "Network":
     """Returns the network, as a step maps it, with batch statistics over that mesh axis (None: each device its own)."""
-    def on_axis(module):
+    def on_axis(module: Any) -> Any:
       return module.clone(batch_norm_axis=axis) if hasattr(module, "batch_norm_axis") else module
     return self.clone(trunk=on_axis(self.trunk), image_head=on_axis(self.image_head),
                       pretext_head=on_axis(self.pretext_head))

@@ -64,7 +64,7 @@ class Block(nn.Module):
       x = self.norm(name="downsample_bn")(x)
     return nn.relu(x + y)
 
-  def _conv3x3(self, stride, name):
+  def _conv3x3(self, stride: int, name: str) -> nn.Module:
     # Padding of one on every side, as PyTorch: "SAME" pads only right and below when the stride is 2.
     return self.conv(self.channels, (3, 3), strides=stride, padding=1, name=name)
 
@@ -114,7 +114,7 @@ class ResNet(nn.Module):
     if pool:
       x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
-    def run_stage(_, x, stage):
+    def run_stage(_: nn.Module, x: jax.Array, stage: int) -> jax.Array:
       for block in range(self.blocks[stage]):
         x = Block(self.channels * 2**stage, 2 if stage and not block else 1, self.bottleneck, conv, norm,
                   name=f"res{stage + 2}_{block}")(x)

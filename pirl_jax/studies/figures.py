@@ -153,18 +153,18 @@ def distances_panel(matched: Mapping[str, Sequence[Mapping[str, Any]]], *, title
   return Panel(title, f"{figure}\n({_seeds(len(seeds))})", "bands", lines, x_label)
 
 
-def _heights(cells, share):
+def _heights(cells: Sequence[Cell], share: bool) -> tuple[list[float], list[float] | None]:
   """Returns means and standard deviations (None for one seed)."""
   scale = 100 if share else 1
   several = len(cells[0].values) > 1
   return [scale * cell.mean for cell in cells], [scale * cell.std for cell in cells] if several else None
 
 
-def _y_label(figure, cells, share):
+def _y_label(figure: str, cells: Sequence[Cell], share: bool) -> str:
   return f"{figure}{', %' if share else ''}\n({_seeds(len(cells[0].values))})"
 
 
-def _seeds(number):
+def _seeds(number: int) -> str:
   return f"mean and standard deviation over {number} seeds" if number > 1 else "one seed"
 
 

@@ -112,12 +112,12 @@ def format_table(title: str, cells: Sequence[Cell], *, reference: str, share: bo
   return "\n".join(lines)
 
 
-def _spread(cells):
+def _spread(cells: Sequence[Cell]) -> str:
   num_seeds = len(cells[0].values)
   return f"mean +- standard deviation over {num_seeds} seeds" if num_seeds > 1 else "one seed"
 
 
-def _against(cell, reference, share):
+def _against(cell: Cell, reference: str, share: bool) -> str:
   found = cell.difference
   if found is None:
     return "reference" if cell.label == reference else ""
@@ -127,5 +127,5 @@ def _against(cell, reference, share):
   return f"{text}  {found.verdict}" if found.low is None or found.verdict == UNSHOWN else text
 
 
-def _number(value, share, sign=""):
+def _number(value: float, share: bool, sign: str = "") -> str:
   return f"{100 * value:{sign}.1f}" if share else f"{value:{sign}.3f}"

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -26,7 +27,7 @@ from pirl_jax.storage.files import write_json
 from pirl_jax.studies.points import MARK, Point, Trial, create_trial, named, read_points
 from pirl_jax.studies.report import report
 from pirl_jax.training import pretrain
-from pirl_jax.training.parts import build, check_config
+from pirl_jax.training.parts import Parts, build, check_config
 
 TRAINS = True
 """Asked to stop, this job saves the state of the run it trains and ends well, see `jobs`."""
@@ -61,7 +62,7 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def check_study(config: ConfigDict, root: Path) -> None:
   """Raises UserError for a value that no study could have."""
-  def require(holds, field, rule):
+  def require(holds: Any, field: str, rule: str) -> None:
     if not holds:
       raise UserError(f"{field}={config[field]!r} is not possible: {rule}")
 
@@ -106,7 +107,7 @@ def check_trials(trials: Iterable[Trial], waiting: Iterable[Trial]) -> None:
         _check_labels(trial, parts)
 
 
-def _check_labels(trial, parts):
+def _check_labels(trial: Trial, parts: Parts) -> None:
   """Raises UserError if the evaluation is of the run's own images and they lack what it needs."""
   protocol = trial.evaluation.protocol
   reading = protocol_of(protocol).reading

@@ -74,7 +74,7 @@ def make_evaluation(parts: Parts, book: Logbook, stopping: Stopping) -> Callable
   train_set, test_set = (StoppableImages(**vars(test_images(parts, source)), stopping=stopping)
                          for source in (parts.train, parts.test))
 
-  def evaluate_features(state):
+  def evaluate_features(state: TrainState) -> dict[str, float]:
     model = Model(parts.network, {"params": state.params, "batch_stats": state.batch_stats})
     settings = knn.KnnSettings("pooled", config.evaluate.k, config.evaluate.temperature)
     return knn.measure_knn(model, train_set, test_set, settings, mesh=parts.mesh).figures
@@ -84,7 +84,7 @@ def make_evaluation(parts: Parts, book: Logbook, stopping: Stopping) -> Callable
   on_every_device = jax.jit(lambda x: x, out_shardings=mesh_lib.whole(parts.mesh))
 
   @functools.cache  # at the first evaluation: slow labels are read from end to end
-  def row_labels():
+  def row_labels() -> np.ndarray:
     if parts.train.slow_labels:
       book.say(f"reading the labels of {len(parts.train):,} images, once")
     labels = parts.train.labels()
@@ -92,10 +92,10 @@ def make_evaluation(parts: Parts, book: Logbook, stopping: Stopping) -> Callable
     by_row[parts.layout.row_of(np.arange(len(labels)))] = labels
     return by_row
 
-  def embed(variables, image):
+  def embed(variables: Any, image: jax.Array) -> jax.Array:
     return memory_bank.normalise(parts.network.apply(variables, image, method="embed_image"))
 
-  def evaluate(state):
+  def evaluate(state: TrainState) -> dict[str, float]:
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     test = features.extract_features(embed, variables, test_set.test_batches(), parts.mesh)
     voting = np.where(np.asarray(on_every_device(state.usable)), row_labels(), -1)
@@ -110,7 +110,7 @@ def measure_learning(parts: Parts, state: TrainState) -> dict[str, Any]:
   config = parts.config
   initial = parts.initial_state()
 
-  def pooled(variables, image):
+  def pooled(variables: Any, image: jax.Array) -> jax.Array:
     return parts.network.apply(variables, image, method="features")["pooled"]
 
   variables = [{"params": s.params, "batch_stats": s.batch_stats} for s in (initial, state)]
@@ -127,7 +127,7 @@ def measure_learning(parts: Parts, state: TrainState) -> dict[str, Any]:
 
 def batch_stats_fn(parts: Parts) -> Callable:
   """Returns stats_fn(variables, image) -> batch statistics, for `calibrate_batch_stats`."""
-  def batch_stats(variables, image):
+  def batch_stats(variables: Any, image: jax.Array) -> dict[str, Any]:
     _, updated = parts.parallel_network.apply(variables, image, train=True, method="features",
                                               mutable=["batch_stats"])
     # Those of a head stay as they are: whoever takes features does not see it.

@@ -1,8 +1,9 @@
 """What a run is made of, from its config: every check comes before anything compiles."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ class Parts:
       bank_dtype=DTYPES[config.bank.dtype], inputs=system.network_inputs(config), with_bank=system.has_bank(config))
 
 
-def _one_of(choices):
+def _one_of(choices: Iterable[str]) -> tuple[Callable[[Any], bool], str]:
   return lambda value: value in choices, f"choose from {', '.join(choices)}"
 
 
@@ -109,7 +110,7 @@ def check_config(config: ConfigDict) -> None:
                     "for every image, there is nothing to draw")
 
 
-def _get(config, field):
+def _get(config: ConfigDict, field: str) -> Any:
   for part in field.split("."):
     config = config[part]
   return config

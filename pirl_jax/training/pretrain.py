@@ -110,11 +110,11 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
     parts.train, crops=system.crops_of(config), batch_size=config.batch_size, seed=config.seed, start_step=start_step,
     process_index=jax.process_index(), process_count=jax.process_count(), num_threads=config.data.num_threads)
 
-  def evaluates(step):
+  def evaluates(step: int) -> bool:
     every_steps = config.evaluate.every_epochs * parts.steps_per_epoch
     return evaluate is not None and (step == parts.total_steps or step % every_steps == 0)
 
-  def measure(step):
+  def measure(step: int) -> float:
     knn_top1 = evaluate(state)["top1"]
     book.record(step, {"knn_top1": knn_top1})
     return knn_top1

@@ -54,18 +54,19 @@ def make_views(pretext: Pretext | None, *, recipe: Recipe, pretext_recipe: Recip
     pretext_recipe: that of the pretext views. It is drawn anew for each of them, as the official code does, unless the
       transform augments the crop as a whole.
   """
-  def view(key, crop, recipe):
+  def view(key: jax.Array, crop: jax.Array, recipe: Recipe) -> jax.Array:
     image = jnp.moveaxis(crop, -1, 0).astype(float)  # [3, H, W]; float32, unless JAX_ENABLE_X64 is set
     image = apply_photometric(image, draw_photometric(key, recipe=recipe))
     return normalise(jnp.moveaxis(image, 0, -1))
 
-  def both_views(key, image_crop, pretext_crop):
+  def both_views(key: jax.Array, image_crop: jax.Array | None,
+                 pretext_crop: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     image_key, transform_key, pretext_key = jax.random.split(key, 3)
     image = None if image_crop is None else view(image_key, image_crop, recipe)
     if pretext is None or pretext_crop is None:
       return image, None, None
 
-    def augment(crops):
+    def augment(crops: jax.Array) -> jax.Array:
       keys = jax.random.split(pretext_key, len(crops))
       return jax.vmap(lambda key, crop: view(key, crop, pretext_recipe))(keys, crops)
 

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import requests
+import tensorflow_datasets as tfds
 
 from pirl_jax.errors import UserError
 
 
-def fetch(dl_manager, url: str) -> pathlib.Path:
+def fetch(dl_manager: tfds.download.DownloadManager, url: str) -> pathlib.Path:
   """Returns the path of the archive: from TFDS's folder of manual downloads if it lies there, else
   downloaded.
 

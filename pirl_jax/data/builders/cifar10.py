@@ -1,5 +1,10 @@
 """CIFAR-10 from `cifar-10-binary.tar.gz` (https://www.cs.toronto.edu/~kriz/cifar.html, "binary version")."""
 
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
 import tensorflow_datasets as tfds
 
 from pirl_jax.data.builders import archives
@@ -27,7 +32,8 @@ class Cifar10(LabelledImages, skip_registration=True):
     )
   }
 
-  def read(self, archive, prefix, members):
+  def read(self, archive: tarfile.TarFile, prefix: str,
+           members: Sequence[str]) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """Yields the records of the files, one after the other; their numbers run on."""
     index = 0
     for member in members:

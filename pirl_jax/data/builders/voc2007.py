@@ -1,5 +1,8 @@
 """PASCAL VOC2007 from its two official archives (http://host.robots.ox.ac.uk/pascal/VOC/voc2007/)."""
 
+import pathlib
+from collections.abc import Iterator
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -34,7 +37,7 @@ class Voc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     ),
   }
 
-  def _info(self):
+  def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
       description="PASCAL VOC2007: 9,963 photographs with the objects of 20 classes in them.",
@@ -58,7 +61,8 @@ class Voc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       homepage="http://host.robots.ox.ac.uk/pascal/VOC/voc2007/",
     )
 
-  def _split_generators(self, dl_manager):
+  def _split_generators(self,
+                        dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
     trainval, test = (archives.fetch(dl_manager, url) for url in (_TRAINVAL, _TEST))
     return {
       "train": self._generate_examples(trainval, "train"),
@@ -66,11 +70,11 @@ class Voc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       "test": self._generate_examples(test, "test"),
     }
 
-  def _generate_examples(self, path, list_name):
+  def _generate_examples(self, path: pathlib.Path, list_name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with archives.opened(path) as archive:
       members = {member.name: member for member in archive}  # tarfile itself looks through all of them for a name
 
-      def read(name):
+      def read(name: str) -> bytes:
         with archive.extractfile(members[f"{_FOLDER}/{name}"]) as file:
           return file.read()
 

@@ -58,7 +58,7 @@ class ExportSettings:
   splits: tuple[str, ...]
   format: str
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.format not in _WRITERS:
       raise UserError(f"features.format={self.format!r} is unknown; choose one of: {', '.join(_WRITERS)}")
 
@@ -137,7 +137,7 @@ def export_features(model: Model, images: Images, settings: ExportSettings, *, m
     table={"images": num_images, "numbers an image": dim})
 
 
-def _check_room(path, num_images, dim, format):
+def _check_room(path: Path, num_images: int, dim: int, format: str) -> None:
   needed = 4 * num_images * dim * (2 if format == "npz" else 1)
   free = shutil.disk_usage(path.parent).free
   if needed > free:
@@ -146,7 +146,7 @@ def _check_room(path, num_images, dim, format):
                     f"{path.parent} has {free / 1e9:.2f} GB free; --workdir=DIR writes elsewhere{half}")
 
 
-def _write_nothing(*_) -> None:
+def _write_nothing(*_: np.ndarray) -> None:
   pass
 
 
@@ -158,7 +158,7 @@ def _names(source: Source, index: np.ndarray) -> list[str]:
 def _npz(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Write]:
   indices, labels = [], []
   with replacing(path) as file, tempfile.TemporaryFile(dir=path.parent) as rows:
-    def write(features, index, label):
+    def write(features: np.ndarray, index: np.ndarray, label: np.ndarray) -> None:
       rows.write(features)
       indices.append(index)
       labels.append(label)
@@ -198,7 +198,7 @@ def _parquet(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Writ
   with (replacing(path) as file,
         parquet.ParquetWriter(file, schema, compression="none", use_dictionary=["label", "class"],
                               write_statistics=["index", "label"]) as writer):
-    def flush():
+    def flush() -> None:
       features, index, label = (np.concatenate(arrays) for arrays in zip(*block, strict=True))
       classes = [source.class_names[i] if i >= 0 else None for i in label.tolist()]
       columns = [pa.array(index), pa.array(label), pa.array(_names(source, index), pa.string()),
@@ -209,7 +209,7 @@ def _parquet(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Writ
       writer.write_table(pa.table(columns, schema=schema))
       block.clear()
 
-    def write(features, index, label):
+    def write(features: np.ndarray, index: np.ndarray, label: np.ndarray) -> None:
       block.append((features, index, label))
       if sum(features.size for features, _, _ in block) >= BLOCK_NUMBERS:
         flush()

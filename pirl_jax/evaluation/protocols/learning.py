@@ -69,7 +69,7 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
   variables = {"untrained": untrained, "trained": trained}
 
   # One pass over the images serves all three: decoding them costs more than a small network does.
-  def all_features(variables, image):
+  def all_features(variables: Mapping[str, Any], image: jax.Array) -> dict[str, jax.Array]:
     networks = {name: forward_fn(values, image) for name, values in variables.items()}
     return {"raw_pixels": jnp.reshape(image, (image.shape[0], -1)), **networks}
 

@@ -19,7 +19,7 @@ import functools
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,7 +76,7 @@ class LinearSettings(training.TrainingSettings):
   head: str
   cached: bool
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self.require(self.schedule in SCHEDULES, "schedule", f"choose from {', '.join(SCHEDULES)}")
     self.require(self.head in HEADS, "head", f"choose from {', '.join(HEADS)}")
     super().__post_init__()
@@ -185,7 +185,7 @@ def linear_layers(model: Model, settings: LinearSettings, *, image_size: int) ->
 
 def linear_optimizer(settings: LinearSettings, steps_per_epoch: int) -> optax.GradientTransformation:
   """Returns SGD with momentum as PyTorch has it; the decay spares batch norm alone."""
-  def decayed(params):
+  def decayed(params: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
     return {layer: {name: name in ("kernel", "bias") for name in head} for layer, head in params.items()}
 
   return optax.chain(
@@ -239,7 +239,8 @@ def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> C
   """
   total = functools.partial(jax.lax.psum, axis_name=AXIS)
 
-  def device_step(state, frozen, batch):
+  def device_step(state: dict[str, Any], frozen: Any,
+                  batch: Mapping[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
     weight = batch["valid"].astype(jnp.float32)  # [b]
     num_read = total(jnp.sum(weight))
     # 1. No gradient passes the batch norm's statistics: what they are taken of is a constant.
@@ -251,7 +252,7 @@ def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> C
         inputs[layer] = _standardise(x, mean, var)
 
     # 2. The sum of the losses: each moves the parameters of its own classifier alone.
-    def objective(params):
+    def objective(params: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
       losses = {}
       for layer, x in inputs.items():
         # An image that cannot be read may have the label -1: it has no weight, and must only not disturb.
@@ -297,12 +298,13 @@ def cached_batches(maps: Mapping[str, np.ndarray], labels: np.ndarray, *, batch_
     epoch, first = epoch + 1, 0
 
 
-def _standardise(x, mean, var):
+def _standardise(x: jax.Array, mean: jax.Array, var: jax.Array) -> jax.Array:
   mean, var = (value.reshape(*[1] * (x.ndim - 1), -1) for value in (mean, var))
   return (x - mean) * jax.lax.rsqrt(var + EPS)
 
 
-def _batch_statistics(x, weight, num_read, running, total):
+def _batch_statistics(x: jax.Array, weight: jax.Array, num_read: jax.Array, running: Mapping[str, jax.Array],
+                      total: Callable) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
   """Returns mean and variance f32[C] of x f32[b, ..., C] over the readable images of all devices, and {"mean", "var"}
   with a tenth of them, of the variance PyTorch's unbiased one; as they were where no image could be read."""
   axes = tuple(range(x.ndim - 1))
@@ -315,7 +317,7 @@ def _batch_statistics(x, weight, num_read, running, total):
   return mean, var, {name: (1 - share) * running[name] + share * new[name] for name in ("mean", "var")}
 
 
-def _linear(params, x):
+def _linear(params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
   """Returns logits f32[B, L] of standardised maps."""
   if "scale" in params:
     scale, shift = (params[name].reshape(*[1] * (x.ndim - 1), -1) for name in ("scale", "shift"))
@@ -325,11 +327,11 @@ def _linear(params, x):
   return logits + params["bias"][None]
 
 
-def _image_maps(maps_fn):
+def _image_maps(maps_fn: Callable) -> Callable:
   return lambda frozen, batch: maps_fn(frozen, normalise(batch["image"]))
 
 
-def _cached_maps(layers):
+def _cached_maps(layers: Iterable[str]) -> Callable:
   return lambda frozen, batch: {layer: batch[layer] for layer in layers}
 
 
@@ -340,7 +342,7 @@ def _logits_fn(network: Network | Ensemble, layers: tuple[str, ...]) -> Callable
   """Returns forward_fn(variables, image) -> {layer: f32[B, L]} with running statistics, see `stream_features`."""
   maps_fn = layer_features(network, layers, flat=False)
 
-  def forward(variables, image):
+  def forward(variables: Mapping[str, Any], image: jax.Array) -> dict[str, jax.Array]:
     logits = {}
     for layer, x in maps_fn(variables["frozen"], image).items():
       if stats := variables["stats"][layer]:
@@ -351,14 +353,16 @@ def _logits_fn(network: Network | Ensemble, layers: tuple[str, ...]) -> Callable
   return forward
 
 
-def _map_shapes(model, layers, image_size):
+def _map_shapes(model: Model, layers: Sequence[str], image_size: int) -> dict[str, tuple[int, ...]]:
   """Returns {layer: (h, w, C) or (C,)}, in the order of `layers`."""
   image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
   maps = jax.eval_shape(layer_features(model.network, layers, flat=False), model.variables, image)
   return {layer: maps[layer].shape[1:] for layer in layers}  # JAX put the names into the order of letters
 
 
-def _open_training(model, frozen, train, labels, settings, *, shapes, mesh, seed):
+def _open_training(model: Model, frozen: Any, train: Images, labels: np.ndarray, settings: LinearSettings, *,
+                   shapes: Mapping[str, tuple[int, ...]], mesh: Mesh,
+                   seed: int) -> tuple[Callable[..., Iterator[dict[str, np.ndarray]]], Callable, int]:
   """Returns (open_stream(start_step=), maps_fn(frozen, batch), number of images): those with a label, from the files
   or, if cached, in memory without those that cannot be read."""
   maps_fn = layer_features(model.network, tuple(shapes), flat=False)
@@ -374,7 +378,8 @@ def _open_training(model, frozen, train, labels, settings, *, shapes, mesh, seed
     _image_maps(maps_fn), len(indices))
 
 
-def _take_cache(maps_fn, frozen, train, labels, shapes, mesh):
+def _take_cache(maps_fn: Callable, frozen: Any, train: Images, labels: np.ndarray,
+                shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> tuple[dict[str, np.ndarray], np.ndarray]:
   """Returns ({layer: f32[N, ...]}, i32[N]): maps and labels of the labelled training images that can be read."""
   num_labelled = int(np.count_nonzero(labels >= 0))
   num_bytes = num_labelled * 4 * sum(map(math.prod, shapes.values()))
@@ -400,11 +405,12 @@ def _take_cache(maps_fn, frozen, train, labels, shapes, mesh):
   return {layer: x[:filled] for layer, x in maps.items()}, kept[:filled]
 
 
-def _unreadable(num_images):
+def _unreadable(num_images: int) -> str:
   return f"none of {num_images} labelled training images can be read; check the files"
 
 
-def _judge(forward_fn, variables, test, mesh):
+def _judge(forward_fn: Callable, variables: Mapping[str, Any], test: Images,
+           mesh: Mesh) -> tuple[dict[str, np.ndarray], int]:
   """Returns {layer: i[N]}, how many classes come before the true one, of the labelled test images that can be read,
   and the number of those that cannot."""
   ranks, num_broken = {layer: [] for layer in variables["params"]}, 0
@@ -421,7 +427,7 @@ def _judge(forward_fn, variables, test, mesh):
   return ranks, num_broken
 
 
-def _check_batch(settings, num_images, mesh):
+def _check_batch(settings: LinearSettings, num_images: int, mesh: Mesh) -> None:
   training.check_divides(settings, mesh)
   size = settings.batch_size
   if size > num_images:

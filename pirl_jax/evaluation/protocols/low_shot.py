@@ -16,6 +16,7 @@ from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
 from pirl_jax.evaluation.protocols.svm import (
   GRIDS,
+  Classes,
   Examples,
   average_precision,
   check_grid,
@@ -51,7 +52,7 @@ class LowShotSettings:
   shots: tuple[int, ...]
   num_draws: int
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_grid(self.costs, field="low_shot.costs")
     if not self.shots or min(self.shots) < 1:
       raise UserError(f"low_shot.shots={tuple(self.shots)}: numbers of examples from 1 are needed")
@@ -151,7 +152,8 @@ def draw_examples(targets: np.ndarray, index: np.ndarray, num_images: int, entro
   return np.concatenate(drawn)
 
 
-def _plan(names, train, test, shots):
+def _plan(names: Sequence[str], train: np.ndarray, test: np.ndarray,
+          shots: Sequence[int]) -> tuple[Classes, list[int], dict[str, str]]:
   """Returns (classes, those of `shots` for which each class has examples enough, the reasons why others are left out).
 
   Raises:
@@ -192,7 +194,7 @@ def _judge_layer(fit_on: Examples, judge_on: Examples, layer: str, labels: Seque
   costs = GRIDS[settings.costs]
   features, judged_features = (unit_rows(part.features[layer]) for part in (fit_on, judge_on))
 
-  def judge(k, draw, label):
+  def judge(k: int, draw: int, label: int) -> tuple[list[float], int]:
     rows = draw_examples(fit_on.targets[:, label], fit_on.index, num_images, (seed, draw, label, k),
                          num_present=k, num_absent=(len(labels) - 1) * k)
     machines = fit(features[rows], fit_on.targets[rows, label] == 1, costs, seed=seed)

@@ -15,7 +15,7 @@ Letters: B batch of all devices, b this device's part, N images, L classes, H W 
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,7 +57,7 @@ class SemiSupervisedSettings(training.TrainingSettings):
   fractions: tuple[float, ...]
   balanced: bool
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     if not self.fractions:
       raise UserError("semi_supervised.fractions is empty; name shares of the labels, (0.01, 0.1) for example")
@@ -146,9 +146,10 @@ def fine_tuning_step(classifier: Classifier, optimizer: optax.GradientTransforma
     classifier: its batch norm over the mesh axis.
     optimizer: of all parameters.
   """
-  def device_step(state, frozen, batch):
+  def device_step(state: dict[str, Any], frozen: None,
+                  batch: Mapping[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
     del frozen
-    def objective(params):
+    def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
       logits, updated = classifier.apply(
         {"params": params, "batch_stats": state["batch_stats"]}, normalise(batch["image"]), train=True,
         mutable=["batch_stats"])
@@ -175,7 +176,7 @@ def _fine_tune(model: Model, train: Images, indices: np.ndarray, settings: SemiS
                                weight_decay=settings.weight_decay, nesterov=settings.nesterov)
   trunk, num_classes = model.network.trunk, len(train.source.class_names)
 
-  def create_state(variables):
+  def create_state(variables: Mapping[str, Any]) -> dict[str, Any]:
     variables = on_trunk(Classifier(trunk, num_classes), jax.random.key(seed), variables)
     return training.begin_training({**variables, "opt_state": optimizer.init(variables["params"])}, ("",))
 
@@ -213,16 +214,17 @@ def _judge(trunk: ResNet, variables: dict[str, Any], test: Images, num_classes: 
 
 # Kept, so that the test images of every share go through one program.
 @functools.cache
-def _forward_fn(trunk, num_classes):
+def _forward_fn(trunk: ResNet, num_classes: int) -> Callable[[Any, jax.Array], jax.Array]:
   classifier = Classifier(trunk, num_classes)
   return lambda variables, image: classifier.apply(variables, image, train=False)
 
 
-def _share(fraction):
+def _share(fraction: float) -> str:
   return f"{100 * fraction:.4g} % of the labels"
 
 
-def _with_batches(settings, num_images, fraction, mesh):
+def _with_batches(settings: SemiSupervisedSettings, num_images: int, fraction: float,
+                  mesh: Mesh) -> SemiSupervisedSettings:
   """Returns the settings with the batch size asked for, or the largest power of two that a smaller subset fills."""
   if settings.batch_size <= num_images:
     training.check_divides(settings, mesh)

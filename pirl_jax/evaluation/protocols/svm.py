@@ -61,7 +61,7 @@ class SvmSettings:
   costs: str
   num_folds: int
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_grid(self.costs, field="svm.costs")
     if self.num_folds < 2:
       raise UserError(f"svm.num_folds={self.num_folds}; cross-validation needs 2 or more (vissl: 3)")
@@ -315,15 +315,17 @@ def run_fits(fit_fn: Callable[..., Any], tasks: Iterable[tuple], *, num_numbers:
       joblib.delayed(fit_fn)(*task) for task in tasks)
 
 
-def _fit_layer(features, targets, judged_features, labels, *, costs, num_folds, seed, on_fits):
+def _fit_layer(features: np.ndarray, targets: np.ndarray, judged_features: np.ndarray, labels: Sequence[int], *,
+               costs: Sequence[float], num_folds: int, seed: int,
+               on_fits: Callable[[int], None]) -> tuple[dict[int, int], dict[int, np.ndarray], int]:
   """Returns ({label: place of its cost in the grid}, {label: f64[M] decision values}, fits that did not converge)."""
-  def validate(label, kept, held_out):
+  def validate(label: int, kept: np.ndarray, held_out: np.ndarray) -> tuple[list[float], int]:
     present = targets[:, label] == 1
     machines = fit(features[kept], present[kept], costs, seed=seed)
     scores = machines.decide(features[held_out])
     return [average_precision_score(present[held_out], score) for score in scores], machines.num_unfinished
 
-  def refit(label, cost):
+  def refit(label: int, cost: float) -> tuple[np.ndarray, int]:
     machines = fit(features, targets[:, label] == 1, (cost,), seed=seed)
     return machines.decide(judged_features)[0], machines.num_unfinished
 
