@@ -53,7 +53,7 @@ def main() -> None:
   if arguments.folder:
     photographs = open_source(DataSettings("folder", root=arguments.folder, split=""))
     first = Subset(photographs, range(min(arguments.num, len(photographs))))
-    cases = [("resnet50", "imagenet", Images(first, 224, 224 / 256, 32, os.cpu_count()))]
+    cases = [("resnet50", "imagenet", Images(first, 224, 224 / 256, 32, os.cpu_count() or 1))]
   else:
     cases = [("resnet8", "3x3s2", Images(textures(arguments.embedded, 32), 32, 1.0, 256, 2)),
              ("resnet18", "imagenet", Images(textures(arguments.num, arguments.size), arguments.size, 1.0, 32, 2))]

@@ -10,7 +10,7 @@ import atexit
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import grain
@@ -28,6 +28,9 @@ Record = dict[str, np.ndarray | np.generic]
 
 Batch = dict[str, np.ndarray]
 """Crops u8[b, S, S, 3], and b of each scalar."""
+
+Batches = Generator[Batch, None, None]
+"""Its `close()` ends the threads that read."""
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
@@ -54,7 +57,7 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
   num_threads: int,
-) -> Iterator[Batch]:
+) -> Batches:
   """Returns the endless stream of training batches from batch `start_step` on; call its `close()` when done.
 
   Each image is decoded once and cropped as often as there are `crops`, independently. Within an epoch no image
@@ -90,14 +93,13 @@ def labelled_batches(
   *,
   indices: np.ndarray,
   batch_size: int,
-  image_size: int,
-  image_scale: tuple[float, float],
+  crop: tuple[int, tuple[float, float]],
   seed: int,
   start_step: int,
   process_index: int = 0,
   process_count: int = 1,
   num_threads: int,
-) -> Iterator[Batch]:
+) -> Batches:
   """Returns the endless stream of augmented batches with labels, for classifiers: random resized crop and flip.
 
   Like `train_batches` a function of (seed, step), each epoch in another order; an image comes at most once in an
@@ -107,8 +109,7 @@ def labelled_batches(
     source: the images.
     indices: i[N], those of its records that take part.
     batch_size: B, over all processes, at most N.
-    image_size: H, side of the crop.
-    image_scale: range of the share of the image's area that it covers.
+    crop: its side H in pixels, and the range of the share of the image's area that it covers.
     seed: any integer.
     start_step: batches already seen.
     process_index, process_count: see `train_batches`.
@@ -121,7 +122,8 @@ def labelled_batches(
   Raises:
     UserError: fewer images than a batch, or a batch that the processes cannot share.
   """
-  crop_fn = functools.partial(_labelled_crop, source, np.asarray(indices), size=image_size, scale=tuple(image_scale))
+  size, scale = crop
+  crop_fn = functools.partial(_labelled_crop, source, np.asarray(indices), size=size, scale=tuple(scale))
   return _train_stream(
     crop_fn, len(indices), batch_size=batch_size, seed=seed, start_step=start_step, process_index=process_index,
     process_count=process_count, num_threads=num_threads)
@@ -130,7 +132,7 @@ def labelled_batches(
 def eval_batches(
   source: Source, *, batch_size: int, image_size: int, crop_fraction: float, num_threads: int, start: int = 0,
   squash: bool = False,
-) -> Iterator[Batch]:
+) -> Batches:
   """Returns every image from index `start` on once, in order, in batches of one size; nothing is random.
 
   Args:
@@ -181,7 +183,7 @@ _PART_BYTES = 2**20  # at most, of the test images read at a time: 341 of 32 pix
 
 
 def _train_stream(crop_fn: Callable[..., Record], num_records: int, *, batch_size: int, seed: int, start_step: int,
-                  process_index: int, process_count: int, num_threads: int) -> Iterator[Batch]:
+                  process_index: int, process_count: int, num_threads: int) -> Batches:
   """Returns the endless stream of crop_fn(record, rng) in batches, a function of (seed, step); see `train_batches`."""
   whole_batches = steps_per_epoch(num_records, batch_size)
   if batch_size % process_count:
@@ -205,7 +207,7 @@ def _train_stream(crop_fn: Callable[..., Record], num_records: int, *, batch_siz
 
 
 def _start(records: grain.MapDataset, batch_size: int, num_threads: int,
-           batch_fn: Callable[[Sequence[Batch]], Batch] | None = None) -> Iterator[Batch]:
+           batch_fn: Callable[[Sequence[Batch]], Batch] | None = None) -> Batches:
   """Returns the running stream: threads read records, two batches ahead, one more puts batches together.
 
   `batch_fn` makes a batch of `batch_size` records; None stacks them.
@@ -220,7 +222,7 @@ def _start(records: grain.MapDataset, batch_size: int, num_threads: int,
   return stream
 
 
-def _stream(batches: grain.IterDataset) -> Iterator[Batch]:
+def _stream(batches: grain.IterDataset) -> Batches:
   running = iter(batches)
   try:
     yield from running

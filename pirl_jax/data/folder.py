@@ -134,7 +134,7 @@ def _walk(root: str, left_out: dict[str, list[str]]) -> Iterator[tuple[str, int]
   A deep tree must not meet Python's limit of recursion, hence the stack. A link is a loop when it leads to
   one of the folders above it; the same folder met twice side by side is meant so.
   """
-  stack = [("", (_identity(root),))]
+  stack: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", (_identity(root),))]
   while stack:
     folder, above = stack.pop()
     for name in _listed(os.path.join(root, folder)):
@@ -183,7 +183,7 @@ def _label(paths: Sequence[str], shown: str, class_names: tuple[str, ...] | None
   """Returns (labels i32[N], class names): the first part of each path, -1 for an image that lies in no
   sub-folder."""
   classes = [path.split("/", 1)[0] if "/" in path else None for path in paths]
-  found = sorted({name for name in classes if name is not None}, key=os.fsencode)
+  found = sorted({name for name in classes if name is not None}, key=lambda name: os.fsencode(name))
   if not found:
     raise UserError(
       f"data.labels=folder, but the images of {shown} lie in no sub-folders; "

@@ -69,7 +69,7 @@ def draw_subset(labels: np.ndarray, fraction: float, *, seed: int, balanced: boo
     raise UserError(f"a subset of {fraction} of the labels is not possible: the fraction lies in (0, 1]")
   labels = np.asarray(labels)
   labelled = np.flatnonzero(labels >= 0)
-  order = np.array(shuffled(labelled, seed=seed), np.int64)
+  order = np.array(shuffled(labelled.tolist(), seed=seed), np.int64)
   if balanced:
     by_class = [order[labels[order] == label] for label in np.unique(labels[labelled])]
     taken = [members[:max(1, round(fraction * len(members)))] for members in by_class]

@@ -156,10 +156,10 @@ _PATTERNS = (_stripes, _checks, _dots, _rings, _blobs, _veins, _bricks, _waves, 
 
 def _random_field(u: np.ndarray, v: np.ndarray, draws: "_Draws") -> np.ndarray:
   """Returns f32[n, S, S] of about unit variance: plane waves of about one period in random directions."""
-  field = np.float32(0)
+  field = np.zeros((), np.float32)
   for _ in range(_NUM_WAVES):
     angle, frequency = draws.uniform(0, 1), np.float32(0.62)
-    field += _sine(frequency * (_sine(angle) * u + _sine(angle + 0.25) * v) + draws.uniform(0, 1))
+    field = field + _sine(frequency * (_sine(angle) * u + _sine(angle + 0.25) * v) + draws.uniform(0, 1))
   return field * np.float32((2 / _NUM_WAVES) ** 0.5)
 
 

@@ -64,7 +64,8 @@ class TfdsSource(Source):
       )
     self._image, self._label = image, _only(builder, tfds.features.ClassLabel)
     self._present, self._present_easily = _label_sets(builder)
-    self._cached_labels = self._cached_targets = None
+    self._cached_labels: np.ndarray | None = None
+    self._cached_targets: np.ndarray | None = None
     self.multi_label = self._present is not None
     names = self._label or self._present
     self.class_names = tuple(builder.info.features[names].names) if names else ()
@@ -183,11 +184,11 @@ def _build_command(name: str, data_dir: str) -> str:
 
 
 def _needs_tensorflow(name: str, data_dir: str, error: ImportError) -> str:
-  missing = error
+  missing: BaseException | None = error
   while missing is not None and not getattr(missing, "name", None):  # TFDS raises again, without the name
     missing = missing.__cause__ or missing.__context__
   return (
-    f"TFDS needs {missing.name if missing else 'another package'} once to prepare {name} (not to read it); "
+    f"TFDS needs {getattr(missing, 'name', 'another package')} once to prepare {name} (not to read it); "
     "prepare it with: "
     f"{_build_command(name, data_dir)}"
   )

@@ -32,7 +32,7 @@ def read_labels(train: Images, test: Images, *, protocol: str) -> np.ndarray:
     UserError: see `check_classes`; or there are classes, and not a single image of one split has a label.
   """
   check_classes(train, test, protocol=protocol)
-  labels = {name: images.source.labels() for name, images in (("training", train), ("held-out", test))}
+  labels = {name: images.labels() for name, images in (("training", train), ("held-out", test))}
   for name, found in labels.items():
     if not np.any(found >= 0):
       raise UserError(f"{protocol} needs labels, and none of the {len(found)} {name} images has one")

@@ -287,10 +287,11 @@ def finish(config: ConfigDict, evaluations: Sequence[Evaluation], settings: dict
     "protocol": config.protocol, "seed": config.seed, "devices": f"{jax.device_count()} x {device.device_kind}",
     "jax": jax.__version__, **(results[first.subject.label] if len(results) == 1 else {"runs": results})})
   written = [path]
-  if all(outcome.curve for outcome in outcomes.values()):
+  curves = {label: outcome.curve for label, outcome in outcomes.items() if outcome.curve}
+  if len(curves) == len(outcomes):
     plot = path.with_suffix(".png")
     save_plot(plot, f"{config.protocol}: {first.data['name'] or Path(first.data['root']).name or first.data['source']}",
-              {label: outcome.curve for label, outcome in outcomes.items()})
+              curves)
     written.append(plot)
   for evaluation in evaluations:
     shutil.rmtree(evaluation.snapshots, ignore_errors=True)

@@ -158,7 +158,7 @@ def layer_features(network: Network | Ensemble, layers: tuple[str, ...], *, flat
 
 def _maps(network: Network, layers: tuple[str, ...]) -> MapsFn:
   def forward(variables: Any, image: jax.Array) -> dict[str, jax.Array]:
-    found = network.apply(variables, image, method="features")
+    found: Any = network.apply(variables, image, method="features")
     if EMBEDDING in layers:
       found[EMBEDDING] = network.apply(variables, found["pooled"], method=lambda net, x: net.image_head(x))
     return {layer: pool(found[layer]) if found[layer].ndim == 4 else found[layer].astype(jnp.float32)

@@ -40,7 +40,7 @@ def save_views_plot(path: str | os.PathLike, image: np.ndarray | None, pretext: 
     pretext: u8[B, P, h, w, 3], or None likewise; one of the two is there.
     num_images: examples shown, at most B.
   """
-  batch = len(image if image is not None else pretext)
+  batch = min(len(views) for views in (image, pretext) if views is not None)
   shown = min(num_images, batch)
   parts, labels = [], []
   if image is not None:

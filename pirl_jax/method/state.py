@@ -49,7 +49,8 @@ def state_shardings(mesh: Mesh, *, with_bank: bool = True) -> TrainState:
 
 
 def create_state(seed: int, network: Network, optimizer: optax.GradientTransformation, layout: memory_bank.Layout, *,
-                 mesh: Mesh, dim: int, bank_dtype: Any, inputs: tuple[Any, Any], with_bank: bool = True) -> TrainState:
+                 mesh: Mesh, dim: int, bank_dtype: Any, inputs: tuple[jax.Array | None, jax.Array | None],
+                 with_bank: bool = True) -> TrainState:
   """Returns the state before the first step. It is made on the devices that keep it: no device holds a whole bank.
 
   Args:

@@ -18,7 +18,7 @@ from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.forward import forward
 from pirl_jax.method.micro_batches import accumulate, gather, split_batch, whole_batch_stats
 from pirl_jax.method.optimizer import descend
-from pirl_jax.method.programs import in_one_program, in_two_programs
+from pirl_jax.method.programs import Step, in_one_program, in_two_programs
 from pirl_jax.method.randomness import step_keys
 from pirl_jax.method.state import TrainState
 from pirl_jax.models.network import Network
@@ -27,7 +27,7 @@ from pirl_jax.runtime.mesh import AXIS
 
 def make_contrastive_step(network: Network, optimizer: optax.GradientTransformation, views_fn: Callable,
                           contrast: Contrast, mesh: Mesh, *, pretext_weight: float, bank_momentum: float,
-                          micro_batches: int = 1) -> Callable:
+                          micro_batches: int = 1) -> Step:
   """Returns train_step(state, batch) -> (state, metrics), compiled, and mapped over the devices of `mesh`.
 
   The state given in is donated: its memory becomes that of the state returned, so there is never a second bank.
@@ -65,7 +65,7 @@ def make_contrastive_step(network: Network, optimizer: optax.GradientTransformat
     normaliser = contrast.normaliser(state.normaliser, memory, lambda part: embed(state.params, part)[0], parts)
 
     # 3. Equation 5: lambda L(m_I, g(v_It)) + (1 - lambda) L(m_I, f(v_I)). f and g meet in the bank alone.
-    def objective(params: Any, part: Any) -> tuple[jax.Array, Any]:
+    def objective(params: Any, part: Any) -> tuple[jax.typing.ArrayLike, Any]:
       embs, batch_stats = embed(params, part)
       each, seen = contrast(memory, part["images"], embs, normaliser)
       mean = partial(health.sum_of_shares, part["images"].share)

@@ -15,8 +15,8 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """Uniform in +-1/sqrt(fan_in): Kaiming-uniform with a = sqrt(5)."""
 
 
-def bias_init(fan_in: int) -> jax.nn.initializers.Initializer:
+def bias_init(fan_in: int) -> nn.initializers.Initializer:
   """Returns an initialiser that draws uniformly in +-1/sqrt(fan_in), as PyTorch does for the bias of a layer."""
-  def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+  def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32, **_: Any) -> jax.Array:
     return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
   return init

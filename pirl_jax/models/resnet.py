@@ -5,7 +5,7 @@ Letters: B batch, H W height and width, C channels.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -89,6 +89,9 @@ class ResNet(nn.Module):
   dtype: Any = jnp.float32
   batch_norm_axis: str | None = None
   remat: bool = False
+
+  if TYPE_CHECKING:
+    def __hash__(self) -> int: ...  # Flax adds it, which no type of its own tells
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:

@@ -30,7 +30,8 @@ class Progress:
     self._stream = stream if stream is not None else sys.stdout
     self._enabled = jax.process_index() == 0
     self._started = self._printed = perf_counter()
-    self._done, self._note, self._said = 0, "", None
+    self._done, self._note = 0, ""
+    self._said: int | None = None
     self._bar = None
     if self._enabled and self._stream.isatty():
       self._bar = tqdm(total=total, desc=title, unit=f" {unit}", file=self._stream, dynamic_ncols=True)

@@ -56,8 +56,9 @@ class Checkpoints:
     """
     self._folder = Path(folder).absolute()
     self._keep = keep
-    self._manager, self._writing = None, False
-    self._knn_top1 = {}  # by step, of what this program has saved
+    self._manager: CheckpointManager | None = None
+    self._writing = False
+    self._knn_top1: dict[int, float | None] = {}  # by step, of what this program has saved
 
   def __enter__(self) -> Self:
     return self
@@ -176,7 +177,7 @@ class Checkpoints:
 
   def _read_and_compare(self, step: int, meta: Mapping[str, Any], item: str, as_stored: Mapping[str, Any],
                         sharding_of: Callable[[Any], jax.sharding.Sharding]) -> tuple[dict[str, Any], str]:
-    if not jax.config.jax_enable_x64 and any(x.dtype == np.float64 for x in jax.tree.leaves(as_stored)):
+    if not jax.config.values["jax_enable_x64"] and any(x.dtype == np.float64 for x in jax.tree.leaves(as_stored)):
       raise ValueError("it holds float64, which JAX reads with JAX_ENABLE_X64=1 in the environment alone")
     template = {field: template_of(tree, sharding_of(tree)) for field, tree in as_stored.items()}
     tree = self._open().restore(step, args=args.Composite(**{item: args.StandardRestore(template)}))[item]
@@ -241,7 +242,7 @@ class Checkpoints:
     """
     unreadable = {}
     for step in reversed(self.steps()):
-      failure = ""
+      failure, meta, state = "", {}, like
       try:
         meta = self.read_meta(step)
         check_meta(meta)
@@ -294,7 +295,7 @@ class Checkpoints:
       try:
         self._start_save(step, state, meta, knn_top1)
         if surely:
-          self._manager.wait_until_finished()
+          self._open(writing=True).wait_until_finished()
         return
       except Exception as error:  # of many types, see restore; of an earlier save, too, that ended meanwhile
         if jax.process_count() > 1:
@@ -323,9 +324,10 @@ class Checkpoints:
 
   def _abandon(self) -> None:
     """Gives up what is being written; the next save clears it away."""
+    manager, self._manager, self._writing = self._manager, None, False
     with contextlib.suppress(Exception):  # it says once more what went wrong
-      self._manager.close()
-    self._manager, self._writing = None, False
+      if manager is not None:
+        manager.close()
 
   def close(self) -> None:
     """Waits until everything is on disk. Another call opens the folder again."""
@@ -381,7 +383,7 @@ def _changed(meta: Mapping[str, Any], items: Mapping[str, Any]) -> str:
   return f"not as it was saved: {', '.join(wrong[:3])}{more}" if wrong else ""
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: Exception | str) -> str:
   """Returns what an error says in one line, the disk's own words ahead of TensorStore's, which are long."""
   text = " ".join(str(error).split()) or type(error).__name__
   if of_the_disk := re.search(r"([^:]+) \[os_error_code=", text):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self, TextIO
+from typing import Any, BinaryIO, Self, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -69,8 +69,9 @@ class Logbook:
     self._enabled = enabled
     self._stream = stream if stream is not None else sys.stdout
     self._terminal = self._stream.isatty()
-    self._bar = None
-    self._file = self._tensorboard = None
+    self._bar: tqdm | None = None
+    self._file: BinaryIO | None = None
+    self._tensorboard: TensorBoard | None = None
     self._closed = False
 
     self._path = Path(workdir) / METRICS
@@ -202,8 +203,10 @@ class Logbook:
         with self.tolerant(self._path.name):
           self._write_all()
       with contextlib.suppress(OSError):
-        self._file.close()
-      self._tensorboard.close()
+        if self._file is not None:
+          self._file.close()
+      if self._tensorboard is not None:
+        self._tensorboard.close()
 
   def _working_seconds(self) -> float:
     return perf_counter() - self._started - self._paused_seconds
@@ -232,16 +235,18 @@ class Logbook:
         self.say(f"WARNING: {self._path} could not be written ({error.strerror or error}); the rows are kept in memory "
                  "and written once it can")
       self._behind = True
-    self._tensorboard.add(step, figures)
+    if self._tensorboard is not None:
+      self._tensorboard.add(step, figures)
 
   def _write_row(self, row: Mapping[str, Any], offset: int) -> None:
     # One write of a whole line. Figures added to a row lengthen it, so its old beginning is written over with
     # itself.
-    line = _line(row)
-    self._file.seek(offset)
-    self._file.write(line)
-    self._file.flush()
-    self._file.truncate()
+    line, file = _line(row), self._file
+    assert file is not None  # open from the beginning to `close`
+    file.seek(offset)
+    file.write(line)
+    file.flush()
+    file.truncate()
     self._row_offset, self._file_size = offset, offset + len(line)
 
   def _write_all(self) -> None:

@@ -24,7 +24,7 @@ class Snapshots:
   def __init__(self, folder: str | os.PathLike) -> None:
     """Opens `folder`; it is made by the first save."""
     self._folder = Path(folder).absolute()
-    self._manager = None
+    self._manager: CheckpointManager | None = None
 
   def __enter__(self) -> Self:
     return self
@@ -47,7 +47,7 @@ class Snapshots:
     if self._folder.is_dir():
       template = template_of(like, whole(mesh))
       for step in sorted(self._open().all_steps(), reverse=True):
-        failure = ""
+        failure, found = "", {}
         try:
           found = self._open().restore(
             step, args=args.Composite(tree=args.StandardRestore(template), checksums=args.JsonRestore()))

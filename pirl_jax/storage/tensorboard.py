@@ -47,8 +47,9 @@ class TensorBoard:
   def _ended(self, args: threading.ExceptHookArgs) -> None:
     """Says in a line what Python would show as a traceback, when it is the writer that a disk has ended."""
     if _is_writer(args.thread) and issubclass(args.exc_type, OSError):
-      self._say(f"WARNING: TensorBoard's events could not be written ({args.exc_value.strerror}); some will be missing "
-                "there, none in metrics.jsonl")
+      reason = getattr(args.exc_value, "strerror", None)
+      self._say(f"WARNING: TensorBoard's events could not be written ({reason}); some will be missing there, none in "
+                "metrics.jsonl")
     else:
       self._excepthook(args)
 

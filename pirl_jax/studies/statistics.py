@@ -23,7 +23,7 @@ class Difference:
   @property
   def verdict(self) -> str:
     """Returns in words whether the interval leaves out 0."""
-    if self.low is None:
+    if self.low is None or self.high is None:
       return "one seed, no interval"
     return UNSHOWN if self.low <= 0 <= self.high else "difference shown"
 
@@ -122,7 +122,7 @@ def _against(cell: Cell, reference: str, share: bool) -> str:
   if found is None:
     return "reference" if cell.label == reference else ""
   text = _number(found.mean, share, sign="+")
-  if found.low is not None:
+  if found.low is not None and found.high is not None:
     text += f" [{_number(found.low, share, sign='+')}, {_number(found.high, share, sign='+')}]"
   return f"{text}  {found.verdict}" if found.low is None or found.verdict == UNSHOWN else text
 

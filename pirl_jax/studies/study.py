@@ -21,7 +21,7 @@ from pirl_jax.configs import evaluate as evaluations
 from pirl_jax.configs.study import systems
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
-from pirl_jax.evaluation.protocols import protocol_of
+from pirl_jax.evaluation.protocols import protocol_of, reading_of
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import write_json
 from pirl_jax.studies.points import MARK, Point, Trial, create_trial, named, read_points
@@ -76,7 +76,8 @@ def check_study(config: ConfigDict, root: Path) -> None:
   require(config.evaluation in evaluations.VARIANTS, "evaluation", f"choose from {', '.join(evaluations.VARIANTS)}")
   protocol = evaluations.get_config(config.evaluation).protocol
   reading = protocol_of(protocol).reading
-  require(reading, "evaluation", "it gives no figure to compare")
+  if reading is None:
+    raise UserError(f"evaluation={config.evaluation!r} is not possible: it gives no figure to compare")
   require(config.plot != "layers" or reading.by_layer, "plot",
           f"{protocol} has no figure for each layer; linear and svm do")
   require(config.plot != "distances" or reading.distances, "plot", f"{protocol} has no distances; invariance does")
@@ -110,7 +111,7 @@ def check_trials(trials: Iterable[Trial], waiting: Iterable[Trial]) -> None:
 def _check_labels(trial: Trial, parts: Parts) -> None:
   """Raises UserError if the evaluation is of the run's own images and they lack what it needs."""
   protocol = trial.evaluation.protocol
-  reading = protocol_of(protocol).reading
+  reading = reading_of(protocol)
   if any(value is not None for value in trial.evaluation.data.to_dict().values()):
     return
   if parts.test is None and reading.needs_test:
@@ -141,7 +142,7 @@ def keep_compiled(folder: Path) -> None:
 
   A folder that was chosen already (JAX_COMPILATION_CACHE_DIR) stays.
   """
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.values["jax_compilation_cache_dir"]:
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
 
@@ -155,8 +156,8 @@ def carry_out(waiting: Sequence[Trial]) -> None:
   started = time.perf_counter()
   for number, trial in enumerate(waiting, 1):
     done = number - 1
-    each = (time.perf_counter() - started) / done if done else None
-    left = f", about {math.ceil(each * (len(waiting) - done) / 60)} min left" if done else ""
+    seconds = time.perf_counter() - started
+    left = f", about {math.ceil(seconds / done * (len(waiting) - done) / 60)} min left" if done else ""
     print(f"\nrun {number} of {len(waiting)}: {trial.point.label}, seed {trial.config.seed}, in {trial.folder}{left}",
           flush=True)
     with named(trial):

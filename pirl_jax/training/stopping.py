@@ -10,9 +10,9 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
-EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+EXIT_CODES: dict[int, int] = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
 def note_sigterm() -> Callable[[bool], None]:
@@ -47,7 +47,8 @@ class Stopping:
     """Has not been asked."""
     from pirl_jax.runtime.processes import alone
 
-    self._asked, self._held = None, False
+    self._asked: signal.Signals | None = None
+    self._held = False
     self._questions = 0
     self._alone = alone()
 
@@ -102,7 +103,7 @@ class Stopping:
     self._questions += 1
     return self._asked is not None if self._alone else multihost_utils.reached_preemption_sync_point(self._questions)
 
-  def stop(self) -> None:
+  def stop(self) -> NoReturn:
     """Raises `Stopped`, after everything has been saved."""
     raise Stopped(EXIT_CODES[self._asked or signal.SIGTERM])  # asked for by another process: SIGTERM
 

@@ -81,7 +81,8 @@ class Jigsaw(Pretext):
     return augment(cut_patches(crop, offsets, permutation, **cut)), label
 
 
-def draw_jigsaw(key: jax.Array, *, size: int, grid: int, patch_size: int, orders: jax.Array | None = None) -> tuple[
+def draw_jigsaw(key: jax.Array, *, size: int, grid: int, patch_size: int,
+                orders: jax.Array | np.ndarray | None = None) -> tuple[
     jax.Array, jax.Array, jax.Array]:
   """Returns (offsets i32[P, 2], permutation i32[P], label i32[]) for a crop of `size` pixels.
 

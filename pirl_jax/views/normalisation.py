@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-MEAN = np.float32([0.485, 0.456, 0.406])
-STD = np.float32([0.229, 0.224, 0.225])
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+STD = np.array([0.229, 0.224, 0.225], np.float32)
 """Of the channels of ImageNet's images in [0, 1], as the official runs normalise (torchvision)."""
 
 

@@ -151,7 +151,7 @@ def _write(permutations: np.ndarray, subset: str) -> None:
     try:
       with open(handle, "wb") as file:
         np.lib.format.write_array(file, permutations, allow_pickle=False)
-      os.replace(temporary, folder / _file_name(*permutations.shape, subset))
+      os.replace(temporary, folder / _file_name(len(permutations), permutations.shape[1], subset))
     finally:
       pathlib.Path(temporary).unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ axis of 3 would fill 3 of 128 lanes on TPU. Every parameter of an operation may 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +105,7 @@ def apply_photometric(image: jax.Array, drawn: Photometric) -> jax.Array:
     places=drawn.places,
   )
   if drawn.bits is not None:
+    assert drawn.sharpness is not None and drawn.threshold is not None and drawn.autocontrast is not None
     image = posterize(image, drawn.bits)
     image = adjust_sharpness(image, drawn.sharpness)
     image = solarize(image, drawn.threshold)
@@ -165,7 +166,7 @@ def color_jitter(
     target = jnp.where(is_contrast, _mean_level(grey), jnp.where(is_saturation, grey, 0.0))
     return _blend(target, image, factor), None
 
-  def blend_pass(image: jax.Array, is_now: Callable[[jax.Array], jax.Array]) -> jax.Array:
+  def blend_pass(image: jax.Array, is_now: Callable[[Any], Any]) -> jax.Array:
     if not slots:
       return image
     drawn = [(jnp.where(is_now(place), factor, 1.0), *kinds) for factor, place, *kinds in slots]

@@ -3,7 +3,7 @@
 Letters: B batch, H W the image's sides, S side of the pretext crop, P pretext views of an image, h w their sides.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ PRETEXTS: dict[str, type[Pretext]] = {"jigsaw": Jigsaw, "rotation": Rotation, "r
 
 
 def create_pretext(name: str, *, image_size: int, image_scale: tuple[float, float],
-                   settings: Mapping[str, Mapping[str, Any]]) -> Pretext:
+                   settings: Any) -> Pretext:
   """Returns the transform of that name.
 
   Args:
@@ -37,7 +37,7 @@ def create_pretext(name: str, *, image_size: int, image_scale: tuple[float, floa
     raise UserError(f"pretext={name!r} is unknown; choose from {', '.join(PRETEXTS)}")
   pretext = PRETEXTS[name]
   own = settings[pretext.settings] if pretext.settings else {}
-  arguments = {"crop_size": image_size, "crop_scale": image_scale, **own}
+  arguments: dict[str, Any] = {"crop_size": image_size, "crop_scale": image_scale, **own}
   return pretext(**arguments | {"crop_scale": tuple(arguments["crop_scale"])})
 
 

@@ -1,7 +1,7 @@
 """CIFAR-10 from `cifar-10-binary.tar.gz` (https://www.cs.toronto.edu/~kriz/cifar.html, "binary version")."""
 
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -32,9 +32,9 @@ class Cifar10(LabelledImages, skip_registration=True):
     )
   }
 
-  def read(self, archive: tarfile.TarFile, prefix: str,
-           members: Sequence[str]) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+  def read(self, archive: tarfile.TarFile, *arguments: Any) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """Yields the records of the files, one after the other; their numbers run on."""
+    prefix, members = arguments
     index = 0
     for member in members:
       # One byte of label, then the red, the green and the blue plane, row by row.

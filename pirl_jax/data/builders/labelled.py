@@ -27,7 +27,7 @@ class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   SPLITS: ClassVar[dict[str, tuple]]
   """The arguments of `read` by split."""
 
-  def read(self, archive: tarfile.TarFile, *arguments: Any) -> Iterator[tuple[np.ndarray, dict]]:
+  def read(self, archive: tarfile.TarFile, *arguments: Any) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """Yields u8[SIDE, SIDE, 3] and the other features of each record of a split."""
     raise NotImplementedError
 

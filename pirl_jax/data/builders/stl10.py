@@ -33,9 +33,9 @@ class Stl10(LabelledImages, skip_registration=True):
     )
   }
 
-  def read(self, archive: tarfile.TarFile, images: str,
-           labels: str | None) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+  def read(self, archive: tarfile.TarFile, *arguments: Any) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """Yields the records of a file of images and of one of labels, which may be None."""
+    images, labels = arguments
     labelled = labels is not None
     # Labels count from 1 in the file. They are read whole, ahead of the images: to go to and fro in a compressed
     # archive is to unpack it again and again.

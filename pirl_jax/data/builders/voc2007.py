@@ -75,7 +75,7 @@ class Voc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       members = {member.name: member for member in archive}  # tarfile itself looks through all of them for a name
 
       def read(name: str) -> bytes:
-        with archive.extractfile(members[f"{_FOLDER}/{name}"]) as file:
+        with archives.opened_member(archive, members[f"{_FOLDER}/{name}"]) as file:
           return file.read()
 
       for name in read(f"ImageSets/Main/{list_name}.txt").decode().split():
@@ -95,19 +95,25 @@ class Voc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def _objects(annotation: ElementTree.Element) -> list[dict]:
   """Returns the objects of one image as the feature "objects" has them."""
-  size = annotation.find("size")
-  width, height = float(size.findtext("width")), float(size.findtext("height"))
+  width, height = float(_text(annotation, "size/width")), float(_text(annotation, "size/height"))
   found = []
   # An object's parts (a head, a hand) are further down and have names too.
   for one in annotation.findall("object"):
-    left, top, right, bottom = (float(one.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax"))
+    left, top, right, bottom = (float(_text(one, f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax"))
     found.append(
       {
-        "label": one.findtext("name").lower(),
+        "label": _text(one, "name").lower(),
         "bbox": tfds.features.BBox(top / height, left / width, bottom / height, right / width),
-        "pose": one.findtext("pose").lower(),
+        "pose": _text(one, "pose").lower(),
         "is_truncated": one.findtext("truncated") == "1",
         "is_difficult": one.findtext("difficult") == "1",
       }
     )
   return found
+
+
+def _text(element: ElementTree.Element, path: str) -> str:
+  text = element.findtext(path)
+  if text is None:
+    raise KeyError(f"an annotation has no {path}")
+  return text

@@ -106,6 +106,7 @@ def export_features(model: Model, images: Images, settings: ExportSettings, *, m
   source = images.source
   seen = np.zeros(len(images), bool)
   num_counted, began = 0, perf_counter()
+  first_done = began
   writing = _WRITERS[format](path, dim, layer, source)
   with (writing if jax.process_index() == 0 else contextlib.nullcontext(_write_nothing) as write,
         Progress(f"features of {layer}", len(images)) as progress,
@@ -154,12 +155,17 @@ def _names(source: Source, index: np.ndarray) -> list[str]:
   return [source.image_name(i) for i in index.tolist()]
 
 
+def _targets(source: Source) -> np.ndarray | None:
+  """Returns i8[images, classes], see `Source.targets`; None where an image shows one class at most."""
+  return source.targets() if source.multi_label else None
+
+
 @contextlib.contextmanager
 def _npz(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Write]:
   indices, labels = [], []
   with replacing(path) as file, tempfile.TemporaryFile(dir=path.parent) as rows:
     def write(features: np.ndarray, index: np.ndarray, label: np.ndarray) -> None:
-      rows.write(features)
+      rows.write(features.data)
       indices.append(index)
       labels.append(label)
 
@@ -168,8 +174,8 @@ def _npz(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Write]:
     index = np.concatenate(indices)
     arrays = {"index": index, "label": np.concatenate(labels), "name": _names(source, index),
               "class_names": source.class_names, "layer": layer}
-    if source.multi_label:
-      arrays["targets"] = source.targets()[index]
+    if (targets := _targets(source)) is not None:
+      arrays["targets"] = targets[index]
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
       with archive.open("features.npy", "w", force_zip64=True) as entry:
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(index), dim)}
@@ -203,9 +209,8 @@ def _parquet(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Writ
       classes = [source.class_names[i] if i >= 0 else None for i in label.tolist()]
       columns = [pa.array(index), pa.array(label), pa.array(_names(source, index), pa.string()),
                  pa.array(classes, pa.string()), pa.FixedSizeListArray.from_arrays(features.reshape(-1), dim)]
-      if source.multi_label:
-        targets = source.targets()[index]
-        columns.append(pa.FixedSizeListArray.from_arrays(targets.reshape(-1), targets.shape[1]))
+      if (targets := _targets(source)) is not None:
+        columns.append(pa.FixedSizeListArray.from_arrays(targets[index].reshape(-1), targets.shape[1]))
       writer.write_table(pa.table(columns, schema=schema))
       block.clear()
 

@@ -160,17 +160,21 @@ def gather_blocks(parts: Iterable[tuple[np.ndarray, np.ndarray]], *, num_referen
   """
   num_rows = max(1, min(BLOCK_ROWS, BLOCK_NUMBERS // dim, num_references))
   num_rows += -num_rows % mesh.size
-  filled = 0
+
+
+  def empty() -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((num_rows, dim), np.float32), np.full(num_rows, -1, np.int32)
+
+  (block, block_ids), filled = empty(), 0
   for references, ids in parts:
     while len(ids):
-      if not filled:  # a new array each time: the devices may still read the last one
-        block, block_ids = np.zeros((num_rows, dim), np.float32), np.full(num_rows, -1, np.int32)
       count = min(num_rows - filled, len(ids))
       block[filled:filled + count], block_ids[filled:filled + count] = references[:count], ids[:count]
       references, ids = references[count:], ids[count:]
-      filled = (filled + count) % num_rows
-      if not filled:
+      filled += count
+      if filled == num_rows:
         yield block, block_ids
+        (block, block_ids), filled = empty(), 0  # new arrays: the devices may still read the last ones
   if filled:
     yield block, block_ids
 

@@ -19,7 +19,7 @@ import functools
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -138,10 +138,11 @@ def measure_linear(model: Model, train: Images, test: Images, settings: LinearSe
   optimizer = linear_optimizer(settings, steps_per_epoch)
   state = jax.jit(lambda: create_classifiers(seed, shapes, optimizer, head=settings.head, num_classes=num_classes),
                   out_shardings=whole(mesh))()
+  train_step = training.make_classifier_step(linear_step(step_maps_fn, optimizer), mesh,
+                                             steps_per_epoch=steps_per_epoch)
   state = training.train_classifier(
-    training.make_classifier_step(linear_step(step_maps_fn, optimizer), mesh, steps_per_epoch=steps_per_epoch), state,
-    frozen, open_stream, settings=settings, steps_per_epoch=steps_per_epoch, mesh=mesh,
-    folder=Path(snapshot_folder) / "classifiers",
+    lambda state, batch: train_step(state, frozen, batch), state, open_stream, settings=settings,
+    steps_per_epoch=steps_per_epoch, mesh=mesh, folder=Path(snapshot_folder) / "classifiers",
     words=training.Words(f"linear: classifiers on {', '.join(layers)}", layers, _unreadable(num_images)))
   losses, num_read = training.epoch_means(state)
   num_broken = num_labelled - num_images if settings.cached else steps_per_epoch * settings.batch_size - num_read
@@ -252,7 +253,7 @@ def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> C
         inputs[layer] = _standardise(x, mean, var)
 
     # 2. The sum of the losses: each moves the parameters of its own classifier alone.
-    def objective(params: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def objective(params: Mapping[str, Any]) -> tuple[jax.typing.ArrayLike, dict[str, jax.Array]]:
       losses = {}
       for layer, x in inputs.items():
         # An image that cannot be read may have the label -1: it has no weight, and must only not disturb.
@@ -270,7 +271,7 @@ def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> C
 
 
 def cached_batches(maps: Mapping[str, np.ndarray], labels: np.ndarray, *, batch_size: int, seed: int, start_step: int,
-                   process_index: int = 0, process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
+                   process_index: int = 0, process_count: int = 1) -> batches.Batches:
   """Returns the endless stream of batches of features in memory, from batch `start_step` on.
 
   A batch is a function of (seed, step); in an epoch no image comes twice, and those left over are others in each.
@@ -362,7 +363,7 @@ def _map_shapes(model: Model, layers: Sequence[str], image_size: int) -> dict[st
 
 def _open_training(model: Model, frozen: Any, train: Images, labels: np.ndarray, settings: LinearSettings, *,
                    shapes: Mapping[str, tuple[int, ...]], mesh: Mesh,
-                   seed: int) -> tuple[Callable[..., Iterator[dict[str, np.ndarray]]], Callable, int]:
+                   seed: int) -> tuple[Callable[..., batches.Batches], Callable, int]:
   """Returns (open_stream(start_step=), maps_fn(frozen, batch), number of images): those with a label, from the files
   or, if cached, in memory without those that cannot be read."""
   maps_fn = layer_features(model.network, tuple(shapes), flat=False)
@@ -374,7 +375,7 @@ def _open_training(model: Model, frozen: Any, train: Images, labels: np.ndarray,
   indices = np.flatnonzero(labels >= 0)
   return (functools.partial(
     batches.labelled_batches, train.source, indices=indices, batch_size=settings.batch_size,
-    image_size=train.image_size, image_scale=settings.image_scale, seed=seed, num_threads=train.num_threads, **here),
+    crop=(train.image_size, settings.image_scale), seed=seed, num_threads=train.num_threads, **here),
     _image_maps(maps_fn), len(indices))
 
 

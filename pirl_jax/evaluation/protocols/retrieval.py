@@ -223,7 +223,7 @@ def _read_gallery(model: Model, gallery: Images, bank: np.ndarray | None, *, mes
     for part in stream_features(layer_features(model.network, (layer,)), model.variables, gallery.test_batches(), mesh):
       yield Vectors(unit_norm(part.features[layer]), part.index, part.labels, part.num_broken)
     return
-  labels = gallery.source.labels() if labelled else np.full(len(gallery), -1, np.int32)
+  labels = gallery.labels() if labelled else np.full(len(gallery), -1, np.int32)
   for start in range(0, len(bank), gallery.batch_size):
     rows = np.asarray(bank[start:start + gallery.batch_size], np.float32)
     usable = rows.any(axis=1)
@@ -273,7 +273,7 @@ def _search(asked: Vectors, parts: Iterator[Vectors], num_images: int, *, depth:
   neighbours = nearest.result()
   if same_split:
     neighbours = _without(neighbours, asked.index)
-  return Found(*(x[:, :depth] for x in neighbours), labels, blocks, num_gallery, num_broken)
+  return Found(neighbours.similarity[:, :depth], neighbours.ids[:, :depth], labels, blocks, num_gallery, num_broken)
 
 
 def _precisions(asked: Vectors, found: Found, *, same_split: bool, mesh: Mesh) -> tuple[int, float, np.ndarray]:

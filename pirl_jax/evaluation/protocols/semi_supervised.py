@@ -116,7 +116,7 @@ def measure_semi_supervised(model: Model, train: Images, test: Images, settings:
       model, train, indices, own[fraction], mesh=mesh, seed=seed, folder=folder,
       title=f"fine-tuning on {_share(fraction)}")
     found[str(fraction)] = {
-      **_judge(model.network.trunk, variables, test, num_classes, mesh),
+      **_judge(model.single.trunk, variables, test, num_classes, mesh),
       "num_images": len(indices), "num_classes_seen": num_seen, **figures, "digest": subset_digest(indices),
       "indices": indices.tolist() if fraction < 1 else None,
       "files": [train.source.image_name(i) for i in indices.tolist()] if fraction < 1 else None}
@@ -174,7 +174,7 @@ def _fine_tune(model: Model, train: Images, indices: np.ndarray, settings: SemiS
   steps_per_epoch = batches.steps_per_epoch(len(indices), settings.batch_size)
   optimizer = create_optimizer(training.falling_rate(settings, steps_per_epoch), momentum=settings.momentum,
                                weight_decay=settings.weight_decay, nesterov=settings.nesterov)
-  trunk, num_classes = model.network.trunk, len(train.source.class_names)
+  trunk, num_classes = model.single.trunk, len(train.source.class_names)
 
   def create_state(variables: Mapping[str, Any]) -> dict[str, Any]:
     variables = on_trunk(Classifier(trunk, num_classes), jax.random.key(seed), variables)
@@ -186,13 +186,13 @@ def _fine_tune(model: Model, train: Images, indices: np.ndarray, settings: SemiS
   train_step = training.make_classifier_step(step, mesh, steps_per_epoch=steps_per_epoch)
   open_stream = functools.partial(
     batches.labelled_batches, train.source, indices=indices, batch_size=settings.batch_size,
-    image_size=train.image_size, image_scale=settings.image_scale, seed=seed, process_index=jax.process_index(),
+    crop=(train.image_size, settings.image_scale), seed=seed, process_index=jax.process_index(),
     process_count=jax.process_count(), num_threads=train.num_threads)
   unreadable = (f"none of the {len(indices)} images can be read, for example "
                 f"{train.source.image_name(int(indices[0]))}; check the files")
   state = training.train_classifier(
-    train_step, state, {}, open_stream, settings=settings, steps_per_epoch=steps_per_epoch, mesh=mesh, folder=folder,
-    words=training.Words(title, ("",), unreadable))
+    lambda state, batch: train_step(state, {}, batch), state, open_stream, settings=settings,
+    steps_per_epoch=steps_per_epoch, mesh=mesh, folder=folder, words=training.Words(title, ("",), unreadable))
   losses, num_read = training.epoch_means(state)
   return {name: state[name] for name in ("params", "batch_stats")}, {
     "batch_size": settings.batch_size, "learning_rate": settings.first_rate,
@@ -214,7 +214,7 @@ def _judge(trunk: ResNet, variables: dict[str, Any], test: Images, num_classes: 
 
 # Kept, so that the test images of every share go through one program.
 @functools.cache
-def _forward_fn(trunk: ResNet, num_classes: int) -> Callable[[Any, jax.Array], jax.Array]:
+def _forward_fn(trunk: ResNet, num_classes: int) -> Callable[[Any, jax.Array], Any]:
   classifier = Classifier(trunk, num_classes)
   return lambda variables, image: classifier.apply(variables, image, train=False)
 

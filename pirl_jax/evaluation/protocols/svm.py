@@ -146,12 +146,12 @@ def measure_svm(model: Model, train: Images, test: Images, settings: SvmSettings
   layers = svm_layers(model, settings.layers, image_size=train.image_size, field="svm.layers")
   costs, num_folds = GRIDS[settings.costs], settings.num_folds
   names = check_labels(train, test)
-  choose_classes(names, train.source.targets(), test.source.targets(), least=num_folds)  # before all that takes long
+  choose_classes(names, train.targets(), test.targets(), least=num_folds)  # before all that takes long
   fit_on = read_examples(model, train, mesh=mesh, layers=layers, title="SVM: features of training images")
   judge_on = read_examples(model, test, mesh=mesh, layers=layers, title="SVM: features of held-out images")
   classes = choose_classes(names, fit_on.targets, judge_on.targets, least=num_folds)
 
-  found = {}
+  found: dict[str, dict[str, Any]] = {}
   num_fits = len(classes.fitted) * (num_folds * len(costs) + 1)
   with Progress("SVM", num_fits * len(layers), unit="fits") as progress:
     for layer in layers:
@@ -266,7 +266,7 @@ def read_examples(model: Model, images: Images, *, mesh: Mesh, layers: Sequence[
                              images.test_batches(squash=True), mesh, on_batch=progress.update)
   known = np.full(len(found.index), True) if images.source.multi_label else found.labels >= 0
   return Examples({layer: rows[known] for layer, rows in found.features.items()},
-                  images.source.targets()[found.index[known]], found.index[known], found.num_broken)
+                  images.targets()[found.index[known]], found.index[known], found.num_broken)
 
 
 def unit_rows(features: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation.features import calibrate_batch_stats
 from pirl_jax.evaluation.protocols.learning import LearningSettings, format_learning, measure_learning
 from pirl_jax.runtime.mesh import create_mesh
 from pirl_jax.views.normalisation import normalise
@@ -53,8 +54,9 @@ TRAINED = {"params": {"look": np.eye(48, 3, dtype=np.float32)},
 
 
 def run(train, test, *, num_devices=4, k=200):
-  return measure_learning(train, test, forward_fn=forward, stats_fn=stats, untrained=UNTRAINED,
-                          trained=TRAINED, momentum=0.5, mesh=create_mesh(num_devices),
+  mesh = create_mesh(num_devices)
+  untrained = calibrate_batch_stats(stats, UNTRAINED, train(), mesh, momentum=0.5)
+  return measure_learning(train(), test(), forward_fn=forward, untrained=untrained, trained=TRAINED, mesh=mesh,
                           settings=LearningSettings(k, 0.07),
                           about={"seed": 3, "checkpoint_step": 50, "train_data": "noise"})
 
