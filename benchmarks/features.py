@@ -34,7 +34,7 @@ from pirl_jax.models.heads import ImageHead
 from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh, split, whole
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def create_model(arch: str, stem: str, images: Images, mesh) -> Model:
 def compare(model: Model, images: Images, mesh, arguments) -> list[tuple[float, float]]:
   """Returns (forward, export) in images per second, for each round."""
   forward_fn = layer_features(model.network, ("pooled",))
-  forward_jit = jax.jit(lambda variables, image: forward_fn(variables, normalise(image)))
+  forward_jit = jax.jit(lambda variables, image: forward_fn(variables, normalise_image(image)))
   batches = [jax.device_put(batch["image"], split(mesh)) for batch in images.test_batches()]
 
   def forward():

@@ -34,7 +34,7 @@ def pretrain(config: ConfigDict | Mapping[str, Any], workdir: str | PathLike[str
   config = _config_of(config, "pretrain")
   folder = Path(fspath(workdir) or f"runs/{config.name}").expanduser()
   with hushed():
-    training.pretrain(config, folder, Stopping())  # not entered: it takes no signals
+    training.pretrain_with(config, folder, Stopping())  # not entered: it takes no signals
   return folder.absolute()
 
 

@@ -23,7 +23,7 @@ from pirl_jax.errors import UserError
 if TYPE_CHECKING:
   import jax  # `place` alone needs it at run time
 
-Record = dict[str, np.ndarray | np.generic]
+Example = dict[str, np.ndarray | np.generic]
 """One image of a batch: crops u8[S, S, 3], and scalars."""
 
 Batch = dict[str, np.ndarray]
@@ -182,7 +182,7 @@ _RUNNING = weakref.WeakSet()
 _PART_BYTES = 2**20  # at most, of the test images read at a time: 341 of 32 pixels, 6 of 224
 
 
-def _train_stream(crop_fn: Callable[..., Record], num_records: int, *, batch_size: int, seed: int, start_step: int,
+def _train_stream(crop_fn: Callable[..., Example], num_records: int, *, batch_size: int, seed: int, start_step: int,
                   process_index: int, process_count: int, num_threads: int) -> Batches:
   """Returns the endless stream of crop_fn(record, rng) in batches, a function of (seed, step); see `train_batches`."""
   whole_batches = steps_per_epoch(num_records, batch_size)
@@ -263,7 +263,7 @@ def _read(source: Source, index: int) -> tuple[np.ndarray | None, int]:
 
 
 def _crops(source: Source, index: int, rng: np.random.Generator, *,
-           crops: Mapping[str, tuple[int, tuple[float, float]]]) -> Record:
+           crops: Mapping[str, tuple[int, tuple[float, float]]]) -> Example:
   image, label = _read(source, index)
   return {
     **{name: np.zeros((size, size, 3), np.uint8) if image is None
@@ -276,7 +276,7 @@ def _crops(source: Source, index: int, rng: np.random.Generator, *,
 
 def _labelled_crop(
   source: Source, indices: np.ndarray, position: int, rng: np.random.Generator, *, size: int, scale: tuple[float, float]
-) -> Record:
+) -> Example:
   index = int(indices[position])
   image, label = _read(source, index)
   if image is None:

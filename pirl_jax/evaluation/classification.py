@@ -39,7 +39,7 @@ def read_labels(train: Images, test: Images, *, protocol: str) -> np.ndarray:
   return labels["training"]
 
 
-def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def true_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
   """Returns how many classes come before the true one, i[N]; of equal logits the lower class comes first.
 
   Args:

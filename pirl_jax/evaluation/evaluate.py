@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
   subjects = open_subjects(config.checkpoint, config.step, mesh)
   check_same_images({run.label: data_of(config, run) for subject in subjects for run in subject.runs})
   open_once = functools.cache(open_images)
-  evaluations = [prepare(config, subject, mesh, open_once, workdir, len(subjects)) for subject in subjects]
+  evaluations = [open_evaluation(config, subject, mesh, open_once, workdir, len(subjects)) for subject in subjects]
   first = evaluations[0]
   settings = {evaluation.subject.label: settings_of(evaluation) for evaluation in evaluations}
   result_path = first.output.with_name(first.output.name + ".json")
@@ -73,7 +73,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
       if result_path.with_suffix(ending).exists():
         result_path.with_suffix(ending).rename(older.with_name(f"{older.stem}{ending}"))
     print(f"the result of step {older_step} is now {older}")
-  finish(config, evaluations, settings, outcomes, result_path, time.perf_counter() - started)
+  write_results(config, evaluations, settings, outcomes, result_path, time.perf_counter() - started)
   return outcomes
 
 
@@ -141,7 +141,7 @@ def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> d
   return sizes
 
 
-def prepare(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_fn: Callable, workdir: str,
+def open_evaluation(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_fn: Callable, workdir: str,
             num_subjects: int) -> Evaluation:
   """Returns the evaluation of one subject: its images are opened and all is checked, but nothing computed or written.
 
@@ -271,7 +271,7 @@ def measure(evaluation: Evaluation) -> Outcome:
   return outcome
 
 
-def finish(config: ConfigDict, evaluations: Sequence[Evaluation], settings: dict[str, dict[str, Any]],
+def write_results(config: ConfigDict, evaluations: Sequence[Evaluation], settings: dict[str, dict[str, Any]],
            outcomes: dict[str, Outcome], path: Path, seconds: float) -> None:
   """Writes result file and plot, prints the table and the names of all that was written."""
   if jax.process_index():

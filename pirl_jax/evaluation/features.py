@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from pirl_jax.errors import UserError
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 IN_FLIGHT = 2
 """Batches on the devices at once: the next one is decoded while these are computed."""
@@ -171,7 +171,7 @@ def _place(image: np.ndarray, mesh: Mesh) -> np.ndarray | jax.Array:
 @functools.lru_cache(maxsize=16)
 def _make_forward(forward_fn: Callable, mesh: Mesh) -> Callable:
   def device_forward(variables: Any, image: jax.Array) -> dict[str, jax.Array]:
-    return jax.tree.map(lambda x: x.astype(jnp.float32), forward_fn(variables, normalise(image)))
+    return jax.tree.map(lambda x: x.astype(jnp.float32), forward_fn(variables, normalise_image(image)))
 
   # Whole on every device, so that each of several processes can read all of it.
   return jax.jit(jax.shard_map(device_forward, mesh=mesh, in_specs=(WHOLE, SPLIT), out_specs=SPLIT),
@@ -181,7 +181,7 @@ def _make_forward(forward_fn: Callable, mesh: Mesh) -> Callable:
 @functools.lru_cache(maxsize=16)
 def _make_stats(stats_fn: Callable, mesh: Mesh) -> Callable:
   def device_stats(variables: Any, image: jax.Array) -> Any:
-    return lax.pmean(stats_fn(variables, normalise(image)), AXIS)
+    return lax.pmean(stats_fn(variables, normalise_image(image)), AXIS)
 
   return jax.jit(jax.shard_map(device_stats, mesh=mesh, in_specs=(WHOLE, SPLIT), out_specs=WHOLE),
                  in_shardings=(whole(mesh), split(mesh)))

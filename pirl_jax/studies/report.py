@@ -14,7 +14,7 @@ from pirl_jax.storage.files import write_file, write_json
 from pirl_jax.studies import figures as study_figures
 from pirl_jax.studies.figures import PAPER, Panel
 from pirl_jax.studies.points import Trial, given, named
-from pirl_jax.studies.statistics import Cell, format_table, paired_difference
+from pirl_jax.studies.statistics import Cell, format_cells, paired_difference
 
 
 def report(config: ConfigDict, trials: Sequence[Trial], folder: Path) -> None:
@@ -38,7 +38,7 @@ def report(config: ConfigDict, trials: Sequence[Trial], folder: Path) -> None:
   title = config.title or f"{config.name}: {config.evaluation}"
   study_figures.save_panels(folder / "study.png", title, create_panels(config, trials, results, shown, share=share))
   title += f", seed{'s' if len(config.seeds) > 1 else ''} {', '.join(map(str, config.seeds))}"
-  print("\n" + format_table(title, shown, reference=config.reference, share=share))
+  print("\n" + format_cells(title, shown, reference=config.reference, share=share))
   print("written: " + ", ".join(str(folder / f"study.{ending}") for ending in ("csv", "json", "png")))
 
 

@@ -88,7 +88,7 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Di
   return Difference(mean, mean - half, mean + half)
 
 
-def format_table(title: str, cells: Sequence[Cell], *, reference: str, share: bool) -> str:
+def format_cells(title: str, cells: Sequence[Cell], *, reference: str, share: bool) -> str:
   """Returns lines of text: for each figure a row for each point.
 
   Args:

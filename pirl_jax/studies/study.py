@@ -55,7 +55,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   check_trials(trials, waiting.values())
   print(format_plan(points, trials, waiting), flush=True)
   keep_compiled(root / "compiled")
-  carry_out(list(waiting.values()))
+  run_trials(list(waiting.values()))
   if jax.process_index() == 0:
     report(config, trials, root / config.name)
 
@@ -147,7 +147,7 @@ def keep_compiled(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
 
 
-def carry_out(waiting: Sequence[Trial]) -> None:
+def run_trials(waiting: Sequence[Trial]) -> None:
   """Trains those that are not trained, and judges all of them.
 
   Raises:
@@ -162,11 +162,11 @@ def carry_out(waiting: Sequence[Trial]) -> None:
           flush=True)
     with named(trial):
       if not trial.trained:
-        train(trial)
+        train_trial(trial)
       evaluate.run(trial.evaluation, "")
 
 
-def train(trial: Trial) -> None:
+def train_trial(trial: Trial) -> None:
   """Pre-trains the run of a trial, or goes on with it, and marks it as trained."""
   started = time.perf_counter()
   pretrain.run(trial.config, str(trial.folder))

@@ -50,10 +50,10 @@ def run(config: ConfigDict, workdir: str) -> None:
     Stopped: by SIGTERM or Ctrl-C, after the state was saved.
   """
   with Stopping() as stopping:
-    pretrain(config, Path(workdir or f"runs/{config.name}"), stopping)
+    pretrain_with(config, Path(workdir or f"runs/{config.name}"), stopping)
 
 
-def pretrain(config: ConfigDict, workdir: Path, stopping: Stopping) -> None:
+def pretrain_with(config: ConfigDict, workdir: Path, stopping: Stopping) -> None:
   """Does what `run` says, until it is finished or asked to stop."""
   parts = processes.together(prepare, config, workdir)
   processes.check_alike({

@@ -113,7 +113,7 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
                       "stored otherwise: it can be evaluated, not gone on with; choose another --workdir")
     for name, now in expected.items():
       if meta.get(name) != now:
-        if name == "data" and (changes := contents.difference(parts.train, parts.workdir)):
+        if name == "data" and (changes := contents.changes_since(parts.train, parts.workdir)):
           raise UserError(f"the training images are not those with which the run in {parts.workdir} began; "
                           f"{changes}; restore them, or choose another --workdir")
         raise UserError(f"the checkpoint in {parts.workdir} has {name} {meta.get(name)!r}, and this run {now!r}; "

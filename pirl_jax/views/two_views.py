@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pirl_jax.errors import UserError
 from pirl_jax.views.jigsaw import Jigsaw
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 from pirl_jax.views.photometric import apply_photometric, draw_photometric
 from pirl_jax.views.pretext import Pretext
 from pirl_jax.views.recipe import Recipe
@@ -57,7 +57,7 @@ def make_views(pretext: Pretext | None, *, recipe: Recipe, pretext_recipe: Recip
   def view(key: jax.Array, crop: jax.Array, recipe: Recipe) -> jax.Array:
     image = jnp.moveaxis(crop, -1, 0).astype(float)  # [3, H, W]; float32, unless JAX_ENABLE_X64 is set
     image = apply_photometric(image, draw_photometric(key, recipe=recipe))
-    return normalise(jnp.moveaxis(image, 0, -1))
+    return normalise_image(jnp.moveaxis(image, 0, -1))
 
   def both_views(key: jax.Array, image_crop: jax.Array | None,
                  pretext_crop: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:

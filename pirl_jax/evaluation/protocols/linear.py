@@ -41,7 +41,7 @@ from pirl_jax.figures.curves import Curve
 from pirl_jax.models.network import Ensemble, Model, Network
 from pirl_jax.runtime.mesh import AXIS, whole
 from pirl_jax.runtime.progress import Progress
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 HEADS = ("bn", "bn_affine", "plain")
 SCHEDULES = ("steps", "cosine")
@@ -329,7 +329,7 @@ def _linear(params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
 
 
 def _image_maps(maps_fn: Callable) -> Callable:
-  return lambda frozen, batch: maps_fn(frozen, normalise(batch["image"]))
+  return lambda frozen, batch: maps_fn(frozen, normalise_image(batch["image"]))
 
 
 def _cached_maps(layers: Iterable[str]) -> Callable:
@@ -420,7 +420,7 @@ def _judge(forward_fn: Callable, variables: Mapping[str, Any], test: Images,
       labelled = part.labels >= 0
       num_broken += part.num_broken
       for layer, logits in part.features.items():
-        ranks[layer].append(classification.ranks(logits[labelled], part.labels[labelled]))
+        ranks[layer].append(classification.true_ranks(logits[labelled], part.labels[labelled]))
       progress.update(len(part.index) + part.num_broken)
   ranks = {layer: np.concatenate(parts) for layer, parts in ranks.items()}
   if not all(map(len, ranks.values())):

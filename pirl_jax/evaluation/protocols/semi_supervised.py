@@ -41,7 +41,7 @@ from pirl_jax.models.resnet import ResNet
 from pirl_jax.runtime.mesh import AXIS, whole
 from pirl_jax.runtime.progress import Progress
 from pirl_jax.storage.files import read_json, write_json
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def fine_tuning_step(classifier: Classifier, optimizer: optax.GradientTransforma
     del frozen
     def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
       logits, updated = classifier.apply(
-        {"params": params, "batch_stats": state["batch_stats"]}, normalise(batch["image"]), train=True,
+        {"params": params, "batch_stats": state["batch_stats"]}, normalise_image(batch["image"]), train=True,
         mutable=["batch_stats"])
       weight = batch["valid"].astype(jnp.float32)  # [b]
       # A label of -1 belongs to an image without weight, and must only not disturb.
@@ -207,7 +207,7 @@ def _judge(trunk: ResNet, variables: dict[str, Any], test: Images, num_classes: 
   labelled = found.labels >= 0
   if not labelled.any():
     raise UserError(f"none of the {len(test)} test images has a label and can be read: {found.num_broken} are broken")
-  ranks = classification.ranks(found.features[labelled], found.labels[labelled])
+  ranks = classification.true_ranks(found.features[labelled], found.labels[labelled])
   return {"top1": float(np.mean(ranks < 1)), "top5": float(np.mean(ranks < 5)), "num_test": int(labelled.sum()),
           "num_broken_test": found.num_broken}
 
