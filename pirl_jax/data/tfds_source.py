@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import os
 import pathlib
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -176,14 +176,14 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
     ) from error
 
 
-def _build_command(name: str, data_dir: str) -> str:
+def _build_command(name: str, data_dir: str | os.PathLike[str]) -> str:
   directory = f" --data_dir={data_dir}" if data_dir else ""
   return (
     f"pip install tensorflow importlib_resources && tfds build {name} --file_format=array_record{directory}"
   )
 
 
-def _needs_tensorflow(name: str, data_dir: str, error: ImportError) -> str:
+def _needs_tensorflow(name: str, data_dir: str | os.PathLike[str], error: ImportError) -> str:
   missing: BaseException | None = error
   while missing is not None and not getattr(missing, "name", None):  # TFDS raises again, without the name
     missing = missing.__cause__ or missing.__context__
@@ -242,7 +242,7 @@ def _label_sets(builder: tfds.core.DatasetBuilder) -> tuple[str, str] | tuple[No
   return (keys[0], keys[0]) if len(keys) == 1 else (None, None)
 
 
-def _digest(info: tfds.core.SplitInfo, records: Source) -> str:
+def _digest(info: Any, records: Source) -> str:
   """Returns a hash of the lengths of the shards and of some images: another order on disk almost surely
   differs.
 

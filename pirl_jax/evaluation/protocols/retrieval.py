@@ -353,7 +353,7 @@ def _make_score(mesh: Mesh) -> Callable:
 def _describe(gallery: Source, queries: Source, asked: Vectors, found: Found, *, num_shown: int,
               num_neighbours: int) -> list[dict[str, Any]]:
   """Returns the queries shown, with their neighbours, as JSON values."""
-  def describe(source: Source, index: int, label: int) -> dict[str, Any]:
+  def describe(source: Source, index: np.integer, label: np.integer) -> dict[str, Any]:
     return {"name": source.image_name(int(index)), "index": int(index),
             "class": source.class_names[label] if label >= 0 else None}
 
