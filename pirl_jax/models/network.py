@@ -25,7 +25,7 @@ class Network(nn.Module):
   pretext_head: nn.Module | None = None
 
   if TYPE_CHECKING:
-    def __hash__(self) -> int: ...  # Flax adds it, which no type of its own tells
+    def __hash__(self) -> int: ...  # Flax adds it, without declaring it
 
   def __call__(self, image: jax.Array | None, pretext: jax.Array | None, *, train: bool) -> tuple[
       jax.Array | None, jax.Array | None]:

@@ -91,7 +91,7 @@ class ResNet(nn.Module):
   remat: bool = False
 
   if TYPE_CHECKING:
-    def __hash__(self) -> int: ...  # Flax adds it, which no type of its own tells
+    def __hash__(self) -> int: ...  # Flax adds it, without declaring it
 
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
