@@ -102,5 +102,5 @@ class Model:
   @property
   def single(self) -> Network:
     """Returns the network of a model that is no ensemble."""
-    assert isinstance(self.network, Network)
+    assert not isinstance(self.network, Ensemble)
     return self.network
