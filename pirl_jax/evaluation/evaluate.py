@@ -142,7 +142,7 @@ def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> d
 
 
 def open_evaluation(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_fn: Callable, workdir: str,
-            num_subjects: int) -> Evaluation:
+                    num_subjects: int) -> Evaluation:
   """Returns the evaluation of one subject: its images are opened and all is checked, but nothing computed or written.
 
   `open_fn` is `open_images`, or that with a memory: several subjects are judged on the same images.
@@ -272,7 +272,7 @@ def measure(evaluation: Evaluation) -> Outcome:
 
 
 def write_results(config: ConfigDict, evaluations: Sequence[Evaluation], settings: dict[str, dict[str, Any]],
-           outcomes: dict[str, Outcome], path: Path, seconds: float) -> None:
+                  outcomes: dict[str, Outcome], path: Path, seconds: float) -> None:
   """Writes result file and plot, prints the table and the names of all that was written."""
   if jax.process_index():
     return

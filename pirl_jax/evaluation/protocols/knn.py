@@ -161,7 +161,6 @@ def gather_blocks(parts: Iterable[tuple[np.ndarray, np.ndarray]], *, num_referen
   num_rows = max(1, min(BLOCK_ROWS, BLOCK_NUMBERS // dim, num_references))
   num_rows += -num_rows % mesh.size
 
-
   def empty() -> tuple[np.ndarray, np.ndarray]:
     return np.zeros((num_rows, dim), np.float32), np.full(num_rows, -1, np.int32)
 
