@@ -49,7 +49,8 @@ class DataSettings:
   @classmethod
   def of(cls, data: Mapping[str, Any]) -> Self:
     """Returns the settings in a `config.data`, also one that was stored as JSON."""
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    values: dict[str, Any] = {
+      name: tuple(value) if isinstance(value, list) else value for name, value in dict(**data).items()}
     return cls(**values)
 
 
