@@ -156,17 +156,10 @@ def measure_linear(model: Model, train: Images, test: Images, settings: LinearSe
   best = max(layers, key=lambda layer: (found[layer]["top1"], layers.index(layer)))
   return Outcome(
     figures={
-      "layers": found,
-      "best_layer": best,
-      "top1": found[best]["top1"],
-      "top5": found[best]["top5"],
-      "num_classes": num_classes,
-      "num_train": num_labelled,
-      "num_test": len(ranks[best]),
-      "num_broken_train": num_broken,
-      "num_broken_test": num_broken_test,
-      "steps": settings.num_epochs * steps_per_epoch,
-      "settings": settings.as_used(seed),
+      "layers": found, "best_layer": best, "top1": found[best]["top1"], "top5": found[best]["top5"],
+      "num_classes": num_classes, "num_train": num_labelled, "num_test": len(ranks[best]),
+      "num_broken_train": num_broken, "num_broken_test": num_broken_test,
+      "steps": settings.num_epochs * steps_per_epoch, "settings": settings.as_used(seed),
     },
     table={**{layer: found[layer]["top1"] for layer in layers},
            "best layer, top-1": found[best]["top1"], "best layer, top-5": found[best]["top5"]},

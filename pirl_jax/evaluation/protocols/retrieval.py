@@ -169,15 +169,12 @@ def measure_retrieval(model: Model, gallery: Images, queries: Images, settings: 
   }
   table, curve = {"similarity of the nearest": figures["mean_similarity_of_nearest"]}, None
   if not no_labels:
-    num_judged, mean, at = _precisions(asked, found, same_split=same_split, mesh=mesh)
-    if num_judged:
-      figures |= {"num_judged": num_judged, "mean_average_precision": mean,
-                  "precision_at": {str(size): float(at[size - 1]) for size in ladder(len(at))}}
-      table = {"mean average precision": mean,
-               **{f"precision at {size}": float(at[size - 1]) for size in (1, 10) if size <= len(at)}}
-      curve = Curve("neighbours n", "precision at n", list(range(1, len(at) + 1)), at.tolist(), log_x=True)
-    else:
+    judged = _judge(asked, found, same_split=same_split, mesh=mesh)
+    if judged is None:
       figures["labels"] = "none: no query has an image of its class in the gallery"
+    else:
+      more, table, curve = judged
+      figures |= more
   figures["queries"] = _describe(gallery.source, queries.source, asked, found, num_shown=settings.num_shown,
                                  num_neighbours=settings.num_neighbours)
   if jax.process_index() == 0:
@@ -274,6 +271,19 @@ def _search(asked: Vectors, parts: Iterator[Vectors], num_images: int, *, depth:
   if same_split:
     neighbours = _without(neighbours, asked.index)
   return Found(neighbours.similarity[:, :depth], neighbours.ids[:, :depth], labels, blocks, num_gallery, num_broken)
+
+
+def _judge(asked: Vectors, found: Found, *, same_split: bool,
+           mesh: Mesh) -> tuple[dict[str, Any], dict[str, float], Curve] | None:
+  """Returns figures, table and curve of the precisions; None if no query has a relevant image in the gallery."""
+  num_judged, mean, at = _precisions(asked, found, same_split=same_split, mesh=mesh)
+  if not num_judged:
+    return None
+  return ({"num_judged": num_judged, "mean_average_precision": mean,
+           "precision_at": {str(size): float(at[size - 1]) for size in ladder(len(at))}},
+          {"mean average precision": mean,
+           **{f"precision at {size}": float(at[size - 1]) for size in (1, 10) if size <= len(at)}},
+          Curve("neighbours n", "precision at n", list(range(1, len(at) + 1)), at.tolist(), log_x=True))
 
 
 def _precisions(asked: Vectors, found: Found, *, same_split: bool, mesh: Mesh) -> tuple[int, float, np.ndarray]:

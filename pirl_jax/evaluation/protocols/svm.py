@@ -6,7 +6,7 @@ Letters: N training images, M held-out images, D numbers of a feature, C classes
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import joblib
@@ -182,13 +182,20 @@ def measure_svm(model: Model, train: Images, test: Images, settings: SvmSettings
     "num_broken_train": fit_on.num_broken,
     "num_broken_test": judge_on.num_broken,
   }
-  if len(layers) > 1:
-    by_layer = {layer: found[layer]["mean_average_precision"] for layer in layers}
-    return Outcome(figures, {f"mean average precision, {layer}": value for layer, value in by_layer.items()},
-                   Curve("layer", "mean average precision", list(by_layer), list(by_layer.values())))
-  table = dict(zip(("mean average precision", "top-1"), summary.values(), strict=False))
-  precision = found[best]["average_precision"]
-  return Outcome(figures, table, Curve("class", "average precision", list(precision), list(precision.values())))
+  return Outcome(figures, *_table_and_curve(found))
+
+
+def _table_and_curve(found: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, float], Curve]:
+  """Returns them for the figures of each layer: over the layers, or of a single one over the classes."""
+  if len(found) > 1:
+    by_layer = {layer: figures["mean_average_precision"] for layer, figures in found.items()}
+    return ({f"mean average precision, {layer}": value for layer, value in by_layer.items()},
+            Curve("layer", "mean average precision", list(by_layer), list(by_layer.values())))
+  figures, = found.values()
+  shown = {"mean average precision": "mean_average_precision", "top-1": "top1"}
+  precision = figures["average_precision"]
+  return ({row: figures[name] for row, name in shown.items() if name in figures},
+          Curve("class", "average precision", list(precision), list(precision.values())))
 
 
 def check_grid(name: str, *, field: str) -> None:
