@@ -151,7 +151,7 @@ LABELLED = {"": embedded, "cifar10": cifar10, "folder": folder, "folder_small": 
 
 def compose(*settings: Callable[[ConfigDict], None]) -> Callable[[ConfigDict], None]:
   """Returns a function of a config that applies the settings one after the other."""
-  def apply(config):
+  def apply(config: ConfigDict) -> None:
     for setting in settings:
       setting(config)
   return apply

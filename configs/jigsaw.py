@@ -4,6 +4,8 @@ Noroozi and Favaro 2016, as trained by Goyal et al. 2019 and in vissl. For the s
 objective are those of configs/pirl.py, so that the covariant and the invariant objective can be compared.
 """
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from pirl_jax.configs import data_sets
@@ -17,13 +19,13 @@ def covariant(config: ConfigDict, *, num_permutations: int = 100) -> None:
   config.jigsaw.num_permutations = num_permutations
 
 
-def imagenet(num_permutations: int):
+def imagenet(num_permutations: int) -> Callable[[ConfigDict], None]:
   """Returns a function of a config that sets vissl's jigsaw_8gpu_resnet.yaml: 105 epochs, batch 256.
 
   The crop differs: vissl resizes the image's shorter side to 256 pixels and cuts out 255 x 255 pixels at random; here
   the crop is the random crop of PIRL's jigsaw.
   """
-  def apply(config):
+  def apply(config: ConfigDict) -> None:
     data_sets.imagenet(config)
     data_sets.supervised_schedule(config)
     covariant(config, num_permutations=num_permutations)

@@ -5,6 +5,7 @@ minutes on two CPU cores. With every variant, --config.pretext=rotation or rotat
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -13,7 +14,7 @@ from pirl_jax.configs.data_sets import compose, imagenet
 from pirl_jax.views.recipe import GBLUR
 
 
-def epochs(number: int):
+def epochs(number: int) -> Callable[[ConfigDict], None]:
   """Returns a function of a config that sets the number of epochs."""
   return lambda config: config.update(num_epochs=number)
 
@@ -51,12 +52,12 @@ def gblur(config: ConfigDict) -> None:
   config.photometric.update(dataclasses.asdict(GBLUR))
 
 
-def wide(width: int):
+def wide(width: int) -> Callable[[ConfigDict], None]:
   """Returns a function of a config that sets a wider ResNet-50, as vissl's w2 and w4.
 
   It sets 400 epochs and bfloat16 in the trunk.
   """
-  def apply(config):
+  def apply(config: ConfigDict) -> None:
     imagenet(config)
     config.num_epochs = 400
     config.model.width = width

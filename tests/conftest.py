@@ -14,11 +14,14 @@ os.environ.setdefault("XDG_CACHE_HOME", os.path.abspath(os.path.join(os.path.dir
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+# XLA takes most of the time of most tests. Without its optimisations it takes half of it, and the small programs of the
+# tests are as fast.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.fixture(scope="module")
-def quick_compile():
-  """For modules in which XLA takes most of the time: half of it is saved, and small programs are as fast as before."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
+@pytest.fixture
+def full_compile():
+  """For tests of what XLA makes of a program: XLA optimises it as it does for users."""
   jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)

@@ -36,8 +36,6 @@ few = settings(max_examples=8, deadline=None, derandomize=True, database=None,
 many = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @functools.cache
 def loss_fn(name, num_negatives):

@@ -67,6 +67,15 @@ def tiny():
   return config
 
 
+@pytest.fixture
+def interruptible():
+  """A process that a shell has started in the background ignores SIGINT; in this test it raises KeyboardInterrupt."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_run_interrupted_in_python_goes_on_and_is_evaluated(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -109,7 +118,7 @@ def test_what_is_no_config_for_the_job(tmp_path, job, config, said):
   assert not (tmp_path / "run").exists()
 
 
-def test_the_page_can_be_run_from_top_to_bottom(tmp_path, monkeypatch, capsys, quick_compile):
+def test_the_page_can_be_run_from_top_to_bottom(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   rng = np.random.default_rng(0)
   for name, side in (("cat.jpg", 50), ("dog.png", 40)):

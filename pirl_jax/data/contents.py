@@ -17,7 +17,7 @@ def remember(source: Source, folder: Path) -> None:
     write_file(path, gzip.compress("\n".join(lines).encode(), mtime=0))
 
 
-def difference(source: Source, folder: Path) -> str:
+def changes_since(source: Source, folder: Path) -> str:
   """Returns in words which images are gone, new or of another size since `remember`; "" if there is no list."""
   try:
     before = gzip.decompress((folder / FILE).read_bytes()).decode().split("\n")

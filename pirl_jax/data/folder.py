@@ -8,6 +8,7 @@ import collections
 import hashlib
 import os
 import stat
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import numpy as np
@@ -42,7 +43,7 @@ class FolderSource(Source):
     """Returns the source of the folder that the settings name; this lists all of its files."""
     return cls(settings.root, split=settings.split, labels=settings.labels, class_names=class_names)
 
-  def __init__(self, root: str, *, split: str, labels: str, class_names: tuple[str, ...] | None = None):
+  def __init__(self, root: str, *, split: str, labels: str, class_names: tuple[str, ...] | None = None) -> None:
     self._root = _split_folder(root, split)
     shown = printable(self._root)
     left_out = collections.defaultdict(list)
@@ -127,13 +128,13 @@ def _listed(folder: str) -> list[str]:
     ) from error
 
 
-def _walk(root: str, left_out: dict[str, list[str]]):
+def _walk(root: str, left_out: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
   """Yields (relative path, size in bytes) of every image; the other files are added to `left_out`, by reason.
 
   A stack replaces recursion, because Python limits the depth of recursion. A link is a loop if it leads to one of the
   folders above the link. Two links side by side may lead to the same folder; then the images count twice.
   """
-  stack = [("", (_identity(root),))]
+  stack: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", (_identity(root),))]
   while stack:
     folder, above = stack.pop()
     for name in _listed(os.path.join(root, folder)):
@@ -178,13 +179,13 @@ def _left_out_text(left_out: dict[str, list[str]], *, separator: str) -> str:
   return "".join(lines)
 
 
-def _label(paths, shown, class_names) -> tuple[np.ndarray, tuple[str, ...]]:
+def _label(paths: Sequence[str], shown: str, class_names: tuple[str, ...] | None) -> tuple[np.ndarray, tuple[str, ...]]:
   """Returns (labels i32[N], class names).
 
   The class of an image is the first part of its path; an image that lies in no sub-folder has label -1.
   """
   classes = [path.split("/", 1)[0] if "/" in path else None for path in paths]
-  found = sorted({name for name in classes if name is not None}, key=os.fsencode)
+  found = sorted({name for name in classes if name is not None}, key=lambda name: os.fsencode(name))
   if not found:
     raise UserError(
       f"data.labels=folder, but the images of {shown} lie in no sub-folders; "

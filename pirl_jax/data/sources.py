@@ -52,7 +52,9 @@ class DataSettings:
   @classmethod
   def of(cls, data: Mapping[str, Any]) -> Self:
     """Returns the settings of a `config.data`; a `config.data` that was read from JSON works, too."""
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in dict(**data).items()})
+    values: dict[str, Any] = {
+      name: tuple(value) if isinstance(value, list) else value for name, value in dict(**data).items()}
+    return cls(**values)
 
 
 READING = ("image_size", "image_scale", "num_threads", "max_bad_fraction")

@@ -32,14 +32,14 @@ def read_labels(train: Images, test: Images, *, protocol: str) -> np.ndarray:
     UserError: see `check_classes`; or no image of one of the splits has a label, although there are classes.
   """
   check_classes(train, test, protocol=protocol)
-  labels = {name: images.source.labels() for name, images in (("training", train), ("held-out", test))}
+  labels = {name: images.labels() for name, images in (("training", train), ("held-out", test))}
   for name, found in labels.items():
     if not np.any(found >= 0):
       raise UserError(f"{protocol} needs labels, and none of the {len(found)} {name} images has one")
   return labels["training"]
 
 
-def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def true_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
   """Returns how many classes rank before the true class, i[N] in [0, L); of equal logits the lower class ranks first.
 
   Args:

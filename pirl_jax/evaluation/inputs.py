@@ -4,7 +4,7 @@ Letters: B batch, H side of an image in pixels.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,19 @@ class Images:
   def __len__(self) -> int:
     return len(self.source)
 
-  def test_batches(self, *, squash: bool = False) -> Iterator[dict[str, np.ndarray]]:
+  def labels(self) -> np.ndarray:
+    """Returns i32[N], see `Source.labels`; call this only if the source has class names."""
+    labels = self.source.labels()
+    assert labels is not None
+    return labels
+
+  def targets(self) -> np.ndarray:
+    """Returns i8[N, C], see `Source.targets`; call this only if the source has class names."""
+    targets = self.source.targets()
+    assert targets is not None
+    return targets
+
+  def test_batches(self, *, squash: bool = False) -> batches.Batches:
     """Yields every image once, see `batches.eval_batches`; with `squash` the whole image, stretched to a square."""
     return batches.eval_batches(
       self.source, batch_size=self.batch_size, image_size=self.image_size, crop_fraction=self.crop_fraction,

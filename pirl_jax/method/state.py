@@ -49,7 +49,8 @@ def state_shardings(mesh: Mesh, *, with_bank: bool = True) -> TrainState:
 
 
 def create_state(seed: int, network: Network, optimizer: optax.GradientTransformation, layout: memory_bank.Layout, *,
-                 mesh: Mesh, dim: int, bank_dtype: Any, inputs: tuple[Any, Any], with_bank: bool = True) -> TrainState:
+                 mesh: Mesh, dim: int, bank_dtype: Any, inputs: tuple[jax.Array | None, jax.Array | None],
+                 with_bank: bool = True) -> TrainState:
   """Returns the state before the first step. Each device creates its own part, so no device ever holds a whole bank.
 
   Args:
@@ -64,7 +65,7 @@ def create_state(seed: int, network: Network, optimizer: optax.GradientTransform
       use.
     with_bank: True if the state has a bank.
   """
-  def init(seed):
+  def init(seed: jax.Array) -> TrainState:
     params_key, bank_key = jax.random.split(jax.random.key(seed))
     variables = network.init(params_key, *inputs, train=False)
     bank, usable = memory_bank.create(bank_key, layout, dim=dim, dtype=bank_dtype)

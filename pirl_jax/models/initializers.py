@@ -5,6 +5,9 @@ Kaiming-normal initialisation has no effect. PyTorch's default for `Conv2d` and 
 uniform in +-1/sqrt(fan_in).
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,8 +16,8 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """Uniform in +-1/sqrt(fan_in): Kaiming-uniform with a = sqrt(5)."""
 
 
-def bias_init(fan_in: int):
+def bias_init(fan_in: int) -> Callable[..., jax.Array]:
   """Returns init(key, shape, dtype) -> f32[shape], uniform in +-1/sqrt(fan_in), as PyTorch initialises biases."""
-  def init(key: jax.Array, shape, dtype=jnp.float32) -> jax.Array:
+  def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
     return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
   return init

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,15 +22,15 @@ class Snapshots:
   accordingly.
   """
 
-  def __init__(self, folder: str | os.PathLike):
+  def __init__(self, folder: str | os.PathLike) -> None:
     """Opens `folder`; the first save creates it."""
     self._folder = Path(folder).absolute()
-    self._manager = None
+    self._manager: CheckpointManager | None = None
 
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *exc_info) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     with self._tolerant("the last one"):
       manager, self._manager = self._manager, None
       if manager is not None:
@@ -47,7 +48,7 @@ class Snapshots:
     if self._folder.is_dir():
       template = template_of(like, whole(mesh))
       for step in sorted(self._open().all_steps(), reverse=True):
-        failure = ""
+        failure, found = "", {}
         try:
           found = self._open().restore(
             step, args=args.Composite(tree=args.StandardRestore(template), checksums=args.JsonRestore()))
@@ -76,7 +77,7 @@ class Snapshots:
         raise RuntimeError("Orbax skipped it")
 
   @contextlib.contextmanager
-  def _tolerant(self, which):
+  def _tolerant(self, which: str) -> Iterator[None]:
     try:
       yield
     except Exception as error:  # of many types, see restore; it may come from an earlier save that ended meanwhile
@@ -89,7 +90,7 @@ class Snapshots:
         if manager is not None:
           manager.close()
 
-  def _open(self):
+  def _open(self) -> CheckpointManager:
     if self._manager is None:
       self._manager = CheckpointManager(self._folder, options=CheckpointManagerOptions(
         max_to_keep=1, cleanup_tmp_directories=True))

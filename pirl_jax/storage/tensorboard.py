@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import perf_counter
 
 from tensorboardX import SummaryWriter
@@ -22,7 +22,7 @@ class TensorBoard:
   ever. Therefore the thread is watched; if it has ended, it is replaced after `TENSORBOARD_REOPEN_SECONDS`.
   """
 
-  def __init__(self, workdir, start_step, say):
+  def __init__(self, workdir: str | os.PathLike, start_step: int, say: Callable[[str], None]) -> None:
     self._workdir, self._opened, self._say = workdir, 0, say
     self._excepthook, threading.excepthook = threading.excepthook, self._ended
     self._open(start_step)
@@ -47,15 +47,16 @@ class TensorBoard:
         self._writer.close()
     threading.excepthook = self._excepthook
 
-  def _ended(self, args):
+  def _ended(self, args: threading.ExceptHookArgs) -> None:
     """Prints one line instead of Python's traceback if the writer's thread has ended by an error of the disk."""
     if _is_writer(args.thread) and issubclass(args.exc_type, OSError):
-      self._say(f"WARNING: TensorBoard's events could not be written ({args.exc_value.strerror}); some will be missing "
-                "in TensorBoard, none in metrics.jsonl")
+      reason = getattr(args.exc_value, "strerror", None)
+      self._say(f"WARNING: TensorBoard's events could not be written ({reason}); some will be missing in TensorBoard, "
+                "none in metrics.jsonl")
     else:
       self._excepthook(args)
 
-  def _open(self, start_step):
+  def _open(self, start_step: int) -> None:
     running = threading.enumerate()
     self._opened += 1
     self._opened_at = perf_counter()
@@ -69,5 +70,5 @@ class TensorBoard:
                      if thread not in running and _is_writer(thread))  # the queue has a thread of its own, too
 
 
-def _is_writer(thread):
+def _is_writer(thread: threading.Thread | None) -> bool:
   return "EventLogger" in type(thread).__name__

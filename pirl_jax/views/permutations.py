@@ -91,7 +91,7 @@ def hamming_statistics(permutations: np.ndarray) -> tuple[int, float]:
   return num_patches, mean
 
 
-def _choose(count, num_patches, *, by_mean):
+def _choose(count: int, num_patches: int, *, by_mean: bool) -> np.ndarray:
   """Returns u8[count, P], chosen by the rule of `permutation_subset`."""
   # A permutation is split into a head and a tail. In lexicographic order, permutations with the same head are
   # neighbours, and their tails are the orders of the remaining patches. Nine patches have 3,024 heads of 4 patches, and
@@ -121,13 +121,13 @@ def _choose(count, num_patches, *, by_mean):
   return permutations[chosen]
 
 
-def _all_permutations(num_patches):
+def _all_permutations(num_patches: int) -> np.ndarray:
   """Returns all permutations u8[P!, P] in lexicographic order."""
   flat = itertools.chain.from_iterable(itertools.permutations(range(num_patches)))
   return np.fromiter(flat, np.uint8).reshape(-1, num_patches)
 
 
-def _read(count, num_patches, subset):
+def _read(count: int, num_patches: int, subset: str) -> np.ndarray | None:
   """Returns u8[count, P] from the smallest stored file with at least `count` permutations, or None."""
   sizes = []
   with contextlib.suppress(OSError, RuntimeError):
@@ -144,7 +144,7 @@ def _read(count, num_patches, subset):
   return None
 
 
-def _is_whole(permutations, count, num_patches):
+def _is_whole(permutations: np.ndarray, count: int, num_patches: int) -> bool:
   return (
     permutations.dtype == np.uint8
     and permutations.shape == (count, num_patches)
@@ -154,7 +154,7 @@ def _is_whole(permutations, count, num_patches):
   )
 
 
-def _write(permutations, subset):
+def _write(permutations: np.ndarray, subset: str) -> None:
   """Stores the permutations for other runs; if this is not possible, each run computes them again."""
   with contextlib.suppress(OSError, RuntimeError):
     folder = _cache_folder()
@@ -163,16 +163,16 @@ def _write(permutations, subset):
     try:
       with open(handle, "wb") as file:
         np.lib.format.write_array(file, permutations, allow_pickle=False)
-      os.replace(temporary, folder / _file_name(*permutations.shape, subset))
+      os.replace(temporary, folder / _file_name(len(permutations), permutations.shape[1], subset))
     finally:
       pathlib.Path(temporary).unlink(missing_ok=True)
 
 
-def _file_name(count, num_patches, subset):
+def _file_name(count: int, num_patches: int, subset: str) -> str:
   return f"permutations-{num_patches}-{subset}-{count}.npy"
 
 
-def _cache_folder():
+def _cache_folder() -> pathlib.Path:
   """Returns the folder by the XDG rules, which ignore a relative path; without a home folder raises RuntimeError."""
   folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
   return (folder if folder.is_absolute() else pathlib.Path.home() / ".cache") / "pirl_jax"

@@ -9,7 +9,8 @@ axis of 3 would fill 3 of 128 lanes on TPU. Every parameter of an operation may 
 `apply_photometric` applies them. Letters: H W height and width.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,16 +56,16 @@ def draw_photometric(key: jax.Array, *, recipe: Recipe) -> Photometric:
   jitter = u_jitter < recipe.jitter_probability
   group = u_group < recipe.group_probability
 
-  def jitter_factor(u, strength):
+  def jitter_factor(u: jax.Array, strength: float) -> jax.Array | None:
     if not strength or not recipe.jitter_probability:
       return None
     low = max(0.0, 1.0 - strength)
     return jnp.where(jitter, _on_grid(low + (1.0 + strength - low) * u), 1.0)
 
-  def of_group(value, identity):
+  def of_group(value: jax.Array, identity: float) -> jax.Array | None:
     return jnp.where(group, value, identity) if recipe.group_probability else None
 
-  def coin(u, probability):
+  def coin(u: jax.Array, probability: float) -> jax.Array | None:
     return u < probability if probability else None
 
   hue = radius = None
@@ -104,6 +105,7 @@ def apply_photometric(image: jax.Array, drawn: Photometric) -> jax.Array:
     places=drawn.places,
   )
   if drawn.bits is not None:
+    assert drawn.sharpness is not None and drawn.threshold is not None and drawn.autocontrast is not None
     image = posterize(image, drawn.bits)
     image = adjust_sharpness(image, drawn.sharpness)
     image = solarize(image, drawn.threshold)
@@ -156,7 +158,7 @@ def color_jitter(
     never = jnp.zeros((), bool)
     slots.append((factor, place, chosen.get(_CONTRAST, never), chosen.get(_SATURATION, never)))
 
-  def slot(image, drawn):
+  def slot(image: jax.Array, drawn: Sequence[jax.Array]) -> tuple[jax.Array, None]:
     factor, is_contrast, is_saturation = drawn
     if contrast is None and saturation is None:
       return adjust_brightness(image, factor), None
@@ -164,7 +166,7 @@ def color_jitter(
     target = jnp.where(is_contrast, _mean_level(grey), jnp.where(is_saturation, grey, 0.0))
     return _blend(target, image, factor), None
 
-  def blend_pass(image, is_now):
+  def blend_pass(image: jax.Array, is_now: Callable[[Any], Any]) -> jax.Array:
     if not slots:
       return image
     drawn = [(jnp.where(is_now(place), factor, 1.0), *kinds) for factor, place, *kinds in slots]
@@ -227,7 +229,7 @@ def adjust_hue(image: jax.Array, turns: jax.Array) -> jax.Array:
   )
   sixths = sixths + 6.0 * turns  # in [-4, 8]
 
-  def channel(offset):
+  def channel(offset: float) -> jax.Array:
     # HSV to RGB without its six cases: a channel is `value` less chroma times a trapezoid over the circle.
     place = sixths + offset
     place = place - 6.0 * jnp.floor(place * (1.0 / 6.0))
@@ -281,7 +283,7 @@ def gaussian_blur(image: jax.Array, radius: jax.Array) -> jax.Array:
   near = jnp.where(length > 0, inner, outer)
   far = jnp.where(length > 0, outer, 0)
 
-  def box(axis, image):
+  def box(axis: int, image: jax.Array) -> jax.Array:
     size = image.shape[axis]
     padded = jnp.pad(image, [(2, 2) if a == axis else (0, 0) for a in range(3)], mode="edge")
     shifted = [jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(5)]

@@ -9,6 +9,7 @@ number of different transforms, B batch, C trunk features, D dimensions of an em
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ import jax
 from flax import linen as nn
 
 
+@dataclasses.dataclass(frozen=True)
 class Pretext(abc.ABC):
   """A set of transforms u8[S, S, 3] -> f32[P, h, w, 3]. Instances are hashable, and equal if their values are equal.
 

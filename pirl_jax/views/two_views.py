@@ -4,7 +4,7 @@ Letters: B batch, H W sides of the image, S side of the pretext crop, P pretext 
 pretext view, in pixels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pirl_jax.errors import UserError
 from pirl_jax.views.jigsaw import Jigsaw
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 from pirl_jax.views.photometric import apply_photometric, draw_photometric
 from pirl_jax.views.pretext import Pretext
 from pirl_jax.views.recipe import Recipe
@@ -23,7 +23,7 @@ PRETEXTS: dict[str, type[Pretext]] = {"jigsaw": Jigsaw, "rotation": Rotation, "r
 
 
 def create_pretext(name: str, *, image_size: int, image_scale: tuple[float, float],
-                   settings: Mapping[str, Mapping[str, Any]]) -> Pretext:
+                   settings: Any) -> Pretext:
   """Returns the transform u8[S, S, 3] -> f32[P, h, w, 3] with this name.
 
   Args:
@@ -39,7 +39,7 @@ def create_pretext(name: str, *, image_size: int, image_scale: tuple[float, floa
     raise UserError(f"pretext={name!r} is unknown; choose from {', '.join(PRETEXTS)}")
   pretext = PRETEXTS[name]
   own = settings[pretext.settings] if pretext.settings else {}
-  arguments = {"crop_size": image_size, "crop_scale": image_scale, **own}
+  arguments: dict[str, Any] = {"crop_size": image_size, "crop_scale": image_scale, **own}
   return pretext(**arguments | {"crop_scale": tuple(arguments["crop_scale"])})
 
 
@@ -56,18 +56,19 @@ def make_views(pretext: Pretext | None, *, recipe: Recipe, pretext_recipe: Recip
     pretext_recipe: photometric augmentations of the pretext views. They are drawn independently for each pretext view,
       as in the official code, unless the transform augments the crop as a whole.
   """
-  def view(key, crop, recipe):
+  def view(key: jax.Array, crop: jax.Array, recipe: Recipe) -> jax.Array:
     image = jnp.moveaxis(crop, -1, 0).astype(float)  # [3, H, W]; float32, unless JAX_ENABLE_X64 is set
     image = apply_photometric(image, draw_photometric(key, recipe=recipe))
-    return normalise(jnp.moveaxis(image, 0, -1))
+    return normalise_image(jnp.moveaxis(image, 0, -1))
 
-  def both_views(key, image_crop, pretext_crop):
+  def both_views(key: jax.Array, image_crop: jax.Array | None,
+                 pretext_crop: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     image_key, transform_key, pretext_key = jax.random.split(key, 3)
     image = None if image_crop is None else view(image_key, image_crop, recipe)
     if pretext is None or pretext_crop is None:
       return image, None, None
 
-    def augment(crops):
+    def augment(crops: jax.Array) -> jax.Array:
       keys = jax.random.split(pretext_key, len(crops))
       return jax.vmap(lambda key, crop: view(key, crop, pretext_recipe))(keys, crops)
 

@@ -22,8 +22,6 @@ from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage import formats
 from pirl_jax.training import pretrain
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 GUIDE = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
 
 

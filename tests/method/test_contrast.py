@@ -27,8 +27,6 @@ N, B, K, D, TAU, SEED, STEP, MU = 103, 16, 32, 8, 0.2, 3, 5, 0.3
 LAYOUT = memory_bank.create_layout(N, num_devices=8, num_negatives=K)
 VIEWS = "pretext", "image"
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def case():

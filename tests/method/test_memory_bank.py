@@ -225,7 +225,7 @@ def test_retire_switches_off_the_broken_images_for_good(num_devices):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_there_is_no_second_bank_however_it_is_stored(dtype):
+def test_there_is_no_second_bank_however_it_is_stored(full_compile, dtype):
   bank = memory_bank.stored(jnp.ones((100_000, 128)), dtype)
   update = jax.jit(jax.shard_map(partial(read_and_update, momentum=0.5), mesh=create_mesh(1),
                                  in_specs=(P(AXIS), P(), P(), P()), out_specs=P(AXIS)), donate_argnums=0)
@@ -265,7 +265,7 @@ def test_the_entries_of_rows_far_out_are_those_of_jax():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_making_a_bank_takes_little_more_memory_than_the_bank(dtype):
+def test_making_a_bank_takes_little_more_memory_than_the_bank(full_compile, dtype):
   layout = memory_bank.create_layout(1_000_000, num_devices=1, num_negatives=0)
   make = jax.jit(partial(memory_bank.create, layout=layout, dim=128, dtype=dtype))
   memory = make.lower(jax.random.key(0)).compile().memory_analysis()

@@ -17,8 +17,6 @@ LAYOUT = memory_bank.create_layout(N, num_devices=1, num_negatives=0)  # 32 stra
 BROKEN = 11
 NAMES = ["nce", "infonce", "eq4"]
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(scope="module")
 def case():
@@ -95,7 +93,7 @@ def test_a_bank_of_bfloat16_is_computed_with_in_float32(case):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_memory_is_that_of_a_chunk(dtype):
+def test_memory_is_that_of_a_chunk(full_compile, dtype):
   """A bank of 262,144 rows: 67 MB for the scores alone, if they stood in memory at once."""
   rows, batch, chunk = 262_144, 64, negatives.CHUNK_ROWS
   loss_fn = losses.make_loss("infonce", temperature=TAU, num_images=rows, num_negatives=rows)

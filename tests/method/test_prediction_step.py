@@ -34,8 +34,6 @@ SYSTEMS = ("covariant", "supervised")
 OPTIMIZER = create_optimizer(optax.constant_schedule(RATE), momentum=0.9, weight_decay=0.0)
 LAYOUT = memory_bank.create_layout(N, num_devices=8, num_negatives=0)
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def make_batch(system, step, *, broken=()):
   rng = np.random.default_rng(step)

@@ -26,8 +26,6 @@ BIG = 65_536
 INPUTS = jnp.zeros((1, 12, 12, 3)), jnp.zeros((1, 4, 6, 6, 3))
 PLAIN_SGD = optax.sgd(1.0)  # the parameters move by the gradient itself
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def views_fn(keys, image_crop, pretext_crop=None):
   """Normalised images and four patches of the pretext crop, with noise from each image's own key."""
@@ -381,14 +379,6 @@ def test_health_figures_by_hand():
   np.testing.assert_allclose(figures["embedding_spread"], np.mean(np.std(image_emb, axis=0)) * D**0.5, rtol=1e-4)
   assert 0.2 < figures["negatives_beaten"] < 0.8
   assert abs(figures["similarity_negatives"]) < 0.2
-
-
-@pytest.fixture
-def full_compile(quick_compile):
-  """As it is for users."""
-  jax.config.update("jax_disable_most_optimizations", False)
-  yield
-  jax.config.update("jax_disable_most_optimizations", True)
 
 
 @functools.cache

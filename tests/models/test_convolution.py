@@ -132,7 +132,7 @@ def gradients_in_a_loop(conv):
   return gradients, params, parts
 
 
-def test_in_a_loop_every_convolution_is_in_the_order_that_is_quick():
+def test_in_a_loop_every_convolution_is_in_the_order_that_is_quick(full_compile):
   def orders(conv):
     gradients, *inputs = gradients_in_a_loop(conv)
     text = jax.jit(gradients).lower(*inputs).compile().as_text()

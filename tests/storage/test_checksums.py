@@ -60,7 +60,7 @@ def test_exchanged_values_another_shape_and_a_negative_zero_are_seen():
     assert checksums(np.ascontiguousarray(changed)) != checksums(original)
 
 
-def test_there_is_never_a_second_copy():
+def test_there_is_never_a_second_copy(full_compile):
   bank = jax.ShapeDtypeStruct((100_000, 128), jnp.float32)
   assert _sums.lower({"bank": bank}).compile().memory_analysis().temp_size_in_bytes < 1_000_000
 

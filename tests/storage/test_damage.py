@@ -13,13 +13,11 @@ from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.snapshots import Snapshots
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 KINDS = ("deleted", "emptied", "cut", "flipped", "overwritten")
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory, quick_compile):
+def saved(tmp_path_factory):
   """Returns a folder with the checkpoints of steps 1 and 2, and their states."""
   folder = tmp_path_factory.mktemp("saved") / "checkpoints"
   states = {}

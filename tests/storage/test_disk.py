@@ -25,8 +25,6 @@ from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.logbook import Logbook
 from pirl_jax.training import pretrain, resuming
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 class FullDisk:
   """In the place of a file: takes nothing."""

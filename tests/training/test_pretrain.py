@@ -17,8 +17,6 @@ from pirl_jax.storage.files import locked
 from pirl_jax.training import guards, pretrain, resuming
 from pirl_jax.training import parts as parts_lib
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CLOCKS = {"images_per_second", "data_wait"}
 
 
@@ -47,7 +45,7 @@ def rows(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory, quick_compile):
+def whole_run(tmp_path_factory):
   """A run of 12 steps that never stopped."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
   pretrain.run(tiny(), str(workdir))

@@ -5,14 +5,16 @@ import pathlib
 import tarfile
 import zlib
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 import requests
+import tensorflow_datasets as tfds
 
 from pirl_jax.errors import UserError
 
 
-def fetch(dl_manager, url: str) -> pathlib.Path:
+def fetch(dl_manager: tfds.download.DownloadManager, url: str) -> pathlib.Path:
   """Returns the path of the archive.
 
   If TFDS's folder of manual downloads holds the archive, that file is taken. Otherwise the archive is downloaded.
@@ -47,6 +49,18 @@ def opened(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
     raise UserError(f"{path} is not the whole archive ({words}); delete it and fetch it again") from error
 
 
+def opened_member(archive: tarfile.TarFile, member: str | tarfile.TarInfo) -> IO[bytes]:
+  """Returns an open file of the archive; the caller must close it.
+
+  Raises:
+    KeyError: the archive has no such file. `opened` turns this error into a UserError.
+  """
+  file = archive.extractfile(member)
+  if file is None:
+    raise KeyError(f"{member} is no file")
+  return file
+
+
 def records(archive: tarfile.TarFile, member: str, num_bytes: int) -> Iterator[np.ndarray]:
   """Yields the records u8[num_bytes] of one member of the archive, with at most one record in memory.
 
@@ -54,7 +68,7 @@ def records(archive: tarfile.TarFile, member: str, num_bytes: int) -> Iterator[n
     KeyError: the archive has no such member.
     EOFError: the member ends inside a record. `opened` turns both errors into UserErrors.
   """
-  with archive.extractfile(member) as file:
+  with opened_member(archive, member) as file:
     while data := file.read(num_bytes):
       if len(data) < num_bytes:
         raise EOFError(f"{member} ends inside a record")

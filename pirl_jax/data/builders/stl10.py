@@ -1,7 +1,11 @@
 """STL-10 from `stl10_binary.tar.gz` (http://ai.stanford.edu/~acoates/stl10/)."""
 
 import itertools
+import tarfile
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from pirl_jax.data.builders import archives
@@ -29,8 +33,9 @@ class Stl10(LabelledImages, skip_registration=True):
     )
   }
 
-  def read(self, archive, images, labels):
+  def read(self, archive: tarfile.TarFile, *arguments: Any) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """Yields (image u8[96, 96, 3], features) from a file of images and a file of labels; `labels` may be None."""
+    images, labels = arguments
     labelled = labels is not None
     # The labels in the file count from 1. All labels are read before the images: going back and forth in a compressed
     # archive would decompress it again each time.

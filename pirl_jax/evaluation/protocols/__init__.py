@@ -3,7 +3,7 @@
 import importlib
 
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.protocol import Protocol
+from pirl_jax.evaluation.protocol import Protocol, Reading
 
 PROTOCOLS = {
   "knn": "knn",
@@ -28,3 +28,15 @@ def protocol_of(name: str) -> Protocol:
   if name not in PROTOCOLS:
     raise UserError(f"config.protocol={name!r} is unknown; choose from {', '.join(PROTOCOLS)}")
   return importlib.import_module(f"{__name__}.{PROTOCOLS[name]}").PROTOCOL
+
+
+def reading_of(name: str) -> Reading:
+  """Returns the `Reading` of the protocol of this name: the figures that a study takes from its results.
+
+  Raises:
+    UserError: there is no such protocol, or it has no figure that a study could compare.
+  """
+  reading = protocol_of(name).reading
+  if reading is None:
+    raise UserError(f"the protocol {name} gives no figure to compare")
+  return reading

@@ -8,7 +8,7 @@ Letters: M references, m references of a part, Q queries, D numbers of a vector,
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -62,7 +62,7 @@ class KnnSettings:
   k: int
   temperature: float
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _check_vote(self.k, self.temperature)
 
 
@@ -102,7 +102,7 @@ class Nearest:
   its own rows of one block.
   """
 
-  def __init__(self, queries: np.ndarray, *, k: int, mesh: Mesh):
+  def __init__(self, queries: np.ndarray, *, k: int, mesh: Mesh) -> None:
     """Places the queries on the devices.
 
     Args:
@@ -163,17 +163,20 @@ def gather_blocks(parts: Iterable[tuple[np.ndarray, np.ndarray]], *, num_referen
   """
   num_rows = max(1, min(BLOCK_ROWS, BLOCK_NUMBERS // dim, num_references))
   num_rows += -num_rows % mesh.size
-  filled = 0
+
+  def empty() -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((num_rows, dim), np.float32), np.full(num_rows, -1, np.int32)
+
+  (block, block_ids), filled = empty(), 0
   for references, ids in parts:
     while len(ids):
-      if not filled:  # a new array for each block, because the devices may still read the previous one
-        block, block_ids = np.zeros((num_rows, dim), np.float32), np.full(num_rows, -1, np.int32)
       count = min(num_rows - filled, len(ids))
       block[filled:filled + count], block_ids[filled:filled + count] = references[:count], ids[:count]
       references, ids = references[count:], ids[count:]
-      filled = (filled + count) % num_rows
-      if not filled:
+      filled += count
+      if filled == num_rows:
         yield block, block_ids
+        (block, block_ids), filled = empty(), 0  # new arrays, because the devices may still read the previous ones
   if filled:
     yield block, block_ids
 
@@ -214,7 +217,7 @@ def measure_knn(model: Model, train: Images, test: Images, settings: KnnSettings
   labels = np.full(len(train), -1, np.int32)
   num_broken = 0
   with Progress("kNN: training images searched", len(train)) as progress:
-    def voters():
+    def voters() -> Iterator[tuple[np.ndarray, np.ndarray]]:
       nonlocal num_broken
       for part in stream_features(forward_fn, model.variables, train.test_batches(), mesh):
         voting = part.labels >= 0
@@ -316,25 +319,29 @@ def accuracy(references: jax.Array | np.ndarray, reference_labels: np.ndarray, q
           "num_references": prediction.num_references, "num_queries": int(labelled.sum())}
 
 
-def _check_vote(k, temperature):
+def _check_vote(k: int, temperature: float) -> None:
   if k < 1:
     raise UserError(f"kNN with k={k}: k must be 1 or more (NPID: 200)")
   if temperature <= 0:
     raise UserError(f"kNN with temperature={temperature}: it must be above 0 (NPID: 0.07)")
 
 
+_Found = tuple[jax.Array, jax.Array]
+"""(similarities f32[Q, k], ids i32[Q, k]) of the nearest references so far."""
+
+
 @functools.cache
-def _make_search(mesh, k, chunk):
+def _make_search(mesh: Mesh, k: int, chunk: int) -> Callable[..., _Found]:
   """Returns search(best, references f32[M, D], ids i32[M], queries f32[Q, D]) -> best.
 
   `best` is (similarity f32[Q, k], ids i32[Q, k]), the nearest first. A reference with id -1 has similarity -inf.
   """
 
-  def device_search(best, references, ids, queries):
+  def device_search(best: _Found, references: jax.Array, ids: jax.Array, queries: jax.Array) -> _Found:
     num_rows = references.shape[0]
     size = min(chunk, num_rows)
 
-    def visit(found, start):
+    def visit(found: _Found, start: jax.Array) -> tuple[_Found, None]:
       # All chunks have the same size, so the last chunk may overlap the chunk before; the shared rows are masked.
       first = jnp.minimum(start, num_rows - size)
       row = first + jnp.arange(size)
@@ -351,7 +358,7 @@ def _make_search(mesh, k, chunk):
     # Earlier visits come first, then the devices in the order of their rows: top_k prefers the first of equals.
     return _largest(best, tuple(lax.all_gather(x, AXIS, axis=1, tiled=True, to="invarying") for x in found))
 
-  def _largest(*candidates):
+  def _largest(*candidates: _Found) -> _Found:
     similarity, candidate_ids = (jnp.concatenate(pair, axis=1) for pair in zip(*candidates, strict=True))
     similarity, place = lax.top_k(similarity, k)  # prefers the first of equals
     return similarity, jnp.take_along_axis(candidate_ids, place, axis=1)
@@ -380,7 +387,8 @@ def _classes(neighbours: Neighbours, labels: np.ndarray, ks: Sequence[int], *, t
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "ks"))
-def _vote(similarity, label, temperature, *, num_classes, ks):
+def _vote(similarity: jax.Array, label: jax.Array, temperature: jax.Array, *, num_classes: int,
+          ks: tuple[int, ...]) -> jax.Array:
   """Returns the classes with the most votes, i32[len(ks), Q, T]; a class without a vote is -1."""
   # The weights are relative to the nearest neighbour's. The ranking is the same, and not all weights can underflow.
   weight = jnp.exp((similarity - similarity[:, :1]) / temperature)
@@ -388,7 +396,7 @@ def _vote(similarity, label, temperature, *, num_classes, ks):
 
   # Adds one neighbour of every query at a time. The order of the sums is fixed, and no array of
   # Q x k x number of classes is needed.
-  def add(score, neighbour):
+  def add(score: jax.Array, neighbour: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
     weight, label = (x[:, None] for x in neighbour)
     return jnp.where(label == classes, jnp.maximum(score, 0) + weight, score), None
 

@@ -32,17 +32,15 @@ class LearningSettings:
   temperature: float
 
 
-def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
-                     test_batches: Callable[[], Iterable[Mapping[str, np.ndarray]]], *,
-                     forward_fn: Callable[[Any, jax.Array], jax.Array],
-                     stats_fn: Callable[[Any, jax.Array], Any],
-                     untrained: Mapping[str, Any], trained: Mapping[str, Any], momentum: float, mesh: Mesh,
-                     settings: LearningSettings, about: Mapping[str, Any]) -> dict[str, Any]:
+def measure_learning(train_batches: Iterable[Mapping[str, np.ndarray]],
+                     test_batches: Iterable[Mapping[str, np.ndarray]], *,
+                     forward_fn: Callable[[Any, jax.Array], jax.Array], untrained: Mapping[str, Any],
+                     trained: Mapping[str, Any], mesh: Mesh, settings: LearningSettings,
+                     about: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the table as JSON values.
 
   The table holds the top-1 accuracy in [0, 1] of `raw_pixels` (the network's normalised input, flattened), `untrained`
-  and `trained` (pooled trunk features). The batch statistics of the untrained network are first calibrated on the
-  training images.
+  and `trained` (pooled trunk features). The batch statistics of the untrained network are those of the training images.
 
   It also holds `protocol`, `similarity`, `features`, `k` as given, `k_used` (smaller than `k` if there are fewer
   training images), `temperature`, `num_train` (labelled images that voted), `num_test` (labelled images that were
@@ -51,13 +49,11 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
   The raw pixels of all images are in memory at once (12 kB for an image of 32 x 32).
 
   Args:
-    train_batches: opens the training images under the test transform, see `features.extract_features`; called twice.
-    test_batches: opens the held-out images; called once.
+    train_batches: the training images under the test transform, see `features.extract_features`.
+    test_batches: the held-out images.
     forward_fn: forward_fn(variables, image f32[b, H, W, 3] normalised) -> pooled trunk features f32[b, C].
-    stats_fn: see `features.calibrate_batch_stats`.
-    untrained: {"params": ..., "batch_stats": ...} before the first step.
+    untrained: {"params": ..., "batch_stats": ...} before the first step, see `features.calibrate_batch_stats`.
     trained: {"params": ..., "batch_stats": ...} of the run.
-    momentum: see `features.calibrate_batch_stats`.
     mesh: the devices.
     settings: how the neighbours vote.
     about: entries that a reader needs to repeat the measurement: seed, checkpoint step, descriptions and fingerprints
@@ -66,16 +62,14 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
   Raises:
     UserError: there are no labels, no image can be read, or k or the temperature is out of range.
   """
-  untrained = features_lib.calibrate_batch_stats(stats_fn, untrained, train_batches(), mesh,
-                                                 momentum=momentum)
   variables = {"untrained": untrained, "trained": trained}
 
   # One pass over the images serves all three, because decoding an image costs more than a small network does.
-  def all_features(variables, image):
+  def all_features(variables: Mapping[str, Any], image: jax.Array) -> dict[str, jax.Array]:
     networks = {name: forward_fn(values, image) for name, values in variables.items()}
     return {"raw_pixels": jnp.reshape(image, (image.shape[0], -1)), **networks}
 
-  train, test = (features_lib.extract_features(all_features, variables, batches(), mesh)
+  train, test = (features_lib.extract_features(all_features, variables, batches, mesh)
                  for batches in (train_batches, test_batches))
   found = {}
   for name in NAMES:

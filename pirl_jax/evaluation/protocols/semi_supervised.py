@@ -16,7 +16,7 @@ Letters: B batch of all devices, b this device's part of the batch, N images, L 
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,7 +42,7 @@ from pirl_jax.models.resnet import ResNet
 from pirl_jax.runtime.mesh import AXIS, whole
 from pirl_jax.runtime.progress import Progress
 from pirl_jax.storage.files import read_json, write_json
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class SemiSupervisedSettings(training.TrainingSettings):
   fractions: tuple[float, ...]
   balanced: bool
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     if not self.fractions:
       raise UserError("semi_supervised.fractions is empty; name shares of the labels, (0.01, 0.1) for example")
@@ -121,7 +121,7 @@ def measure_semi_supervised(model: Model, train: Images, test: Images, settings:
       model, train, indices, own[fraction], mesh=mesh, seed=seed, folder=folder,
       title=f"fine-tuning on {_share(fraction)}")
     found[str(fraction)] = {
-      **_judge(model.network.trunk, variables, test, num_classes, mesh),
+      **_judge(model.single.trunk, variables, test, num_classes, mesh),
       "num_images": len(indices), "num_classes_seen": num_seen, **figures, "digest": subset_digest(indices),
       "indices": indices.tolist() if fraction < 1 else None,
       "files": [train.source.image_name(i) for i in indices.tolist()] if fraction < 1 else None}
@@ -151,11 +151,12 @@ def fine_tuning_step(classifier: Classifier, optimizer: optax.GradientTransforma
     classifier: the network; its batch norm works over the mesh axis.
     optimizer: of all parameters.
   """
-  def device_step(state, frozen, batch):
+  def device_step(state: dict[str, Any], frozen: None,
+                  batch: Mapping[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
     del frozen
-    def objective(params):
+    def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
       logits, updated = classifier.apply(
-        {"params": params, "batch_stats": state["batch_stats"]}, normalise(batch["image"]), train=True,
+        {"params": params, "batch_stats": state["batch_stats"]}, normalise_image(batch["image"]), train=True,
         mutable=["batch_stats"])
       weight = batch["valid"].astype(jnp.float32)  # [b]
       # An image that cannot be read may have the label -1. Its weight is 0; any valid label will do.
@@ -178,9 +179,9 @@ def _fine_tune(model: Model, train: Images, indices: np.ndarray, settings: SemiS
   steps_per_epoch = batches.steps_per_epoch(len(indices), settings.batch_size)
   optimizer = create_optimizer(training.falling_rate(settings, steps_per_epoch), momentum=settings.momentum,
                                weight_decay=settings.weight_decay, nesterov=settings.nesterov)
-  trunk, num_classes = model.network.trunk, len(train.source.class_names)
+  trunk, num_classes = model.single.trunk, len(train.source.class_names)
 
-  def create_state(variables):
+  def create_state(variables: Mapping[str, Any]) -> dict[str, Any]:
     variables = on_trunk(Classifier(trunk, num_classes), jax.random.key(seed), variables)
     return training.begin_training({**variables, "opt_state": optimizer.init(variables["params"])}, ("",))
 
@@ -190,13 +191,13 @@ def _fine_tune(model: Model, train: Images, indices: np.ndarray, settings: SemiS
   train_step = training.make_classifier_step(step, mesh, steps_per_epoch=steps_per_epoch)
   open_stream = functools.partial(
     batches.labelled_batches, train.source, indices=indices, batch_size=settings.batch_size,
-    image_size=train.image_size, image_scale=settings.image_scale, seed=seed, process_index=jax.process_index(),
+    crop=(train.image_size, settings.image_scale), seed=seed, process_index=jax.process_index(),
     process_count=jax.process_count(), num_threads=train.num_threads)
   unreadable = (f"none of the {len(indices)} images can be read, for example "
                 f"{train.source.image_name(int(indices[0]))}; check the files")
   state = training.train_classifier(
-    train_step, state, {}, open_stream, settings=settings, steps_per_epoch=steps_per_epoch, mesh=mesh, folder=folder,
-    words=training.Words(title, ("",), unreadable))
+    lambda state, batch: train_step(state, {}, batch), state, open_stream, settings=settings,
+    steps_per_epoch=steps_per_epoch, mesh=mesh, folder=folder, words=training.Words(title, ("",), unreadable))
   losses, num_read = training.epoch_means(state)
   return {name: state[name] for name in ("params", "batch_stats")}, {
     "batch_size": settings.batch_size, "learning_rate": settings.first_rate,
@@ -211,23 +212,24 @@ def _judge(trunk: ResNet, variables: dict[str, Any], test: Images, num_classes: 
   labelled = found.labels >= 0
   if not labelled.any():
     raise UserError(f"none of the {len(test)} test images has a label and can be read: {found.num_broken} are broken")
-  ranks = classification.ranks(found.features[labelled], found.labels[labelled])
+  ranks = classification.true_ranks(found.features[labelled], found.labels[labelled])
   return {"top1": float(np.mean(ranks < 1)), "top5": float(np.mean(ranks < 5)), "num_test": int(labelled.sum()),
           "num_broken_test": found.num_broken}
 
 
 # Cached, so that all shares use one compiled program for the test images.
 @functools.cache
-def _forward_fn(trunk, num_classes):
+def _forward_fn(trunk: ResNet, num_classes: int) -> Callable[[Any, jax.Array], Any]:
   classifier = Classifier(trunk, num_classes)
   return lambda variables, image: classifier.apply(variables, image, train=False)
 
 
-def _share(fraction):
+def _share(fraction: float) -> str:
   return f"{100 * fraction:.4g} % of the labels"
 
 
-def _with_batches(settings, num_images, fraction, mesh):
+def _with_batches(settings: SemiSupervisedSettings, num_images: int, fraction: float,
+                  mesh: Mesh) -> SemiSupervisedSettings:
   """Returns the settings with the batch size to use.
 
   The batch size stays as it is if the subset fills a batch. Otherwise it is the largest power of two that the subset

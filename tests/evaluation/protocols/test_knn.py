@@ -123,7 +123,7 @@ def test_weights_do_not_underflow():
   assert prediction.classes.tolist() == [[1, 0]]
 
 
-def test_a_bank_split_over_the_devices_is_searched_where_it_lies():
+def test_a_bank_split_over_the_devices_is_searched_where_it_lies(full_compile):
   mesh = create_mesh(8)
   rng = np.random.default_rng(2)
   references, labels, queries = unit_rows(rng, 320, 16), rng.integers(0, 5, 320), unit_rows(rng, 20, 16)
@@ -139,7 +139,7 @@ def test_a_bank_split_over_the_devices_is_searched_where_it_lies():
   assert gathered and all("[64,72]" in line for line in gathered)  # the candidates travel, 8 x k, and no row
 
 
-def test_memory_does_not_grow_with_the_references():
+def test_memory_does_not_grow_with_the_references(full_compile):
   mesh = create_mesh(1)
   search = knn._make_search(mesh, 10, 256)
 
@@ -427,7 +427,8 @@ def test_memory_does_not_grow_with_the_training_images(monkeypatch):
 
   small, large = map(peak, sources)
   assert small > 64 * 16e3  # a block at the least is seen
-  assert large < small + 2e6  # where the features of 1,792 more images are 29 MB
+  # The features of 1,792 more images are 29 MB. How many batches wait at once differs: 4 MB more were seen.
+  assert large < small + 10e6
 
 
 @pytest.mark.parametrize(("changes", "message"), [
