@@ -97,13 +97,11 @@ def _sum_over_rows(chunk_sums, axis, shard, inputs):
 
 def _forward(chunk_sums, axis, shard, inputs):
   def sums_and_slopes(start, inputs):
-    sums, pullback = jax.vjp(functools.partial(chunk_sums, shard, start), inputs)
-    leaves, tree = jax.tree.flatten(sums)
-    zeros = [jnp.zeros_like(leaf) for leaf in leaves]
-    slopes = []
-    for number in range(len(leaves)):
-      ones = jax.tree.unflatten(tree, [*zeros[:number], zeros[number] + 1, *zeros[number + 1:]])
-      slopes.append(pullback(ones)[0])
+    sums, slopes_fn = jax.linearize(functools.partial(chunk_sums, shard, start), inputs)
+    # One sum at a time: a sum without a slope, behind `stop_gradient`, then costs no product. If all are pulled back
+    # together, zeros are multiplied for it.
+    slopes = [jax.linear_transpose(lambda moved, number=number: jax.tree.leaves(slopes_fn(moved))[number], inputs)(
+      jnp.ones_like(leaf))[0] for number, leaf in enumerate(jax.tree.leaves(sums))]
     return sums, slopes
 
   return _scan(sums_and_slopes, axis, shard, inputs)
