@@ -218,8 +218,8 @@ def collectives(program: Program) -> tuple[Counter, Counter]:
   for kernel, _, times in program.kernels():
     kind = kernel.opcode.removesuffix("-start")
     if kind in COLLECTIVES:
-      size = nbytes(kernel.type)
       # The result of an asynchronous one holds its operand, too.
-      sent[kind] += times * (size // 2 if kernel.opcode == "all-reduce-start" and kernel.type.startswith("((") else size)
+      holds_operand = kernel.opcode.endswith("-start") and kernel.type.startswith("((")
+      sent[kind] += times * nbytes(kernel.type) // (2 if holds_operand else 1)
       number[kind] += times
   return sent, number

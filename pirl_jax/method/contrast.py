@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pirl_jax.method import losses, memory_bank
+from pirl_jax.method import losses, memory_bank, products
 from pirl_jax.method.health import Similarities, watch
 from pirl_jax.method.micro_batches import gather, positions
 from pirl_jax.method.negatives import EveryRow, Scores
@@ -76,6 +76,7 @@ class Contrast:
     num_negatives: K over all devices, for each view; 0: every row of the bank, in chunks.
     negative_sampling: "shared", one draw of negatives for the whole batch, or "per_image", as the official code draws.
     temperature: tau.
+    product: of embeddings and rows, see `products`.
   """
 
   loss_fn: losses.Loss
@@ -84,6 +85,7 @@ class Contrast:
   num_negatives: int
   negative_sampling: str = "shared"
   temperature: float
+  product: Callable = products.exact
 
   def look_up(self, bank: jax.Array, usable: jax.Array, batch: Mapping[str, jax.Array], keys: Mapping[str, jax.Array],
               *, views: tuple[str, ...]) -> Memory:
@@ -166,7 +168,7 @@ class Contrast:
     positive = memory_bank.positive_scores(images.own, emb, temperature=self.temperature)
     if not self.num_negatives:
       local, _ = memory_bank.local_rows(memory.bank, images.rows, axis=AXIS)
-      return positive, EveryRow(memory.bank, memory.usable, local, emb, self.temperature, AXIS)
+      return positive, EveryRow(memory.bank, memory.usable, local, emb, self.temperature, AXIS, self.product)
     rows, vectors = (images.drawn or memory.drawn)[view]
-    return positive, Scores(memory_bank.negative_scores(vectors, emb, temperature=self.temperature),
-                            memory_bank.weights(memory.usable, images.rows, rows, axis=AXIS), AXIS)
+    score = memory_bank.negative_scores(vectors, emb, temperature=self.temperature, product=self.product)
+    return positive, Scores(score, memory_bank.weights(memory.usable, images.rows, rows, axis=AXIS), AXIS)

@@ -13,7 +13,7 @@ from pirl_jax import system
 from pirl_jax.data import batches, sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images
-from pirl_jax.method import losses, memory_bank
+from pirl_jax.method import losses, memory_bank, products
 from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.optimizer import cosine_schedule, create_optimizer, step_schedule
 from pirl_jax.method.prediction_step import make_prediction_step
@@ -194,7 +194,8 @@ def make_step(parts: Parts) -> Callable:
   if not system.has_bank(config):
     return make_prediction_step(*common, parts.layout, parts.mesh, micro_batches=config.micro_batches)
   contrast = Contrast(make_loss(config, parts.layout), parts.layout, num_negatives=config.num_negatives,
-                      negative_sampling=config.negative_sampling, temperature=config.temperature)
+                      negative_sampling=config.negative_sampling, temperature=config.temperature,
+                      product=products.in_halves if config.model.dtype == "bfloat16" else products.exact)
   return make_contrastive_step(*common, contrast, parts.mesh, pretext_weight=config.pretext_weight,
                                bank_momentum=config.bank.momentum, micro_batches=config.micro_batches)
 

@@ -9,7 +9,7 @@ import oracles
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pirl_jax.method import losses, memory_bank, negatives
+from pirl_jax.method import losses, memory_bank, negatives, products
 from pirl_jax.runtime.mesh import AXIS, create_mesh
 
 N, B, D, TAU, Z = 203, 6, 16, 0.2, 900.0
@@ -37,7 +37,7 @@ def streamed(name, num_devices, case, *, dtype=jnp.float32):
   return program(name, num_devices)(jnp.asarray(bank, dtype), *others)
 
 
-def program(name, num_devices):
+def program(name, num_devices, product=products.exact):
   """Returns the program of `streamed`, a function of the arrays of a case."""
   loss_fn = losses.make_loss(name, temperature=TAU, num_images=N, num_negatives=N)
 
@@ -46,7 +46,7 @@ def program(name, num_devices):
 
     def objective(emb):
       local, _ = memory_bank.local_rows(bank, rows, axis=AXIS)
-      every = negatives.EveryRow(bank, usable, local, emb, TAU, AXIS)
+      every = negatives.EveryRow(bank, usable, local, emb, TAU, AXIS, product)
       each, watched = loss_fn(memory_bank.positive_scores(own, emb, temperature=TAU), every, normaliser=jnp.float32(Z),
                               watch=lambda score, weight, positive: (score * weight, weight))
       return jnp.sum(each * image_weight), (each, watched)
@@ -119,8 +119,10 @@ def test_memory_is_that_of_a_chunk(full_compile, dtype):
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * (4 * batch * chunk + 2 * chunk * 128)
 
 
+@pytest.mark.parametrize(("platform", "product"), [
+  ("cpu", products.exact), ("cuda", products.in_halves), ("tpu", products.in_halves)])
 @pytest.mark.parametrize(("name", "num_sloped"), [("nce", 1), ("infonce", 1), ("eq4", 3)])
-def test_sums_that_are_only_watched_cost_no_product(case, name, num_sloped):
+def test_sums_that_are_only_watched_cost_no_product(case, name, num_sloped, platform, product):
   """A pass over the bank has a product for the scores and one for each sum with a slope. eq4 has two passes."""
-  text = program(name, 1).lower(*case).as_text()
+  text = program(name, 1, product).trace(*case).lower(lowering_platforms=(platform,)).as_text()
   assert text.count("stablehlo.dot_general") == num_sloped + (2 if name == "eq4" else 1)
