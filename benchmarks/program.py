@@ -185,10 +185,8 @@ def _instruction(line):
   start = end + opcode.end() - 1
   stop = start + _closing(rest[start:])
   inside = re.sub(r"/\*.*?\*/", "", rest[start + 1:stop])
-  if opcode[1] in ("constant", "parameter"):
-    operands = (inside,)
-  else:
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+  named = opcode[1] not in ("constant", "parameter")
+  operands = tuple(re.findall(r"%([\w.\-]+)", inside)) if named else (inside,)
   return Instruction(found[1], rest[:end], opcode[1], operands, rest[stop + 1:])
 
 

@@ -113,30 +113,22 @@ class Contrast:
     of_images, of_all = (drawn, {}) if self.negative_sampling == "per_image" else ({}, drawn)
     return Memory(bank, usable, Images(rows, own.reshape(*rows.shape, -1), valid, share, of_images), of_all)
 
-  def normaliser(self, known: jax.Array, memory: Memory, embs_fn: Callable, parts: Any) -> jax.Array:
-    """Returns Z, f32[]: that of the first batch with an image that could be read, for ever after.
+  def normaliser(self, memory: Memory, embs_fn: Callable, parts: Any) -> jax.Array:
+    """Returns Z, f32[], of this batch; 0 if no image of it could be read.
 
-    It is taken from the scores of the pretext view, if there is one. If the loss does not look at Z, Z stays as it is.
+    Z is taken from the scores of the pretext view, if there is one.
 
     Args:
-      known: f32[]; 0 as long as no image could be read.
       memory: of this step.
-      embs_fn: embs_fn(part) -> {view: f32[B / M, D]}; called only if Z is not known.
+      embs_fn: embs_fn(part) -> {view: f32[B / M, D]}.
       parts: the batch, a tree of [M, ...], with `images` among it.
     """
-    if not self.loss_fn.has_normaliser:
-      return known
-
     def sums(part):
       images, embs = part["images"], embs_fn(part)
       view = "pretext" if "pretext" in embs else "image"
       return losses.nce_normaliser_sums(*self.scores(memory, images, view, embs[view]), images.share > 0)
 
-    def first():
-      return losses.nce_normaliser(*jax.tree.map(jnp.sum, jax.lax.map(sums, parts)),
-                                   num_images=self.layout.num_images)
-
-    return jax.lax.cond(known > 0, lambda: known, first)
+    return losses.nce_normaliser(*jax.tree.map(jnp.sum, jax.lax.map(sums, parts)), num_images=self.layout.num_images)
 
   def __call__(self, memory: Memory, images: Images, embs: Mapping[str, jax.Array],
                normaliser: jax.Array) -> tuple[dict[str, jax.Array], dict[str, Similarities]]:
