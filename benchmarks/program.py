@@ -221,3 +221,29 @@ def collectives(program: Program) -> tuple[Counter, Counter]:
       sent[kind] += times * nbytes(kernel.type) // (2 if holds_operand else 1)
       number[kind] += times
   return sent, number
+
+
+def peculiarities(program: Program) -> Counter:
+  """Returns how many instructions of a program are of a kind that a step on a chip should not have, or not many of.
+
+  `convolutions`, and those of them in `float32`; `scatters`, which a GPU does by atomics; `conditionals`;
+  `host_transfers`.
+  """
+  found = Counter(convolutions=0, float32_convolutions=0, scatters=0, conditionals=0, host_transfers=0)
+  for line, computation in program.instructions():
+    if _is_convolution(line):
+      found["convolutions"] += 1
+      types = [computation[name].type for name in line.operands[:2] if name in computation]
+      found["float32_convolutions"] += any(kind.startswith("f32") for kind in types)
+    found["scatters"] += line.opcode in ("scatter", "select-and-scatter")
+    found["conditionals"] += line.opcode == "conditional"
+    found["host_transfers"] += (line.opcode in ("infeed", "outfeed", "send", "recv") or "callback" in line.attributes
+                                and line.opcode == "custom-call" or HOST in line.type)
+  return found
+
+
+def _is_convolution(line):
+  """Returns whether an instruction is a convolution over two axes; a TPU writes products as convolutions, too."""
+  if line.opcode == "custom-call":
+    return "__cudnn$conv" in line.attributes
+  return line.opcode == "convolution" and re.search(r"dim_labels=\w*0\w*1", line.attributes) is not None

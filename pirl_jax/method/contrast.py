@@ -87,6 +87,7 @@ class Contrast:
   temperature: float
   product: Callable = products.exact
 
+  @jax.named_scope("bank")
   def look_up(self, bank: jax.Array, usable: jax.Array, batch: Mapping[str, jax.Array], keys: Mapping[str, jax.Array],
               *, views: tuple[str, ...]) -> Memory:
     """Returns what the batch is compared with. An image found broken has no weight from here on.
@@ -130,6 +131,7 @@ class Contrast:
 
     return losses.nce_normaliser(*jax.tree.map(jnp.sum, jax.lax.map(sums, parts)), num_images=self.layout.num_images)
 
+  @jax.named_scope("loss")
   def __call__(self, memory: Memory, images: Images, embs: Mapping[str, jax.Array],
                normaliser: jax.Array) -> tuple[dict[str, jax.Array], dict[str, Similarities]]:
     """Returns for each view the losses of the images, f32[B / M], and the similarities behind them.

@@ -276,6 +276,7 @@ def negative_scores(others: jax.Array, embeddings: jax.Array, *, temperature: fl
   return product(embeddings, others) / temperature
 
 
+@jax.named_scope("bank")
 def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Array, valid: jax.Array, *,
            momentum: float, axis: str) -> jax.Array:
   """Returns this device's part of the bank after row <- normalise(momentum * row + (1 - momentum) * embedding).
