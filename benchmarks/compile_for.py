@@ -60,6 +60,10 @@ class Described(Source):
   def __getitem__(self, index):
     raise NotImplementedError("nothing runs")
 
+  def labels(self):
+    """Has none to give: nothing runs."""
+    raise NotImplementedError("nothing runs")
+
   def image_name(self, index):
     """Returns the number."""
     return str(index)
@@ -184,7 +188,7 @@ def main(argv: list[str]) -> None:
       for inner, number in value.items():
         print(f"{name + ', ' + inner:<40}{number if isinstance(number, dict) else f'{number:,}':>24}")
     else:
-      print(f"{name:<40}{value if isinstance(value, str | bool) else f'{value:,}':>24}")
+      print(f"{name:<40}{str(value) if isinstance(value, str | bool) else f'{value:,}':>24}")
   print(json.dumps(found))
 
 
