@@ -12,6 +12,7 @@ those that JAX sees.
 import argparse
 import statistics
 import time
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -46,7 +47,7 @@ class Pixels(nn.Module):
     return {"pooled": jnp.reshape(images, (len(images), -1))}
 
 
-def views_fn(keys, image_crop, pretext_crop=None):
+def views_fn(keys: jax.Array, image_crop: jax.Array, pretext_crop: jax.Array) -> tuple[jax.Array, jax.Array, None]:
   """The crops as they are, image and pretext view."""
   del keys
   return image_crop / 255, pretext_crop[:, None] / 255, None
@@ -58,7 +59,8 @@ def measure(num_rows: int, *, dtype: str, num_devices: int, negatives: str, num_
   mesh = mesh_lib.create_mesh(num_devices)
   count = 0 if negatives == "all" else num_negatives
   layout = memory_bank.create_layout(num_rows, num_devices=num_devices, num_negatives=count)
-  network, optimizer = Network(Pixels(), ImageHead(DIM), ImageHead(DIM)), optax.sgd(0.1)
+  pixels: Any = Pixels()  # in the place of a ResNet
+  network, optimizer = Network(pixels, ImageHead(DIM), ImageHead(DIM)), optax.sgd(0.1)
   loss_fn = losses.make_loss("infonce", temperature=0.1, num_images=num_rows, num_negatives=count or num_rows)
   contrast = Contrast(loss_fn, layout, num_negatives=count, temperature=0.1,
                       negative_sampling="per_image" if negatives == "per_image" else "shared")
@@ -66,7 +68,7 @@ def measure(num_rows: int, *, dtype: str, num_devices: int, negatives: str, num_
   state = create_state(0, network, optimizer, layout, mesh=mesh, dim=DIM, bank_dtype=DTYPES[dtype],
                        inputs=(jnp.zeros((1, 4, 4, 3)), jnp.zeros((1, 1, 4, 4, 3))))
 
-  def batch(number):
+  def batch(number: int) -> dict[str, jax.Array]:
     rng = np.random.default_rng(number)
     crops = rng.integers(0, 256, (2, batch_size, 4, 4, 3), np.uint8)
     first = rng.integers(num_rows - batch_size)

@@ -31,7 +31,7 @@ from pirl_jax.method.state import state_shardings
 from pirl_jax.models.pooling import max_pool
 from pirl_jax.runtime import chips, mesh
 from pirl_jax.training import parts as parts_lib
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/pirl.py:imagenet", "The run.")
 CHIP = flags.DEFINE_string("chip", "v5e-8", f"{', '.join(chips.CHIPS)}, with a number of chips.")
@@ -119,7 +119,7 @@ def lowered_part(part: str, config: ConfigDict, device: jax.sharding.Mesh, num_i
     network = system.network_of(config, num_classes=CLASSES.value)
     variables = jax.eval_shape(lambda: network.init(jax.random.key(0), *system.network_inputs(config), train=False))
     def run(variables, image):
-      return network.apply(variables, normalise(image), method=lambda net, x: net.trunk(x, train=False)["pooled"])
+      return network.apply(variables, normalise_image(image), method=lambda net, x: net.trunk(x, train=False)["pooled"])
     size = config.data.image_size
     arguments = (jax.tree.map(lambda x: shaped(x.shape, x.dtype, device), variables),
                  shaped((num_images, size, size, 3), jnp.uint8, device))

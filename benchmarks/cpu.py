@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
@@ -159,7 +160,7 @@ def serve(program: str, network: str) -> None:
   run(), run()
   print("ready", flush=True)
   for line in sys.stdin:
-    wall, processor = time.perf_counter(), time.process_time()
+    wall, processor, loss = time.perf_counter(), time.process_time(), 0.0
     for _ in range(int(line)):
       loss = run()
     assert np.isfinite(loss)
@@ -169,7 +170,7 @@ def serve(program: str, network: str) -> None:
 def compare(network: str, *, threads: int, programs: tuple[str, ...], rounds: int, steps: int) -> dict[str, dict]:
   """Returns {program: {"wall", "processor"}}: milliseconds of each block, a step's mean, [rounds]."""
   cores = sorted(os.sched_getaffinity(0))[:threads]
-  workers = {program: subprocess.Popen(
+  workers: dict[str, Any] = {program: subprocess.Popen(
     ["taskset", "-c", ",".join(map(str, cores)), sys.executable, "-m", "benchmarks.cpu", "--serve", program, network],
     stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for program in programs}
   try:
@@ -218,7 +219,7 @@ def main() -> None:
     for threads in given.threads:
       found = compare(network, threads=threads, programs=programs, rounds=given.rounds,
                       steps=20 if network == "embedded" else 1)
-      row = {"network": network, "threads": threads, "load": os.getloadavg()[0]}
+      row: dict[str, Any] = {"network": network, "threads": threads, "load": os.getloadavg()[0]}
       for program in programs:
         row[program] = {clock: statistics.median(found[program][clock]) for clock in ("wall", "processor")}
       for program in ("trunk", "step") if with_torch else ():

@@ -34,7 +34,7 @@ from pirl_jax.models.heads import ImageHead
 from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh, split, whole
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
   if arguments.folder:
     photographs = open_source(DataSettings("folder", root=arguments.folder, split=""))
     first = Subset(photographs, range(min(arguments.num, len(photographs))))
-    cases = [("resnet50", "imagenet", Images(first, 224, 224 / 256, 32, os.cpu_count()))]
+    cases = [("resnet50", "imagenet", Images(first, 224, 224 / 256, 32, os.cpu_count() or 1))]
   else:
     cases = [("resnet8", "3x3s2", Images(textures(arguments.embedded, 32), 32, 1.0, 256, 2)),
              ("resnet18", "imagenet", Images(textures(arguments.num, arguments.size), arguments.size, 1.0, 32, 2))]
@@ -84,7 +84,7 @@ def create_model(arch: str, stem: str, images: Images, mesh) -> Model:
 def compare(model: Model, images: Images, mesh, arguments) -> list[tuple[float, float]]:
   """Returns (forward, export) in images per second, for each round."""
   forward_fn = layer_features(model.network, ("pooled",))
-  forward_jit = jax.jit(lambda variables, image: forward_fn(variables, normalise(image)))
+  forward_jit = jax.jit(lambda variables, image: forward_fn(variables, normalise_image(image)))
   batches = [jax.device_put(batch["image"], split(mesh)) for batch in images.test_batches()]
 
   def forward():

@@ -110,7 +110,7 @@ def to_float(image: Image.Image) -> np.ndarray:
 def resized_crop(rng, image: Image.Image, size: int, scale: tuple[float, float]) -> Image.Image:
   """Torchvision's RandomResizedCrop on a PIL image."""
   top, left, height, width = crop_box(rng, image.height, image.width, scale, (3 / 4, 4 / 3))
-  return image.crop((left, top, left + width, top + height)).resize((size, size), Image.BILINEAR)
+  return image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
 
 
 def colour_jitter(pick: random.Random, image: Image.Image) -> Image.Image:

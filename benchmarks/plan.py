@@ -8,6 +8,7 @@ program that is compiled here; no time was held against a GPU or TPU yet.
 
 import argparse
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,8 @@ def plan(case: Case) -> dict[str, float]:
 
   shapes = variables["params"], variables["batch_stats"], *case.inputs(local)
   activations = max(0, nbytes(jax.eval_shape(kept, *shapes)) - params)
-  flops = jax.jit(jax.grad(loss)).lower(*shapes).cost_analysis()["flops"] * case.micro_batches
+  cost: Any = jax.jit(jax.grad(loss)).lower(*shapes).cost_analysis()
+  flops = cost["flops"] * case.micro_batches
 
   layout = memory_bank.create_layout(case.images, num_devices=case.devices, num_negatives=case.negatives)
   read = case.negatives or layout.num_rows
@@ -177,7 +179,7 @@ def check() -> None:
   optimizer = create_optimizer(optax.constant_schedule(0.1), momentum=0.9, weight_decay=1e-4)
   loss_fn = losses.make_loss("infonce", temperature=0.1, num_images=case.images, num_negatives=case.negatives)
 
-  def views_fn(keys, image_crop, pretext_crop=None):
+  def views_fn(keys: jax.Array, image_crop: jax.Array, pretext_crop: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     del keys
     return image_crop / 255, pretext_crop / 255, None
 
@@ -188,9 +190,10 @@ def check() -> None:
   image, pretext = (np.zeros(x.shape, np.uint8) for x in case.inputs(case.batch))
   batch = {"image_crop": image, "pretext_crop": pretext, "valid": np.ones(case.batch, bool),
            "index": np.arange(case.batch, dtype=np.int32)}
+  one_image, one_pretext = case.inputs(1)
   state = jax.eval_shape(lambda: create_state(
     0, case.network, optimizer, layout, mesh=mesh, dim=DIM, bank_dtype=jnp.float32,
-    inputs=tuple(jnp.zeros(x.shape) for x in case.inputs(1))))
+    inputs=(jnp.zeros(one_image.shape), jnp.zeros(one_pretext.shape))))
   compiled = step.lower(state, batch).compile()
   memory, flops = compiled.memory_analysis(), compiled.cost_analysis()["flops"]
   given = planned["bank"] + planned["weights, gradient and momentum"] * 2 / 3 + nbytes((image, pretext)) / case.devices

@@ -45,10 +45,10 @@ class Instruction:
   operands: tuple[str, ...]
   attributes: str
 
-  def called(self, attribute: str) -> str | None:
-    """Returns the name of the computation that an attribute (`body`, `calls`) names, None without the attribute."""
+  def called(self, attribute: str) -> str:
+    """Returns the name of the computation that an attribute (`body`, `calls`) names, "" without the attribute."""
     found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
-    return found and found[1]
+    return found[1] if found else ""
 
   @property
   def scope(self) -> str:
@@ -137,7 +137,7 @@ class Program:
 
   def scope(self, kernel: Instruction) -> str:
     """Returns the scope of a kernel; of a fusion without one, that of the most of what is in it."""
-    inner = self.computations.get(kernel.called("calls") or "")
+    inner = self.computations.get(kernel.called("calls"))
     if kernel.scope or not inner:
       return kernel.scope
     scopes = Counter(found.scope for found in inner.values() if found.scope)
@@ -151,7 +151,7 @@ class Program:
     operands = [computation[name] for name in kernel.operands if name in computation]
     sizes = [nbytes(operand.type, without=ON_CHIP) for operand in operands]
     written = nbytes(kernel.type, without=ON_CHIP)
-    inner = self.computations.get(kernel.called("calls") or "")
+    inner = self.computations.get(kernel.called("calls"))
     if inner is None:
       inner = {**{name: dataclasses.replace(computation[name], opcode="parameter", operands=(str(i),))
                   for i, name in enumerate(kernel.operands) if name in computation}, kernel.name: kernel}

@@ -63,7 +63,7 @@ def create_step(network: Network, *, learning_rate: float, temperature: float):
 
   def step(images, patches, own, negatives):
     optimizer.zero_grad(set_to_none=True)
-    loss = 0
+    loss = torch.zeros(())
     for embedding, others in zip(network(images, patches), negatives, strict=True):
       positive = (embedding * own).sum(1, keepdim=True)
       scores = torch.cat([positive, embedding @ others.T], 1) / temperature

@@ -145,7 +145,7 @@ LABELLED = {"": embedded, "cifar10": cifar10, "folder": folder, "folder_small": 
 
 def compose(*settings: Callable[[ConfigDict], None]) -> Callable[[ConfigDict], None]:
   """Returns the function that applies these one after the other."""
-  def apply(config):
+  def apply(config: ConfigDict) -> None:
     for setting in settings:
       setting(config)
   return apply

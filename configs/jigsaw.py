@@ -4,6 +4,8 @@ Noroozi and Favaro 2016, as trained by Goyal et al. 2019 and in vissl. On the sm
 as in configs/pirl.py: it is PIRL's covariant twin.
 """
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from pirl_jax.configs import data_sets
@@ -17,13 +19,13 @@ def covariant(config: ConfigDict, *, num_permutations: int = 100) -> None:
   config.jigsaw.num_permutations = num_permutations
 
 
-def imagenet(num_permutations: int):
+def imagenet(num_permutations: int) -> Callable[[ConfigDict], None]:
   """Returns vissl's jigsaw_8gpu_resnet.yaml: 105 epochs, batch 256.
 
   There the image's shorter side becomes 256 pixels and 255 x 255 of them are cut at random; here it is the random
   crop of PIRL's jigsaw.
   """
-  def apply(config):
+  def apply(config: ConfigDict) -> None:
     data_sets.imagenet(config)
     data_sets.supervised_schedule(config)
     covariant(config, num_permutations=num_permutations)

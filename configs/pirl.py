@@ -5,6 +5,7 @@ With every variant --config.pretext=rotation or rotation_jigsaw takes another tr
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -13,7 +14,7 @@ from pirl_jax.configs.data_sets import compose, imagenet
 from pirl_jax.views.recipe import GBLUR
 
 
-def epochs(number: int):
+def epochs(number: int) -> Callable[[ConfigDict], None]:
   """Returns the setting that trains for so many epochs."""
   return lambda config: config.update(num_epochs=number)
 
@@ -48,9 +49,9 @@ def gblur(config: ConfigDict) -> None:
   config.photometric.update(dataclasses.asdict(GBLUR))
 
 
-def wide(width: int):
+def wide(width: int) -> Callable[[ConfigDict], None]:
   """Returns the setting for a wider ResNet-50, as vissl's w2 and w4: 400 epochs, half precision in the trunk."""
-  def apply(config):
+  def apply(config: ConfigDict) -> None:
     imagenet(config)
     config.num_epochs = 400
     config.model.width = width

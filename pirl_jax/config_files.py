@@ -17,7 +17,7 @@ PARTS = ("__init__", "base", "data_sets")
 class _Parser(config_flags.ConfigFileFlagParser):
   """Loads the config that `locate` finds."""
 
-  def parse(self, path):
+  def parse(self, path: str) -> Any:
     return super().parse(locate(path))
 
 

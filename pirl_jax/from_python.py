@@ -34,7 +34,7 @@ def pretrain(config: ConfigDict | Mapping[str, Any], workdir: str | PathLike[str
   config = _config_of(config, "pretrain")
   folder = Path(fspath(workdir) or f"runs/{config.name}").expanduser()
   with hushed():
-    training.pretrain(config, folder, Stopping())  # not entered: it takes no signals
+    training.pretrain_with(config, folder, Stopping())  # not entered: it takes no signals
   return folder.absolute()
 
 
@@ -56,7 +56,7 @@ def evaluate(config: ConfigDict | Mapping[str, Any], workdir: str | PathLike[str
   return {label: outcome.figures for label, outcome in outcomes.items()}
 
 
-def _config_of(config, job):
+def _config_of(config: ConfigDict | Mapping[str, Any], job: str) -> ConfigDict:
   """Returns the config as a ConfigDict, after a check that it is one for that job."""
   if not isinstance(config, ConfigDict | Mapping):
     raise UserError(f"config is of type {type(config).__name__}; give a ConfigDict, as configs/*.py:get_config returns "

@@ -40,9 +40,9 @@ def parse_flags(argv: list[str]) -> list[str]:
   return rest
 
 
-def _one_line(error, argv):
+def _one_line(error: Exception, argv: list[str]) -> UserError:
   """Returns what went wrong as a UserError: the libraries wrap the first error in others and paste its traceback."""
-  chain = [error]
+  chain: list[BaseException] = [error]
   while following := chain[-1].__cause__ or chain[-1].__context__:
     chain.append(following)
   if isinstance(chain[-1], UserError):

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from pirl_jax.errors import UserError
 from pirl_jax.models.heads import ClassHead, ImageHead
@@ -18,25 +19,28 @@ from pirl_jax.views.pretext import Pretext
 from pirl_jax.views.recipe import Recipe
 from pirl_jax.views.two_views import create_pretext, make_views
 
+Config = ConfigDict | Mapping[str, Any]
+"""The config of a run, also one that was stored as JSON."""
+
 OBJECTIVES = ("invariant", "covariant", "supervised")
 
 
-def uses_image(config: Mapping[str, Any]) -> bool:
+def uses_image(config: Config) -> bool:
   """Returns whether the loss looks at the image view."""
   return config["objective"] != "covariant"
 
 
-def uses_pretext(config: Mapping[str, Any]) -> bool:
+def uses_pretext(config: Config) -> bool:
   """Returns whether the loss looks at a pretext view."""
   return config["objective"] == "covariant" or config["objective"] == "invariant" and config["pretext_weight"] > 0
 
 
-def has_bank(config: Mapping[str, Any]) -> bool:
+def has_bank(config: Config) -> bool:
   """Returns whether the run keeps a memory bank."""
   return config["objective"] == "invariant"
 
 
-def pretext_of(config: Mapping[str, Any]) -> Pretext:
+def pretext_of(config: Config) -> Pretext:
   """Returns the transform that a config names, whether or not its loss looks at it.
 
   Raises:
@@ -46,14 +50,14 @@ def pretext_of(config: Mapping[str, Any]) -> Pretext:
                         image_scale=tuple(config["data"]["image_scale"]), settings=config)
 
 
-def views_of(config: Mapping[str, Any]) -> Callable:
+def views_of(config: Config) -> Callable:
   """Returns the views_fn of `make_views` for the training images of a run."""
   recipes = {name: Recipe(**config[group]) for name, group in (("recipe", "photometric"),
                                                                ("pretext_recipe", "pretext_photometric"))}
   return make_views(pretext_of(config) if uses_pretext(config) else None, **recipes)
 
 
-def crops_of(config: Mapping[str, Any]) -> dict[str, tuple[int, tuple[float, float]]]:
+def crops_of(config: Config) -> dict[str, tuple[int, tuple[float, float]]]:
   """Returns the crops that the views are made of: (side in pixels, range of the share of the area), by name."""
   data, crops = config["data"], {}
   if uses_image(config):
@@ -64,7 +68,7 @@ def crops_of(config: Mapping[str, Any]) -> dict[str, tuple[int, tuple[float, flo
   return crops
 
 
-def network_of(config: Mapping[str, Any], *, num_classes: int) -> Network:
+def network_of(config: Config, *, num_classes: int) -> Network:
   """Returns the network of a config, without a mesh axis.
 
   Args:
@@ -94,7 +98,7 @@ def network_of(config: Mapping[str, Any], *, num_classes: int) -> Network:
                  pretext_head=pretext_of(config).head(dim, mlp=mlp) if uses_pretext(config) else None)
 
 
-def network_inputs(config: Mapping[str, Any]) -> tuple[jax.Array | None, jax.Array | None]:
+def network_inputs(config: Config) -> tuple[jax.Array | None, jax.Array | None]:
   """Returns an image and its pretext view in a batch of one, zeros f32, for init; None for what the loss ignores."""
   size = config["data"]["image_size"]
   return (jnp.zeros((1, size, size, 3)) if uses_image(config) else None,

@@ -107,7 +107,7 @@ def test_every_variant_of_a_pre_training_run_can_be_built(key):
   num_images = config.data.num_images or NUM_IMAGES.get(config.data.name, 1_281_167)
   layout = memory_bank.create_layout(num_images, num_devices=8,
                                      num_negatives=config.num_negatives if system.has_bank(config) else 0)
-  assert callable(parts_lib.make_loss(config, layout))
+  assert callable(parts_lib.loss_of(config, layout))
   epoch = steps_per_epoch(num_images, config.batch_size)
   schedule = parts_lib.make_schedule(config, epoch)
   rates = np.array([schedule(round(share * max(1, config.num_epochs) * epoch)) for share in (0, 0.02, 0.3, 0.999)])

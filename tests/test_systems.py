@@ -245,8 +245,8 @@ def test_without_epochs_it_is_the_initial_network_with_measured_statistics(run_o
   batches = parts_lib.test_images(SimpleNamespace(config=config), parts_lib.open_data(config)[0]).test_batches()
   images = np.concatenate([batch["image"][batch["valid"]] for batch in batches])[:60]  # what fills whole batches
   conv = jax.lax.conv_general_dilated(
-    normalisation.normalise(jnp.asarray(images)), state.params["trunk"]["conv1"]["kernel"], (2, 2), ((1, 1), (1, 1)),
-    dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    normalisation.normalise_image(jnp.asarray(images)), state.params["trunk"]["conv1"]["kernel"], (2, 2),
+    ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
   np.testing.assert_allclose(state.batch_stats["trunk"]["bn1"]["mean"], np.mean(conv, axis=(0, 1, 2)), atol=1e-5)
 
   def contents():

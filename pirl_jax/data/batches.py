@@ -10,7 +10,8 @@ import atexit
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
@@ -18,6 +19,18 @@ import numpy as np
 from pirl_jax.data.crops import BrokenImage, centre_crop, decode, random_resized_crop, squash_resize
 from pirl_jax.data.records import Source
 from pirl_jax.errors import UserError
+
+if TYPE_CHECKING:
+  import jax  # `place` alone needs it at run time
+
+Example = dict[str, np.ndarray | np.generic]
+"""One image of a batch: crops u8[S, S, 3], and scalars."""
+
+Batch = dict[str, np.ndarray]
+"""Crops u8[b, S, S, 3], and b of each scalar."""
+
+Batches = Generator[Batch, None, None]
+"""Its `close()` ends the threads that read."""
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
@@ -44,7 +57,7 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
   num_threads: int,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Batches:
   """Returns the endless stream of training batches from batch `start_step` on; call its `close()` when done.
 
   Each image is decoded once and cropped as often as there are `crops`, independently. Within an epoch no image
@@ -80,14 +93,13 @@ def labelled_batches(
   *,
   indices: np.ndarray,
   batch_size: int,
-  image_size: int,
-  image_scale: tuple[float, float],
+  crop: tuple[int, tuple[float, float]],
   seed: int,
   start_step: int,
   process_index: int = 0,
   process_count: int = 1,
   num_threads: int,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Batches:
   """Returns the endless stream of augmented batches with labels, for classifiers: random resized crop and flip.
 
   Like `train_batches` a function of (seed, step), each epoch in another order; an image comes at most once in an
@@ -97,8 +109,7 @@ def labelled_batches(
     source: the images.
     indices: i[N], those of its records that take part.
     batch_size: B, over all processes, at most N.
-    image_size: H, side of the crop.
-    image_scale: range of the share of the image's area that it covers.
+    crop: its side H in pixels, and the range of the share of the image's area that it covers.
     seed: any integer.
     start_step: batches already seen.
     process_index, process_count: see `train_batches`.
@@ -111,7 +122,8 @@ def labelled_batches(
   Raises:
     UserError: fewer images than a batch, or a batch that the processes cannot share.
   """
-  crop_fn = functools.partial(_labelled_crop, source, np.asarray(indices), size=image_size, scale=tuple(image_scale))
+  size, scale = crop
+  crop_fn = functools.partial(_labelled_crop, source, np.asarray(indices), size=size, scale=tuple(scale))
   return _train_stream(
     crop_fn, len(indices), batch_size=batch_size, seed=seed, start_step=start_step, process_index=process_index,
     process_count=process_count, num_threads=num_threads)
@@ -120,7 +132,7 @@ def labelled_batches(
 def eval_batches(
   source: Source, *, batch_size: int, image_size: int, crop_fraction: float, num_threads: int, start: int = 0,
   squash: bool = False,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Batches:
   """Returns every image from index `start` on once, in order, in batches of one size; nothing is random.
 
   Args:
@@ -146,7 +158,7 @@ def eval_batches(
   return _start(parts, batch_size // size, num_threads, batch_fn=_join)
 
 
-def place(batch: dict[str, np.ndarray], mesh) -> dict:
+def place(batch: Batch, mesh: "jax.sharding.Mesh") -> "dict[str, jax.Array]":
   """Returns the batch as global jax arrays, split over the axis "data" of the mesh; each process gives its
   own rows.
 
@@ -170,10 +182,8 @@ _RUNNING = weakref.WeakSet()
 _PART_BYTES = 2**20  # at most, of the test images read at a time: 341 of 32 pixels, 6 of 224
 
 
-def _train_stream(
-  crop_fn, num_records: int, *, batch_size: int, seed: int, start_step: int, process_index: int, process_count: int,
-  num_threads: int,
-) -> Iterator[dict[str, np.ndarray]]:
+def _train_stream(crop_fn: Callable[..., Example], num_records: int, *, batch_size: int, seed: int, start_step: int,
+                  process_index: int, process_count: int, num_threads: int) -> Batches:
   """Returns the endless stream of crop_fn(record, rng) in batches, a function of (seed, step); see `train_batches`."""
   whole_batches = steps_per_epoch(num_records, batch_size)
   if batch_size % process_count:
@@ -188,7 +198,7 @@ def _train_stream(
   stream = grain.MapDataset.range(num_records).shuffle(seed=order_seed).random_map(crop_fn, seed=crop_seed)
   stream = stream[: whole_batches * batch_size].repeat()
 
-  def place(number):
+  def place(number: int) -> int:
     step, position = divmod(number, local_size)
     return step * batch_size + process_index * local_size + position
 
@@ -196,15 +206,15 @@ def _train_stream(
   return _start(grain.MapDataset.range(first, end).map(lambda number: stream[place(number)]), local_size, num_threads)
 
 
-def _start(records: grain.MapDataset, batch_size: int, num_threads: int, batch_fn=None) -> Iterator[
-    dict[str, np.ndarray]]:
+def _start(records: grain.MapDataset, batch_size: int, num_threads: int,
+           batch_fn: Callable[[Sequence[Batch]], Batch] | None = None) -> Batches:
   """Returns the running stream: threads read records, two batches ahead, one more puts batches together.
 
   `batch_fn` makes a batch of `batch_size` records; None stacks them.
   """
   buffer = 2 * batch_size if num_threads else 0
-  records = records.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer))
-  batches = records.batch(batch_size, batch_fn=batch_fn)
+  read = records.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer))
+  batches = read.batch(batch_size, batch_fn=batch_fn)
   if num_threads:
     batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1)
   stream = _stream(batches)
@@ -212,7 +222,7 @@ def _start(records: grain.MapDataset, batch_size: int, num_threads: int, batch_f
   return stream
 
 
-def _stream(batches: grain.IterDataset) -> Iterator[dict[str, np.ndarray]]:
+def _stream(batches: grain.IterDataset) -> Batches:
   running = iter(batches)
   try:
     yield from running
@@ -252,7 +262,8 @@ def _read(source: Source, index: int) -> tuple[np.ndarray | None, int]:
                     "command goes on") from error
 
 
-def _crops(source: Source, index: int, rng: np.random.Generator, *, crops) -> dict[str, np.ndarray]:
+def _crops(source: Source, index: int, rng: np.random.Generator, *,
+           crops: Mapping[str, tuple[int, tuple[float, float]]]) -> Example:
   image, label = _read(source, index)
   return {
     **{name: np.zeros((size, size, 3), np.uint8) if image is None
@@ -264,8 +275,8 @@ def _crops(source: Source, index: int, rng: np.random.Generator, *, crops) -> di
 
 
 def _labelled_crop(
-  source: Source, indices: np.ndarray, position: int, rng: np.random.Generator, *, size: int, scale
-) -> dict[str, np.ndarray]:
+  source: Source, indices: np.ndarray, position: int, rng: np.random.Generator, *, size: int, scale: tuple[float, float]
+) -> Example:
   index = int(indices[position])
   image, label = _read(source, index)
   if image is None:
@@ -292,7 +303,7 @@ def _part_size(batch_size: int, image_size: int, num_threads: int) -> int:
   return max(size for size in range(1, max(1, most) + 1) if batch_size % size == 0)
 
 
-def _join(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def _join(parts: Sequence[Batch]) -> Batch:
   """Returns one batch of the parts."""
   if len(parts) == 1:
     return parts[0]
@@ -305,7 +316,8 @@ def _centre_crop(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray
     image, size=size, fraction=fraction)
 
 
-def _test_images(source: Source, first: int, *, num: int, size: int, crop_fn) -> dict[str, np.ndarray]:
+def _test_images(source: Source, first: int, *, num: int, size: int,
+                 crop_fn: Callable[..., np.ndarray]) -> Batch:
   """Returns the images from `first` on as a batch of `num`; those behind the last one are padding."""
   images = np.empty((num, size, size, 3), np.uint8)
   index, labels = np.full(num, -1, np.int32), np.full(num, -1, np.int32)

@@ -17,7 +17,7 @@ def remember(source: Source, folder: Path) -> None:
     write_file(path, gzip.compress("\n".join(lines).encode(), mtime=0))
 
 
-def difference(source: Source, folder: Path) -> str:
+def changes_since(source: Source, folder: Path) -> str:
   """Returns what is gone, new and of another size since `remember`, in words; "" where nobody knows."""
   try:
     before = gzip.decompress((folder / FILE).read_bytes()).decode().split("\n")

@@ -138,7 +138,7 @@ def random_resized_crop(
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
   """Returns u8[S, S, 3]: a random box of `image` (see `crop_box`), resized to `size`."""
-  top, left, height, width = crop_box(rng, *image.shape[:2], scale, ratio)
+  top, left, height, width = crop_box(rng, image.shape[0], image.shape[1], scale, ratio)
   return _resize(image[top : top + height, left : left + width], size, size)
 
 

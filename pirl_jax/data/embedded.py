@@ -29,7 +29,7 @@ class TextureSource(Source):
     del class_names
     return cls(settings.num_images, size=settings.image_size, split=settings.split)
 
-  def __init__(self, num_images: int, *, size: int, split: str):
+  def __init__(self, num_images: int, *, size: int, split: str) -> None:
     if num_images < 1:
       raise UserError(f"data.num_images is {num_images}; the embedded data set needs at least 1 image")
     if size < 8:

@@ -8,6 +8,7 @@ import collections
 import hashlib
 import os
 import stat
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import numpy as np
@@ -42,7 +43,7 @@ class FolderSource(Source):
     """Lists the folder."""
     return cls(settings.root, split=settings.split, labels=settings.labels, class_names=class_names)
 
-  def __init__(self, root: str, *, split: str, labels: str, class_names: tuple[str, ...] | None = None):
+  def __init__(self, root: str, *, split: str, labels: str, class_names: tuple[str, ...] | None = None) -> None:
     self._root = _split_folder(root, split)
     shown = printable(self._root)
     left_out = collections.defaultdict(list)
@@ -127,13 +128,13 @@ def _listed(folder: str) -> list[str]:
     ) from error
 
 
-def _walk(root: str, left_out: dict[str, list[str]]):
+def _walk(root: str, left_out: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
   """Yields (relative path, size in bytes) of every image; what is left out is noted by its reason.
 
   A deep tree must not meet Python's limit of recursion, hence the stack. A link is a loop when it leads to
   one of the folders above it; the same folder met twice side by side is meant so.
   """
-  stack = [("", (_identity(root),))]
+  stack: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", (_identity(root),))]
   while stack:
     folder, above = stack.pop()
     for name in _listed(os.path.join(root, folder)):
@@ -178,11 +179,11 @@ def _left_out_text(left_out: dict[str, list[str]], *, separator: str) -> str:
   return "".join(lines)
 
 
-def _label(paths, shown, class_names) -> tuple[np.ndarray, tuple[str, ...]]:
+def _label(paths: Sequence[str], shown: str, class_names: tuple[str, ...] | None) -> tuple[np.ndarray, tuple[str, ...]]:
   """Returns (labels i32[N], class names): the first part of each path, -1 for an image that lies in no
   sub-folder."""
   classes = [path.split("/", 1)[0] if "/" in path else None for path in paths]
-  found = sorted({name for name in classes if name is not None}, key=os.fsencode)
+  found = sorted({name for name in classes if name is not None}, key=lambda name: os.fsencode(name))
   if not found:
     raise UserError(
       f"data.labels=folder, but the images of {shown} lie in no sub-folders; "

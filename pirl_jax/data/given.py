@@ -23,7 +23,7 @@ class GivenSource(Source):
   class_names = ()
   fingerprint = "given"
 
-  def __init__(self, images: Sequence[Any], *, names: Sequence[str]):
+  def __init__(self, images: Sequence[Any], *, names: Sequence[str]) -> None:
     """Looks at no image yet.
 
     Args:
@@ -81,7 +81,7 @@ def pixels_of(image: Any, name: str) -> np.ndarray:
   raise UserError(f"{name} is of type {type(image).__name__}; give {KINDS}")
 
 
-def _read_file(path, name):
+def _read_file(path: str | os.PathLike[str], name: str) -> np.ndarray:
   try:
     with open(path, "rb") as file:
       return decode(file.read())
@@ -98,7 +98,7 @@ def _read_file(path, name):
     raise UserError(f"{name} cannot be decoded: {error}; leave it out, or mend it") from error
 
 
-def _convert(image, name):
+def _convert(image: Image.Image, name: str) -> np.ndarray:
   if image.mode[0] in "IF":
     raise UserError(f"{name} is a PIL image of mode {image.mode}, which has no 8-bit levels; give it as an array of "
                     "floats in [0, 1]")
@@ -108,7 +108,7 @@ def _convert(image, name):
     raise UserError(f"{name}, a PIL image of mode {image.mode}, cannot be made RGB: {error}") from error
 
 
-def _levels(array, name):
+def _levels(array: np.ndarray, name: str) -> np.ndarray:
   seen = f"{name} is an array {array.dtype}[{', '.join(map(str, array.shape))}]"
   if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[2] != 3 or not array.size:
     raise UserError(f"{seen}; an image is [H, W, 3], RGB with the channels last, or [H, W], grey")

@@ -49,7 +49,9 @@ class DataSettings:
   @classmethod
   def of(cls, data: Mapping[str, Any]) -> Self:
     """Returns the settings in a `config.data`, also one that was stored as JSON."""
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in dict(**data).items()})
+    values: dict[str, Any] = {
+      name: tuple(value) if isinstance(value, list) else value for name, value in dict(**data).items()}
+    return cls(**values)
 
 
 READING = ("image_size", "image_scale", "num_threads", "max_bad_fraction")

@@ -18,7 +18,7 @@ from pirl_jax.errors import UserError
 class Subset(Source):
   """The records of a source named by `index`, in its order."""
 
-  def __init__(self, source: Source, index: Sequence[int]):
+  def __init__(self, source: Source, index: Sequence[int]) -> None:
     self._source, self._index = source, np.asarray(index)
     self.class_names, self.multi_label = source.class_names, source.multi_label
     self.slow_labels = source.slow_labels
@@ -69,7 +69,7 @@ def draw_subset(labels: np.ndarray, fraction: float, *, seed: int, balanced: boo
     raise UserError(f"a subset of {fraction} of the labels is not possible: the fraction lies in (0, 1]")
   labels = np.asarray(labels)
   labelled = np.flatnonzero(labels >= 0)
-  order = np.array(shuffled(labelled, seed=seed), np.int64)
+  order = np.array(shuffled(labelled.tolist(), seed=seed), np.int64)
   if balanced:
     by_class = [order[labels[order] == label] for label in np.unique(labels[labelled])]
     taken = [members[:max(1, round(fraction * len(members)))] for members in by_class]
@@ -88,5 +88,5 @@ def subset_digest(indices: np.ndarray) -> str:
   return _digest(",".join(map(str, np.asarray(indices).tolist()))).hex()[:16]
 
 
-def _digest(text):
+def _digest(text: str) -> bytes:
   return hashlib.sha256(text.encode()).digest()

@@ -15,6 +15,7 @@ enough to hold it.
 
 import math
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -52,7 +53,11 @@ def create_textures(
   return images, labels
 
 
-def _draw(pattern_fn, hashes: np.ndarray, size: int) -> np.ndarray:
+_Pattern = Callable[[np.ndarray, np.ndarray, np.ndarray, "_Draws"], np.ndarray]
+"""pattern(u, v, period, draws) -> depth f32[n, S, S]; u and v are the plane of the family."""
+
+
+def _draw(pattern_fn: _Pattern, hashes: np.ndarray, size: int) -> np.ndarray:
   """Returns u8[n, S, S, 3]: the images of one family whose records have these hashes."""
   draws = _Draws(_uniforms(hashes, _NUM_DRAWS))
   centres = ((np.arange(size) + 0.5) * (_EXTENT / size) - _EXTENT / 2).astype(np.float32)
@@ -85,37 +90,37 @@ def _draw(pattern_fn, hashes: np.ndarray, size: int) -> np.ndarray:
 # in periods.
 
 
-def _stripes(u, v, period, draws):
+def _stripes(u: np.ndarray, v: np.ndarray, period: np.ndarray, draws: "_Draws") -> np.ndarray:
   return draws.uniform(0.16, 0.34) - _off_integer(u + draws.uniform(0, 1))
 
 
-def _checks(u, v, period, draws):
+def _checks(u: np.ndarray, v: np.ndarray, period: np.ndarray, draws: "_Draws") -> np.ndarray:
   a = 0.25 - _off_integer(0.7 * u + draws.uniform(0, 1))
   b = 0.25 - _off_integer(0.7 * v + draws.uniform(0, 1))
   # Depth in a union of squares: the nearer of the two edges, positive where both signs agree.
   return np.minimum(np.abs(a), np.abs(b)) * np.sign(a) * np.sign(b) / np.float32(0.7)
 
 
-def _dots(u, v, period, draws):
+def _dots(u: np.ndarray, v: np.ndarray, period: np.ndarray, draws: "_Draws") -> np.ndarray:
   u, v = _off_integer(u + draws.uniform(0, 1)), _off_integer(v + draws.uniform(0, 1))
   return draws.uniform(0.22, 0.38) - np.sqrt(u * u + v * v)
 
 
-def _rings(u, v, period, draws):
+def _rings(u: np.ndarray, v: np.ndarray, period: np.ndarray, draws: "_Draws") -> np.ndarray:
   u = u + draws.uniform(-9, 9) / period
   v = v + draws.uniform(-9, 9) / period
   return draws.uniform(0.16, 0.34) - _off_integer(np.sqrt(u * u + v * v) + draws.uniform(0, 1))
 
 
-def _blobs(u, v, period, draws):
+def _blobs(u: np.ndarray, v: np.ndarray, period: np.ndarray, draws: "_Draws") -> np.ndarray:
   return 0.3 * (_random_field(u, v, draws) - draws.uniform(-0.4, 0.4))
 
 
-def _veins(u, v, period, draws):
+def _veins(u: np.ndarray, v: np.ndarray, period: np.ndarray, draws: "_Draws") -> np.ndarray:
   return draws.uniform(0.6, 1.0) / period - 0.3 * np.abs(_random_field(u, v, draws))
 
 
-def _bricks(u, v, period, draws):
+def _bricks(u: np.ndarray, v: np.ndarray, period: np.ndarray, draws: "_Draws") -> np.ndarray:
   v = 1.1 * v + draws.uniform(0, 1)
   u = 0.55 * u + 0.5 * np.floor(v) + draws.uniform(0, 1)
   return (
@@ -124,17 +129,17 @@ def _bricks(u, v, period, draws):
   )
 
 
-def _waves(u, v, period, draws):
+def _waves(u: np.ndarray, v: np.ndarray, period: np.ndarray, draws: "_Draws") -> np.ndarray:
   swing = draws.uniform(0.35, 0.6) * _sine(v / draws.uniform(1.3, 2.2) + draws.uniform(0, 1))
   return draws.uniform(0.16, 0.34) - _off_integer(u + swing + draws.uniform(0, 1))
 
 
-def _grid(u, v, period, draws):
+def _grid(u: np.ndarray, v: np.ndarray, period: np.ndarray, draws: "_Draws") -> np.ndarray:
   u, v = u + draws.uniform(0, 1), v + draws.uniform(0, 1)
   return np.minimum(_off_integer(u), _off_integer(v)) - draws.uniform(0.5, 0.9) / period
 
 
-def _hexagons(u, v, period, draws):
+def _hexagons(u: np.ndarray, v: np.ndarray, period: np.ndarray, draws: "_Draws") -> np.ndarray:
   u, v = u + draws.uniform(0, 1), v + draws.uniform(0, 2)
   # Centres form two rectangular lattices, one shifted by half a cell: the nearer centre of the two owns the
   # point.
@@ -149,21 +154,21 @@ def _hexagons(u, v, period, draws):
 _PATTERNS = (_stripes, _checks, _dots, _rings, _blobs, _veins, _bricks, _waves, _grid, _hexagons)
 
 
-def _random_field(u, v, draws):
+def _random_field(u: np.ndarray, v: np.ndarray, draws: "_Draws") -> np.ndarray:
   """Returns f32[n, S, S] of about unit variance: plane waves of about one period in random directions."""
-  field = np.float32(0)
+  field = np.zeros((), np.float32)
   for _ in range(_NUM_WAVES):
     angle, frequency = draws.uniform(0, 1), np.float32(0.62)
-    field += _sine(frequency * (_sine(angle) * u + _sine(angle + 0.25) * v) + draws.uniform(0, 1))
+    field = field + _sine(frequency * (_sine(angle) * u + _sine(angle + 0.25) * v) + draws.uniform(0, 1))
   return field * np.float32((2 / _NUM_WAVES) ** 0.5)
 
 
-def _off_integer(u):
+def _off_integer(u: np.ndarray) -> np.ndarray:
   """Distance to the nearest integer, in [0, 0.5]."""
   return np.abs(u - np.rint(u))
 
 
-def _sine(turns):
+def _sine(turns: np.ndarray) -> np.ndarray:
   """Sine of an angle in turns within 0.0011, by products alone: a library's last digit depends on the
   machine."""
   turns = turns - np.rint(turns)
@@ -174,7 +179,7 @@ def _sine(turns):
 class _Draws:
   """Hands out the uniform numbers of n records one by one, each as f32[n, 1, 1]."""
 
-  def __init__(self, uniforms: np.ndarray):
+  def __init__(self, uniforms: np.ndarray) -> None:
     self._columns = iter(uniforms.T)
 
   def uniform(self, low: float, high: float) -> np.ndarray:

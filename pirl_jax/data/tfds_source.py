@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import os
 import pathlib
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -49,7 +49,7 @@ class TfdsSource(Source):
     del class_names
     return cls(settings.name, data_dir=settings.root, split=settings.split)
 
-  def __init__(self, name: str, *, data_dir: str, split: str):
+  def __init__(self, name: str, *, data_dir: str, split: str) -> None:
     builder = _builder(name, data_dir)
     if not os.path.exists(builder.data_dir):
       _prepare(builder, name)
@@ -64,7 +64,8 @@ class TfdsSource(Source):
       )
     self._image, self._label = image, _only(builder, tfds.features.ClassLabel)
     self._present, self._present_easily = _label_sets(builder)
-    self._cached_labels = self._cached_targets = None
+    self._cached_labels: np.ndarray | None = None
+    self._cached_targets: np.ndarray | None = None
     self.multi_label = self._present is not None
     names = self._label or self._present
     self.class_names = tuple(builder.info.features[names].names) if names else ()
@@ -175,19 +176,19 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
     ) from error
 
 
-def _build_command(name: str, data_dir) -> str:
+def _build_command(name: str, data_dir: str | os.PathLike[str]) -> str:
   directory = f" --data_dir={data_dir}" if data_dir else ""
   return (
     f"pip install tensorflow importlib_resources && tfds build {name} --file_format=array_record{directory}"
   )
 
 
-def _needs_tensorflow(name: str, data_dir, error: ImportError) -> str:
-  missing = error
+def _needs_tensorflow(name: str, data_dir: str | os.PathLike[str], error: ImportError) -> str:
+  missing: BaseException | None = error
   while missing is not None and not getattr(missing, "name", None):  # TFDS raises again, without the name
     missing = missing.__cause__ or missing.__context__
   return (
-    f"TFDS needs {missing.name if missing else 'another package'} once to prepare {name} (not to read it); "
+    f"TFDS needs {getattr(missing, 'name', 'another package')} once to prepare {name} (not to read it); "
     "prepare it with: "
     f"{_build_command(name, data_dir)}"
   )
@@ -241,7 +242,7 @@ def _label_sets(builder: tfds.core.DatasetBuilder) -> tuple[str, str] | tuple[No
   return (keys[0], keys[0]) if len(keys) == 1 else (None, None)
 
 
-def _digest(info, records: Source) -> str:
+def _digest(info: Any, records: Source) -> str:
   """Returns a hash of the lengths of the shards and of some images: another order on disk almost surely
   differs.
 

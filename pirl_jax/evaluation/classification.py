@@ -32,14 +32,14 @@ def read_labels(train: Images, test: Images, *, protocol: str) -> np.ndarray:
     UserError: see `check_classes`; or there are classes, and not a single image of one split has a label.
   """
   check_classes(train, test, protocol=protocol)
-  labels = {name: images.source.labels() for name, images in (("training", train), ("held-out", test))}
+  labels = {name: images.labels() for name, images in (("training", train), ("held-out", test))}
   for name, found in labels.items():
     if not np.any(found >= 0):
       raise UserError(f"{protocol} needs labels, and none of the {len(found)} {name} images has one")
   return labels["training"]
 
 
-def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def true_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
   """Returns how many classes come before the true one, i[N]; of equal logits the lower class comes first.
 
   Args:

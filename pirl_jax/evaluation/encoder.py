@@ -6,7 +6,7 @@ Letters: N images, D numbers of a feature, H W height and width.
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Generator, Iterable
+from collections.abc import Iterable
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pirl_jax.data.batches import Batches
 from pirl_jax.data.given import KINDS, GivenSource, is_one
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import stream_features, unit_norm
@@ -110,7 +111,7 @@ class Encoder:
     return (f"Encoder({str(self.folder)!r}, step={self.step}, arch={self.config['model']['arch']!r}, "
             f"image_size={self.image_size}, layers={self.layers})")
 
-  def _batches(self, images: Any) -> Generator[dict[str, np.ndarray], None, None]:
+  def _batches(self, images: Any) -> Batches:
     """Yields one batch after the other, each a set of images of its own: a generator is read as it is needed."""
     single = is_one(images)
     if not single and not isinstance(images, Iterable):

@@ -57,7 +57,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
   subjects = open_subjects(config.checkpoint, config.step, mesh)
   check_same_images({run.label: data_of(config, run) for subject in subjects for run in subject.runs})
   open_once = functools.cache(open_images)
-  evaluations = [prepare(config, subject, mesh, open_once, workdir, len(subjects)) for subject in subjects]
+  evaluations = [open_evaluation(config, subject, mesh, open_once, workdir, len(subjects)) for subject in subjects]
   first = evaluations[0]
   settings = {evaluation.subject.label: settings_of(evaluation) for evaluation in evaluations}
   result_path = first.output.with_name(first.output.name + ".json")
@@ -73,7 +73,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
       if result_path.with_suffix(ending).exists():
         result_path.with_suffix(ending).rename(older.with_name(f"{older.stem}{ending}"))
     print(f"the result of step {older_step} is now {older}")
-  finish(config, evaluations, settings, outcomes, result_path, time.perf_counter() - started)
+  write_results(config, evaluations, settings, outcomes, result_path, time.perf_counter() - started)
   return outcomes
 
 
@@ -97,7 +97,7 @@ def own_data(run: Run) -> dict[str, Any]:
     "test_split": held_out["split"], "test_num_images": held_out["num_images"]})
 
 
-def _full_root(data):
+def _full_root(data: dict[str, Any]) -> dict[str, Any]:
   return {**data, "root": os.path.abspath(os.path.expanduser(data["root"])) if data["root"] else ""}
 
 
@@ -118,7 +118,7 @@ def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> d
   Raises:
     UserError: one is out of range, or the runs of an ensemble have seen images of different sizes.
   """
-  def sizes_of_run(run):
+  def sizes_of_run(run: Run) -> dict[str, Any]:
     own = own_sizes(run.meta["config"], num_devices=mesh.size)
     return own | {name: config.data[name] for name in own if config.data[name] is not None}
 
@@ -141,8 +141,8 @@ def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> d
   return sizes
 
 
-def prepare(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_fn: Callable, workdir: str,
-            num_subjects: int) -> Evaluation:
+def open_evaluation(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_fn: Callable, workdir: str,
+                    num_subjects: int) -> Evaluation:
   """Returns the evaluation of one subject: its images are opened and all is checked, but nothing computed or written.
 
   `open_fn` is `open_images`, or that with a memory: several subjects are judged on the same images.
@@ -153,7 +153,8 @@ def prepare(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh, open_
   data = data_of(config, subject.runs[0])
   sizes = sizes_of(config, subject, mesh)
 
-  def open_split(split, class_names=None, num_images=data["num_images"]):
+  def open_split(split: str, class_names: tuple[str, ...] | None = None,
+                 num_images: int = data["num_images"]) -> Images:
     which = {name: data[name] for name in SOURCE_FIELDS} | {"split": split, "num_images": num_images}
     source = open_fn(sources.DataSettings(**which, image_size=sizes["image_size"]), class_names)
     return Images(source, **sizes)
@@ -244,7 +245,7 @@ def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int 
   return older
 
 
-def _as_now(settings):
+def _as_now(settings: dict[str, Any]) -> dict[str, Any]:
   """Returns the settings of a stored result as this version has them: what they lack has its default."""
   stored, data, protocol = settings["run_config"], settings["data"], settings["protocol"]
   configs = {run: upgrade_config(config) for run, config in stored.items()} if "ensemble" in settings else (
@@ -270,8 +271,8 @@ def measure(evaluation: Evaluation) -> Outcome:
   return outcome
 
 
-def finish(config: ConfigDict, evaluations: Sequence[Evaluation], settings: dict[str, dict[str, Any]],
-           outcomes: dict[str, Outcome], path: Path, seconds: float) -> None:
+def write_results(config: ConfigDict, evaluations: Sequence[Evaluation], settings: dict[str, dict[str, Any]],
+                  outcomes: dict[str, Outcome], path: Path, seconds: float) -> None:
   """Writes result file and plot, prints the table and the names of all that was written."""
   if jax.process_index():
     return
@@ -286,10 +287,11 @@ def finish(config: ConfigDict, evaluations: Sequence[Evaluation], settings: dict
     "protocol": config.protocol, "seed": config.seed, "devices": f"{jax.device_count()} x {device.device_kind}",
     "jax": jax.__version__, **(results[first.subject.label] if len(results) == 1 else {"runs": results})})
   written = [path]
-  if all(outcome.curve for outcome in outcomes.values()):
+  curves = {label: outcome.curve for label, outcome in outcomes.items() if outcome.curve}
+  if len(curves) == len(outcomes):
     plot = path.with_suffix(".png")
     save_plot(plot, f"{config.protocol}: {first.data['name'] or Path(first.data['root']).name or first.data['source']}",
-              {label: outcome.curve for label, outcome in outcomes.items()})
+              curves)
     written.append(plot)
   for evaluation in evaluations:
     shutil.rmtree(evaluation.snapshots, ignore_errors=True)

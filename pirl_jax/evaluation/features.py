@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from pirl_jax.errors import UserError
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 IN_FLIGHT = 2
 """Batches on the devices at once: the next one is decoded while these are computed."""
@@ -93,7 +93,7 @@ def stream_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any,
   variables = jax.device_put(variables, whole(mesh))
   pending = deque()
 
-  def fetch():
+  def fetch() -> Features:
     features, label, index, valid = pending.popleft()
     num_broken = int(np.count_nonzero((index >= 0) & ~valid))
     return Features(jax.tree.map(lambda x: np.asarray(x)[valid], features), label[valid], index[valid], num_broken)
@@ -142,7 +142,7 @@ def calibrate_batch_stats(stats_fn: Callable[[Any, jax.Array], Any], variables: 
   return {**variables, "batch_stats": jax.tree.map(lambda x: np.asarray(x * scale, np.float32), total)}
 
 
-def _full_batches(batches) -> Iterator[np.ndarray]:
+def _full_batches(batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[np.ndarray]:
   waiting, size, any_full = None, 0, False
   for batch in batches:
     size = len(batch["image"])
@@ -158,7 +158,7 @@ def _full_batches(batches) -> Iterator[np.ndarray]:
     yield np.resize(waiting, (size, *waiting.shape[1:]))  # repeats the images in turn
 
 
-def _place(image, mesh):
+def _place(image: np.ndarray, mesh: Mesh) -> np.ndarray | jax.Array:
   if len(image) % mesh.size:
     raise UserError(f"a batch of {len(image)} images cannot be split over {mesh.size} devices; "
                     f"take a multiple of {mesh.size}")
@@ -169,9 +169,9 @@ def _place(image, mesh):
 
 # Kept, so that an evaluation every few epochs compiles once.
 @functools.lru_cache(maxsize=16)
-def _make_forward(forward_fn, mesh):
-  def device_forward(variables, image):
-    return jax.tree.map(lambda x: x.astype(jnp.float32), forward_fn(variables, normalise(image)))
+def _make_forward(forward_fn: Callable, mesh: Mesh) -> Callable:
+  def device_forward(variables: Any, image: jax.Array) -> dict[str, jax.Array]:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), forward_fn(variables, normalise_image(image)))
 
   # Whole on every device, so that each of several processes can read all of it.
   return jax.jit(jax.shard_map(device_forward, mesh=mesh, in_specs=(WHOLE, SPLIT), out_specs=SPLIT),
@@ -179,9 +179,9 @@ def _make_forward(forward_fn, mesh):
 
 
 @functools.lru_cache(maxsize=16)
-def _make_stats(stats_fn, mesh):
-  def device_stats(variables, image):
-    return lax.pmean(stats_fn(variables, normalise(image)), AXIS)
+def _make_stats(stats_fn: Callable, mesh: Mesh) -> Callable:
+  def device_stats(variables: Any, image: jax.Array) -> Any:
+    return lax.pmean(stats_fn(variables, normalise_image(image)), AXIS)
 
   return jax.jit(jax.shard_map(device_stats, mesh=mesh, in_specs=(WHOLE, SPLIT), out_specs=WHOLE),
                  in_shardings=(whole(mesh), split(mesh)))

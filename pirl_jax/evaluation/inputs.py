@@ -4,7 +4,7 @@ Letters: B batch, H side in pixels.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,19 @@ class Images:
   def __len__(self) -> int:
     return len(self.source)
 
-  def test_batches(self, *, squash: bool = False) -> Iterator[dict[str, np.ndarray]]:
+  def labels(self) -> np.ndarray:
+    """Returns i32[N], see `Source.labels`; to be asked for only if there are class names."""
+    labels = self.source.labels()
+    assert labels is not None
+    return labels
+
+  def targets(self) -> np.ndarray:
+    """Returns i8[N, C], see `Source.targets`; to be asked for only if there are class names."""
+    targets = self.source.targets()
+    assert targets is not None
+    return targets
+
+  def test_batches(self, *, squash: bool = False) -> batches.Batches:
     """Returns every image once, see `batches.eval_batches`; `squash` takes the whole image, its aspect changed."""
     return batches.eval_batches(
       self.source, batch_size=self.batch_size, image_size=self.image_size, crop_fraction=self.crop_fraction,

@@ -18,6 +18,9 @@ import jax.numpy as jnp
 from pirl_jax.errors import UserError
 from pirl_jax.models.network import Ensemble, Model, Network
 
+MapsFn = Callable[[Any, jax.Array], dict[str, jax.Array]]
+"""forward_fn(variables, image f32[B, H, W, 3] normalised) -> {layer: f32[B, ...]}."""
+
 EMBEDDING = "embedding"
 """The name of f(v_I), behind the image head; the other layers are the trunk's."""
 
@@ -130,7 +133,7 @@ def pool(features: jax.Array) -> jax.Array:
   return _adaptive_mean(_adaptive_mean(features, 1, rows), 2, columns)
 
 
-def _adaptive_mean(x, axis, size):
+def _adaptive_mean(x: jax.Array, axis: int, size: int) -> jax.Array:
   length = x.shape[axis]
   if length <= size:
     return x
@@ -140,8 +143,7 @@ def _adaptive_mean(x, axis, size):
 
 # Kept, so that whatever traces the function traces it once for runs of the same network.
 @functools.cache
-def layer_features(network: Network | Ensemble, layers: tuple[str, ...], *, flat: bool = True) -> Callable[
-    [Any, jax.Array], dict[str, jax.Array]]:
+def layer_features(network: Network | Ensemble, layers: tuple[str, ...], *, flat: bool = True) -> MapsFn:
   """Returns forward_fn(variables, image f32[B, H, W, 3] normalised) -> {layer: f32[B, D]}, by the frozen network.
 
   The maps are pooled, see `pool`; with `flat` False they stay f32[B, h, w, C] ("pooled" and "embedding" are vectors in
@@ -154,9 +156,9 @@ def layer_features(network: Network | Ensemble, layers: tuple[str, ...], *, flat
   return lambda variables, image: {layer: x.reshape(x.shape[0], -1) for layer, x in forward(variables, image).items()}
 
 
-def _maps(network, layers):
-  def forward(variables, image):
-    found = network.apply(variables, image, method="features")
+def _maps(network: Network, layers: tuple[str, ...]) -> MapsFn:
+  def forward(variables: Any, image: jax.Array) -> dict[str, jax.Array]:
+    found: Any = network.apply(variables, image, method="features")
     if EMBEDDING in layers:
       found[EMBEDDING] = network.apply(variables, found["pooled"], method=lambda net, x: net.image_head(x))
     return {layer: pool(found[layer]) if found[layer].ndim == 4 else found[layer].astype(jnp.float32)
@@ -165,10 +167,10 @@ def _maps(network, layers):
   return forward
 
 
-def _joint_maps(ensemble, layers):
+def _joint_maps(ensemble: Ensemble, layers: tuple[str, ...]) -> MapsFn:
   member_fns = [_maps(network, layers) for network in ensemble.networks]
 
-  def forward(variables, image):
+  def forward(variables: Any, image: jax.Array) -> dict[str, jax.Array]:
     found = [member_fn(own, image) for member_fn, own in zip(member_fns, variables, strict=True)]
     return {layer: jnp.concatenate([maps[layer] for maps in found], axis=-1) for layer in layers}
 

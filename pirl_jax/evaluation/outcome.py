@@ -28,7 +28,8 @@ class Outcome:
   @classmethod
   def from_json(cls, stored: Mapping[str, Any]) -> Self:
     """Returns what `to_json` gave."""
-    return cls(**{**stored, "curve": stored["curve"] and Curve(**stored["curve"])})
+    curve = stored["curve"]
+    return cls(stored["figures"], stored["table"], curve and Curve(**curve))
 
 
 def format_table(title: str, outcomes: Mapping[str, Outcome], *, share: bool = True) -> str:
@@ -51,7 +52,7 @@ def format_table(title: str, outcomes: Mapping[str, Outcome], *, share: bool = T
   return "\n".join(lines)
 
 
-def _cell(value, share):
+def _cell(value: float | None, share: bool) -> str:
   if value is None:
     return "-"
   if share:

@@ -64,7 +64,7 @@ class Subject:
     """Returns the restored network."""
     if not self.is_ensemble:
       return self.runs[0].model
-    return Model(Ensemble(tuple(run.model.network for run in self.runs)),
+    return Model(Ensemble(tuple(run.model.single for run in self.runs)),
                  tuple(run.model.variables for run in self.runs))
 
 

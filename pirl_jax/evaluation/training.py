@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,7 +71,7 @@ class TrainingSettings:
   weight_decay: float
   image_scale: tuple[float, float]
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for field in ("num_epochs", "batch_size"):
       self.require(getattr(self, field) >= 1, field, "a whole number from 1 is needed")
     self.require(0 < self.learning_rate < math.inf, "learning_rate", "a finite number above 0 is needed")
@@ -164,7 +164,8 @@ def make_classifier_step(device_step: Callable, mesh: Mesh, *, steps_per_epoch: 
     mesh: the devices.
     steps_per_epoch: after so many steps the sums of `state["epoch"]` start again.
   """
-  def counted(state, frozen, batch):
+  def counted(state: dict[str, Any], frozen: Any,
+              batch: Mapping[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     step, epoch = state["step"], state["epoch"]
     state, losses, num_read = device_step(state, frozen, batch)
     # The sums of the epoch stay on the device, so that no step waits for the host.
@@ -177,15 +178,14 @@ def make_classifier_step(device_step: Callable, mesh: Mesh, *, steps_per_epoch: 
   return jax.jit(mapped, donate_argnums=0)
 
 
-def train_classifier(train_step: Callable, state: dict[str, Any], frozen: Any, open_stream: Callable[..., Iterator], *,
+def train_classifier(train_step: Callable, state: dict[str, Any], open_stream: Callable[..., batches.Batches], *,
                      settings: TrainingSettings, steps_per_epoch: int, mesh: Mesh, folder: Path,
                      words: Words) -> dict[str, Any]:
   """Returns the state after the last step; interrupted before, the same call goes on from the snapshot in `folder`.
 
   Args:
-    train_step: see `make_classifier_step`.
+    train_step: train_step(state, batch) -> (state, losses): that of `make_classifier_step`, given what is frozen.
     state: before the first step, see `begin_training`.
-    frozen: what the step reads and never changes, whole on every device.
     open_stream: open_stream(start_step=) -> endless iterator of batches, from that step on.
     settings: how many epochs, and of how many images a batch is.
     steps_per_epoch: of whole batches.
@@ -205,7 +205,7 @@ def train_classifier(train_step: Callable, state: dict[str, Any], frozen: Any, o
     with (closing(open_stream(start_step=start_step)) as stream,
           Progress(words.title, (num_steps - start_step) * settings.batch_size) as progress):
       for step in range(start_step + 1, num_steps + 1):
-        state, losses = train_step(state, frozen, batches.place(next(stream), mesh))
+        state, losses = train_step(state, batches.place(next(stream), mesh))
         in_flight.append(losses)
         if len(in_flight) > STEPS_IN_FLIGHT:
           jax.block_until_ready(in_flight.popleft())
@@ -235,7 +235,7 @@ def epoch_means(state: Mapping[str, Any]) -> tuple[dict[str, float], int]:
   return {name: float(loss) / max(num_read, 1) for name, loss in sums["loss"].items()}, num_read
 
 
-def _check_finite(means, settings, words, epoch):
+def _check_finite(means: Mapping[str, float], settings: TrainingSettings, words: Words, epoch: int) -> None:
   for name in words.losses:
     if not math.isfinite(means[name]):
       on = name and f" on {name}"

@@ -45,7 +45,7 @@ def save_plot(path: str | os.PathLike, title: str, curves: Mapping[str, Curve]) 
   axes = figure.subplots()
   for name, curve in curves.items():
     (line,) = axes.plot(curve.x, curve.y, label=name, marker="." if len(curve.x) < 40 else None)
-    if curve.low is not None:
+    if curve.low is not None and curve.high is not None:
       axes.fill_between(curve.x, curve.low, curve.high, alpha=0.2, color=line.get_color())
   axes.set(xlabel=curve.x_label, ylabel=curve.y_label, xscale="log" if curve.log_x else "linear")
   # Names of data and runs may hold dollars, and are no formulas.

@@ -40,7 +40,7 @@ def save_views_plot(path: str | os.PathLike, image: np.ndarray | None, pretext: 
     pretext: u8[B, P, h, w, 3], or None likewise; one of the two is there.
     num_images: examples shown, at most B.
   """
-  batch = len(image if image is not None else pretext)
+  batch = min(len(views) for views in (image, pretext) if views is not None)
   shown = min(num_images, batch)
   parts, labels = [], []
   if image is not None:
@@ -151,7 +151,7 @@ def save_neighbours(path: str | os.PathLike, queries: np.ndarray, neighbours: np
     canvas.save(file, format="PNG")
 
 
-def _fitting(text, font, width):
+def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
   if font.getlength(text) <= width:
     return text
   while text and font.getlength(text + "...") > width:
@@ -159,12 +159,12 @@ def _fitting(text, font, width):
   return text + "..."
 
 
-def _enlarge(image, side):
+def _enlarge(image: np.ndarray, side: int) -> np.ndarray:
   factor = max(1, side // max(image.shape[:2]))
   return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _grid(patches):
+def _grid(patches: np.ndarray) -> np.ndarray:
   columns = math.ceil(math.sqrt(len(patches)))
   rows = math.ceil(len(patches) / columns)
   tiles = [_enlarge(patch, (SIDE - GAP * (columns - 1)) // columns) for patch in patches]
@@ -176,7 +176,7 @@ def _grid(patches):
   return grid
 
 
-def _beside(left, right=None):
+def _beside(left: np.ndarray, right: np.ndarray | None = None) -> np.ndarray:
   if right is None:
     return left
   height = max(left.shape[0], right.shape[0])

@@ -25,7 +25,7 @@ Draws = Mapping[str, tuple[jax.Array, jax.Array]]
 """{view: (the negatives' rows on this device, their vectors)}: (i32[..., K], f32[..., K, D]) of a view."""
 
 
-class Images(NamedTuple):
+class BatchRows(NamedTuple):
   """What belongs to the images of a batch, [M, B / M, ...]; in one part of the batch, [B / M, ...]."""
 
   rows: jax.Array
@@ -53,7 +53,7 @@ class Memory:
 
   bank: jax.Array
   usable: jax.Array
-  images: Images
+  images: BatchRows
   drawn: Draws
 
   def moved(self, emb: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -112,7 +112,7 @@ class Contrast:
     drawn = dict(zip(negatives, zip(negatives.values(), vectors, strict=True), strict=True))
     share = valid / jnp.maximum(jnp.sum(valid), 1)
     of_images, of_all = (drawn, {}) if self.negative_sampling == "per_image" else ({}, drawn)
-    return Memory(bank, usable, Images(rows, own.reshape(*rows.shape, -1), valid, share, of_images), of_all)
+    return Memory(bank, usable, BatchRows(rows, own.reshape(*rows.shape, -1), valid, share, of_images), of_all)
 
   def normaliser(self, memory: Memory, embs_fn: Callable, parts: Any) -> jax.Array:
     """Returns Z, f32[], of this batch; 0 if no image of it could be read.
@@ -124,7 +124,7 @@ class Contrast:
       embs_fn: embs_fn(part) -> {view: f32[B / M, D]}.
       parts: the batch, a tree of [M, ...], with `images` among it.
     """
-    def sums(part):
+    def sums(part: Any) -> tuple[jax.Array, jax.Array]:
       images, embs = part["images"], embs_fn(part)
       view = "pretext" if "pretext" in embs else "image"
       return losses.nce_normaliser_sums(*self.scores(memory, images, view, embs[view]), images.share > 0)
@@ -132,7 +132,7 @@ class Contrast:
     return losses.nce_normaliser(*jax.tree.map(jnp.sum, jax.lax.map(sums, parts)), num_images=self.layout.num_images)
 
   @jax.named_scope("loss")
-  def __call__(self, memory: Memory, images: Images, embs: Mapping[str, jax.Array],
+  def __call__(self, memory: Memory, images: BatchRows, embs: Mapping[str, jax.Array],
                normaliser: jax.Array) -> tuple[dict[str, jax.Array], dict[str, Similarities]]:
     """Returns for each view the losses of the images, f32[B / M], and the similarities behind them.
 
@@ -149,7 +149,7 @@ class Contrast:
       seen[view] = Similarities(positive, *sums)
     return each, seen
 
-  def scores(self, memory: Memory, images: Images, view: str,
+  def scores(self, memory: Memory, images: BatchRows, view: str,
              emb: jax.Array) -> tuple[jax.Array, losses.Negatives]:
     """Returns the scores f32[B / M] of embeddings with the images' own rows, and their negatives.
 

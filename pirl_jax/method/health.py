@@ -18,7 +18,7 @@ NOT_FINITE = "not_finite"
 
 def not_finite(loss: Any, gradients: Any, parameters: Any, batch_stats: Any, bank_rows: Any = ()) -> jax.Array:
   """Returns bool[5]: in which of `QUANTITIES`, trees of f32[...], there is a NaN or an infinity. Runs in the step."""
-  def holds_one(tree):
+  def holds_one(tree: Any) -> jax.Array:
     return jnp.any(jnp.array([jnp.any(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], bool))
 
   return jnp.stack([holds_one(tree) for tree in (loss, gradients, parameters, batch_stats, bank_rows)])
@@ -83,6 +83,6 @@ def spread(emb: jax.Array, share: jax.Array) -> jax.Array:
     emb: unit vectors.
     share: f32[M, B / M], the weight of each image; they sum up to 1.
   """
-  def mean(x):
+  def mean(x: jax.Array) -> jax.Array:
     return jnp.sum(x * share[..., None], axis=(0, 1), keepdims=True)
   return jnp.mean(jnp.sqrt(mean((emb - mean(emb)) ** 2))) * emb.shape[-1] ** 0.5

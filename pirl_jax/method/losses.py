@@ -66,7 +66,7 @@ class Loss:
     log_z = jnp.full_like(positive, jnp.log(jnp.where(normaliser > 0, normaliser, 1)))
     first, *others = self.passes
 
-    def watched_terms(score, weight, positive, log_z):
+    def watched_terms(score: jax.Array, weight: jax.Array, positive: jax.Array, log_z: jax.Array) -> tuple[Any, Any]:
       seen = () if watch is None else jax.lax.stop_gradient(watch(score, weight, positive))
       return first(score, weight, positive, log_z), seen
 
@@ -113,11 +113,11 @@ def nce(*, num_images: int, num_negatives: int) -> Loss:
   """
   noise = num_negatives / num_images
 
-  def terms(score, weight, positive, log_z):
+  def terms(score: jax.Array, weight: jax.Array, positive: jax.Array, log_z: jax.Array) -> tuple[jax.Array]:
     # -log(c / (P + c + eps)) = log1p((P + eps) / c): K small terms keep their digits.
     return jnp.log1p((jnp.exp(score - log_z) + EPS) / noise) * weight,
 
-  def finish(positive, log_z, total):
+  def finish(positive: jax.Array, log_z: jax.Array, total: jax.Array) -> jax.Array:
     # log(x / (x + c + eps)) as a difference of logs: P itself may be too small for float32.
     return jnp.log(jnp.exp(positive - log_z) + noise + EPS) - (positive - log_z) + total
 
@@ -137,21 +137,23 @@ def eq4() -> Loss:
 
   Every h has the same denominator, that of the positive (reading A: e_j / (e_0 + sum_k e_k)).
   """
-  def terms(score, weight, positive, log_z, total_odds):
+  def terms(score: jax.Array, weight: jax.Array, positive: jax.Array, log_z: jax.Array,
+            total_odds: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     odds, = _odds(score, weight, positive, log_z)
     h = odds / (1 + total_odds)
     # One negative at most has h > 1/2. Its 1 - h would lose its digits, so it is summed from what is left without it.
     large = h > 0.5
     return jnp.log1p(-jnp.where(large, 0, h)), jnp.where(large, 0, odds), jax.lax.stop_gradient(large.astype(h.dtype))
 
-  def finish(positive, log_z, total_odds, log_one_minus_h, rest, num_large):
+  def finish(positive: jax.Array, log_z: jax.Array, total_odds: jax.Array, log_one_minus_h: jax.Array, rest: jax.Array,
+             num_large: jax.Array) -> jax.Array:
     log_denominator = jnp.log1p(total_odds)
     return log_denominator - log_one_minus_h - num_large * (jnp.log1p(rest) - log_denominator)
 
   return Loss((_odds, terms), finish)
 
 
-def _odds(score, weight, positive, log_z):
+def _odds(score: jax.Array, weight: jax.Array, positive: jax.Array, log_z: jax.Array) -> tuple[jax.Array]:
   """Returns exp(negative) / exp(positive), (f32[B, K],), and 0 (with gradient 0) for a negative that is left out."""
   return jnp.exp(jnp.where(weight > 0, score - positive, 0)) * weight,
 

@@ -15,7 +15,7 @@ embeddings of the whole batch; no row of the bank ever leaves its device, only s
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from jax.extend.random import threefry2x32_p
 
 from pirl_jax.errors import UserError
 from pirl_jax.method import products
+
+ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
 MAX_STRATA = 256
 """Divides 4,096, 32,000 and 65,536, the numbers of negatives in use."""
@@ -52,7 +54,7 @@ class Layout:
     """S * R: the images' rows and the padding."""
     return self.num_strata * self.rows_per_stratum
 
-  def row_of(self, index):
+  def row_of(self, index: ArrayT) -> ArrayT:
     """Returns the row of each image, i32[...] in [0, S * R), of `index` i32[...] in [0, N), numpy or JAX."""
     return index % self.num_strata * self.rows_per_stratum + index // self.num_strata
 
@@ -110,7 +112,7 @@ def check_fits(layout: Layout, *, dim: int, dtype: Any, num_devices: int, device
                   f"{num_devices} device(s), which have {there:,.1f} GiB; {way_out}")
 
 
-def _multiple_below(number, unit):
+def _multiple_below(number: int, unit: int) -> int:
   return number // unit * unit
 
 
@@ -120,7 +122,7 @@ def normalise(x: jax.Array) -> jax.Array:
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def create(key: jax.Array, layout: Layout, *, dim: int, dtype=jnp.float32) -> tuple[jax.Array, jax.Array]:
+def create(key: jax.Array, layout: Layout, *, dim: int, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
   """Returns the bank [S * R, D], unit rows as `stored` has them, and `usable` bool[S * R], False on padding.
 
   Each entry is uniform in +-1/sqrt(D/3), then each row is normalised (vissl/losses/nce_loss.py, `norm_init`). There
@@ -133,7 +135,7 @@ def create(key: jax.Array, layout: Layout, *, dim: int, dtype=jnp.float32) -> tu
   size = min(rows, max(1, CREATED_ROWS // strata))
   stratum = jnp.arange(strata)[:, None]
 
-  def fill(number, bank):
+  def fill(number: jax.Array, bank: jax.Array) -> jax.Array:
     first = jnp.minimum(number * size, rows - size)
     entries = _uniform(key, stratum * rows + first + jnp.arange(size)[None], dim)
     block = normalise(entries.astype(jnp.promote_types(dtype, jnp.float32)))
@@ -145,7 +147,7 @@ def create(key: jax.Array, layout: Layout, *, dim: int, dtype=jnp.float32) -> tu
   return jnp.reshape(bank, (-1, dim)), jnp.reshape(usable, -1)
 
 
-def _uniform(key, row, dim):
+def _uniform(key: jax.Array, row: jax.Array, dim: int) -> jax.Array:
   """Returns the entries f32[*row, D] in +-1/sqrt(D/3) of the given rows of the whole bank.
 
   They are those that `jax.random.uniform` gives for the whole of it, entry i from the hash of i.
@@ -178,7 +180,7 @@ def vectors(rows: jax.Array) -> jax.Array:
   return rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
 
 
-def _images_in_stratum(layout, stratum):
+def _images_in_stratum(layout: Layout, stratum: jax.Array) -> jax.Array:
   return layout.num_images // layout.num_strata + (stratum < layout.num_images % layout.num_strata)
 
 
@@ -200,7 +202,7 @@ def draw(key: jax.Array, layout: Layout, *, num_negatives: int, axis: str, num_d
   local = jnp.arange(num_local)
   stratum = jax.lax.axis_index(axis) * num_local + local
 
-  def draw_positions(stratum):
+  def draw_positions(stratum: jax.Array) -> jax.Array:
     stratum_key = jax.random.fold_in(key, stratum)
     shape = (num_draws or 1, num_negatives // layout.num_strata)
     return jax.random.randint(stratum_key, shape, 0, _images_in_stratum(layout, stratum))
@@ -316,6 +318,6 @@ def retire(usable: jax.Array, rows: jax.Array, valid: jax.Array, *, axis: str) -
   return usable, counts > 0
 
 
-def _own_or_dropped(array, local, chosen):
+def _own_or_dropped(array: jax.Array, local: jax.Array, chosen: jax.Array) -> jax.Array:
   # Past the end, where `mode="drop"` leaves it out; a negative number would wrap to another row.
   return jnp.where(chosen, local, array.shape[0])

@@ -33,7 +33,7 @@ def accumulate(grad_fn: Callable, params: Any, parts: Any) -> tuple[Any, Any]:
   # As "varying" the parameters have gradients of this device's images: they are summed over the devices once.
   params = jax.lax.pcast(params, AXIS, to="varying")
 
-  def add(total, part):
+  def add(total: Any, part: Any) -> tuple[Any, Any]:
     grads, rest = grad_fn(params, part)
     return jax.tree.map(jnp.add, total, grads), rest
 

@@ -6,7 +6,7 @@ D embedding. Everything here runs inside `jax.shard_map` over the mesh axis that
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,13 @@ from pirl_jax.method import memory_bank, products
 
 CHUNK_ROWS = 8_192
 """Rows of the bank that are scored at a time, at most: 32 MB of scores for 1,024 images."""
+
+
+_Shard = tuple[jax.Array, jax.Array, jax.Array]
+"""What a device holds: bank [R, D], usable bool[R], own i32[B]."""
+
+_Inputs = tuple[jax.Array, tuple[jax.Array, ...]]
+"""What the sums have a gradient by: embeddings f32[B, D], and f32[B] of each image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +79,13 @@ class EveryRow:
     return lax.psum(_sum_over_rows(chunk_sums, self.axis, (self.bank, self.usable, self.own), inputs), self.axis)
 
 
-def _row_sums(terms, score, weight, per_image):
+def _row_sums(terms: Callable, score: jax.Array, weight: jax.Array, per_image: Sequence[jax.Array]) -> Any:
   each = terms(score, weight, *(x[:, None] for x in per_image))
   return jax.tree.map(lambda term: jnp.sum(term, axis=1), each)
 
 
-def _chunk_sums(terms, product, temperature, shard, start, inputs):
+def _chunk_sums(terms: Callable, product: Callable, temperature: float, shard: _Shard, start: jax.Array,
+                inputs: _Inputs) -> Any:
   """Returns the sums f32[B] over the rows from `start` on, `CHUNK_ROWS` of them or as many as there are."""
   bank, usable, own = shard
   embeddings, per_image = inputs
@@ -91,12 +99,12 @@ def _chunk_sums(terms, product, temperature, shard, start, inputs):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sum_over_rows(chunk_sums, axis, shard, inputs):
+def _sum_over_rows(chunk_sums: Callable, axis: str, shard: _Shard, inputs: _Inputs) -> Any:
   return _scan(functools.partial(chunk_sums, shard), axis, shard, inputs)
 
 
-def _forward(chunk_sums, axis, shard, inputs):
-  def sums_and_slopes(start, inputs):
+def _forward(chunk_sums: Callable, axis: str, shard: _Shard, inputs: _Inputs) -> tuple[Any, Any]:
+  def sums_and_slopes(start: jax.Array, inputs: _Inputs) -> tuple[Any, list[Any]]:
     sums, slopes_fn = jax.linearize(functools.partial(chunk_sums, shard, start), inputs)
     # One sum at a time: a sum without a slope, behind `stop_gradient`, then costs no product. If all are pulled back
     # together, zeros are multiplied for it.
@@ -107,7 +115,7 @@ def _forward(chunk_sums, axis, shard, inputs):
   return _scan(sums_and_slopes, axis, shard, inputs)
 
 
-def _backward(chunk_sums, axis, slopes, cotangents):
+def _backward(chunk_sums: Callable, axis: str, slopes: Any, cotangents: Any) -> tuple[None, Any]:
   del chunk_sums, axis
   parts = [jax.tree.map(lambda slope, by=by: slope * by.reshape(by.shape + (1,) * (slope.ndim - 1)), each)
            for by, each in zip(jax.tree.leaves(cotangents), slopes, strict=True)]
@@ -117,9 +125,9 @@ def _backward(chunk_sums, axis, slopes, cotangents):
 _sum_over_rows.defvjp(_forward, _backward)
 
 
-def _scan(sums_fn, axis, shard, inputs):
+def _scan(sums_fn: Callable, axis: str, shard: _Shard, inputs: _Inputs) -> Any:
   """Returns the sum of sums_fn(start, inputs), trees of f32[B, ...], over the chunks of this device's R rows."""
-  def add(total, start):
+  def add(total: Any, start: jax.Array) -> tuple[Any, None]:
     return jax.tree.map(jnp.add, total, sums_fn(start, inputs)), None
 
   num_rows = len(shard[0])

@@ -34,7 +34,11 @@ def cosine_schedule(*, base_rate: float, end_factor: float, num_steps: int, warm
   cosine = optax.cosine_decay_schedule(base_rate, num_steps - warmup_steps, alpha=end_factor)
   warmup = optax.linear_schedule(warmup_factor * base_rate, base_rate, warmup_steps) if warmup_steps else cosine
   joined = optax.join_schedules([warmup, cosine], [warmup_steps])
-  return lambda step: joined(step // hold_steps * hold_steps)
+
+  def held(step: Any) -> Any:
+    return joined(step // hold_steps * hold_steps)
+
+  return held
 
 
 def step_schedule(*, base_rate: float, milestones: Sequence[float], decay_factor: float, num_steps: int,
@@ -63,7 +67,11 @@ def step_schedule(*, base_rate: float, milestones: Sequence[float], decay_factor
                     f"{min([*boundaries, num_steps])}; lower optimizer.warmup_epochs or raise num_epochs")
   falling = optax.piecewise_constant_schedule(base_rate, dict.fromkeys(boundaries, decay_factor))
   warmup = optax.linear_schedule(warmup_factor * base_rate, base_rate, max(warmup_steps, 1))
-  return lambda step: jnp.where(step < warmup_steps, warmup(step), falling(step))
+
+  def warmed_up(step: Any) -> Any:
+    return jnp.where(step < warmup_steps, warmup(step), falling(step))
+
+  return warmed_up
 
 
 def create_optimizer(schedule: optax.Schedule, *, momentum: float, weight_decay: float, nesterov: bool = False,
@@ -94,7 +102,7 @@ def descend(state: TrainState, optimizer: optax.GradientTransformation, grads: A
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state, **fields)
 
 
-def _decayed(params, *, biases):
+def _decayed(params: Any, *, biases: bool) -> Any:
   if not isinstance(params, Mapping):
     return jnp.ndim(params) > 1
   linear = biases and "kernel" in params  # batch norm has a bias, too, and no kernel

@@ -3,8 +3,9 @@
 Letters: B batch of all devices, M its parts, b this device's images of a part, L labels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,14 @@ from pirl_jax.method import health, memory_bank
 from pirl_jax.method.forward import forward
 from pirl_jax.method.micro_batches import accumulate, gather, split_batch, whole_batch_stats
 from pirl_jax.method.optimizer import descend
-from pirl_jax.method.programs import map_step
+from pirl_jax.method.programs import Step, map_step
+from pirl_jax.method.state import TrainState
 from pirl_jax.models.network import Network
 from pirl_jax.runtime.mesh import AXIS
 
 
 def make_prediction_step(network: Network, optimizer: optax.GradientTransformation, views_fn: Callable,
-                         layout: memory_bank.Layout, mesh: Mesh, *, micro_batches: int = 1) -> Callable:
+                         layout: memory_bank.Layout, mesh: Mesh, *, micro_batches: int = 1) -> Step:
   """Returns train_step(state, batch) -> (state, metrics), as `make_contrastive_step`, for a state without a bank.
 
   The loss is the cross-entropy of the transform's label, where the views have one (paper, equation 2), else of the
@@ -38,7 +40,7 @@ def make_prediction_step(network: Network, optimizer: optax.GradientTransformati
   """
   predicts_class = network.pretext_head is None
 
-  def device_step(state, batch):
+  def device_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
     # 1. An image found broken has no weight from here on, and one without a label never has any.
     batch = split_batch(batch, micro_batches)  # [M, b, ...]
     rows = gather(layout.row_of(batch["index"]), axis=1)  # [M, B / M]
@@ -48,11 +50,13 @@ def make_prediction_step(network: Network, optimizer: optax.GradientTransformati
     share = valid / jnp.maximum(jnp.sum(valid), 1)  # of an image in every mean
 
     # 2. The cross-entropy of the label, given the view.
-    def objective(params, part):
+    def objective(params: Any, part: Any) -> tuple[jax.Array, Any]:
       crops, share = part
       outputs, transform, batch_stats = forward(network, views_fn, state, params, crops)
       logits, = map(gather, outputs.values())  # [B / M, L]
-      label = gather(crops["label"] if predicts_class else transform)
+      target = crops["label"] if predicts_class else transform
+      assert target is not None  # a pretext head goes with a transform that has labels
+      label = gather(target)
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
       mean = partial(health.sum_of_shares, share)
       metrics = {"loss": mean(losses), "top1": mean(jnp.argmax(logits, axis=1) == label)}

@@ -3,6 +3,7 @@
 Letters: B batch, K rows, D embedding.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -34,32 +35,32 @@ def in_halves(embeddings: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _in_halves(embeddings, rows):
+def _in_halves(embeddings: jax.Array, rows: jax.Array) -> jax.Array:
   return _by_platform(_forward, exact)(embeddings, rows)
 
 
-def _in_halves_fwd(embeddings, rows):
+def _in_halves_fwd(embeddings: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
   return _in_halves(embeddings, rows), rows
 
 
-def _in_halves_bwd(rows, slope):
+def _in_halves_bwd(rows: jax.Array, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
   return _by_platform(_embeddings_slope, _exact_slope)(slope, rows), jnp.zeros_like(rows)
 
 
 _in_halves.defvjp(_in_halves_fwd, _in_halves_bwd)
 
 
-def _by_platform(in_halves, otherwise):
+def _by_platform(in_halves: Callable, otherwise: Callable) -> Callable:
   return partial(lax.platform_dependent, cuda=in_halves, rocm=in_halves, tpu=in_halves, default=otherwise)
 
 
-def _forward(embeddings, rows):
+def _forward(embeddings: jax.Array, rows: jax.Array) -> jax.Array:
   (high, low), (rows_high, rows_low) = _halves(embeddings), _halves(rows)
   left, right = jnp.concatenate([high, low, high], axis=1), jnp.concatenate([rows_high, rows_high, rows_low], axis=1)
   return jnp.matmul(left, right.T, preferred_element_type=embeddings.dtype)
 
 
-def _embeddings_slope(slope, rows):
+def _embeddings_slope(slope: jax.Array, rows: jax.Array) -> jax.Array:
   """Returns the gradient by the embeddings, f32[B, D], of that by the products, f32[B, K]."""
   count, dim = len(slope), rows.shape[1]
   # All four products at once: to leave low low out, the slope's high half would be read or written twice.
@@ -68,11 +69,11 @@ def _embeddings_slope(slope, rows):
   return all_four[:count, :dim] + all_four[count:, :dim] + all_four[:count, dim:]
 
 
-def _exact_slope(slope, rows):
+def _exact_slope(slope: jax.Array, rows: jax.Array) -> jax.Array:
   return jnp.matmul(slope, rows, precision=lax.Precision.HIGHEST)
 
 
-def _halves(x):
+def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns (high, low), bf16 each, whose sum is x f32 to 2**-17 of it."""
   # `reduce_precision`, because XLA may drop a conversion to bfloat16 and back, and low would be 0.
   high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

@@ -4,8 +4,8 @@ Letters: R rows of the bank, D embedding, B batch. `moved` is what the update of
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -14,7 +14,18 @@ from pirl_jax.method.state import TrainState, state_specs
 from pirl_jax.runtime.mesh import SPLIT, WHOLE
 
 
-def in_one_program(device_step: Callable, update: Callable, mesh: Mesh) -> Callable:
+class Step(Protocol):
+  """A step of training, compiled for the devices of a mesh."""
+
+  def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the state after the step, and its metrics, f32[] each; the state given in is donated."""
+    ...
+
+  def lower(self, state: TrainState, batch: Any) -> Any:
+    """Returns its program, or programs, lowered for these shapes."""
+
+
+def in_one_program(device_step: Callable, update: Callable, mesh: Mesh) -> Step:
   """Returns step(state, batch) -> (state, metrics), whose bank [R, D] is written in the same program.
 
   Args:
@@ -23,7 +34,7 @@ def in_one_program(device_step: Callable, update: Callable, mesh: Mesh) -> Calla
     update: update(bank, *moved) -> bank.
     mesh: the devices.
   """
-  def step(state, batch):
+  def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
     rest, moved, metrics = device_step(state.replace(bank=None), state.bank, batch)
     return rest.replace(bank=update(state.bank, *moved)), metrics
 
@@ -41,8 +52,8 @@ class TwoPrograms:
     write: write(bank, *moved) -> bank.
   """
 
-  look: Callable
-  write: Callable
+  look: jax.stages.Wrapped
+  write: jax.stages.Wrapped
 
   def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
     """Returns the state after the step, and its metrics, f32[] each; the state given in is donated."""
@@ -70,7 +81,7 @@ class WithNormaliser:
   is compiled only if a state comes that has none.
   """
 
-  def __init__(self, step: Callable, normaliser: Callable, mesh: Mesh):
+  def __init__(self, step: Step, normaliser: Callable, mesh: Mesh) -> None:
     """Takes what a step consists of.
 
     Args:
@@ -97,7 +108,7 @@ class WithNormaliser:
     return self._step.lower(state, batch)
 
 
-def map_step(device_step: Callable, mesh: Mesh, *, with_bank: bool = True) -> Callable:
+def map_step(device_step: Callable, mesh: Mesh, *, with_bank: bool = True) -> Step:
   """Returns device_step(state, batch) -> (state, metrics), mapped over the devices, compiled, its state donated.
 
   Args:

@@ -49,7 +49,8 @@ def state_shardings(mesh: Mesh, *, with_bank: bool = True) -> TrainState:
 
 
 def create_state(seed: int, network: Network, optimizer: optax.GradientTransformation, layout: memory_bank.Layout, *,
-                 mesh: Mesh, dim: int, bank_dtype: Any, inputs: tuple[Any, Any], with_bank: bool = True) -> TrainState:
+                 mesh: Mesh, dim: int, bank_dtype: Any, inputs: tuple[jax.Array | None, jax.Array | None],
+                 with_bank: bool = True) -> TrainState:
   """Returns the state before the first step. It is made on the devices that keep it: no device holds a whole bank.
 
   Args:
@@ -63,7 +64,7 @@ def create_state(seed: int, network: Network, optimizer: optax.GradientTransform
     inputs: an image f32[1, H, W, 3] and a pretext view f32[1, P, h, w, 3], None for what the network does not get.
     with_bank: whether there is a bank.
   """
-  def init(seed):
+  def init(seed: jax.Array) -> TrainState:
     params_key, bank_key = jax.random.split(jax.random.key(seed))
     variables = network.init(params_key, *inputs, train=False)
     bank, usable = memory_bank.create(bank_key, layout, dim=dim, dtype=bank_dtype)

@@ -4,8 +4,9 @@ Letters: B batch of all devices, M its parts, b this device's images of a part, 
 "pretext" or "image".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +14,20 @@ import optax
 from jax.sharding import Mesh
 
 from pirl_jax.method import health, memory_bank
-from pirl_jax.method.contrast import Contrast
+from pirl_jax.method.contrast import Contrast, Memory
 from pirl_jax.method.forward import forward
 from pirl_jax.method.micro_batches import accumulate, gather, split_batch, whole_batch_stats
 from pirl_jax.method.optimizer import descend
-from pirl_jax.method.programs import WithNormaliser, in_one_program, in_two_programs
+from pirl_jax.method.programs import Step, WithNormaliser, in_one_program, in_two_programs
 from pirl_jax.method.randomness import step_keys
+from pirl_jax.method.state import TrainState
 from pirl_jax.models.network import Network
 from pirl_jax.runtime.mesh import AXIS
 
 
 def make_contrastive_step(network: Network, optimizer: optax.GradientTransformation, views_fn: Callable,
                           contrast: Contrast, mesh: Mesh, *, pretext_weight: float, bank_momentum: float,
-                          micro_batches: int = 1) -> Callable:
+                          micro_batches: int = 1) -> Step:
   """Returns train_step(state, batch) -> (state, metrics), compiled, and mapped over the devices of `mesh`.
 
   The state given in is donated: its memory becomes that of the state returned, so there is never a second bank.
@@ -48,21 +50,22 @@ def make_contrastive_step(network: Network, optimizer: optax.GradientTransformat
 
   # 1. The bank as a step finds it: the rows m_I of the batch and, for each view, negatives. Both are constants.
   #    Randomness depends on seed, step and image alone: neither a restart nor the number of devices changes it.
-  def look_up(state, bank, batch):
+  def look_up(state: TrainState, bank: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Memory, Any]:
     batch = split_batch(batch, micro_batches)  # [M, b, ...]
     memory = contrast.look_up(bank, state.usable, batch, step_keys(state.seed, state.step), views=tuple(view_weights))
     return memory, {"crops": batch, "images": memory.images}
 
   # 2. Two views of every image, [b, H, W, 3] and [b, P, h, w, 3], and an embedding of each, f(v_I) and g(v_It).
-  def embed(state, params, part):
+  def embed(state: TrainState, params: Any, part: Any) -> tuple[dict[str, jax.Array], Any]:
     outputs, _, batch_stats = forward(network, views_fn, state, params, part["crops"])
     return {view: gather(memory_bank.normalise(outputs[view])) for view in view_weights}, batch_stats  # [B / M, D]
 
-  def device_step(state, bank, batch):
+  def device_step(state: TrainState, bank: jax.Array,
+                  batch: Mapping[str, jax.Array]) -> tuple[TrainState, tuple[jax.Array, ...], dict[str, jax.Array]]:
     memory, parts = look_up(state, bank, batch)
 
     # 3. Equation 5: lambda L(m_I, g(v_It)) + (1 - lambda) L(m_I, f(v_I)). f and g meet in the bank alone.
-    def objective(params, part):
+    def objective(params: Any, part: Any) -> tuple[jax.typing.ArrayLike, Any]:
       embs, batch_stats = embed(state, params, part)
       each, seen = contrast(memory, part["images"], embs, state.normaliser)
       mean = partial(health.sum_of_shares, part["images"].share)
@@ -87,7 +90,7 @@ def make_contrastive_step(network: Network, optimizer: optax.GradientTransformat
     return step
 
   # Z of the `nce` loss: the first batch sets it, for ever after.
-  def normaliser(state, batch):
+  def normaliser(state: TrainState, batch: Mapping[str, jax.Array]) -> jax.Array:
     memory, parts = look_up(state, state.bank, batch)
     return contrast.normaliser(memory, lambda part: embed(state, state.params, part)[0], parts)
 

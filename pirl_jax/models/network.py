@@ -1,8 +1,7 @@
 """The whole network of a run: one trunk for both views, a head for each. And several networks as one."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -24,6 +23,9 @@ class Network(nn.Module):
   trunk: ResNet
   image_head: nn.Module | None = None
   pretext_head: nn.Module | None = None
+
+  if TYPE_CHECKING:
+    def __hash__(self) -> int: ...  # Flax adds it, without declaring it
 
   def __call__(self, image: jax.Array | None, pretext: jax.Array | None, *, train: bool) -> tuple[
       jax.Array | None, jax.Array | None]:
@@ -48,10 +50,12 @@ class Network(nn.Module):
 
   def embed_image(self, image: jax.Array, *, train: bool = False) -> jax.Array:
     """Returns f(v_I), f32[B, D], not yet normalised, of normalised images f32[B, H, W, 3]."""
+    assert self.image_head is not None
     return self.image_head(self.trunk(image, train=train)["pooled"], train=train)
 
   def embed_pretext(self, pretext: jax.Array, *, train: bool = False) -> jax.Array:
     """Returns g(v_It), f32[B, D], not yet normalised, of normalised pretext views f32[B, P, h, w, 3]."""
+    assert self.pretext_head is not None
     batch, patches = pretext.shape[:2]
     features = self.trunk(jnp.reshape(pretext, (batch * patches, *pretext.shape[2:])), train=train)["pooled"]
     return self.pretext_head(jnp.reshape(features, (batch, patches, -1)), train=train)
@@ -62,7 +66,7 @@ class Network(nn.Module):
 
   def with_batch_norm_axis(self, axis: Any) -> "Network":
     """Returns the network, as a step maps it, with batch statistics over that mesh axis (None: each device its own)."""
-    def on_axis(module):
+    def on_axis(module: Any) -> Any:
       return module.clone(batch_norm_axis=axis) if hasattr(module, "batch_norm_axis") else module
     return self.clone(trunk=on_axis(self.trunk), image_head=on_axis(self.image_head),
                       pretext_head=on_axis(self.pretext_head))
@@ -93,4 +97,10 @@ class Model:
   """
 
   network: Network | Ensemble
-  variables: Mapping[str, Any] | tuple[Mapping[str, Any], ...]
+  variables: Any
+
+  @property
+  def single(self) -> Network:
+    """Returns the network of a model that is no ensemble."""
+    assert not isinstance(self.network, Ensemble)
+    return self.network

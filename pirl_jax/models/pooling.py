@@ -26,53 +26,55 @@ def max_pool(x: jax.Array) -> jax.Array:
   return nn.max_pool(x, (SIZE, SIZE), strides=(STRIDE, STRIDE), padding=((PAD, PAD), (PAD, PAD)))
 
 
-def _max_pool_fwd(x):
+def _max_pool_fwd(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   out, choice = jax.lax.platform_dependent(x, cuda=_choose, rocm=_choose, default=_choose_nothing)
   # XLA keeps the one of them that the gradient of the platform reads.
   return out, (x, choice)
 
 
-def _max_pool_bwd(given, slope):
+def _max_pool_bwd(given: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array]:
   return (jax.lax.platform_dependent(*given, slope, cuda=_gather, rocm=_gather, default=_scatter),)
 
 
 max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)
 
 
-def _choose_nothing(x):
+def _choose_nothing(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   out = max_pool(x)
   return out, jnp.zeros_like(out, jnp.uint8)
 
 
-def _choose(x):
+def _choose(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns the pooled points f[N, h, w, C], and the place in its window of each, u8[N, h, w, C]: 3 row + column."""
   padded = jnp.pad(x, ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0)), constant_values=-jnp.inf)
   height, width = ((side - 1) // STRIDE + 1 for side in x.shape[1:3])
-  largest = choice = None
-  for place, (row, column) in enumerate(itertools.product(range(SIZE), repeat=2)):
-    points = jax.lax.slice(padded, (0, row, column, 0), (
+
+  def points(row: int, column: int) -> jax.Array:
+    return jax.lax.slice(padded, (0, row, column, 0), (
       len(x), row + STRIDE * (height - 1) + 1, column + STRIDE * (width - 1) + 1, x.shape[3]), (1, STRIDE, STRIDE, 1))
-    if largest is None:
-      largest, choice = points, jnp.zeros_like(points, jnp.uint8)
-    else:
-      choice = jnp.where(points > largest, jnp.uint8(place), choice)
-      largest = jnp.maximum(points, largest)
+
+  largest = points(0, 0)
+  choice = jnp.zeros_like(largest, jnp.uint8)
+  for place, (row, column) in enumerate(itertools.product(range(SIZE), repeat=2)):
+    other = points(row, column)
+    choice = jnp.where(other > largest, jnp.uint8(place), choice)
+    largest = jnp.maximum(other, largest)
   return largest, choice
 
 
-def _gather(x, choice, slope):
+def _gather(x: jax.Array, choice: jax.Array, slope: jax.Array) -> jax.Array:
   """Returns the gradient by the points, f[N, H, W, C], of that by the pooled ones, f[N, h, w, C]."""
-  exact, total = slope.astype(jnp.promote_types(slope.dtype, jnp.float32)), None
+  exact = slope.astype(jnp.promote_types(slope.dtype, jnp.float32))
+  total = jnp.zeros(x.shape, exact.dtype)
   for place, offsets in enumerate(itertools.product(range(SIZE), repeat=2)):
     chosen = jnp.where(choice == place, exact, 0)
     # Row y of the result begins at row STRIDE y - PAD + offset of x.
     sides = [(offset - PAD, side - (offset - PAD) - STRIDE * (n - 1) - 1, STRIDE - 1)
              for offset, side, n in zip(offsets, x.shape[1:3], slope.shape[1:3], strict=True)]
-    spread = jax.lax.pad(chosen, jnp.zeros((), exact.dtype), ((0, 0, 0), *sides, (0, 0, 0)))
-    total = spread if total is None else total + spread
+    total += jax.lax.pad(chosen, jnp.zeros((), exact.dtype), ((0, 0, 0), *sides, (0, 0, 0)))
   return total.astype(slope.dtype)
 
 
-def _scatter(x, choice, slope):
+def _scatter(x: jax.Array, choice: jax.Array, slope: jax.Array) -> jax.Array:
   del choice
   return jax.vjp(max_pool.fun, x)[1](slope)[0]

@@ -5,7 +5,7 @@ Letters: B batch, H W height and width, C channels.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -65,7 +65,7 @@ class Block(nn.Module):
       x = self.norm(name="downsample_bn")(x)
     return nn.relu(x + y)
 
-  def _conv3x3(self, stride, name):
+  def _conv3x3(self, stride: int, name: str) -> nn.Module:
     # Padding of one on every side, as PyTorch: "SAME" pads only right and below when the stride is 2.
     return self.conv(self.channels, (3, 3), strides=stride, padding=1, name=name)
 
@@ -91,6 +91,9 @@ class ResNet(nn.Module):
   batch_norm_axis: str | None = None
   remat: bool = False
 
+  if TYPE_CHECKING:
+    def __hash__(self) -> int: ...  # Flax adds it, without declaring it
+
   @nn.compact
   def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
     """Returns the features by name: "conv1" (after BN and ReLU, before pooling), "res2" ... and "pooled".
@@ -115,7 +118,7 @@ class ResNet(nn.Module):
     if pool:
       x = max_pool(x)
 
-    def run_stage(_, x, stage):
+    def run_stage(_: nn.Module, x: jax.Array, stage: int) -> jax.Array:
       for block in range(self.blocks[stage]):
         x = Block(self.channels * 2**stage, 2 if stage and not block else 1, self.bottleneck, conv, norm,
                   name=f"res{stage + 2}_{block}")(x)

@@ -120,7 +120,7 @@ def create_mesh(name: str) -> tuple[Mesh, Chip]:
   return Mesh(np.array(devices), (AXIS,)), chip
 
 
-def _is_installed(wheel):
+def _is_installed(wheel: str) -> bool:
   try:
     importlib.metadata.version(wheel)
   except importlib.metadata.PackageNotFoundError:

@@ -68,14 +68,14 @@ def alone() -> bool:
   return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
-def _reason(error):
+def _reason(error: BaseException) -> str:
   lost = re.search("gloo|NCCL|connect|UNAVAILABLE|ABORTED", str(error), re.IGNORECASE)
   if isinstance(error, jax.errors.JaxRuntimeError) and lost:
     return "It has lost another process, or the connection to it; see what that one has said last."
   return "The others will say that they have lost it."
 
 
-def _join(coordinator, num_processes, process_id):
+def _join(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
   if num_processes == 1 and not coordinator:
     return
   if not coordinator and os.environ.get("SLURM_NTASKS") == "1":

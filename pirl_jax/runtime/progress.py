@@ -17,7 +17,7 @@ class Progress:
   Only the first process prints.
   """
 
-  def __init__(self, title: str, total: int, *, unit: str = "images", stream: TextIO | None = None):
+  def __init__(self, title: str, total: int, *, unit: str = "images", stream: TextIO | None = None) -> None:
     """Starts the clock.
 
     Args:
@@ -30,7 +30,8 @@ class Progress:
     self._stream = stream if stream is not None else sys.stdout
     self._enabled = jax.process_index() == 0
     self._started = self._printed = perf_counter()
-    self._done, self._note, self._said = 0, "", None
+    self._done, self._note = 0, ""
+    self._said: int | None = None
     self._bar = None
     if self._enabled and self._stream.isatty():
       self._bar = tqdm(total=total, desc=title, unit=f" {unit}", file=self._stream, dynamic_ncols=True)
@@ -38,7 +39,7 @@ class Progress:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, error_type, *exc_info) -> None:
+  def __exit__(self, error_type: type[BaseException] | None, *exc_info: object) -> None:
     if self._bar is not None:
       self._bar.close()
     elif self._enabled and error_type is None and self._said != self._done:
@@ -54,7 +55,7 @@ class Progress:
     elif self._enabled and perf_counter() - self._printed >= PLAIN_SECONDS:
       self._print()
 
-  def _print(self):
+  def _print(self) -> None:
     self._printed, self._said = perf_counter(), self._done
     seconds = self._printed - self._started
     rate = self._done / max(seconds, 1e-9)

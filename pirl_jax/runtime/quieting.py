@@ -5,6 +5,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from absl import logging as absl_logging
 
@@ -20,7 +21,7 @@ def quiet() -> None:
   warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
   shown = sys.unraisablehook
 
-  def unraisablehook(unraisable):
+  def unraisablehook(unraisable: Any) -> None:
     if str(unraisable.exc_value) != "Event loop is closed":
       shown(unraisable)
 

@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,7 +47,7 @@ class Checkpoints:
   whenever it is not the best, and with it the way to resume.
   """
 
-  def __init__(self, folder: str | os.PathLike, *, keep: int):
+  def __init__(self, folder: str | os.PathLike, *, keep: int) -> None:
     """Opens `folder`, which need not be there yet: it is made by the first save.
 
     Args:
@@ -56,13 +56,14 @@ class Checkpoints:
     """
     self._folder = Path(folder).absolute()
     self._keep = keep
-    self._manager, self._writing = None, False
-    self._knn_top1 = {}  # by step, of what this program has saved
+    self._manager: CheckpointManager | None = None
+    self._writing = False
+    self._knn_top1: dict[int, float | None] = {}  # by step, of what this program has saved
 
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *exc_info) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     self.close()
 
   def steps(self) -> list[int]:
@@ -155,7 +156,7 @@ class Checkpoints:
     bank = np.where(np.asarray(found["usable"])[:, None], rows, 0)
     return bank[layout.row_of(np.arange(layout.num_images))]
 
-  def _stored(self, step, item):
+  def _stored(self, step: int, item: str) -> dict[str, Any]:
     """Returns the tree of an item with shapes and types in the place of arrays, as Orbax wrote it down."""
     try:
       with StandardCheckpointer() as reader:
@@ -163,7 +164,8 @@ class Checkpoints:
     except Exception as error:  # of many types, see restore
       raise self._unreadable(step, error) from error
 
-  def _read_item(self, step, item, as_stored, sharding_of):
+  def _read_item(self, step: int, item: str, as_stored: Mapping[str, Any],
+                 sharding_of: Callable[[Any], jax.sharding.Sharding]) -> dict[str, Any]:
     """Returns an item with the types in which it was saved, compared with its checksums."""
     try:
       tree, changed = self._read_and_compare(step, self.read_meta(step), item, as_stored, sharding_of)
@@ -173,8 +175,9 @@ class Checkpoints:
       raise self._unreadable(step, changed)
     return tree
 
-  def _read_and_compare(self, step, meta, item, as_stored, sharding_of):
-    if not jax.config.jax_enable_x64 and any(x.dtype == np.float64 for x in jax.tree.leaves(as_stored)):
+  def _read_and_compare(self, step: int, meta: Mapping[str, Any], item: str, as_stored: Mapping[str, Any],
+                        sharding_of: Callable[[Any], jax.sharding.Sharding]) -> tuple[dict[str, Any], str]:
+    if not jax.config.values["jax_enable_x64"] and any(x.dtype == np.float64 for x in jax.tree.leaves(as_stored)):
       raise ValueError("it holds float64, which JAX reads with JAX_ENABLE_X64=1 in the environment alone")
     template = {field: template_of(tree, sharding_of(tree)) for field, tree in as_stored.items()}
     tree = self._open().restore(step, args=args.Composite(**{item: args.StandardRestore(template)}))[item]
@@ -212,11 +215,11 @@ class Checkpoints:
       return meta[BEST_METRIC] if checksum == json_checksum(meta) else None
     return (read_json(self._legacy_metrics(step)) or {}).get(BEST_METRIC)
 
-  def _legacy_metrics(self, step):
+  def _legacy_metrics(self, step: int | str) -> Path:
     """Returns the file in which Orbax kept the kNN accuracy of older formats."""
     return self._folder / str(step) / "metrics" / "metrics"
 
-  def _unreadable(self, step, error):
+  def _unreadable(self, step: int, error: Exception | str) -> UserError:
     others = ", ".join(str(other) for other in self.steps() if other != step)
     return UserError(f"checkpoint {self._folder / str(step)} cannot be read ({reason_of(error)})"
                      + (f"; choose another step, there are {others}" if others else ""))
@@ -239,7 +242,7 @@ class Checkpoints:
     """
     unreadable = {}
     for step in reversed(self.steps()):
-      failure = ""
+      failure, meta, state = "", {}, like
       try:
         meta = self.read_meta(step)
         check_meta(meta)
@@ -263,7 +266,7 @@ class Checkpoints:
     raise UserError(f"none of the checkpoints in {self._folder} can be read ({unreadable}); "
                     "move the folder away to start anew, or choose another --workdir")
 
-  def _aside(self, step):
+  def _aside(self, step: int) -> Path:
     """Returns where a damaged checkpoint goes; an earlier one of the same step is never written over."""
     names = itertools.chain([f"{ASIDE}{step}"], (f"{ASIDE}{step}-{number}" for number in itertools.count(2)))
     return next(path for path in map(self._folder.joinpath, names) if not path.exists())
@@ -292,7 +295,7 @@ class Checkpoints:
       try:
         self._start_save(step, state, meta, knn_top1)
         if surely:
-          self._manager.wait_until_finished()
+          self._open(writing=True).wait_until_finished()
         return
       except Exception as error:  # of many types, see restore; of an earlier save, too, that ended meanwhile
         if jax.process_count() > 1:
@@ -308,7 +311,7 @@ class Checkpoints:
           say(f"trying again in {RETRY_SECONDS} s")
           time.sleep(RETRY_SECONDS)
 
-  def _start_save(self, step, state, meta, knn_top1):
+  def _start_save(self, step: int, state: TrainState, meta: Mapping[str, Any], knn_top1: float | None) -> None:
     items = _items(state)
     self._knn_top1[step] = knn_top1
     meta = {**meta, "format": FORMAT, BEST_METRIC: knn_top1,
@@ -319,11 +322,12 @@ class Checkpoints:
     if not saved:
       raise RuntimeError(f"Orbax skipped the checkpoint of step {step}; on disk are {self.steps()}")
 
-  def _abandon(self):
+  def _abandon(self) -> None:
     """Gives up what is being written; the next save clears it away."""
+    manager, self._manager, self._writing = self._manager, None, False
     with contextlib.suppress(Exception):  # it says once more what went wrong
-      self._manager.close()
-    self._manager, self._writing = None, False
+      if manager is not None:
+        manager.close()
 
   def close(self) -> None:
     """Waits until everything is on disk. Another call opens the folder again."""
@@ -331,7 +335,7 @@ class Checkpoints:
       self._manager.close()
       self._manager = None
 
-  def _open(self, *, writing=False):
+  def _open(self, *, writing: bool = False) -> CheckpointManager:
     """Returns Orbax's manager. What a killed run left half-written goes only once this run saves: one that is refused
     must leave the folder as it was."""
     if writing and not self._writing:
@@ -351,23 +355,23 @@ class Checkpoints:
 class _Best(PreservationPolicy):
   """Keeps the one with the best kNN. Orbax's own reads it from a file that no checksum guards."""
 
-  def __init__(self, metric_of):
+  def __init__(self, metric_of: Callable[[int], float | None]) -> None:
     self._metric_of = metric_of
 
-  def should_preserve(self, checkpoints, *, context):
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     del context
     found = {info.step: metric for info in checkpoints if (metric := self._metric_of(info.step)) is not None}
     best = max(found, key=lambda step: (found[step], step), default=None)
     return [info.step == best for info in checkpoints]
 
 
-def _items(state):
+def _items(state: TrainState) -> dict[str, dict[str, Any]]:
   """Returns the fields of each item that this state has."""
   return {item: {field: getattr(state, field) for field in fields if getattr(state, field) is not None}
           for item, fields in ITEMS.items()}
 
 
-def _changed(meta, items):
+def _changed(meta: Mapping[str, Any], items: Mapping[str, Any]) -> str:
   """Returns which arrays of {item: tree} are not those that were saved, "" if none or nobody knows."""
   if "checksums" not in meta:
     return ""
@@ -379,7 +383,7 @@ def _changed(meta, items):
   return f"not as it was saved: {', '.join(wrong[:3])}{more}" if wrong else ""
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: Exception | str) -> str:
   """Returns what an error says in one line, the disk's own words ahead of TensorStore's, which are long."""
   text = " ".join(str(error).split()) or type(error).__name__
   if of_the_disk := re.search(r"([^:]+) \[os_error_code=", text):
@@ -387,11 +391,11 @@ def reason_of(error: Exception) -> str:
   return text if len(text) < 200 else f"{text[:200]} ..."
 
 
-def _divides(tree, mesh):
+def _divides(tree: Any, mesh: jax.sharding.Mesh) -> bool:
   return all(x.shape and x.shape[0] % mesh.size == 0 for x in jax.tree.leaves(tree))
 
 
-def _shapes(tree):
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   """Returns {"params/trunk/conv1/kernel": shape, ...}."""
   return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape)
           for path, x in jax.tree_util.tree_leaves_with_path(tree)}

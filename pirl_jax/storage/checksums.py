@@ -37,11 +37,11 @@ def json_checksum(value: Any) -> str:
 
 
 @jax.jit
-def _sums(leaves):
+def _sums(leaves: Any) -> Any:
   return jax.tree.map(_sum, leaves)
 
 
-def _sum(x):
+def _sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns (u32[], u32[]): sums in which the order does not count, so that the devices may add up their own parts."""
   words = _words(x)
   place = jnp.zeros(words.shape, jnp.uint32)
@@ -54,7 +54,7 @@ def _sum(x):
   return jax.lax.reduce((first, second), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), range(words.ndim))
 
 
-def _words(x):
+def _words(x: jax.Array) -> jax.Array:
   """Returns the bits of an array, u32[..., words of a value]."""
   x = jnp.asarray(x)
   if x.dtype == bool:
@@ -67,7 +67,7 @@ def _words(x):
   return bits if size > 4 else bits[..., None]
 
 
-def _mix(x):
+def _mix(x: jax.Array) -> jax.Array:
   """Returns a one-to-one scramble of 32 bits: the last step of MurmurHash3."""
   for shift, factor in zip((16, 13), _MURMUR, strict=True):
     x = (x ^ (x >> shift)) * jnp.uint32(factor)

@@ -102,7 +102,7 @@ def locked(folder: str | os.PathLike, *, patience: float = math.inf) -> Iterator
     os.close(handle)
 
 
-def _is_held(handle):
+def _is_held(handle: int) -> bool:
   try:
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self, TextIO
+from typing import Any, BinaryIO, Self, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -49,7 +49,7 @@ class Logbook:
   """
 
   def __init__(self, workdir: str | os.PathLike, *, start_step: int, total_steps: int, steps_per_epoch: int,
-               batch_size: int, enabled: bool = True, stream: TextIO | None = None):
+               batch_size: int, enabled: bool = True, stream: TextIO | None = None) -> None:
     """Opens the files of `workdir` and starts the clock.
 
     Args:
@@ -69,8 +69,9 @@ class Logbook:
     self._enabled = enabled
     self._stream = stream if stream is not None else sys.stdout
     self._terminal = self._stream.isatty()
-    self._bar = None
-    self._file = self._tensorboard = None
+    self._bar: tqdm | None = None
+    self._file: BinaryIO | None = None
+    self._tensorboard: TensorBoard | None = None
     self._closed = False
 
     self._path = Path(workdir) / METRICS
@@ -91,7 +92,7 @@ class Logbook:
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *exc_info) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     self.close()
 
   def log(self, step: int, metrics: Mapping[str, float], *, data_wait_seconds: float) -> None:
@@ -202,13 +203,15 @@ class Logbook:
         with self.tolerant(self._path.name):
           self._write_all()
       with contextlib.suppress(OSError):
-        self._file.close()
-      self._tensorboard.close()
+        if self._file is not None:
+          self._file.close()
+      if self._tensorboard is not None:
+        self._tensorboard.close()
 
-  def _working_seconds(self):
+  def _working_seconds(self) -> float:
     return perf_counter() - self._started - self._paused_seconds
 
-  def _write(self, step, figures):
+  def _write(self, step: int, figures: Mapping[str, Any]) -> None:
     last_step = self._rows[-1]["step"] if self._rows else -1
     if step < last_step:
       raise ValueError(f"figures of step {step} come after those of step {last_step}")
@@ -232,19 +235,21 @@ class Logbook:
         self.say(f"WARNING: {self._path} could not be written ({error.strerror or error}); the rows are kept in memory "
                  "and written once it can")
       self._behind = True
-    self._tensorboard.add(step, figures)
+    if self._tensorboard is not None:
+      self._tensorboard.add(step, figures)
 
-  def _write_row(self, row, offset):
+  def _write_row(self, row: Mapping[str, Any], offset: int) -> None:
     # One write of a whole line. Figures added to a row lengthen it, so its old beginning is written over with
     # itself.
-    line = _line(row)
-    self._file.seek(offset)
-    self._file.write(line)
-    self._file.flush()
-    self._file.truncate()
+    line, file = _line(row), self._file
+    assert file is not None  # open from the beginning to `close`
+    file.seek(offset)
+    file.write(line)
+    file.flush()
+    file.truncate()
     self._row_offset, self._file_size = offset, offset + len(line)
 
-  def _write_all(self):
+  def _write_all(self) -> None:
     """Writes the file anew, whole or not at all."""
     if self._file is not None:
       with contextlib.suppress(OSError):  # what it could not write is in the rows
@@ -257,7 +262,7 @@ class Logbook:
     self._file_size = sum(map(len, lines))
     self._behind = False
 
-  def _show_progress(self, step):
+  def _show_progress(self, step: int) -> None:
     if not self._enabled:
       return
     if self._terminal:
@@ -270,7 +275,7 @@ class Logbook:
       self._plain_printed = perf_counter()
       print(self._progress_text(step), file=self._stream, flush=True)
 
-  def _progress_text(self, step):
+  def _progress_text(self, step: int) -> str:
     # What matters most comes first: a narrow terminal cuts the end.
     parts = [f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}",
              f"epoch {step / self._steps_per_epoch:.1f}/{self._total_steps / self._steps_per_epoch:.4g}"]
@@ -290,10 +295,10 @@ class Logbook:
       parts += [f"{images / seconds:,.0f} images/s", f"data wait {wait / seconds:.0%}"]
     return "  ".join(parts)
 
-  def _last(self, name):
+  def _last(self, name: str) -> Any:
     return next((row[name] for row in reversed(self._rows) if row.get(name) is not None), None)
 
-  def _seconds_left(self, step):
+  def _seconds_left(self, step: int) -> float | None:
     """Returns an estimate by the wall time since the first log, evaluations and checkpoints included."""
     remaining = self._total_steps - step
     if self._rate_mark is not None and step > self._rate_mark[0]:
@@ -305,11 +310,11 @@ class Logbook:
     return None
 
 
-def _clock(seconds):
+def _clock(seconds: float) -> str:
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _line(row):
+def _line(row: Mapping[str, Any]) -> bytes:
   return (json.dumps(row, allow_nan=False) + "\n").encode()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,15 +21,15 @@ class Snapshots:
   Only the newest one is kept. What lies in the folder belongs to one evaluation: the caller names the folder by it.
   """
 
-  def __init__(self, folder: str | os.PathLike):
+  def __init__(self, folder: str | os.PathLike) -> None:
     """Opens `folder`; it is made by the first save."""
     self._folder = Path(folder).absolute()
-    self._manager = None
+    self._manager: CheckpointManager | None = None
 
   def __enter__(self) -> Self:
     return self
 
-  def __exit__(self, *exc_info) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     with self._tolerant("the last one"):
       manager, self._manager = self._manager, None
       if manager is not None:
@@ -46,7 +47,7 @@ class Snapshots:
     if self._folder.is_dir():
       template = template_of(like, whole(mesh))
       for step in sorted(self._open().all_steps(), reverse=True):
-        failure = ""
+        failure, found = "", {}
         try:
           found = self._open().restore(
             step, args=args.Composite(tree=args.StandardRestore(template), checksums=args.JsonRestore()))
@@ -70,7 +71,7 @@ class Snapshots:
         raise RuntimeError("Orbax skipped it")
 
   @contextlib.contextmanager
-  def _tolerant(self, which):
+  def _tolerant(self, which: str) -> Iterator[None]:
     try:
       yield
     except Exception as error:  # of many types, see restore; of an earlier save, too, that ended meanwhile
@@ -83,7 +84,7 @@ class Snapshots:
         if manager is not None:
           manager.close()
 
-  def _open(self):
+  def _open(self) -> CheckpointManager:
     if self._manager is None:
       self._manager = CheckpointManager(self._folder, options=CheckpointManagerOptions(
         max_to_keep=1, cleanup_tmp_directories=True))

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import perf_counter
 
 from tensorboardX import SummaryWriter
@@ -19,7 +19,7 @@ class TensorBoard:
   """TensorBoard's events. Its writer is a thread that a full disk kills, and whoever hands it more waits for ever: it
   is watched, and after a while another takes its place."""
 
-  def __init__(self, workdir, start_step, say):
+  def __init__(self, workdir: str | os.PathLike, start_step: int, say: Callable[[str], None]) -> None:
     self._workdir, self._opened, self._say = workdir, 0, say
     self._excepthook, threading.excepthook = threading.excepthook, self._ended
     self._open(start_step)
@@ -44,15 +44,16 @@ class TensorBoard:
         self._writer.close()
     threading.excepthook = self._excepthook
 
-  def _ended(self, args):
+  def _ended(self, args: threading.ExceptHookArgs) -> None:
     """Says in a line what Python would show as a traceback, when it is the writer that a disk has ended."""
     if _is_writer(args.thread) and issubclass(args.exc_type, OSError):
-      self._say(f"WARNING: TensorBoard's events could not be written ({args.exc_value.strerror}); some will be missing "
-                "there, none in metrics.jsonl")
+      reason = getattr(args.exc_value, "strerror", None)
+      self._say(f"WARNING: TensorBoard's events could not be written ({reason}); some will be missing there, none in "
+                "metrics.jsonl")
     else:
       self._excepthook(args)
 
-  def _open(self, start_step):
+  def _open(self, start_step: int) -> None:
     running = threading.enumerate()
     self._opened += 1
     self._opened_at = perf_counter()
@@ -66,5 +67,5 @@ class TensorBoard:
                      if thread not in running and _is_writer(thread))  # its queue has one, too
 
 
-def _is_writer(thread):
+def _is_writer(thread: threading.Thread | None) -> bool:
   return "EventLogger" in type(thread).__name__

@@ -99,13 +99,15 @@ def lines_panel(cells: Sequence[Cell], *, title: str, figure: str, x_label: str,
     log_x: whether it is logarithmic.
     share: the figures are shares, shown in per cent.
   """
-  lines = {}
+  by_name: dict[str, list[Cell]] = {}
   for cell in cells:
-    lines.setdefault(cell.label if cell.layer else cell.series, []).append(cell)
-  for name, found in lines.items():
+    by_name.setdefault(cell.label if cell.layer else cell.series, []).append(cell)
+  lines = {}
+  for name, found in by_name.items():
     if not found[0].layer:
       found.sort(key=lambda cell: float(cell.x))
-    lines[name] = Line([cell.layer or float(cell.x) for cell in found], *_heights(found, share))
+    x = [cell.layer for cell in found] if found[0].layer else [float(cell.x) for cell in found]
+    lines[name] = Line(x, *_heights(found, share))
   return Panel(title, _y_label(figure, cells, share), "lines", lines, x_label, log_x)
 
 
@@ -127,7 +129,8 @@ def bars_panels(cells: Sequence[Cell], *, title: str, figure: str, x_label: str,
   if reference and len(cells[0].values) > 1:
     intervals = {}
     for cell in cells:
-      mean, high = (cell.difference.mean, cell.difference.high) if cell.difference else (0, 0)
+      mean, high = (cell.difference.mean, cell.difference.high) if cell.difference else (0.0, 0.0)
+      assert high is not None  # there are several seeds
       intervals[cell.label] = Line([""], [mean * scale], [(high - mean) * scale], cell.series)
     panels.append(Panel(title, f"difference to {reference}{', points' if share else ''}\n"
                         f"(mean over the seeds, {CONFIDENCE:.0%} interval)", "intervals", intervals, x_label))
@@ -148,23 +151,24 @@ def distances_panel(matched: Mapping[str, Sequence[Mapping[str, Any]]], *, title
   for label, seeds in matched.items():
     edges = np.array(seeds[0]["edges"])
     densities = [np.array(one["counts"]) / np.sum(one["counts"]) / np.diff(edges) for one in seeds]
-    lines[label] = Line((edges[1:] + edges[:-1]) / 2, np.mean(densities, axis=0),
-                        np.std(densities, axis=0, ddof=1) if len(seeds) > 1 else None)
-  return Panel(title, f"{figure}\n({_seeds(len(seeds))})", "bands", lines, x_label)
+    error = np.std(densities, axis=0, ddof=1).tolist() if len(seeds) > 1 else None
+    lines[label] = Line(((edges[1:] + edges[:-1]) / 2).tolist(), np.mean(densities, axis=0).tolist(), error)
+  num_seeds = len(next(iter(matched.values())))
+  return Panel(title, f"{figure}\n({_seeds(num_seeds)})", "bands", lines, x_label)
 
 
-def _heights(cells, share):
+def _heights(cells: Sequence[Cell], share: bool) -> tuple[list[float], list[float] | None]:
   """Returns means and standard deviations (None for one seed)."""
   scale = 100 if share else 1
-  several = len(cells[0].values) > 1
-  return [scale * cell.mean for cell in cells], [scale * cell.std for cell in cells] if several else None
+  spreads = [scale * cell.std for cell in cells if cell.std is not None]
+  return [scale * cell.mean for cell in cells], spreads or None
 
 
-def _y_label(figure, cells, share):
+def _y_label(figure: str, cells: Sequence[Cell], share: bool) -> str:
   return f"{figure}{', %' if share else ''}\n({_seeds(len(cells[0].values))})"
 
 
-def _seeds(number):
+def _seeds(number: int) -> str:
   return f"mean and standard deviation over {number} seeds" if number > 1 else "one seed"
 
 

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +228,7 @@ def digest(config: ConfigDict, without: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def named(trial: Trial):
+def named(trial: Trial) -> Iterator[None]:
   """Puts the name of the trial before what a UserError says."""
   try:
     yield

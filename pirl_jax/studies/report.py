@@ -9,12 +9,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.protocols import protocol_of
+from pirl_jax.evaluation.protocols import protocol_of, reading_of
 from pirl_jax.storage.files import write_file, write_json
 from pirl_jax.studies import figures as study_figures
 from pirl_jax.studies.figures import PAPER, Panel
 from pirl_jax.studies.points import Trial, given, named
-from pirl_jax.studies.statistics import Cell, format_table, paired_difference
+from pirl_jax.studies.statistics import Cell, format_cells, paired_difference
 
 
 def report(config: ConfigDict, trials: Sequence[Trial], folder: Path) -> None:
@@ -23,7 +23,7 @@ def report(config: ConfigDict, trials: Sequence[Trial], folder: Path) -> None:
   Raises:
     UserError: a result lacks a figure that the study needs.
   """
-  results = {trial.folder: trial.result() for trial in trials}
+  results = {trial.folder: result for trial in trials if (result := trial.result()) is not None}
   cells = create_cells(trials, results, config.reference)
   shown = [cell for cell in cells if bool(cell.layer) == (config.plot == "layers")]
   share = protocol_of(trials[0].evaluation.protocol).share
@@ -38,7 +38,7 @@ def report(config: ConfigDict, trials: Sequence[Trial], folder: Path) -> None:
   title = config.title or f"{config.name}: {config.evaluation}"
   study_figures.save_panels(folder / "study.png", title, create_panels(config, trials, results, shown, share=share))
   title += f", seed{'s' if len(config.seeds) > 1 else ''} {', '.join(map(str, config.seeds))}"
-  print("\n" + format_table(title, shown, reference=config.reference, share=share))
+  print("\n" + format_cells(title, shown, reference=config.reference, share=share))
   print("written: " + ", ".join(str(folder / f"study.{ending}") for ending in ("csv", "json", "png")))
 
 
@@ -74,7 +74,7 @@ def read_figures(protocol: str, figures: dict[str, Any]) -> dict[tuple[str, str]
   Raises:
     UserError: one is not there.
   """
-  reading = protocol_of(protocol).reading
+  reading = reading_of(protocol)
   try:
     found = {(name, ""): value for name, value in reading.figures(figures).items()}
     if reading.by_layer:
@@ -112,9 +112,11 @@ def create_panels(config: ConfigDict, trials: Sequence[Trial], results: Mapping[
   """
   title = config.panel_title or f"here, {config.variant or 'embedded textures'}, {trials[0].config.model.arch}"
   first = [cell for cell in cells if cell.figure == cells[0].figure]
-  reading = protocol_of(trials[0].evaluation.protocol).reading
+  reading = reading_of(trials[0].evaluation.protocol)
   if config.plot in ("lines", "layers"):
-    drawn, figure = (first, first[0].figure) if config.plot == "lines" else (cells, reading.by_layer[0])
+    drawn, figure = first, first[0].figure
+    if config.plot == "layers" and reading.by_layer:
+      drawn, figure = cells, reading.by_layer[0]
     panels = [study_figures.lines_panel(drawn, title=title, figure=config.y_label or figure, x_label=config.x_label,
                                         log_x=config.log_x, share=share)]
   elif config.plot == "bars":

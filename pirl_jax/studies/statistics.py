@@ -23,7 +23,7 @@ class Difference:
   @property
   def verdict(self) -> str:
     """Returns in words whether the interval leaves out 0."""
-    if self.low is None:
+    if self.low is None or self.high is None:
       return "one seed, no interval"
     return UNSHOWN if self.low <= 0 <= self.high else "difference shown"
 
@@ -88,7 +88,7 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> Di
   return Difference(mean, mean - half, mean + half)
 
 
-def format_table(title: str, cells: Sequence[Cell], *, reference: str, share: bool) -> str:
+def format_cells(title: str, cells: Sequence[Cell], *, reference: str, share: bool) -> str:
   """Returns lines of text: for each figure a row for each point.
 
   Args:
@@ -112,20 +112,20 @@ def format_table(title: str, cells: Sequence[Cell], *, reference: str, share: bo
   return "\n".join(lines)
 
 
-def _spread(cells):
+def _spread(cells: Sequence[Cell]) -> str:
   num_seeds = len(cells[0].values)
   return f"mean +- standard deviation over {num_seeds} seeds" if num_seeds > 1 else "one seed"
 
 
-def _against(cell, reference, share):
+def _against(cell: Cell, reference: str, share: bool) -> str:
   found = cell.difference
   if found is None:
     return "reference" if cell.label == reference else ""
   text = _number(found.mean, share, sign="+")
-  if found.low is not None:
+  if found.low is not None and found.high is not None:
     text += f" [{_number(found.low, share, sign='+')}, {_number(found.high, share, sign='+')}]"
   return f"{text}  {found.verdict}" if found.low is None or found.verdict == UNSHOWN else text
 
 
-def _number(value, share, sign=""):
+def _number(value: float, share: bool, sign: str = "") -> str:
   return f"{100 * value:{sign}.1f}" if share else f"{value:{sign}.3f}"

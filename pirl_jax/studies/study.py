@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -20,13 +21,13 @@ from pirl_jax.configs import evaluate as evaluations
 from pirl_jax.configs.study import systems
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
-from pirl_jax.evaluation.protocols import protocol_of
+from pirl_jax.evaluation.protocols import protocol_of, reading_of
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import write_json
 from pirl_jax.studies.points import MARK, Point, Trial, create_trial, named, read_points
 from pirl_jax.studies.report import report
 from pirl_jax.training import pretrain
-from pirl_jax.training.parts import build, check_config
+from pirl_jax.training.parts import Parts, build, check_config
 
 TRAINS = True
 """Asked to stop, this job saves the state of the run it trains and ends well, see `jobs`."""
@@ -54,14 +55,14 @@ def run(config: ConfigDict, workdir: str) -> None:
   check_trials(trials, waiting.values())
   print(format_plan(points, trials, waiting), flush=True)
   keep_compiled(root / "compiled")
-  carry_out(list(waiting.values()))
+  run_trials(list(waiting.values()))
   if jax.process_index() == 0:
     report(config, trials, root / config.name)
 
 
 def check_study(config: ConfigDict, root: Path) -> None:
   """Raises UserError for a value that no study could have."""
-  def require(holds, field, rule):
+  def require(holds: Any, field: str, rule: str) -> None:
     if not holds:
       raise UserError(f"{field}={config[field]!r} is not possible: {rule}")
 
@@ -75,7 +76,8 @@ def check_study(config: ConfigDict, root: Path) -> None:
   require(config.evaluation in evaluations.VARIANTS, "evaluation", f"choose from {', '.join(evaluations.VARIANTS)}")
   protocol = evaluations.get_config(config.evaluation).protocol
   reading = protocol_of(protocol).reading
-  require(reading, "evaluation", "it gives no figure to compare")
+  if reading is None:
+    raise UserError(f"evaluation={config.evaluation!r} is not possible: it gives no figure to compare")
   require(config.plot != "layers" or reading.by_layer, "plot",
           f"{protocol} has no figure for each layer; linear and svm do")
   require(config.plot != "distances" or reading.distances, "plot", f"{protocol} has no distances; invariance does")
@@ -106,10 +108,10 @@ def check_trials(trials: Iterable[Trial], waiting: Iterable[Trial]) -> None:
         _check_labels(trial, parts)
 
 
-def _check_labels(trial, parts):
+def _check_labels(trial: Trial, parts: Parts) -> None:
   """Raises UserError if the evaluation is of the run's own images and they lack what it needs."""
   protocol = trial.evaluation.protocol
-  reading = protocol_of(protocol).reading
+  reading = reading_of(protocol)
   if any(value is not None for value in trial.evaluation.data.to_dict().values()):
     return
   if parts.test is None and reading.needs_test:
@@ -140,12 +142,12 @@ def keep_compiled(folder: Path) -> None:
 
   A folder that was chosen already (JAX_COMPILATION_CACHE_DIR) stays.
   """
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.values["jax_compilation_cache_dir"]:
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
 
 
-def carry_out(waiting: Sequence[Trial]) -> None:
+def run_trials(waiting: Sequence[Trial]) -> None:
   """Trains those that are not trained, and judges all of them.
 
   Raises:
@@ -154,17 +156,17 @@ def carry_out(waiting: Sequence[Trial]) -> None:
   started = time.perf_counter()
   for number, trial in enumerate(waiting, 1):
     done = number - 1
-    each = (time.perf_counter() - started) / done if done else None
-    left = f", about {math.ceil(each * (len(waiting) - done) / 60)} min left" if done else ""
+    seconds = time.perf_counter() - started
+    left = f", about {math.ceil(seconds / done * (len(waiting) - done) / 60)} min left" if done else ""
     print(f"\nrun {number} of {len(waiting)}: {trial.point.label}, seed {trial.config.seed}, in {trial.folder}{left}",
           flush=True)
     with named(trial):
       if not trial.trained:
-        train(trial)
+        train_trial(trial)
       evaluate.run(trial.evaluation, "")
 
 
-def train(trial: Trial) -> None:
+def train_trial(trial: Trial) -> None:
   """Pre-trains the run of a trial, or goes on with it, and marks it as trained."""
   started = time.perf_counter()
   pretrain.run(trial.config, str(trial.folder))

@@ -1,7 +1,7 @@
 """What a run that trains is guarded against: numbers that are not finite, collapse, images that cannot be read."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -25,7 +25,7 @@ NAMED_BROKEN = 20
 class Guard:
   """Looks at what the steps report, a while after they were started, so that the devices never wait for the host."""
 
-  def __init__(self, folder: Path, *, image_name: Callable[[int], str], say: Callable[[str], None]):
+  def __init__(self, folder: Path, *, image_name: Callable[[int], str], say: Callable[[str], None]) -> None:
     """Has seen nothing yet.
 
     Args:
@@ -77,14 +77,14 @@ class Guard:
                 "optimizer.learning_rate or more negatives may help")
 
 
-def _also(names):
+def _also(names: Sequence[str]) -> str:
   return f", then {', '.join(names)}" if names else ""
 
 
 class Broken:
   """Counts and names the images that could not be read, each once."""
 
-  def __init__(self, parts: Parts, book: Logbook):
+  def __init__(self, parts: Parts, book: Logbook) -> None:
     self._source, self._book, self._seen = parts.train, book, set()
     self._layout, self._limit = parts.layout, parts.config.data.max_bad_fraction
     self._path, self._count = parts.workdir / "broken_images.json", 0

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from pirl_jax import system
+from pirl_jax.data.batches import Batches
 from pirl_jax.evaluation import features
 from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.protocols import knn, learning
@@ -50,9 +51,9 @@ class StoppableImages(Images):
 
   stopping: Stopping
 
-  def test_batches(self, **options: Any) -> Iterator[dict[str, np.ndarray]]:
+  def test_batches(self, *, squash: bool = False) -> Batches:
     """Returns every image once, see `Images.test_batches`; raises Stopped in between."""
-    with contextlib.closing(super().test_batches(**options)) as test_batches:
+    with contextlib.closing(super().test_batches(squash=squash)) as test_batches:
       for batch in test_batches:
         if self.stopping.requested():
           self.stopping.stop()
@@ -71,10 +72,9 @@ def make_evaluation(parts: Parts, book: Logbook, stopping: Stopping) -> Callable
   if missing := unlabelled(parts):
     book.say(f"no kNN during the run: {missing}")
     return None
-  train_set, test_set = (StoppableImages(**vars(test_images(parts, source)), stopping=stopping)
-                         for source in (parts.train, parts.test))
+  train_set, test_set = (StoppableImages(**vars(images), stopping=stopping) for images in both_images(parts))
 
-  def evaluate_features(state):
+  def evaluate_features(state: TrainState) -> dict[str, float]:
     model = Model(parts.network, {"params": state.params, "batch_stats": state.batch_stats})
     settings = knn.KnnSettings("pooled", config.evaluate.k, config.evaluate.temperature)
     return knn.measure_knn(model, train_set, test_set, settings, mesh=parts.mesh).figures
@@ -84,18 +84,19 @@ def make_evaluation(parts: Parts, book: Logbook, stopping: Stopping) -> Callable
   on_every_device = jax.jit(lambda x: x, out_shardings=mesh_lib.whole(parts.mesh))
 
   @functools.cache  # at the first evaluation: slow labels are read from end to end
-  def row_labels():
+  def row_labels() -> np.ndarray:
     if parts.train.slow_labels:
       book.say(f"reading the labels of {len(parts.train):,} images, once")
-    labels = parts.train.labels()
+    labels = train_set.labels()
     by_row = np.full(parts.layout.num_rows, -1, np.int32)
     by_row[parts.layout.row_of(np.arange(len(labels)))] = labels
     return by_row
 
-  def embed(variables, image):
-    return memory_bank.normalise(parts.network.apply(variables, image, method="embed_image"))
+  def embed(variables: Any, image: jax.Array) -> jax.Array:
+    emb: Any = parts.network.apply(variables, image, method="embed_image")
+    return memory_bank.normalise(emb)
 
-  def evaluate(state):
+  def evaluate(state: TrainState) -> dict[str, float]:
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     test = features.extract_features(embed, variables, test_set.test_batches(), parts.mesh)
     voting = np.where(np.asarray(on_every_device(state.usable)), row_labels(), -1)
@@ -105,29 +106,35 @@ def make_evaluation(parts: Parts, book: Logbook, stopping: Stopping) -> Callable
   return evaluate
 
 
-def measure_learning(parts: Parts, state: TrainState) -> dict[str, Any]:
-  """Returns kNN on raw pixels, the untrained and the trained network."""
+def learning_of(parts: Parts, state: TrainState) -> dict[str, Any]:
+  """Returns kNN on raw pixels, the untrained and the trained network, see `learning.measure_learning`."""
   config = parts.config
-  initial = parts.initial_state()
+  train_set, test_set = both_images(parts)
 
-  def pooled(variables, image):
-    return parts.network.apply(variables, image, method="features")["pooled"]
+  def pooled(variables: Any, image: jax.Array) -> jax.Array:
+    found: Any = parts.network.apply(variables, image, method="features")
+    return found["pooled"]
 
-  variables = [{"params": s.params, "batch_stats": s.batch_stats} for s in (initial, state)]
+  untrained, trained = ({"params": s.params, "batch_stats": s.batch_stats}
+                        for s in (calibrate(parts, parts.initial_state()), state))
   return learning.measure_learning(
-    test_images(parts, parts.train).test_batches, test_images(parts, parts.test).test_batches, forward_fn=pooled,
-    stats_fn=batch_stats_fn(parts),
-    untrained=variables[0], trained=variables[1], momentum=BATCH_NORM_MOMENTUM, mesh=parts.mesh,
-    settings=learning.LearningSettings(config.evaluate.k, config.evaluate.temperature),
+    train_set.test_batches(), test_set.test_batches(), forward_fn=pooled, untrained=untrained, trained=trained,
+    mesh=parts.mesh, settings=learning.LearningSettings(config.evaluate.k, config.evaluate.temperature),
     about={"seed": config.seed, "step": int(state.step), "image_size": config.data.image_size,
-           "crop_fraction": config.evaluate.crop_fraction, "train": parts.train.description,
-           "test": parts.test.description, "train_fingerprint": parts.train.fingerprint,
-           "test_fingerprint": parts.test.fingerprint})
+           "crop_fraction": config.evaluate.crop_fraction, "train": train_set.source.description,
+           "test": test_set.source.description, "train_fingerprint": train_set.source.fingerprint,
+           "test_fingerprint": test_set.source.fingerprint})
+
+
+def both_images(parts: Parts) -> tuple[Images, Images]:
+  """Returns the training and the held-out images under the test transform; for a run that is not `unlabelled`."""
+  assert parts.test is not None
+  return test_images(parts, parts.train), test_images(parts, parts.test)
 
 
 def batch_stats_fn(parts: Parts) -> Callable:
   """Returns stats_fn(variables, image) -> batch statistics, for `calibrate_batch_stats`."""
-  def batch_stats(variables, image):
+  def batch_stats(variables: Any, image: jax.Array) -> dict[str, Any]:
     _, updated = parts.parallel_network.apply(variables, image, train=True, method="features",
                                               mutable=["batch_stats"])
     # Those of a head stay as they are: whoever takes features does not see it.

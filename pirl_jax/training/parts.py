@@ -1,8 +1,9 @@
 """What a run is made of, from its config: every check comes before anything compiles."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from pirl_jax.method import losses, memory_bank, products
 from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.optimizer import cosine_schedule, create_optimizer, step_schedule
 from pirl_jax.method.prediction_step import make_prediction_step
+from pirl_jax.method.programs import Step
 from pirl_jax.method.state import TrainState, create_state
 from pirl_jax.method.step import make_contrastive_step
 from pirl_jax.models.network import Network
@@ -60,7 +62,7 @@ class Parts:
       bank_dtype=DTYPES[config.bank.dtype], inputs=system.network_inputs(config), with_bank=system.has_bank(config))
 
 
-def _one_of(choices):
+def _one_of(choices: Iterable[str]) -> tuple[Callable[[Any], bool], str]:
   return lambda value: value in choices, f"choose from {', '.join(choices)}"
 
 
@@ -92,7 +94,7 @@ RULES = (
   (("model.head",), *_one_of(("linear", "mlp"))),
   (("model.batch_norm",), *_one_of(("global", "device"))),
   (("optimizer.update_interval",), *_one_of(("step", "epoch"))),
-  (("model.dtype", "bank.dtype"), lambda value: value != "float64" or jax.config.jax_enable_x64,
+  (("model.dtype", "bank.dtype"), lambda value: value != "float64" or jax.config.values["jax_enable_x64"],
    "JAX computes in it only with JAX_ENABLE_X64=1 in the environment"),
 )
 """(Fields, whether a value of them is possible, what is), in the order in which they are looked at."""
@@ -109,7 +111,7 @@ def check_config(config: ConfigDict) -> None:
                     "for every image, there is nothing to draw")
 
 
-def _get(config, field):
+def _get(config: ConfigDict, field: str) -> Any:
   for part in field.split("."):
     config = config[part]
   return config
@@ -163,7 +165,7 @@ def assemble(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, train: 
   if system.has_bank(config):
     memory_bank.check_fits(layout, dim=config.model.dim, dtype=DTYPES[config.bank.dtype], num_devices=mesh.size,
                            device_bytes=mesh_lib.device_bytes())
-  make_loss(config, layout)
+  loss_of(config, layout)
   schedule = make_schedule(config, steps_per_epoch)
   optimizer = create_optimizer(schedule, momentum=config.optimizer.momentum, weight_decay=config.optimizer.weight_decay,
                                decay_biases=config.optimizer.decay_biases)
@@ -171,7 +173,7 @@ def assemble(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, train: 
                steps_per_epoch)
 
 
-def make_loss(config: ConfigDict, layout: memory_bank.Layout) -> Callable:
+def loss_of(config: ConfigDict, layout: memory_bank.Layout) -> losses.Loss:
   """Returns the contrastive loss, see `losses.make_loss`."""
   return losses.make_loss(config.loss, temperature=config.temperature, num_images=layout.num_images,
                           num_negatives=config.num_negatives or layout.num_images)
@@ -207,13 +209,13 @@ def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source | None
   return train, test
 
 
-def make_step(parts: Parts) -> Callable:
+def make_step(parts: Parts) -> Step:
   """Returns train_step(state, batch) -> (state, metrics) of the run's system."""
   config = parts.config
   common = parts.parallel_network, parts.optimizer, parts.views_fn
   if not system.has_bank(config):
     return make_prediction_step(*common, parts.layout, parts.mesh, micro_batches=config.micro_batches)
-  contrast = Contrast(make_loss(config, parts.layout), parts.layout, num_negatives=config.num_negatives,
+  contrast = Contrast(loss_of(config, parts.layout), parts.layout, num_negatives=config.num_negatives,
                       negative_sampling=config.negative_sampling, temperature=config.temperature,
                       product=products.in_halves if config.model.dtype == "bfloat16" else products.exact)
   return make_contrastive_step(*common, contrast, parts.mesh, pretext_weight=config.pretext_weight,

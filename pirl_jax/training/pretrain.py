@@ -27,7 +27,7 @@ from pirl_jax.storage.formats import FORMAT
 from pirl_jax.storage.logbook import Logbook
 from pirl_jax.storage.settings import flatten
 from pirl_jax.training.guards import Broken, Guard
-from pirl_jax.training.measuring import calibrate, make_evaluation, measure_learning, unlabelled
+from pirl_jax.training.measuring import calibrate, learning_of, make_evaluation, unlabelled
 from pirl_jax.training.parts import Parts, build, check_config, make_step
 from pirl_jax.training.resuming import begin, check_new, check_same_config, hold, restore, save
 from pirl_jax.training.stopping import Stopped, Stopping
@@ -50,10 +50,10 @@ def run(config: ConfigDict, workdir: str) -> None:
     Stopped: by SIGTERM or Ctrl-C, after the state was saved.
   """
   with Stopping() as stopping:
-    pretrain(config, Path(workdir or f"runs/{config.name}"), stopping)
+    pretrain_with(config, Path(workdir or f"runs/{config.name}"), stopping)
 
 
-def pretrain(config: ConfigDict, workdir: Path, stopping: Stopping) -> None:
+def pretrain_with(config: ConfigDict, workdir: Path, stopping: Stopping) -> None:
   """Does what `run` says, until it is finished or asked to stop."""
   parts = processes.together(prepare, config, workdir)
   processes.check_alike({
@@ -110,11 +110,12 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
     parts.train, crops=system.crops_of(config), batch_size=config.batch_size, seed=config.seed, start_step=start_step,
     process_index=jax.process_index(), process_count=jax.process_count(), num_threads=config.data.num_threads)
 
-  def evaluates(step):
+  def evaluates(step: int) -> bool:
     every_steps = config.evaluate.every_epochs * parts.steps_per_epoch
     return evaluate is not None and (step == parts.total_steps or step % every_steps == 0)
 
-  def measure(step):
+  def measure(step: int) -> float:
+    assert evaluate is not None  # see `evaluates`
     knn_top1 = evaluate(state)["top1"]
     book.record(step, {"knn_top1": knn_top1})
     return knn_top1
@@ -141,7 +142,7 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
     last = step == parts.total_steps
     if step % config.log.every_steps == 0 or last:
       # The schedule counts steps from 0: this is the rate of the step just taken.
-      figures = {**jax.device_get(metrics), "learning_rate": float(parts.schedule(step - 1))}
+      figures = {**jax.device_get(metrics), "learning_rate": float(np.asarray(parts.schedule(step - 1)))}
       book.log(step, figures, data_wait_seconds=waited)
       waited = 0.0
       guard.check()
@@ -187,7 +188,7 @@ def finish(parts: Parts, state: TrainState, book: Logbook) -> None:
       plots.save_curves(parts.workdir / "curves.png", book.rows)
   book.say(book.summary())
   if config.evaluate.learning and not unlabelled(parts):
-    table = measure_learning(parts, state)
+    table = learning_of(parts, state)
     book.say(learning.format_learning(table))
     if first:
       with book.tolerant("learning.json"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def hold(workdir: Path) -> contextlib.ExitStack:
   return held
 
 
-def _unwritable(workdir, error):
+def _unwritable(workdir: Path, error: OSError) -> UserError:
   return UserError(f"nothing can be written to {workdir} ({error.strerror}); make room, or choose another --workdir")
 
 
@@ -103,7 +104,7 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
   """
   expected = run_meta(parts)
 
-  def check(meta):
+  def check(meta: Mapping[str, Any]) -> None:
     if meta["format"] < FIRST_RESUMED:
       raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a part of the state is "
                       "missing: it can be evaluated, not gone on with; choose another --workdir")
@@ -112,7 +113,7 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
                       "stored otherwise: it can be evaluated, not gone on with; choose another --workdir")
     for name, now in expected.items():
       if meta.get(name) != now:
-        if name == "data" and (changes := contents.difference(parts.train, parts.workdir)):
+        if name == "data" and (changes := contents.changes_since(parts.train, parts.workdir)):
           raise UserError(f"the training images are not those with which the run in {parts.workdir} began; "
                           f"{changes}; restore them, or choose another --workdir")
         raise UserError(f"the checkpoint in {parts.workdir} has {name} {meta.get(name)!r}, and this run {now!r}; "

@@ -10,9 +10,9 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import Any, NoReturn, Self
 
-EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+EXIT_CODES: dict[int, int] = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
 def note_sigterm() -> Callable[[bool], None]:
@@ -25,7 +25,7 @@ def note_sigterm() -> Callable[[bool], None]:
   noted = []
   before = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
 
-  def settle(trains):
+  def settle(trains: bool) -> None:
     signal.signal(signal.SIGTERM, (lambda number, _: sys.exit(EXIT_CODES[number])) if trains else before)
     if noted:
       os.kill(os.getpid(), signal.SIGTERM)
@@ -43,11 +43,12 @@ class Stopping:
   several processes all stop after the same step, whichever of them was asked: JAX's own engine agrees on it.
   """
 
-  def __init__(self):
+  def __init__(self) -> None:
     """Has not been asked."""
     from pirl_jax.runtime.processes import alone
 
-    self._asked, self._held = None, False
+    self._asked: signal.Signals | None = None
+    self._held = False
     self._questions = 0
     self._alone = alone()
 
@@ -66,7 +67,7 @@ class Stopping:
     self._watch.start()
     return self
 
-  def __exit__(self, *exc_info) -> None:
+  def __exit__(self, *exc_info: object) -> None:
     if self._in_main:
       for number, handler in self._old_handlers.items():
         signal.signal(number, handler)
@@ -102,17 +103,17 @@ class Stopping:
     self._questions += 1
     return self._asked is not None if self._alone else multihost_utils.reached_preemption_sync_point(self._questions)
 
-  def stop(self) -> None:
+  def stop(self) -> NoReturn:
     """Raises `Stopped`, after everything has been saved."""
     raise Stopped(EXIT_CODES[self._asked or signal.SIGTERM])  # asked for by another process: SIGTERM
 
-  def _handle(self, number, frame):
+  def _handle(self, number: int, frame: Any) -> None:
     del frame
     self._asked = signal.Signals(number)
     if not self._held:
       self.check()
 
-  def _listen(self):
+  def _listen(self) -> None:
     interrupts = 0
     while number := self._watched.recv(1):
       if number[0] in EXIT_CODES and self._alone and self._held and not self._questions:
@@ -129,7 +130,7 @@ class Stopping:
         os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the others
 
 
-def _end(text, number):
+def _end(text: str, number: int) -> None:
   """Ends the program though its main thread is busy, with what it has printed until now."""
   sys.stdout.flush()
   os.write(2, f"\n{text}\n".encode())

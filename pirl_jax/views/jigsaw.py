@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pirl_jax.errors import UserError
 from pirl_jax.models.heads import PatchesClassHead, PatchesHead
@@ -48,13 +49,13 @@ class Jigsaw(Pretext):
   covariant_head: ClassVar = PatchesClassHead
   settings: ClassVar = "jigsaw"
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_jigsaw(self.crop_size, grid=self.grid, patch_size=self.patch_size)
     if self.augment not in ("patches", "crop"):
       raise UserError(f"jigsaw.augment={self.augment!r} is unknown; choose from patches, crop")
     self._orders()
 
-  def _orders(self):
+  def _orders(self) -> np.ndarray | None:
     """Returns the numbered orders, u8[T, P], or None for all of them."""
     if not self.num_permutations:
       return None
@@ -81,7 +82,8 @@ class Jigsaw(Pretext):
     return augment(cut_patches(crop, offsets, permutation, **cut)), label
 
 
-def draw_jigsaw(key: jax.Array, *, size: int, grid: int, patch_size: int, orders: jax.Array | None = None) -> tuple[
+def draw_jigsaw(key: jax.Array, *, size: int, grid: int, patch_size: int,
+                orders: jax.Array | np.ndarray | None = None) -> tuple[
     jax.Array, jax.Array, jax.Array]:
   """Returns (offsets i32[P, 2], permutation i32[P], label i32[]) for a crop of `size` pixels.
 
@@ -112,7 +114,8 @@ def cut_patches(
                                     default=partial(_cut_by_slices, **sizes))
 
 
-def _cut_by_slices(crop, offsets, permutation, *, grid, cell, patch_size):
+def _cut_by_slices(crop: jax.Array, offsets: jax.Array, permutation: jax.Array, *, grid: int, cell: int,
+                   patch_size: int) -> jax.Array:
   """Returns the patches, see `cut_patches`: under vmap a single gather of slices that cuts and shuffles at once.
 
   64 crops of 255 pixels on two cores take 1.8 ms. Selects over shifted copies took 16 ms there, and products with
@@ -120,13 +123,14 @@ def _cut_by_slices(crop, offsets, permutation, *, grid, cell, patch_size):
   """
   corners = jnp.stack([permutation // grid, permutation % grid], axis=1) * cell + offsets
 
-  def cut(corner):
+  def cut(corner: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice(crop, (*corner, jnp.zeros_like(corner[0])), (patch_size, patch_size, crop.shape[2]))
 
   return jax.vmap(cut)(corners)
 
 
-def _cut_by_products(crop, offsets, permutation, *, grid, cell, patch_size):
+def _cut_by_products(crop: jax.Array, offsets: jax.Array, permutation: jax.Array, *, grid: int, cell: int,
+                     patch_size: int) -> jax.Array:
   """Returns the patches, see `cut_patches`: products with one-hot matrices take the cells, then rows, then columns.
 
   For a TPU, which makes the gather of slices a loop over the patches that copies the whole batch of crops in each turn:
@@ -147,7 +151,7 @@ def _cut_by_products(crop, offsets, permutation, *, grid, cell, patch_size):
     out.reshape(*out.shape[:3], crop.shape[2], dtype.itemsize), dtype)
 
 
-def _bytes_of(image):
+def _bytes_of(image: jax.Array) -> jax.Array:
   """Returns the bytes of a floating image f[H, W, C] as channels, u8[H, W, C * bytes of a number]."""
   return jax.lax.bitcast_convert_type(image, jnp.uint8).reshape(*image.shape[:2], -1)
 

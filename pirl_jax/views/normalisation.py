@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 
-MEAN = np.float32([0.485, 0.456, 0.406])
-STD = np.float32([0.229, 0.224, 0.225])
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+STD = np.array([0.229, 0.224, 0.225], np.float32)
 """Of the channels of ImageNet's images in [0, 1], as the official runs normalise (torchvision)."""
 
 
-def normalise(image: jax.Array) -> jax.Array:
+def normalise_image(image: jax.Array) -> jax.Array:
   """Returns the image as the network takes it, f32[..., 3], from its levels in [0, 255]."""
   channels = (1,) * (image.ndim - 1) + (3,)
   scale, shift = 1 / (255 * STD), -MEAN / STD

@@ -80,7 +80,7 @@ def hamming_statistics(permutations: np.ndarray) -> tuple[int, float]:
   return num_patches, mean
 
 
-def _choose(count, num_patches, *, by_mean):
+def _choose(count: int, num_patches: int, *, by_mean: bool) -> np.ndarray:
   """Returns u8[count, P], chosen as `permutation_subset` says."""
   # A permutation is a head and a tail. In lexicographic order those of one head are neighbours, and their tails are
   # the orders of what the head left over: 126 sets for 3,024 heads of 4 patches of 9. So 3,024 heads and 126 * 120
@@ -109,13 +109,13 @@ def _choose(count, num_patches, *, by_mean):
   return permutations[chosen]
 
 
-def _all_permutations(num_patches):
+def _all_permutations(num_patches: int) -> np.ndarray:
   """Returns u8[P!, P] in lexicographic order."""
   flat = itertools.chain.from_iterable(itertools.permutations(range(num_patches)))
   return np.fromiter(flat, np.uint8).reshape(-1, num_patches)
 
 
-def _read(count, num_patches, subset):
+def _read(count: int, num_patches: int, subset: str) -> np.ndarray | None:
   """Returns u8[count, P] from the smallest file that holds as many, or None."""
   sizes = []
   with contextlib.suppress(OSError, RuntimeError):
@@ -132,7 +132,7 @@ def _read(count, num_patches, subset):
   return None
 
 
-def _is_whole(permutations, count, num_patches):
+def _is_whole(permutations: np.ndarray, count: int, num_patches: int) -> bool:
   return (
     permutations.dtype == np.uint8
     and permutations.shape == (count, num_patches)
@@ -142,7 +142,7 @@ def _is_whole(permutations, count, num_patches):
   )
 
 
-def _write(permutations, subset):
+def _write(permutations: np.ndarray, subset: str) -> None:
   """Keeps them for other runs; where that is not possible, each run chooses anew."""
   with contextlib.suppress(OSError, RuntimeError):
     folder = _cache_folder()
@@ -151,16 +151,16 @@ def _write(permutations, subset):
     try:
       with open(handle, "wb") as file:
         np.lib.format.write_array(file, permutations, allow_pickle=False)
-      os.replace(temporary, folder / _file_name(*permutations.shape, subset))
+      os.replace(temporary, folder / _file_name(len(permutations), permutations.shape[1], subset))
     finally:
       pathlib.Path(temporary).unlink(missing_ok=True)
 
 
-def _file_name(count, num_patches, subset):
+def _file_name(count: int, num_patches: int, subset: str) -> str:
   return f"permutations-{num_patches}-{subset}-{count}.npy"
 
 
-def _cache_folder():
+def _cache_folder() -> pathlib.Path:
   """Returns the folder by the XDG rules, which ignore a relative path; raises RuntimeError without a home."""
   folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
   return (folder if folder.is_absolute() else pathlib.Path.home() / ".cache") / "pirl_jax"

@@ -10,7 +10,8 @@ axis of 3 would fill 3 of 128 lanes on TPU. Every parameter of an operation may 
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,16 +57,16 @@ def draw_photometric(key: jax.Array, *, recipe: Recipe) -> Photometric:
   jitter = u_jitter < recipe.jitter_probability
   group = u_group < recipe.group_probability
 
-  def jitter_factor(u, strength):
+  def jitter_factor(u: jax.Array, strength: float) -> jax.Array | None:
     if not strength or not recipe.jitter_probability:
       return None
     low = max(0.0, 1.0 - strength)
     return jnp.where(jitter, _on_grid(low + (1.0 + strength - low) * u), 1.0)
 
-  def of_group(value, identity):
+  def of_group(value: jax.Array, identity: float) -> jax.Array | None:
     return jnp.where(group, value, identity) if recipe.group_probability else None
 
-  def coin(u, probability):
+  def coin(u: jax.Array, probability: float) -> jax.Array | None:
     return u < probability if probability else None
 
   hue = radius = None
@@ -96,7 +97,7 @@ def apply_photometric(image: jax.Array, drawn: Photometric) -> jax.Array:
   The order is jitter, posterize, sharpness, solarize, autocontrast, grayscale, blur, flip. vissl's blur list flips
   first: a flip changes places with every other operation without a trace, so one order serves both lists.
   """
-  def in_bytes(image, drawn):
+  def in_bytes(image: jax.Array, drawn: Photometric) -> jax.Array:
     return _in_order(image.astype(jnp.uint8), drawn).astype(image.dtype)
 
   # A GPU is bound by its memory, and between two operations an image of bytes is a quarter of one in float32. On two
@@ -104,7 +105,7 @@ def apply_photometric(image: jax.Array, drawn: Photometric) -> jax.Array:
   return jax.lax.platform_dependent(image, drawn, cuda=in_bytes, rocm=in_bytes, default=_in_order)
 
 
-def _in_order(image, drawn):
+def _in_order(image: jax.Array, drawn: Photometric) -> jax.Array:
   """Returns the image after every operation, in its own dtype."""
   image = color_jitter(
     image,
@@ -115,6 +116,7 @@ def _in_order(image, drawn):
     places=drawn.places,
   )
   if drawn.bits is not None:
+    assert drawn.sharpness is not None and drawn.threshold is not None and drawn.autocontrast is not None
     image = posterize(image, drawn.bits)
     image = adjust_sharpness(image, drawn.sharpness)
     image = solarize(image, drawn.threshold)
@@ -167,19 +169,19 @@ def color_jitter(
     never = jnp.zeros((), bool)
     slots.append((factor, place, chosen.get(_CONTRAST, never), chosen.get(_SATURATION, never)))
 
-  def slot(image, drawn):
+  def slot(image: jax.Array, drawn: Sequence[jax.Array]) -> tuple[jax.Array, None]:
     factor, is_contrast, is_saturation = drawn
     if contrast is None and saturation is None:
       return adjust_brightness(image, factor), None
     return blend(image, factor, is_contrast, is_saturation), None
 
   @_on_levels
-  def blend(image, factor, is_contrast, is_saturation):
+  def blend(image: jax.Array, factor: jax.Array, is_contrast: jax.Array, is_saturation: jax.Array) -> jax.Array:
     grey = _luma(image)
     target = jnp.where(is_contrast, _mean_level(grey), jnp.where(is_saturation, grey, 0.0))
     return _blend(target, image, factor)
 
-  def blend_pass(image, is_now):
+  def blend_pass(image: jax.Array, is_now: Callable[[Any], Any]) -> jax.Array:
     if not slots:
       return image
     drawn = [(jnp.where(is_now(place), factor, 1.0), *kinds) for factor, place, *kinds in slots]
@@ -195,10 +197,10 @@ def color_jitter(
   return blend_pass(image, lambda place: place > places[_HUE])
 
 
-def _on_levels(operation):
+def _on_levels(operation: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   """Returns the operation on levels of any dtype: it computes in float32 at least, and returns the dtype given."""
   @functools.wraps(operation)
-  def on_levels(image, *parameters):
+  def on_levels(image: jax.Array, *parameters: jax.Array) -> jax.Array:
     exact = image.astype(jnp.promote_types(image.dtype, jnp.float32))
     return operation(exact, *parameters).astype(image.dtype)
   return on_levels
@@ -314,7 +316,7 @@ def gaussian_blur(image: jax.Array, radius: jax.Array) -> jax.Array:
   near = jnp.where(length > 0, inner, outer)
   far = jnp.where(length > 0, outer, 0)
 
-  def box(axis, image):
+  def box(axis: int, image: jax.Array) -> jax.Array:
     size = image.shape[axis]
     padded = jnp.pad(image, [(2, 2) if a == axis else (0, 0) for a in range(3)], mode="edge")
     shifted = [jax.lax.slice_in_dim(padded, i, i + size, axis=axis).astype(jnp.uint32) for i in range(5)]

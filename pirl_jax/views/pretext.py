@@ -8,6 +8,7 @@ Letters: S side of the crop that is transformed, P views that a transform makes 
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ import jax
 from flax import linen as nn
 
 
+@dataclasses.dataclass(frozen=True)
 class Pretext(abc.ABC):
   """A set of transforms. Hashable, and equal to another one with the same values.
 

@@ -29,7 +29,7 @@ class Recipe:
   blur_radius: tuple[float, float] = (0.1, 2.0)  # pixels, PIL's radius = standard deviation of the Gaussian
   flip_probability: float = 0.5
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in ("brightness", "contrast", "saturation"):
       value = getattr(self, name)
       if not 0 <= value <= 8:

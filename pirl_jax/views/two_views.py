@@ -3,7 +3,7 @@
 Letters: B batch, H W the image's sides, S side of the pretext crop, P pretext views of an image, h w their sides.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pirl_jax.errors import UserError
 from pirl_jax.views.jigsaw import Jigsaw
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 from pirl_jax.views.photometric import apply_photometric, draw_photometric
 from pirl_jax.views.pretext import Pretext
 from pirl_jax.views.recipe import Recipe
@@ -22,7 +22,7 @@ PRETEXTS: dict[str, type[Pretext]] = {"jigsaw": Jigsaw, "rotation": Rotation, "r
 
 
 def create_pretext(name: str, *, image_size: int, image_scale: tuple[float, float],
-                   settings: Mapping[str, Mapping[str, Any]]) -> Pretext:
+                   settings: Any) -> Pretext:
   """Returns the transform of that name.
 
   Args:
@@ -37,7 +37,7 @@ def create_pretext(name: str, *, image_size: int, image_scale: tuple[float, floa
     raise UserError(f"pretext={name!r} is unknown; choose from {', '.join(PRETEXTS)}")
   pretext = PRETEXTS[name]
   own = settings[pretext.settings] if pretext.settings else {}
-  arguments = {"crop_size": image_size, "crop_scale": image_scale, **own}
+  arguments: dict[str, Any] = {"crop_size": image_size, "crop_scale": image_scale, **own}
   return pretext(**arguments | {"crop_scale": tuple(arguments["crop_scale"])})
 
 
@@ -54,18 +54,19 @@ def make_views(pretext: Pretext | None, *, recipe: Recipe, pretext_recipe: Recip
     pretext_recipe: that of the pretext views. It is drawn anew for each of them, as the official code does, unless the
       transform augments the crop as a whole.
   """
-  def view(key, crop, recipe):
+  def view(key: jax.Array, crop: jax.Array, recipe: Recipe) -> jax.Array:
     image = jnp.moveaxis(crop, -1, 0).astype(float)  # [3, H, W]; float32, unless JAX_ENABLE_X64 is set
     image = apply_photometric(image, draw_photometric(key, recipe=recipe))
-    return normalise(jnp.moveaxis(image, 0, -1))
+    return normalise_image(jnp.moveaxis(image, 0, -1))
 
-  def both_views(key, image_crop, pretext_crop):
+  def both_views(key: jax.Array, image_crop: jax.Array | None,
+                 pretext_crop: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     image_key, transform_key, pretext_key = jax.random.split(key, 3)
     image = None if image_crop is None else view(image_key, image_crop, recipe)
     if pretext is None or pretext_crop is None:
       return image, None, None
 
-    def augment(crops):
+    def augment(crops: jax.Array) -> jax.Array:
       keys = jax.random.split(pretext_key, len(crops))
       return jax.vmap(lambda key, crop: view(key, crop, pretext_recipe))(keys, crops)
 

@@ -333,7 +333,7 @@ def test_the_benchmark_prints_its_table(tmp_path):
 
 
 def take_labelled(count, source=SOURCE, **changes):
-  arguments = dict(indices=np.arange(NUM_IMAGES), batch_size=BATCH, image_size=24, image_scale=(0.2, 1.0), seed=7,
+  arguments = dict(indices=np.arange(NUM_IMAGES), batch_size=BATCH, crop=(24, (0.2, 1.0)), seed=7,
                    start_step=0, num_threads=0)
   stream = labelled_batches(source, **{**arguments, **changes})
   try:
@@ -410,11 +410,11 @@ def test_labelled_crops_cover_the_share_asked_for_and_half_are_flipped():
     rows = np.concatenate([batch["image"][:, 12, :, 0] for batch in take_labelled(60, source, **changes)]).astype(int)
     return (rows[:, 20] - rows[:, 3]) / 17
 
-  wide = slopes(image_scale=(1.0, 1.0))
+  wide = slopes(crop=(24, (1.0, 1.0)))
   assert 0.42 < np.mean(wide < 0) < 0.58  # of 480 coins: within 3.5 standard deviations
   np.testing.assert_allclose(np.abs(wide), 4 * 60 / 24, rtol=0.05)  # the whole image on 24 columns
   # A sixteenth of the area is about a quarter of the width, between ratios of 3/4 and 4/3.
-  assert np.all(np.abs(slopes(image_scale=(1 / 16, 1 / 16))) < 4 * 60 / 24 / 3)
+  assert np.all(np.abs(slopes(crop=(24, (1 / 16, 1 / 16)))) < 4 * 60 / 24 / 3)
 
 
 def test_labelled_seeds_differ():

@@ -18,7 +18,7 @@ from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Ensemble, Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 SIZE = 16
 LAYERS = ("conv1", "res2", "res3", "res4", "pooled")
@@ -57,7 +57,7 @@ def two():
 
 
 def images(source):
-  return normalise(jnp.asarray(np.stack([source[i].image for i in range(len(source))])))
+  return normalise_image(jnp.asarray(np.stack([source[i].image for i in range(len(source))])))
 
 
 def pool_by_hand(x, side):

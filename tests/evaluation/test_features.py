@@ -9,7 +9,7 @@ import pytest
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import calibrate_batch_stats, extract_features, unit_norm
 from pirl_jax.runtime.mesh import create_mesh
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 SIDE = 6
 
@@ -80,7 +80,7 @@ def test_features_come_in_the_order_of_the_index(variables):
   shuffled = list(batches(image, label, 8))[::-1]
   found = extract_features(forward, variables, shuffled, create_mesh(4))
   np.testing.assert_array_equal(found.index, np.arange(20))
-  expected = forward(variables, normalise(jnp.asarray(image)))
+  expected = forward(variables, normalise_image(jnp.asarray(image)))
   np.testing.assert_allclose(found.features, expected, rtol=1e-5, atol=1e-6)
 
 

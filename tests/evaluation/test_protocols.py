@@ -24,7 +24,7 @@ from pirl_jax.evaluation.protocols import PROTOCOLS, protocol_of
 from pirl_jax.evaluation.subjects import open_subjects
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.studies import report, study
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,7 +110,7 @@ def test_a_new_protocol_needs_its_file_its_line_and_its_variant_and_nothing_else
   source = open_source(DataSettings("embedded", image_size=16, num_images=128))
   image = np.stack([source[i].image for i in range(128)])
   features = jax.jit(lambda x: subject.model.network.apply(subject.model.variables, x, method="features")["pooled"])(
-    normalise(jnp.asarray(image)))
+    normalise_image(jnp.asarray(image)))
   values = np.linalg.svd(np.float64(features), compute_uv=False)
   share = values / values.sum()
   assert found["figures"]["effective_rank"] == pytest.approx(np.exp(-np.sum(share * np.log(share))), rel=1e-3)

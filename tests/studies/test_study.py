@@ -25,7 +25,7 @@ from pirl_jax.evaluation.protocols import PROTOCOLS, protocol_of
 from pirl_jax.studies import report, study
 from pirl_jax.studies.figures import PAPER, Line, Panel, bars_panels, colours_of, lines_panel, save_panels
 from pirl_jax.studies.points import Point, Trial, create_trial, digest, read_points, set_fields
-from pirl_jax.studies.statistics import Cell, Difference, format_table, paired_difference
+from pirl_jax.studies.statistics import Cell, Difference, format_cells, paired_difference
 from pirl_jax.training import parts as parts_lib
 from pirl_jax.training import pretrain
 
@@ -374,7 +374,7 @@ def test_paired_differences():
 def test_the_table_of_one_seed_and_of_plain_numbers():
   cells = [Cell("A", "", "mean distance", "", (1.25,)),
            Cell("B", "2", "mean distance", "", (1.5,), Difference(0.25, None, None))]
-  assert format_table("title", cells, reference="A", share=False).splitlines() == [
+  assert format_cells("title", cells, reference="A", share=False).splitlines() == [
     "title", "one seed", "against A: mean difference seed by seed [95% interval, each for itself]", "  mean distance",
     "    A     1.250  reference", "    B 2   1.500  +0.250  one seed, no interval"]
 

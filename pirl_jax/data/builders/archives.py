@@ -5,14 +5,16 @@ import pathlib
 import tarfile
 import zlib
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 import requests
+import tensorflow_datasets as tfds
 
 from pirl_jax.errors import UserError
 
 
-def fetch(dl_manager, url: str) -> pathlib.Path:
+def fetch(dl_manager: tfds.download.DownloadManager, url: str) -> pathlib.Path:
   """Returns the path of the archive: from TFDS's folder of manual downloads if it lies there, else
   downloaded.
 
@@ -46,13 +48,25 @@ def opened(path: pathlib.Path) -> Iterator[tarfile.TarFile]:
     raise UserError(f"{path} is not the whole archive ({words}); delete it and fetch it again") from error
 
 
+def opened_member(archive: tarfile.TarFile, member: str | tarfile.TarInfo) -> IO[bytes]:
+  """Returns a file of the archive, to be closed by the caller.
+
+  Raises:
+    KeyError: no such file. `opened` makes it a UserError.
+  """
+  file = archive.extractfile(member)
+  if file is None:
+    raise KeyError(f"{member} is no file")
+  return file
+
+
 def records(archive: tarfile.TarFile, member: str, num_bytes: int) -> Iterator[np.ndarray]:
   """Yields the records u8[num_bytes] of one member of the archive, without holding more than one of them.
 
   Raises:
     KeyError, EOFError: no such member; a member that ends inside a record. `opened` makes them UserErrors.
   """
-  with archive.extractfile(member) as file:
+  with opened_member(archive, member) as file:
     while data := file.read(num_bytes):
       if len(data) < num_bytes:
         raise EOFError(f"{member} ends inside a record")

@@ -1,5 +1,10 @@
 """CIFAR-10 from `cifar-10-binary.tar.gz` (https://www.cs.toronto.edu/~kriz/cifar.html, "binary version")."""
 
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 import tensorflow_datasets as tfds
 
 from pirl_jax.data.builders import archives
@@ -27,8 +32,9 @@ class Cifar10(LabelledImages, skip_registration=True):
     )
   }
 
-  def read(self, archive, prefix, members):
+  def read(self, archive: tarfile.TarFile, *arguments: Any) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """Yields the records of the files, one after the other; their numbers run on."""
+    prefix, members = arguments
     index = 0
     for member in members:
       # One byte of label, then the red, the green and the blue plane, row by row.

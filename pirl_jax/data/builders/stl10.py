@@ -1,7 +1,11 @@
 """STL-10 from `stl10_binary.tar.gz` (http://ai.stanford.edu/~acoates/stl10/)."""
 
 import itertools
+import tarfile
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from pirl_jax.data.builders import archives
@@ -29,8 +33,9 @@ class Stl10(LabelledImages, skip_registration=True):
     )
   }
 
-  def read(self, archive, images, labels):
+  def read(self, archive: tarfile.TarFile, *arguments: Any) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
     """Yields the records of a file of images and of one of labels, which may be None."""
+    images, labels = arguments
     labelled = labels is not None
     # Labels count from 1 in the file. They are read whole, ahead of the images: to go to and fro in a compressed
     # archive is to unpack it again and again.

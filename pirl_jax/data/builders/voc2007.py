@@ -1,5 +1,8 @@
 """PASCAL VOC2007 from its two official archives (http://host.robots.ox.ac.uk/pascal/VOC/voc2007/)."""
 
+import pathlib
+from collections.abc import Iterator
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -34,7 +37,7 @@ class Voc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     ),
   }
 
-  def _info(self):
+  def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
       description="PASCAL VOC2007: 9,963 photographs with the objects of 20 classes in them.",
@@ -58,7 +61,8 @@ class Voc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       homepage="http://host.robots.ox.ac.uk/pascal/VOC/voc2007/",
     )
 
-  def _split_generators(self, dl_manager):
+  def _split_generators(self,
+                        dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
     trainval, test = (archives.fetch(dl_manager, url) for url in (_TRAINVAL, _TEST))
     return {
       "train": self._generate_examples(trainval, "train"),
@@ -66,12 +70,12 @@ class Voc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       "test": self._generate_examples(test, "test"),
     }
 
-  def _generate_examples(self, path, list_name):
+  def _generate_examples(self, path: pathlib.Path, list_name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with archives.opened(path) as archive:
       members = {member.name: member for member in archive}  # tarfile itself looks through all of them for a name
 
-      def read(name):
-        with archive.extractfile(members[f"{_FOLDER}/{name}"]) as file:
+      def read(name: str) -> bytes:
+        with archives.opened_member(archive, members[f"{_FOLDER}/{name}"]) as file:
           return file.read()
 
       for name in read(f"ImageSets/Main/{list_name}.txt").decode().split():
@@ -91,19 +95,25 @@ class Voc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def _objects(annotation: ElementTree.Element) -> list[dict]:
   """Returns the objects of one image as the feature "objects" has them."""
-  size = annotation.find("size")
-  width, height = float(size.findtext("width")), float(size.findtext("height"))
+  width, height = float(_text(annotation, "size/width")), float(_text(annotation, "size/height"))
   found = []
   # An object's parts (a head, a hand) are further down and have names too.
   for one in annotation.findall("object"):
-    left, top, right, bottom = (float(one.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax"))
+    left, top, right, bottom = (float(_text(one, f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax"))
     found.append(
       {
-        "label": one.findtext("name").lower(),
+        "label": _text(one, "name").lower(),
         "bbox": tfds.features.BBox(top / height, left / width, bottom / height, right / width),
-        "pose": one.findtext("pose").lower(),
+        "pose": _text(one, "pose").lower(),
         "is_truncated": one.findtext("truncated") == "1",
         "is_difficult": one.findtext("difficult") == "1",
       }
     )
   return found
+
+
+def _text(element: ElementTree.Element, path: str) -> str:
+  text = element.findtext(path)
+  if text is None:
+    raise KeyError(f"an annotation has no {path}")
+  return text

@@ -3,7 +3,7 @@
 import importlib
 
 from pirl_jax.errors import UserError
-from pirl_jax.evaluation.protocol import Protocol
+from pirl_jax.evaluation.protocol import Protocol, Reading
 
 PROTOCOLS = {
   "knn": "knn",
@@ -27,3 +27,15 @@ def protocol_of(name: str) -> Protocol:
   if name not in PROTOCOLS:
     raise UserError(f"config.protocol={name!r} is unknown; choose from {', '.join(PROTOCOLS)}")
   return importlib.import_module(f"{__name__}.{PROTOCOLS[name]}").PROTOCOL
+
+
+def reading_of(name: str) -> Reading:
+  """Returns what a study takes from a result of the protocol of that name.
+
+  Raises:
+    UserError: there is no such protocol, or it gives no figure to compare.
+  """
+  reading = protocol_of(name).reading
+  if reading is None:
+    raise UserError(f"the protocol {name} gives no figure to compare")
+  return reading

@@ -58,7 +58,7 @@ class ExportSettings:
   splits: tuple[str, ...]
   format: str
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.format not in _WRITERS:
       raise UserError(f"features.format={self.format!r} is unknown; choose one of: {', '.join(_WRITERS)}")
 
@@ -106,6 +106,7 @@ def export_features(model: Model, images: Images, settings: ExportSettings, *, m
   source = images.source
   seen = np.zeros(len(images), bool)
   num_counted, began = 0, perf_counter()
+  first_done = began
   writing = _WRITERS[format](path, dim, layer, source)
   with (writing if jax.process_index() == 0 else contextlib.nullcontext(_write_nothing) as write,
         Progress(f"features of {layer}", len(images)) as progress,
@@ -137,7 +138,7 @@ def export_features(model: Model, images: Images, settings: ExportSettings, *, m
     table={"images": num_images, "numbers an image": dim})
 
 
-def _check_room(path, num_images, dim, format):
+def _check_room(path: Path, num_images: int, dim: int, format: str) -> None:
   needed = 4 * num_images * dim * (2 if format == "npz" else 1)
   free = shutil.disk_usage(path.parent).free
   if needed > free:
@@ -146,7 +147,7 @@ def _check_room(path, num_images, dim, format):
                     f"{path.parent} has {free / 1e9:.2f} GB free; --workdir=DIR writes elsewhere{half}")
 
 
-def _write_nothing(*_) -> None:
+def _write_nothing(*_: np.ndarray) -> None:
   pass
 
 
@@ -154,12 +155,17 @@ def _names(source: Source, index: np.ndarray) -> list[str]:
   return [source.image_name(i) for i in index.tolist()]
 
 
+def _targets(source: Source) -> np.ndarray | None:
+  """Returns i8[images, classes], see `Source.targets`; None where an image shows one class at most."""
+  return source.targets() if source.multi_label else None
+
+
 @contextlib.contextmanager
 def _npz(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Write]:
   indices, labels = [], []
   with replacing(path) as file, tempfile.TemporaryFile(dir=path.parent) as rows:
-    def write(features, index, label):
-      rows.write(features)
+    def write(features: np.ndarray, index: np.ndarray, label: np.ndarray) -> None:
+      rows.write(features.data)
       indices.append(index)
       labels.append(label)
 
@@ -168,8 +174,8 @@ def _npz(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Write]:
     index = np.concatenate(indices)
     arrays = {"index": index, "label": np.concatenate(labels), "name": _names(source, index),
               "class_names": source.class_names, "layer": layer}
-    if source.multi_label:
-      arrays["targets"] = source.targets()[index]
+    if (targets := _targets(source)) is not None:
+      arrays["targets"] = targets[index]
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
       with archive.open("features.npy", "w", force_zip64=True) as entry:
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(index), dim)}
@@ -198,18 +204,17 @@ def _parquet(path: Path, dim: int, layer: str, source: Source) -> Iterator[_Writ
   with (replacing(path) as file,
         parquet.ParquetWriter(file, schema, compression="none", use_dictionary=["label", "class"],
                               write_statistics=["index", "label"]) as writer):
-    def flush():
+    def flush() -> None:
       features, index, label = (np.concatenate(arrays) for arrays in zip(*block, strict=True))
       classes = [source.class_names[i] if i >= 0 else None for i in label.tolist()]
       columns = [pa.array(index), pa.array(label), pa.array(_names(source, index), pa.string()),
                  pa.array(classes, pa.string()), pa.FixedSizeListArray.from_arrays(features.reshape(-1), dim)]
-      if source.multi_label:
-        targets = source.targets()[index]
-        columns.append(pa.FixedSizeListArray.from_arrays(targets.reshape(-1), targets.shape[1]))
+      if (targets := _targets(source)) is not None:
+        columns.append(pa.FixedSizeListArray.from_arrays(targets[index].reshape(-1), targets.shape[1]))
       writer.write_table(pa.table(columns, schema=schema))
       block.clear()
 
-    def write(features, index, label):
+    def write(features: np.ndarray, index: np.ndarray, label: np.ndarray) -> None:
       block.append((features, index, label))
       if sum(features.size for features, _, _ in block) >= BLOCK_NUMBERS:
         flush()

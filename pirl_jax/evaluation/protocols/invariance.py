@@ -6,8 +6,9 @@ trunk features, H S h w sides in pixels.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ class InvarianceSettings:
   num_transforms: int
   num_bins: int
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.representation not in AXES:
       raise UserError(f"invariance.representation={self.representation!r} is not possible: choose from "
                       f"{', '.join(AXES)}")
@@ -104,7 +105,7 @@ def measure_invariance(model: Model, images: Images, settings: InvarianceSetting
     UserError: the network does not have the representation, or fewer than two images can be read.
   """
   representation = settings.representation
-  check_representation(model.network, representation)
+  check_representation(model.single, representation)
   index = shuffled(range(len(images)), seed=seed)[:settings.num_pictures]
   image_emb, pretext_emb, num_broken = _embed(model, images, index, settings, mesh=mesh, views_fn=views_fn,
                                               pretext_size=pretext_size, seed=seed)
@@ -134,10 +135,11 @@ def check_representation(network: Network, representation: str) -> None:
                     "heads f and g; compare what its trunk gives: --config.invariance.representation=trunk")
 
 
-def _embed(model, images, index, settings, *, mesh, views_fn, pretext_size, seed):
+def _embed(model: Model, images: Images, index: Sequence[int], settings: InvarianceSettings, *, mesh: Mesh,
+           views_fn: Callable, pretext_size: int, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
   """Returns f32[N, D] of images and f32[N, T, D] of transformed ones, unit vectors, of the images that can be read,
   and how many cannot."""
-  embed = _make_embed(model.network, views_fn, mesh, settings.representation, settings.num_transforms, seed)
+  embed = _make_embed(model.single, views_fn, mesh, settings.representation, settings.num_transforms, seed)
   variables = jax.device_put(model.variables, whole(mesh))
   chosen = dataclasses.replace(images, source=Subset(images.source, index))
   parts, num_broken = [], 0
@@ -153,7 +155,8 @@ def _embed(model, images, index, settings, *, mesh, views_fn, pretext_size, seed
       parts.append((image_emb[valid], np.swapaxes(pretext_emb, 0, 1)[valid]))
       num_broken += int(np.count_nonzero(there & ~valid))
       progress.update(int(there.sum()))
-  return *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)), num_broken
+  image_emb, pretext_emb = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+  return image_emb, pretext_emb, num_broken
 
 
 # Kept, so that runs of the same network go through one program.
@@ -164,40 +167,40 @@ def _make_embed(network: Network, views_fn: Callable, mesh: Mesh, representation
   embed_image, embed_pretext = {
     "heads": ("embed_image", "embed_pretext"), "trunk": (_trunk_of_image, _trunk_of_pretext)}[representation]
 
-  def device_embed(variables, image, crop, number):
-    def transformed(draw):
+  def device_embed(variables: Any, image: jax.Array, crop: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def transformed(draw: jax.Array | int) -> tuple[jax.Array, jax.Array]:
       image_view, pretext_view, _ = views_fn(view_keys(seed, draw, number), image, crop)
-      return image_view, normalise(network.apply(variables, pretext_view, method=embed_pretext))
+      pretext_emb: Any = network.apply(variables, pretext_view, method=embed_pretext)
+      return image_view, normalise(pretext_emb)
 
     image_view, _ = transformed(0)
-    image_emb = normalise(network.apply(variables, image_view, method=embed_image))
+    image_emb: Any = network.apply(variables, image_view, method=embed_image)
     # One transform at a time: T times as many patches would not fit where a training batch does.
-    pretext_emb = jax.lax.map(lambda draw: transformed(draw)[1], jnp.arange(num_transforms))
-    return image_emb, pretext_emb
+    return normalise(image_emb), jax.lax.map(lambda draw: transformed(draw)[1], jnp.arange(num_transforms))
 
   mapped = jax.shard_map(device_embed, mesh=mesh, in_specs=(WHOLE, SPLIT, SPLIT, SPLIT),
                          out_specs=(SPLIT, PartitionSpec(None, AXIS)))
   return jax.jit(mapped, out_shardings=whole(mesh))
 
 
-def _trunk_of_image(network, image):
+def _trunk_of_image(network: Network, image: jax.Array) -> jax.Array:
   """Returns f32[B, C] of f32[B, H, W, 3]."""
   return network.features(image)["pooled"]
 
 
-def _trunk_of_pretext(network, pretext):
+def _trunk_of_pretext(network: Network, pretext: jax.Array) -> jax.Array:
   """Returns f32[B, C], the mean over the views, of f32[B, P, h, w, 3]."""
   batch, views = pretext.shape[:2]
   pooled = network.features(jnp.reshape(pretext, (batch * views, *pretext.shape[2:])))["pooled"]
   return jnp.mean(jnp.reshape(pooled, (batch, views, -1)), axis=1)
 
 
-def _distances(image_emb, pretext_emb):
+def _distances(image_emb: np.ndarray, pretext_emb: np.ndarray) -> np.ndarray:
   """Returns f64[N, T]."""
   return np.linalg.norm(image_emb[:, None].astype(np.float64) - pretext_emb, axis=-1)
 
 
-def _describe(distances, edges):
+def _describe(distances: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
   # Rounding may leave two opposite vectors a little beyond 2.
   counts, _ = np.histogram(np.minimum(distances, LARGEST), edges)
   return {"mean": float(distances.mean()), "std": float(distances.std()), "min": float(distances.min()),
@@ -215,10 +218,10 @@ def _measure(evaluation: Evaluation) -> Outcome:
 
 
 def _check(evaluation: Evaluation) -> None:
-  check_representation(evaluation.single_run().model.network, evaluation.settings.representation)
+  check_representation(evaluation.single_run().model.single, evaluation.settings.representation)
 
 
-def _figures_of_a_study(found):
+def _figures_of_a_study(found: Mapping[str, Any]) -> dict[str, float]:
   return {"mean distance": found["matched"]["mean"], "standard deviation of the distance": found["matched"]["std"],
           "separation": found["separation"]}
 

@@ -7,7 +7,7 @@ tau). Letters: M references, Q queries, D numbers of a vector, T classes returne
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -60,7 +60,7 @@ class KnnSettings:
   k: int
   temperature: float
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     _check_vote(self.k, self.temperature)
 
 
@@ -99,7 +99,7 @@ class Nearest:
   the rounding of similarities. Every device holds all queries and their neighbours so far, and its rows of one block.
   """
 
-  def __init__(self, queries: np.ndarray, *, k: int, mesh: Mesh):
+  def __init__(self, queries: np.ndarray, *, k: int, mesh: Mesh) -> None:
     """Places the queries on the devices.
 
     Args:
@@ -160,17 +160,20 @@ def gather_blocks(parts: Iterable[tuple[np.ndarray, np.ndarray]], *, num_referen
   """
   num_rows = max(1, min(BLOCK_ROWS, BLOCK_NUMBERS // dim, num_references))
   num_rows += -num_rows % mesh.size
-  filled = 0
+
+  def empty() -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((num_rows, dim), np.float32), np.full(num_rows, -1, np.int32)
+
+  (block, block_ids), filled = empty(), 0
   for references, ids in parts:
     while len(ids):
-      if not filled:  # a new array each time: the devices may still read the last one
-        block, block_ids = np.zeros((num_rows, dim), np.float32), np.full(num_rows, -1, np.int32)
       count = min(num_rows - filled, len(ids))
       block[filled:filled + count], block_ids[filled:filled + count] = references[:count], ids[:count]
       references, ids = references[count:], ids[count:]
-      filled = (filled + count) % num_rows
-      if not filled:
+      filled += count
+      if filled == num_rows:
         yield block, block_ids
+        (block, block_ids), filled = empty(), 0  # new arrays: the devices may still read the last ones
   if filled:
     yield block, block_ids
 
@@ -211,7 +214,7 @@ def measure_knn(model: Model, train: Images, test: Images, settings: KnnSettings
   labels = np.full(len(train), -1, np.int32)
   num_broken = 0
   with Progress("kNN: training images searched", len(train)) as progress:
-    def voters():
+    def voters() -> Iterator[tuple[np.ndarray, np.ndarray]]:
       nonlocal num_broken
       for part in stream_features(forward_fn, model.variables, train.test_batches(), mesh):
         voting = part.labels >= 0
@@ -313,25 +316,29 @@ def accuracy(references: jax.Array | np.ndarray, reference_labels: np.ndarray, q
           "num_references": prediction.num_references, "num_queries": int(labelled.sum())}
 
 
-def _check_vote(k, temperature):
+def _check_vote(k: int, temperature: float) -> None:
   if k < 1:
     raise UserError(f"kNN with k={k}: k must be 1 or more (NPID: 200)")
   if temperature <= 0:
     raise UserError(f"kNN with temperature={temperature}: it must be above 0 (NPID: 0.07)")
 
 
+_Found = tuple[jax.Array, jax.Array]
+"""Similarity f32[Q, k] and ids i32[Q, k] of the nearest so far."""
+
+
 @functools.cache
-def _make_search(mesh, k, chunk):
+def _make_search(mesh: Mesh, k: int, chunk: int) -> Callable[..., _Found]:
   """Returns search(best, references, ids, queries) -> best: (similarity f32[Q, k], ids i32[Q, k]), nearest first.
 
   A reference with id -1 takes part with similarity -inf.
   """
 
-  def device_search(best, references, ids, queries):
+  def device_search(best: _Found, references: jax.Array, ids: jax.Array, queries: jax.Array) -> _Found:
     num_rows = references.shape[0]
     size = min(chunk, num_rows)
 
-    def visit(found, start):
+    def visit(found: _Found, start: jax.Array) -> tuple[_Found, None]:
       # The last chunk begins early enough to be whole; what it shares with the one before is masked.
       first = jnp.minimum(start, num_rows - size)
       row = first + jnp.arange(size)
@@ -348,7 +355,7 @@ def _make_search(mesh, k, chunk):
     # Earlier visits first, then devices in order of their rows: of equals the first stays the first.
     return _largest(best, tuple(lax.all_gather(x, AXIS, axis=1, tiled=True, to="invarying") for x in found))
 
-  def _largest(*candidates):
+  def _largest(*candidates: _Found) -> _Found:
     similarity, candidate_ids = (jnp.concatenate(pair, axis=1) for pair in zip(*candidates, strict=True))
     similarity, place = lax.top_k(similarity, k)  # of equals the first
     return similarity, jnp.take_along_axis(candidate_ids, place, axis=1)
@@ -377,14 +384,15 @@ def _classes(neighbours: Neighbours, labels: np.ndarray, ks: Sequence[int], *, t
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "ks"))
-def _vote(similarity, label, temperature, *, num_classes, ks):
+def _vote(similarity: jax.Array, label: jax.Array, temperature: jax.Array, *, num_classes: int,
+          ks: tuple[int, ...]) -> jax.Array:
   """Returns the classes with the most votes, i32[len(ks), Q, T]; a class without a vote is -1."""
   # Relative to the nearest neighbour: the same ranking, and never do all weights underflow.
   weight = jnp.exp((similarity - similarity[:, :1]) / temperature)
   classes = jnp.arange(num_classes)[None, :]
 
   # One neighbour of every query at a time: sums in a fixed order, and no Q x k x classes in memory.
-  def add(score, neighbour):
+  def add(score: jax.Array, neighbour: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
     weight, label = (x[:, None] for x in neighbour)
     return jnp.where(label == classes, jnp.maximum(score, 0) + weight, score), None
 

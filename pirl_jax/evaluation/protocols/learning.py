@@ -32,16 +32,15 @@ class LearningSettings:
   temperature: float
 
 
-def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarray]]],
-                     test_batches: Callable[[], Iterable[Mapping[str, np.ndarray]]], *,
-                     forward_fn: Callable[[Any, jax.Array], jax.Array],
-                     stats_fn: Callable[[Any, jax.Array], Any],
-                     untrained: Mapping[str, Any], trained: Mapping[str, Any], momentum: float, mesh: Mesh,
-                     settings: LearningSettings, about: Mapping[str, Any]) -> dict[str, Any]:
+def measure_learning(train_batches: Iterable[Mapping[str, np.ndarray]],
+                     test_batches: Iterable[Mapping[str, np.ndarray]], *,
+                     forward_fn: Callable[[Any, jax.Array], jax.Array], untrained: Mapping[str, Any],
+                     trained: Mapping[str, Any], mesh: Mesh, settings: LearningSettings,
+                     about: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the table, JSON values.
 
   It holds `raw_pixels` (the network's normalised input, flattened), `untrained` and `trained` (pooled
-  trunk features; the untrained network's batch statistics are first calibrated on the training images):
+  trunk features; the untrained network's batch statistics are those of the training images):
   top-1 in [0, 1]. Besides: `protocol`, `similarity`, `features`, `k` as asked, `k_used` (fewer training
   images allow no more), `temperature`, `num_train` and `num_test` (labelled images that voted and were
   judged), `num_broken_train`, `num_broken_test`, and `about`.
@@ -49,12 +48,10 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
   Raw pixels of all images stand in memory at once (12 kB for an image of 32 x 32).
 
   Args:
-    train_batches: opens the training images under the test transform, see `features.extract_features`; read
-      twice.
-    test_batches: opens the held-out images; read once.
+    train_batches: the training images under the test transform, see `features.extract_features`.
+    test_batches: the held-out images.
     forward_fn: forward_fn(variables, image f32[b, H, W, 3] normalised) -> pooled trunk features f32[b, C].
-    stats_fn: see `features.calibrate_batch_stats`, as is `momentum`.
-    untrained: {"params": ..., "batch_stats": ...} before the first step.
+    untrained: {"params": ..., "batch_stats": ...} before the first step, see `features.calibrate_batch_stats`.
     trained: the same of the run.
     mesh: the devices.
     settings: how a neighbour votes.
@@ -64,16 +61,14 @@ def measure_learning(train_batches: Callable[[], Iterable[Mapping[str, np.ndarra
   Raises:
     UserError: no labels, no readable images, or an impossible k or temperature.
   """
-  untrained = features_lib.calibrate_batch_stats(stats_fn, untrained, train_batches(), mesh,
-                                                 momentum=momentum)
   variables = {"untrained": untrained, "trained": trained}
 
   # One pass over the images serves all three: decoding them costs more than a small network does.
-  def all_features(variables, image):
+  def all_features(variables: Mapping[str, Any], image: jax.Array) -> dict[str, jax.Array]:
     networks = {name: forward_fn(values, image) for name, values in variables.items()}
     return {"raw_pixels": jnp.reshape(image, (image.shape[0], -1)), **networks}
 
-  train, test = (features_lib.extract_features(all_features, variables, batches(), mesh)
+  train, test = (features_lib.extract_features(all_features, variables, batches, mesh)
                  for batches in (train_batches, test_batches))
   found = {}
   for name in NAMES:

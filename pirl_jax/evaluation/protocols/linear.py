@@ -19,7 +19,7 @@ import functools
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,7 +41,7 @@ from pirl_jax.figures.curves import Curve
 from pirl_jax.models.network import Ensemble, Model, Network
 from pirl_jax.runtime.mesh import AXIS, whole
 from pirl_jax.runtime.progress import Progress
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 HEADS = ("bn", "bn_affine", "plain")
 SCHEDULES = ("steps", "cosine")
@@ -76,7 +76,7 @@ class LinearSettings(training.TrainingSettings):
   head: str
   cached: bool
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self.require(self.schedule in SCHEDULES, "schedule", f"choose from {', '.join(SCHEDULES)}")
     self.require(self.head in HEADS, "head", f"choose from {', '.join(HEADS)}")
     super().__post_init__()
@@ -138,10 +138,11 @@ def measure_linear(model: Model, train: Images, test: Images, settings: LinearSe
   optimizer = linear_optimizer(settings, steps_per_epoch)
   state = jax.jit(lambda: create_classifiers(seed, shapes, optimizer, head=settings.head, num_classes=num_classes),
                   out_shardings=whole(mesh))()
+  train_step = training.make_classifier_step(linear_step(step_maps_fn, optimizer), mesh,
+                                             steps_per_epoch=steps_per_epoch)
   state = training.train_classifier(
-    training.make_classifier_step(linear_step(step_maps_fn, optimizer), mesh, steps_per_epoch=steps_per_epoch), state,
-    frozen, open_stream, settings=settings, steps_per_epoch=steps_per_epoch, mesh=mesh,
-    folder=Path(snapshot_folder) / "classifiers",
+    lambda state, batch: train_step(state, frozen, batch), state, open_stream, settings=settings,
+    steps_per_epoch=steps_per_epoch, mesh=mesh, folder=Path(snapshot_folder) / "classifiers",
     words=training.Words(f"linear: classifiers on {', '.join(layers)}", layers, _unreadable(num_images)))
   losses, num_read = training.epoch_means(state)
   num_broken = num_labelled - num_images if settings.cached else steps_per_epoch * settings.batch_size - num_read
@@ -155,17 +156,10 @@ def measure_linear(model: Model, train: Images, test: Images, settings: LinearSe
   best = max(layers, key=lambda layer: (found[layer]["top1"], layers.index(layer)))
   return Outcome(
     figures={
-      "layers": found,
-      "best_layer": best,
-      "top1": found[best]["top1"],
-      "top5": found[best]["top5"],
-      "num_classes": num_classes,
-      "num_train": num_labelled,
-      "num_test": len(ranks[best]),
-      "num_broken_train": num_broken,
-      "num_broken_test": num_broken_test,
-      "steps": settings.num_epochs * steps_per_epoch,
-      "settings": settings.as_used(seed),
+      "layers": found, "best_layer": best, "top1": found[best]["top1"], "top5": found[best]["top5"],
+      "num_classes": num_classes, "num_train": num_labelled, "num_test": len(ranks[best]),
+      "num_broken_train": num_broken, "num_broken_test": num_broken_test,
+      "steps": settings.num_epochs * steps_per_epoch, "settings": settings.as_used(seed),
     },
     table={**{layer: found[layer]["top1"] for layer in layers},
            "best layer, top-1": found[best]["top1"], "best layer, top-5": found[best]["top5"]},
@@ -185,7 +179,7 @@ def linear_layers(model: Model, settings: LinearSettings, *, image_size: int) ->
 
 def linear_optimizer(settings: LinearSettings, steps_per_epoch: int) -> optax.GradientTransformation:
   """Returns SGD with momentum as PyTorch has it; the decay spares batch norm alone."""
-  def decayed(params):
+  def decayed(params: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
     return {layer: {name: name in ("kernel", "bias") for name in head} for layer, head in params.items()}
 
   return optax.chain(
@@ -239,7 +233,8 @@ def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> C
   """
   total = functools.partial(jax.lax.psum, axis_name=AXIS)
 
-  def device_step(state, frozen, batch):
+  def device_step(state: dict[str, Any], frozen: Any,
+                  batch: Mapping[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
     weight = batch["valid"].astype(jnp.float32)  # [b]
     num_read = total(jnp.sum(weight))
     # 1. No gradient passes the batch norm's statistics: what they are taken of is a constant.
@@ -251,7 +246,7 @@ def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> C
         inputs[layer] = _standardise(x, mean, var)
 
     # 2. The sum of the losses: each moves the parameters of its own classifier alone.
-    def objective(params):
+    def objective(params: Mapping[str, Any]) -> tuple[jax.typing.ArrayLike, dict[str, jax.Array]]:
       losses = {}
       for layer, x in inputs.items():
         # An image that cannot be read may have the label -1: it has no weight, and must only not disturb.
@@ -269,7 +264,7 @@ def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> C
 
 
 def cached_batches(maps: Mapping[str, np.ndarray], labels: np.ndarray, *, batch_size: int, seed: int, start_step: int,
-                   process_index: int = 0, process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
+                   process_index: int = 0, process_count: int = 1) -> batches.Batches:
   """Returns the endless stream of batches of features in memory, from batch `start_step` on.
 
   A batch is a function of (seed, step); in an epoch no image comes twice, and those left over are others in each.
@@ -297,12 +292,13 @@ def cached_batches(maps: Mapping[str, np.ndarray], labels: np.ndarray, *, batch_
     epoch, first = epoch + 1, 0
 
 
-def _standardise(x, mean, var):
+def _standardise(x: jax.Array, mean: jax.Array, var: jax.Array) -> jax.Array:
   mean, var = (value.reshape(*[1] * (x.ndim - 1), -1) for value in (mean, var))
   return (x - mean) * jax.lax.rsqrt(var + EPS)
 
 
-def _batch_statistics(x, weight, num_read, running, total):
+def _batch_statistics(x: jax.Array, weight: jax.Array, num_read: jax.Array, running: Mapping[str, jax.Array],
+                      total: Callable) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
   """Returns mean and variance f32[C] of x f32[b, ..., C] over the readable images of all devices, and {"mean", "var"}
   with a tenth of them, of the variance PyTorch's unbiased one; as they were where no image could be read."""
   axes = tuple(range(x.ndim - 1))
@@ -315,7 +311,7 @@ def _batch_statistics(x, weight, num_read, running, total):
   return mean, var, {name: (1 - share) * running[name] + share * new[name] for name in ("mean", "var")}
 
 
-def _linear(params, x):
+def _linear(params: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
   """Returns logits f32[B, L] of standardised maps."""
   if "scale" in params:
     scale, shift = (params[name].reshape(*[1] * (x.ndim - 1), -1) for name in ("scale", "shift"))
@@ -325,11 +321,11 @@ def _linear(params, x):
   return logits + params["bias"][None]
 
 
-def _image_maps(maps_fn):
-  return lambda frozen, batch: maps_fn(frozen, normalise(batch["image"]))
+def _image_maps(maps_fn: Callable) -> Callable:
+  return lambda frozen, batch: maps_fn(frozen, normalise_image(batch["image"]))
 
 
-def _cached_maps(layers):
+def _cached_maps(layers: Iterable[str]) -> Callable:
   return lambda frozen, batch: {layer: batch[layer] for layer in layers}
 
 
@@ -340,7 +336,7 @@ def _logits_fn(network: Network | Ensemble, layers: tuple[str, ...]) -> Callable
   """Returns forward_fn(variables, image) -> {layer: f32[B, L]} with running statistics, see `stream_features`."""
   maps_fn = layer_features(network, layers, flat=False)
 
-  def forward(variables, image):
+  def forward(variables: Mapping[str, Any], image: jax.Array) -> dict[str, jax.Array]:
     logits = {}
     for layer, x in maps_fn(variables["frozen"], image).items():
       if stats := variables["stats"][layer]:
@@ -351,14 +347,16 @@ def _logits_fn(network: Network | Ensemble, layers: tuple[str, ...]) -> Callable
   return forward
 
 
-def _map_shapes(model, layers, image_size):
+def _map_shapes(model: Model, layers: Sequence[str], image_size: int) -> dict[str, tuple[int, ...]]:
   """Returns {layer: (h, w, C) or (C,)}, in the order of `layers`."""
   image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
   maps = jax.eval_shape(layer_features(model.network, layers, flat=False), model.variables, image)
   return {layer: maps[layer].shape[1:] for layer in layers}  # JAX put the names into the order of letters
 
 
-def _open_training(model, frozen, train, labels, settings, *, shapes, mesh, seed):
+def _open_training(model: Model, frozen: Any, train: Images, labels: np.ndarray, settings: LinearSettings, *,
+                   shapes: Mapping[str, tuple[int, ...]], mesh: Mesh,
+                   seed: int) -> tuple[Callable[..., batches.Batches], Callable, int]:
   """Returns (open_stream(start_step=), maps_fn(frozen, batch), number of images): those with a label, from the files
   or, if cached, in memory without those that cannot be read."""
   maps_fn = layer_features(model.network, tuple(shapes), flat=False)
@@ -370,11 +368,12 @@ def _open_training(model, frozen, train, labels, settings, *, shapes, mesh, seed
   indices = np.flatnonzero(labels >= 0)
   return (functools.partial(
     batches.labelled_batches, train.source, indices=indices, batch_size=settings.batch_size,
-    image_size=train.image_size, image_scale=settings.image_scale, seed=seed, num_threads=train.num_threads, **here),
+    crop=(train.image_size, settings.image_scale), seed=seed, num_threads=train.num_threads, **here),
     _image_maps(maps_fn), len(indices))
 
 
-def _take_cache(maps_fn, frozen, train, labels, shapes, mesh):
+def _take_cache(maps_fn: Callable, frozen: Any, train: Images, labels: np.ndarray,
+                shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> tuple[dict[str, np.ndarray], np.ndarray]:
   """Returns ({layer: f32[N, ...]}, i32[N]): maps and labels of the labelled training images that can be read."""
   num_labelled = int(np.count_nonzero(labels >= 0))
   num_bytes = num_labelled * 4 * sum(map(math.prod, shapes.values()))
@@ -400,11 +399,12 @@ def _take_cache(maps_fn, frozen, train, labels, shapes, mesh):
   return {layer: x[:filled] for layer, x in maps.items()}, kept[:filled]
 
 
-def _unreadable(num_images):
+def _unreadable(num_images: int) -> str:
   return f"none of {num_images} labelled training images can be read; check the files"
 
 
-def _judge(forward_fn, variables, test, mesh):
+def _judge(forward_fn: Callable, variables: Mapping[str, Any], test: Images,
+           mesh: Mesh) -> tuple[dict[str, np.ndarray], int]:
   """Returns {layer: i[N]}, how many classes come before the true one, of the labelled test images that can be read,
   and the number of those that cannot."""
   ranks, num_broken = {layer: [] for layer in variables["params"]}, 0
@@ -413,7 +413,7 @@ def _judge(forward_fn, variables, test, mesh):
       labelled = part.labels >= 0
       num_broken += part.num_broken
       for layer, logits in part.features.items():
-        ranks[layer].append(classification.ranks(logits[labelled], part.labels[labelled]))
+        ranks[layer].append(classification.true_ranks(logits[labelled], part.labels[labelled]))
       progress.update(len(part.index) + part.num_broken)
   ranks = {layer: np.concatenate(parts) for layer, parts in ranks.items()}
   if not all(map(len, ranks.values())):
@@ -421,7 +421,7 @@ def _judge(forward_fn, variables, test, mesh):
   return ranks, num_broken
 
 
-def _check_batch(settings, num_images, mesh):
+def _check_batch(settings: LinearSettings, num_images: int, mesh: Mesh) -> None:
   training.check_divides(settings, mesh)
   size = settings.batch_size
   if size > num_images:

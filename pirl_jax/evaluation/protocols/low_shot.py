@@ -6,6 +6,7 @@ Letters: N training images, M held-out images, D numbers of a feature, C classes
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,6 +17,7 @@ from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
 from pirl_jax.evaluation.protocols.svm import (
   GRIDS,
+  Classes,
   Examples,
   average_precision,
   check_grid,
@@ -51,12 +53,26 @@ class LowShotSettings:
   shots: tuple[int, ...]
   num_draws: int
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_grid(self.costs, field="low_shot.costs")
     if not self.shots or min(self.shots) < 1:
       raise UserError(f"low_shot.shots={tuple(self.shots)}: numbers of examples from 1 are needed")
     if self.num_draws < 1:
       raise UserError(f"low_shot.num_draws={self.num_draws}; choose 1 or more (vissl: 5)")
+
+
+class Plan(NamedTuple):
+  """What `plan_fits` returns.
+
+  Attributes:
+    classes: those that are judged.
+    shots: each k for which every class has examples enough.
+    left_out: the reason why another k is not, by its name.
+  """
+
+  classes: Classes
+  shots: list[int]
+  left_out: dict[str, str]
 
 
 def measure_low_shot(model: Model, train: Images, test: Images, settings: LowShotSettings, *, mesh: Mesh,
@@ -89,20 +105,20 @@ def measure_low_shot(model: Model, train: Images, test: Images, settings: LowSho
   layers = svm_layers(model, settings.layers, image_size=train.image_size, field="low_shot.layers")
   shots = sorted(set(settings.shots))
   names = check_labels(train, test)
-  _plan(names, train.source.targets(), test.source.targets(), shots)  # before all that takes long
+  plan_fits(names, train.targets(), test.targets(), shots)  # before all that takes long
   # A crop fraction of 1 leaves out the step between the image and the square.
   fit_on, judge_on = (
     read_examples(model, dataclasses.replace(images, crop_fraction=1.0), mesh=mesh, layers=layers,
                   title=f"low-shot: features of {name} images")
     for name, images in (("training", train), ("held-out", test)))
-  classes, possible, shots_left_out = _plan(names, fit_on.targets, judge_on.targets, shots)
+  plan = plan_fits(names, fit_on.targets, judge_on.targets, shots)
 
   found, costs = {}, GRIDS[settings.costs]
-  num_fits = len(possible) * settings.num_draws * len(classes.judged) * len(costs)
+  num_fits = len(plan.shots) * settings.num_draws * len(plan.classes.judged) * len(costs)
   with Progress("low-shot", num_fits * len(layers), unit="fits") as progress:
     for layer in layers:
-      found[layer] = _judge_layer(fit_on, judge_on, layer, classes.judged, possible, settings,
-                                  num_images=len(train), seed=seed, on_fits=progress.update)
+      found[layer] = _judge_layer(fit_on, judge_on, layer, plan, settings, num_images=len(train), seed=seed,
+                                  on_fits=progress.update)
 
   best = max(layers, key=lambda layer: np.mean([of_k["mean"] for of_k in found[layer]["shots"].values()]))
   shown = found[best]["shots"].values()
@@ -110,8 +126,8 @@ def measure_low_shot(model: Model, train: Images, test: Images, settings: LowSho
     "best_layer": best,
     "shots": found[best]["shots"],
     "layers": found,
-    "shots_left_out": shots_left_out,
-    "classes_left_out": classes.left_out,
+    "shots_left_out": plan.left_out,
+    "classes_left_out": plan.classes.left_out,
     "cost_choice": "one for each k, chosen on the held-out images, as vissl does",
     "grid": [float(cost) for cost in costs],
     "num_draws": settings.num_draws,
@@ -123,7 +139,7 @@ def measure_low_shot(model: Model, train: Images, test: Images, settings: LowSho
   }
   table = {f"k={k}" if len(layers) == 1 else f"{layer}, k={k}": of_k["mean"]
            for layer in layers for k, of_k in found[layer]["shots"].items()}
-  curve = Curve("examples of a class", "mean average precision", possible,
+  curve = Curve("examples of a class", "mean average precision", plan.shots,
                 *([of_k[name] for of_k in shown] for name in ("mean", "min", "max")), log_x=True)
   return Outcome(figures, table, curve)
 
@@ -151,8 +167,14 @@ def draw_examples(targets: np.ndarray, index: np.ndarray, num_images: int, entro
   return np.concatenate(drawn)
 
 
-def _plan(names, train, test, shots):
-  """Returns (classes, those of `shots` for which each class has examples enough, the reasons why others are left out).
+def plan_fits(names: Sequence[str], train: np.ndarray, test: np.ndarray, shots: Sequence[int]) -> Plan:
+  """Returns for which classes and numbers of examples there are images enough.
+
+  Args:
+    names: of the classes.
+    train: i8[N, C], targets.
+    test: i8[M, C], targets.
+    shots: each k that is asked for.
 
   Raises:
     UserError: fewer than two classes, or no k is left.
@@ -164,35 +186,34 @@ def _plan(names, train, test, shots):
   for k in shots:
     for target, needed, words in ((1, k, "show"), (0, (len(classes.judged) - 1) * k, "are without")):
       counts = {label: np.count_nonzero(train[:, label] == target) for label in classes.judged}
-      scarce = min(counts, key=counts.get)
+      scarce = min(counts, key=lambda label: counts[label])
       if counts[scarce] < needed and str(k) not in left_out:
         left_out[str(k)] = f"{counts[scarce]} training images {words} {names[scarce]}, and {needed} are needed"
     if str(k) not in left_out:
       possible.append(k)
   if not possible:
     raise UserError(f"low_shot.shots={tuple(shots)} are too many examples: {left_out[str(shots[0])]}")
-  return classes, possible, left_out
+  return Plan(classes, possible, left_out)
 
 
-def _judge_layer(fit_on: Examples, judge_on: Examples, layer: str, labels: Sequence[int], possible: Sequence[int],
-                 settings: LowShotSettings, *, num_images: int, seed: int, on_fits: Callable[[int], None]) -> dict:
+def _judge_layer(fit_on: Examples, judge_on: Examples, layer: str, plan: Plan, settings: LowShotSettings, *,
+                 num_images: int, seed: int, on_fits: Callable[[int], None]) -> dict[str, Any]:
   """Returns the figures of a layer: `dim`, `num_not_converged` and, by k, `shots`.
 
   Args:
     fit_on: the images that examples are drawn from.
     judge_on: the images that the SVMs are judged on.
     layer: of their features.
-    labels: of the classes that are judged.
-    possible: all k.
+    plan: which classes are judged, and each k.
     settings: the grid, and how many draws.
     num_images: of the set that `fit_on` is of.
     seed: of the draws.
     on_fits: called with the number of fits that have been done since.
   """
-  costs = GRIDS[settings.costs]
+  costs, labels, possible = GRIDS[settings.costs], plan.classes.judged, plan.shots
   features, judged_features = (unit_rows(part.features[layer]) for part in (fit_on, judge_on))
 
-  def judge(k, draw, label):
+  def judge(k: int, draw: int, label: int) -> tuple[list[float], int]:
     rows = draw_examples(fit_on.targets[:, label], fit_on.index, num_images, (seed, draw, label, k),
                          num_present=k, num_absent=(len(labels) - 1) * k)
     machines = fit(features[rows], fit_on.targets[rows, label] == 1, costs, seed=seed)

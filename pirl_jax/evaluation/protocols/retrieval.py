@@ -9,8 +9,8 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ class RetrievalSettings:
   num_shown: int
   num_neighbours: int
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.gallery not in ("features", "bank"):
       raise UserError(f"retrieval.gallery={self.gallery!r} is not possible: choose features or bank")
     for name in ("num_queries", "num_shown", "num_neighbours"):
@@ -169,15 +169,12 @@ def measure_retrieval(model: Model, gallery: Images, queries: Images, settings: 
   }
   table, curve = {"similarity of the nearest": figures["mean_similarity_of_nearest"]}, None
   if not no_labels:
-    num_judged, mean, at = _precisions(asked, found, same_split=same_split, mesh=mesh)
-    if num_judged:
-      figures |= {"num_judged": num_judged, "mean_average_precision": mean,
-                  "precision_at": {str(size): float(at[size - 1]) for size in ladder(len(at))}}
-      table = {"mean average precision": mean,
-               **{f"precision at {size}": float(at[size - 1]) for size in (1, 10) if size <= len(at)}}
-      curve = Curve("neighbours n", "precision at n", list(range(1, len(at) + 1)), at.tolist(), log_x=True)
-    else:
+    judged = _judge(asked, found, same_split=same_split, mesh=mesh)
+    if judged is None:
       figures["labels"] = "none: no query has an image of its class in the gallery"
+    else:
+      more, table, curve = judged
+      figures |= more
   figures["queries"] = _describe(gallery.source, queries.source, asked, found, num_shown=settings.num_shown,
                                  num_neighbours=settings.num_neighbours)
   if jax.process_index() == 0:
@@ -195,7 +192,7 @@ def _why_no_labels(gallery: Source, queries: Source) -> str:
   return "" if gallery.class_names == queries.class_names else "none: the classes of gallery and queries differ"
 
 
-def _read_queries(model, queries, *, mesh, layer, num_queries, seed) -> Vectors:
+def _read_queries(model: Model, queries: Images, *, mesh: Mesh, layer: str, num_queries: int, seed: int) -> Vectors:
   """Returns the first readable images by the hash of their number: no generator whose draws could change."""
   order = shuffled(range(len(queries)), seed=seed)
   chosen = dataclasses.replace(queries, source=Subset(queries.source, order))
@@ -216,13 +213,14 @@ def _read_queries(model, queries, *, mesh, layer, num_queries, seed) -> Vectors:
   return Vectors(rows, np.asarray(order)[place], labels, int(num_met) - num_read)
 
 
-def _read_gallery(model, gallery, bank, *, mesh, layer, labelled) -> Iterator[Vectors]:
+def _read_gallery(model: Model, gallery: Images, bank: np.ndarray | None, *, mesh: Mesh, layer: str,
+                  labelled: bool) -> Iterator[Vectors]:
   """Yields the gallery part by part, by rising index."""
   if bank is None:
     for part in stream_features(layer_features(model.network, (layer,)), model.variables, gallery.test_batches(), mesh):
       yield Vectors(unit_norm(part.features[layer]), part.index, part.labels, part.num_broken)
     return
-  labels = gallery.source.labels() if labelled else np.full(len(gallery), -1, np.int32)
+  labels = gallery.labels() if labelled else np.full(len(gallery), -1, np.int32)
   for start in range(0, len(bank), gallery.batch_size):
     rows = np.asarray(bank[start:start + gallery.batch_size], np.float32)
     usable = rows.any(axis=1)
@@ -253,7 +251,7 @@ def _search(asked: Vectors, parts: Iterator[Vectors], num_images: int, *, depth:
   num_gallery = num_broken = 0
   blocks = []
   with Progress("retrieval: gallery", num_images) as progress:
-    def rows():
+    def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
       nonlocal num_gallery, num_broken
       for part in parts:
         labels[part.index] = part.labels
@@ -272,7 +270,20 @@ def _search(asked: Vectors, parts: Iterator[Vectors], num_images: int, *, depth:
   neighbours = nearest.result()
   if same_split:
     neighbours = _without(neighbours, asked.index)
-  return Found(*(x[:, :depth] for x in neighbours), labels, blocks, num_gallery, num_broken)
+  return Found(neighbours.similarity[:, :depth], neighbours.ids[:, :depth], labels, blocks, num_gallery, num_broken)
+
+
+def _judge(asked: Vectors, found: Found, *, same_split: bool,
+           mesh: Mesh) -> tuple[dict[str, Any], dict[str, float], Curve] | None:
+  """Returns figures, table and curve of the precisions; None if no query has a relevant image in the gallery."""
+  num_judged, mean, at = _precisions(asked, found, same_split=same_split, mesh=mesh)
+  if not num_judged:
+    return None
+  return ({"num_judged": num_judged, "mean_average_precision": mean,
+           "precision_at": {str(size): float(at[size - 1]) for size in ladder(len(at))}},
+          {"mean average precision": mean,
+           **{f"precision at {size}": float(at[size - 1]) for size in (1, 10) if size <= len(at)}},
+          Curve("neighbours n", "precision at n", list(range(1, len(at) + 1)), at.tolist(), log_x=True))
 
 
 def _precisions(asked: Vectors, found: Found, *, same_split: bool, mesh: Mesh) -> tuple[int, float, np.ndarray]:
@@ -295,7 +306,8 @@ def _without(neighbours: Neighbours, own: np.ndarray) -> Neighbours:
   return Neighbours(*(x[keep].reshape(len(x), -1) for x in neighbours))
 
 
-def _ranking_precisions(asked: Vectors, own, blocks, labels, *, mesh) -> np.ndarray:
+def _ranking_precisions(asked: Vectors, own: np.ndarray, blocks: Sequence[tuple[np.ndarray, np.ndarray]],
+                        labels: np.ndarray, *, mesh: Mesh) -> np.ndarray:
   """Returns f64[Q], NaN for a query without a label or without a relevant image in the gallery.
 
   Args:
@@ -339,18 +351,19 @@ def ranking_precision(similarity: np.ndarray, relevant: np.ndarray) -> float:
 
 
 @functools.cache
-def _make_score(mesh):
+def _make_score(mesh: Mesh) -> Callable:
   """Returns score(queries f32[Q, D], references f32[M, D]) -> f32[Q, M], as `Nearest` scores."""
-  def device_score(queries, references):
+  def device_score(queries: jax.Array, references: jax.Array) -> jax.Array:
     return jnp.matmul(queries, references.T, precision=lax.Precision.HIGHEST)
 
   return jax.jit(jax.shard_map(device_score, mesh=mesh, in_specs=(WHOLE, SPLIT), out_specs=PartitionSpec(None, AXIS)),
                  out_shardings=whole(mesh))
 
 
-def _describe(gallery, queries, asked, found, *, num_shown, num_neighbours):
+def _describe(gallery: Source, queries: Source, asked: Vectors, found: Found, *, num_shown: int,
+              num_neighbours: int) -> list[dict[str, Any]]:
   """Returns the queries shown, with their neighbours, as JSON values."""
-  def describe(source, index, label):
+  def describe(source: Source, index: np.integer, label: np.integer) -> dict[str, Any]:
     return {"name": source.image_name(int(index)), "index": int(index),
             "class": source.class_names[label] if label >= 0 else None}
 
@@ -362,7 +375,7 @@ def _describe(gallery, queries, asked, found, *, num_shown, num_neighbours):
                                                   found.similarity[shown, near], strict=True)]
 
 
-def _save_plot(path, gallery, queries, figures):
+def _save_plot(path: str | os.PathLike, gallery: Images, queries: Images, figures: Mapping[str, Any]) -> None:
   asked = figures["queries"]
   found = [query["neighbours"] for query in asked]
   image = _read_images(queries, [query["index"] for query in asked])
@@ -376,7 +389,7 @@ def _save_plot(path, gallery, queries, figures):
     classes=[[other["class"] for other in row] for row in found])
 
 
-def _read_images(of: Images, index) -> np.ndarray:
+def _read_images(of: Images, index: Sequence[int]) -> np.ndarray:
   """Returns u8[len(index), H, H, 3] under the test transform, black where an image cannot be read."""
   batches = dataclasses.replace(of, source=Subset(of.source, index), batch_size=len(index)).test_batches()
   return np.concatenate([batch["image"] for batch in batches])

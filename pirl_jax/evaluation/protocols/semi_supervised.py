@@ -15,7 +15,7 @@ Letters: B batch of all devices, b this device's part, N images, L classes, H W 
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,7 +41,7 @@ from pirl_jax.models.resnet import ResNet
 from pirl_jax.runtime.mesh import AXIS, whole
 from pirl_jax.runtime.progress import Progress
 from pirl_jax.storage.files import read_json, write_json
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class SemiSupervisedSettings(training.TrainingSettings):
   fractions: tuple[float, ...]
   balanced: bool
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     super().__post_init__()
     if not self.fractions:
       raise UserError("semi_supervised.fractions is empty; name shares of the labels, (0.01, 0.1) for example")
@@ -116,7 +116,7 @@ def measure_semi_supervised(model: Model, train: Images, test: Images, settings:
       model, train, indices, own[fraction], mesh=mesh, seed=seed, folder=folder,
       title=f"fine-tuning on {_share(fraction)}")
     found[str(fraction)] = {
-      **_judge(model.network.trunk, variables, test, num_classes, mesh),
+      **_judge(model.single.trunk, variables, test, num_classes, mesh),
       "num_images": len(indices), "num_classes_seen": num_seen, **figures, "digest": subset_digest(indices),
       "indices": indices.tolist() if fraction < 1 else None,
       "files": [train.source.image_name(i) for i in indices.tolist()] if fraction < 1 else None}
@@ -146,11 +146,12 @@ def fine_tuning_step(classifier: Classifier, optimizer: optax.GradientTransforma
     classifier: its batch norm over the mesh axis.
     optimizer: of all parameters.
   """
-  def device_step(state, frozen, batch):
+  def device_step(state: dict[str, Any], frozen: None,
+                  batch: Mapping[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
     del frozen
-    def objective(params):
+    def objective(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
       logits, updated = classifier.apply(
-        {"params": params, "batch_stats": state["batch_stats"]}, normalise(batch["image"]), train=True,
+        {"params": params, "batch_stats": state["batch_stats"]}, normalise_image(batch["image"]), train=True,
         mutable=["batch_stats"])
       weight = batch["valid"].astype(jnp.float32)  # [b]
       # A label of -1 belongs to an image without weight, and must only not disturb.
@@ -173,9 +174,9 @@ def _fine_tune(model: Model, train: Images, indices: np.ndarray, settings: SemiS
   steps_per_epoch = batches.steps_per_epoch(len(indices), settings.batch_size)
   optimizer = create_optimizer(training.falling_rate(settings, steps_per_epoch), momentum=settings.momentum,
                                weight_decay=settings.weight_decay, nesterov=settings.nesterov)
-  trunk, num_classes = model.network.trunk, len(train.source.class_names)
+  trunk, num_classes = model.single.trunk, len(train.source.class_names)
 
-  def create_state(variables):
+  def create_state(variables: Mapping[str, Any]) -> dict[str, Any]:
     variables = on_trunk(Classifier(trunk, num_classes), jax.random.key(seed), variables)
     return training.begin_training({**variables, "opt_state": optimizer.init(variables["params"])}, ("",))
 
@@ -185,13 +186,13 @@ def _fine_tune(model: Model, train: Images, indices: np.ndarray, settings: SemiS
   train_step = training.make_classifier_step(step, mesh, steps_per_epoch=steps_per_epoch)
   open_stream = functools.partial(
     batches.labelled_batches, train.source, indices=indices, batch_size=settings.batch_size,
-    image_size=train.image_size, image_scale=settings.image_scale, seed=seed, process_index=jax.process_index(),
+    crop=(train.image_size, settings.image_scale), seed=seed, process_index=jax.process_index(),
     process_count=jax.process_count(), num_threads=train.num_threads)
   unreadable = (f"none of the {len(indices)} images can be read, for example "
                 f"{train.source.image_name(int(indices[0]))}; check the files")
   state = training.train_classifier(
-    train_step, state, {}, open_stream, settings=settings, steps_per_epoch=steps_per_epoch, mesh=mesh, folder=folder,
-    words=training.Words(title, ("",), unreadable))
+    lambda state, batch: train_step(state, {}, batch), state, open_stream, settings=settings,
+    steps_per_epoch=steps_per_epoch, mesh=mesh, folder=folder, words=training.Words(title, ("",), unreadable))
   losses, num_read = training.epoch_means(state)
   return {name: state[name] for name in ("params", "batch_stats")}, {
     "batch_size": settings.batch_size, "learning_rate": settings.first_rate,
@@ -206,23 +207,24 @@ def _judge(trunk: ResNet, variables: dict[str, Any], test: Images, num_classes: 
   labelled = found.labels >= 0
   if not labelled.any():
     raise UserError(f"none of the {len(test)} test images has a label and can be read: {found.num_broken} are broken")
-  ranks = classification.ranks(found.features[labelled], found.labels[labelled])
+  ranks = classification.true_ranks(found.features[labelled], found.labels[labelled])
   return {"top1": float(np.mean(ranks < 1)), "top5": float(np.mean(ranks < 5)), "num_test": int(labelled.sum()),
           "num_broken_test": found.num_broken}
 
 
 # Kept, so that the test images of every share go through one program.
 @functools.cache
-def _forward_fn(trunk, num_classes):
+def _forward_fn(trunk: ResNet, num_classes: int) -> Callable[[Any, jax.Array], Any]:
   classifier = Classifier(trunk, num_classes)
   return lambda variables, image: classifier.apply(variables, image, train=False)
 
 
-def _share(fraction):
+def _share(fraction: float) -> str:
   return f"{100 * fraction:.4g} % of the labels"
 
 
-def _with_batches(settings, num_images, fraction, mesh):
+def _with_batches(settings: SemiSupervisedSettings, num_images: int, fraction: float,
+                  mesh: Mesh) -> SemiSupervisedSettings:
   """Returns the settings with the batch size asked for, or the largest power of two that a smaller subset fills."""
   if settings.batch_size <= num_images:
     training.check_divides(settings, mesh)

@@ -6,7 +6,7 @@ Letters: N training images, M held-out images, D numbers of a feature, C classes
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import joblib
@@ -61,7 +61,7 @@ class SvmSettings:
   costs: str
   num_folds: int
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_grid(self.costs, field="svm.costs")
     if self.num_folds < 2:
       raise UserError(f"svm.num_folds={self.num_folds}; cross-validation needs 2 or more (vissl: 3)")
@@ -146,12 +146,12 @@ def measure_svm(model: Model, train: Images, test: Images, settings: SvmSettings
   layers = svm_layers(model, settings.layers, image_size=train.image_size, field="svm.layers")
   costs, num_folds = GRIDS[settings.costs], settings.num_folds
   names = check_labels(train, test)
-  choose_classes(names, train.source.targets(), test.source.targets(), least=num_folds)  # before all that takes long
+  choose_classes(names, train.targets(), test.targets(), least=num_folds)  # before all that takes long
   fit_on = read_examples(model, train, mesh=mesh, layers=layers, title="SVM: features of training images")
   judge_on = read_examples(model, test, mesh=mesh, layers=layers, title="SVM: features of held-out images")
   classes = choose_classes(names, fit_on.targets, judge_on.targets, least=num_folds)
 
-  found = {}
+  found: dict[str, dict[str, Any]] = {}
   num_fits = len(classes.fitted) * (num_folds * len(costs) + 1)
   with Progress("SVM", num_fits * len(layers), unit="fits") as progress:
     for layer in layers:
@@ -182,13 +182,20 @@ def measure_svm(model: Model, train: Images, test: Images, settings: SvmSettings
     "num_broken_train": fit_on.num_broken,
     "num_broken_test": judge_on.num_broken,
   }
-  if len(layers) > 1:
-    by_layer = {layer: found[layer]["mean_average_precision"] for layer in layers}
-    return Outcome(figures, {f"mean average precision, {layer}": value for layer, value in by_layer.items()},
-                   Curve("layer", "mean average precision", list(by_layer), list(by_layer.values())))
-  table = dict(zip(("mean average precision", "top-1"), summary.values(), strict=False))
-  precision = found[best]["average_precision"]
-  return Outcome(figures, table, Curve("class", "average precision", list(precision), list(precision.values())))
+  return Outcome(figures, *_table_and_curve(found))
+
+
+def _table_and_curve(found: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, float], Curve]:
+  """Returns them for the figures of each layer: over the layers, or of a single one over the classes."""
+  if len(found) > 1:
+    by_layer = {layer: figures["mean_average_precision"] for layer, figures in found.items()}
+    return ({f"mean average precision, {layer}": value for layer, value in by_layer.items()},
+            Curve("layer", "mean average precision", list(by_layer), list(by_layer.values())))
+  figures, = found.values()
+  shown = {"mean average precision": "mean_average_precision", "top-1": "top1"}
+  precision = figures["average_precision"]
+  return ({row: figures[name] for row, name in shown.items() if name in figures},
+          Curve("class", "average precision", list(precision), list(precision.values())))
 
 
 def check_grid(name: str, *, field: str) -> None:
@@ -266,7 +273,7 @@ def read_examples(model: Model, images: Images, *, mesh: Mesh, layers: Sequence[
                              images.test_batches(squash=True), mesh, on_batch=progress.update)
   known = np.full(len(found.index), True) if images.source.multi_label else found.labels >= 0
   return Examples({layer: rows[known] for layer, rows in found.features.items()},
-                  images.source.targets()[found.index[known]], found.index[known], found.num_broken)
+                  images.targets()[found.index[known]], found.index[known], found.num_broken)
 
 
 def unit_rows(features: np.ndarray) -> np.ndarray:
@@ -315,15 +322,17 @@ def run_fits(fit_fn: Callable[..., Any], tasks: Iterable[tuple], *, num_numbers:
       joblib.delayed(fit_fn)(*task) for task in tasks)
 
 
-def _fit_layer(features, targets, judged_features, labels, *, costs, num_folds, seed, on_fits):
+def _fit_layer(features: np.ndarray, targets: np.ndarray, judged_features: np.ndarray, labels: Sequence[int], *,
+               costs: Sequence[float], num_folds: int, seed: int,
+               on_fits: Callable[[int], None]) -> tuple[dict[int, int], dict[int, np.ndarray], int]:
   """Returns ({label: place of its cost in the grid}, {label: f64[M] decision values}, fits that did not converge)."""
-  def validate(label, kept, held_out):
+  def validate(label: int, kept: np.ndarray, held_out: np.ndarray) -> tuple[list[float], int]:
     present = targets[:, label] == 1
     machines = fit(features[kept], present[kept], costs, seed=seed)
     scores = machines.decide(features[held_out])
     return [average_precision_score(present[held_out], score) for score in scores], machines.num_unfinished
 
-  def refit(label, cost):
+  def refit(label: int, cost: float) -> tuple[np.ndarray, int]:
     machines = fit(features, targets[:, label] == 1, (cost,), seed=seed)
     return machines.decide(judged_features)[0], machines.num_unfinished
 

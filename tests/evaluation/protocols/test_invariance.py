@@ -18,7 +18,7 @@ from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh
 from pirl_jax.views.jigsaw import Jigsaw
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 from pirl_jax.views.two_views import make_views
 
 NETWORK = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(8), PatchesHead(8))
@@ -83,7 +83,7 @@ def loop(embed, source, index, *, num_transforms=3, seed=5):
     crop = centre_crop(original, size=18, fraction=0.8)
     views = [views_fn(view_keys(seed, draw, jnp.int32([i])), image[None], crop[None])[1]
              for draw in range(num_transforms)]
-    pairs = [embed(normalise(jnp.asarray(image[None])), view) for view in views]
+    pairs = [embed(normalise_image(jnp.asarray(image[None])), view) for view in views]
     f.append(unit(pairs[0][0]))
     g.append([unit(pair[1]) for pair in pairs])
   matched = [np.linalg.norm(f[i] - g[i][t]) for i in range(len(f)) for t in range(num_transforms)]
@@ -142,8 +142,8 @@ def test_devices_batches_and_the_number_of_images_asked_change_nothing(model):
 def test_views_differ_by_the_transform_alone():
   crop = jnp.full((1, 18, 18, 3), 77, jnp.uint8)
   image, patches, _ = jax.jit(VIEWS)(view_keys(0, 0, jnp.int32([0])), jnp.full((1, 16, 16, 3), 200, jnp.uint8), crop)
-  np.testing.assert_allclose(image, normalise(jnp.full((1, 16, 16, 3), 200)), rtol=1e-6)
-  np.testing.assert_allclose(patches[:, 0], normalise(jnp.full((1, 5, 5, 3), 77)), rtol=1e-6)
+  np.testing.assert_allclose(image, normalise_image(jnp.full((1, 16, 16, 3), 200)), rtol=1e-6)
+  np.testing.assert_allclose(patches[:, 0], normalise_image(jnp.full((1, 5, 5, 3), 77)), rtol=1e-6)
 
 
 class OneVector:

@@ -9,9 +9,10 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation.features import calibrate_batch_stats
 from pirl_jax.evaluation.protocols.learning import LearningSettings, format_learning, measure_learning
 from pirl_jax.runtime.mesh import create_mesh
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 
 def images(seed, num):
@@ -53,8 +54,9 @@ TRAINED = {"params": {"look": np.eye(48, 3, dtype=np.float32)},
 
 
 def run(train, test, *, num_devices=4, k=200):
-  return measure_learning(train, test, forward_fn=forward, stats_fn=stats, untrained=UNTRAINED,
-                          trained=TRAINED, momentum=0.5, mesh=create_mesh(num_devices),
+  mesh = create_mesh(num_devices)
+  untrained = calibrate_batch_stats(stats, UNTRAINED, train(), mesh, momentum=0.5)
+  return measure_learning(train(), test(), forward_fn=forward, untrained=untrained, trained=TRAINED, mesh=mesh,
                           settings=LearningSettings(k, 0.07),
                           about={"seed": 3, "checkpoint_step": 50, "train_data": "noise"})
 
@@ -71,7 +73,7 @@ def test_the_table_holds_the_three_figures_and_how_they_came_about():
   table = run(opener(image, label, broken=(3, 9)), opener(test_image, test_label, broken=(7,)))
 
   kept, kept_test = np.setdiff1d(np.arange(64), (3, 9)), np.setdiff1d(np.arange(40), (5, 7))
-  pixels, test_pixels = (np.asarray(normalise(jnp.asarray(x))).reshape(len(x), -1)
+  pixels, test_pixels = (np.asarray(normalise_image(jnp.asarray(x))).reshape(len(x), -1)
                          for x in (image[kept], test_image[kept_test]))
   assert table["raw_pixels"] == pytest.approx(
     scikit_accuracy(pixels, label[kept], test_pixels, test_label[kept_test], 62))

@@ -31,7 +31,7 @@ from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh, split, whole
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 SIZE = 16
 LAYERS = ("conv1", "res2", "res3", "res4", "pooled")
@@ -56,7 +56,7 @@ def pretrained():
                                mutable=["batch_stats"], method="features")
     return {**variables, "batch_stats": jax.tree.map(lambda x: 10 * x, updated["batch_stats"])}  # a tenth was taken on
 
-  return Model(network, jax.device_get(create(normalise(jnp.asarray(TRAIN._images)))))
+  return Model(network, jax.device_get(create(normalise_image(jnp.asarray(TRAIN._images)))))
 
 
 class Changed(TextureSource):
@@ -308,7 +308,7 @@ def features_of(source, layer, indices):
   """Features of the test transform by a plain forward pass, f64[N, D]."""
   model = pretrained()
   image = np.stack([source[i].image for i in indices])
-  found = jax.jit(layer_features(model.network, (layer,)))(model.variables, normalise(jnp.asarray(image)))
+  found = jax.jit(layer_features(model.network, (layer,)))(model.variables, normalise_image(jnp.asarray(image)))
   return np.asarray(found[layer], np.float64)
 
 

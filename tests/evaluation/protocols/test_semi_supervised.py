@@ -26,7 +26,7 @@ from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import AXIS, create_mesh, split, whole
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 SIZE, CLASSES = 16, 10
 SEED = 5
@@ -100,7 +100,7 @@ def forward(variables, batch):
   """Pooled features and logits in training mode and the statistics it leaves, on one device without any mapping."""
   trunk = pretrained().network.trunk
   params, stats = ({"params": variables["params"]["trunk"]}, {"batch_stats": variables["batch_stats"]["trunk"]})
-  pooled, updated = trunk.apply(params | stats, normalise(batch["image"]), train=True, mutable=["batch_stats"])
+  pooled, updated = trunk.apply(params | stats, normalise_image(batch["image"]), train=True, mutable=["batch_stats"])
   linear = variables["params"]["linear"]
   return pooled["pooled"], pooled["pooled"] @ linear["kernel"] + linear["bias"][None], updated["batch_stats"]
 
@@ -352,7 +352,7 @@ def test_test_images_are_judged_by_the_running_statistics():
   image = jnp.stack([TEST[i].image for i in range(50)])  # of the size of the crop, which is all of it
 
   def judged(**mode):
-    logits = jax.jit(lambda image: Classifier(trunk, CLASSES).apply(variables, normalise(image), **mode))(image)
+    logits = jax.jit(lambda image: Classifier(trunk, CLASSES).apply(variables, normalise_image(image), **mode))(image)
     logits = np.asarray(logits[0] if mode["train"] else logits)
     better = [np.sum(row > row[label]) for row, label in zip(logits, TEST.labels(), strict=True)]
     return {"top1": np.mean(np.array(better) < 1), "top5": np.mean(np.array(better) < 5)}

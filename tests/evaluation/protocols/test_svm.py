@@ -20,7 +20,7 @@ from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh
-from pirl_jax.views.normalisation import normalise
+from pirl_jax.views.normalisation import normalise_image
 
 COSTS = (1.0, 0.01, 10.0, 0.1)
 
@@ -133,7 +133,7 @@ def images(source_type, num, split, **changes):
 
 def features_by_hand(model, source, layer):
   """f64[N, D] of all images, also those that a subclass refuses to hand out."""
-  maps = NETWORK.apply(model.variables, normalise(np.stack(source._images)), method="features")[layer]
+  maps = NETWORK.apply(model.variables, normalise_image(np.stack(source._images)), method="features")[layer]
   rows = np.asarray(maps, np.float64).reshape(len(source), -1)
   return np.stack([row / (np.sqrt(sum(row * row)) + 1e-5) for row in rows])
 
