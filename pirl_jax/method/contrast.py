@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pirl_jax.method import losses, memory_bank
+from pirl_jax.method import losses, memory_bank, products
 from pirl_jax.method.health import Similarities, watch
 from pirl_jax.method.micro_batches import gather, positions
 from pirl_jax.method.negatives import EveryRow, Scores
@@ -76,6 +76,7 @@ class Contrast:
     num_negatives: K over all devices, for each view; 0: every row of the bank, in chunks.
     negative_sampling: "shared", one draw of negatives for the whole batch, or "per_image", as the official code draws.
     temperature: tau.
+    product: of embeddings and rows, see `products`.
   """
 
   loss_fn: losses.Loss
@@ -84,7 +85,9 @@ class Contrast:
   num_negatives: int
   negative_sampling: str = "shared"
   temperature: float
+  product: Callable = products.exact
 
+  @jax.named_scope("bank")
   def look_up(self, bank: jax.Array, usable: jax.Array, batch: Mapping[str, jax.Array], keys: Mapping[str, jax.Array],
               *, views: tuple[str, ...]) -> Memory:
     """Returns what the batch is compared with. An image found broken has no weight from here on.
@@ -111,31 +114,24 @@ class Contrast:
     of_images, of_all = (drawn, {}) if self.negative_sampling == "per_image" else ({}, drawn)
     return Memory(bank, usable, BatchRows(rows, own.reshape(*rows.shape, -1), valid, share, of_images), of_all)
 
-  def normaliser(self, known: jax.Array, memory: Memory, embs_fn: Callable, parts: Any) -> jax.Array:
-    """Returns Z, f32[]: that of the first batch with an image that could be read, for ever after.
+  def normaliser(self, memory: Memory, embs_fn: Callable, parts: Any) -> jax.Array:
+    """Returns Z, f32[], of this batch; 0 if no image of it could be read.
 
-    It is taken from the scores of the pretext view, if there is one. If the loss does not look at Z, Z stays as it is.
+    Z is taken from the scores of the pretext view, if there is one.
 
     Args:
-      known: f32[]; 0 as long as no image could be read.
       memory: of this step.
-      embs_fn: embs_fn(part) -> {view: f32[B / M, D]}; called only if Z is not known.
+      embs_fn: embs_fn(part) -> {view: f32[B / M, D]}.
       parts: the batch, a tree of [M, ...], with `images` among it.
     """
-    if not self.loss_fn.has_normaliser:
-      return known
-
     def sums(part: Any) -> tuple[jax.Array, jax.Array]:
       images, embs = part["images"], embs_fn(part)
       view = "pretext" if "pretext" in embs else "image"
       return losses.nce_normaliser_sums(*self.scores(memory, images, view, embs[view]), images.share > 0)
 
-    def first() -> jax.Array:
-      return losses.nce_normaliser(*jax.tree.map(jnp.sum, jax.lax.map(sums, parts)),
-                                   num_images=self.layout.num_images)
+    return losses.nce_normaliser(*jax.tree.map(jnp.sum, jax.lax.map(sums, parts)), num_images=self.layout.num_images)
 
-    return jax.lax.cond(known > 0, lambda: known, first)
-
+  @jax.named_scope("loss")
   def __call__(self, memory: Memory, images: BatchRows, embs: Mapping[str, jax.Array],
                normaliser: jax.Array) -> tuple[dict[str, jax.Array], dict[str, Similarities]]:
     """Returns for each view the losses of the images, f32[B / M], and the similarities behind them.
@@ -166,7 +162,7 @@ class Contrast:
     positive = memory_bank.positive_scores(images.own, emb, temperature=self.temperature)
     if not self.num_negatives:
       local, _ = memory_bank.local_rows(memory.bank, images.rows, axis=AXIS)
-      return positive, EveryRow(memory.bank, memory.usable, local, emb, self.temperature, AXIS)
+      return positive, EveryRow(memory.bank, memory.usable, local, emb, self.temperature, AXIS, self.product)
     rows, vectors = (images.drawn or memory.drawn)[view]
-    return positive, Scores(memory_bank.negative_scores(vectors, emb, temperature=self.temperature),
-                            memory_bank.weights(memory.usable, images.rows, rows, axis=AXIS), AXIS)
+    score = memory_bank.negative_scores(vectors, emb, temperature=self.temperature, product=self.product)
+    return positive, Scores(score, memory_bank.weights(memory.usable, images.rows, rows, axis=AXIS), AXIS)

@@ -27,9 +27,11 @@ def forward(network: Network, views_fn: Callable, state: TrainState, params: Any
     params: of the network; passed separately, because the gradient is taken with respect to them.
     crops: `image_crop` u8[b, H, W, 3] or `pretext_crop` u8[b, S, S, 3], or both, and `index` i32[b].
   """
-  keys = view_keys(state.seed, state.step, crops["index"])
-  image, pretext, labels = views_fn(keys, crops.get("image_crop"), crops.get("pretext_crop"))
-  outputs, updated = network.apply(
-    {"params": params, "batch_stats": state.batch_stats}, image, pretext, train=True, mutable=["batch_stats"])
+  with jax.named_scope("views"):
+    keys = view_keys(state.seed, state.step, crops["index"])
+    image, pretext, labels = views_fn(keys, crops.get("image_crop"), crops.get("pretext_crop"))
+  with jax.named_scope("network"):
+    outputs, updated = network.apply(
+      {"params": params, "batch_stats": state.batch_stats}, image, pretext, train=True, mutable=["batch_stats"])
   outputs = zip(("image", "pretext"), outputs, strict=True)
   return {view: output for view, output in outputs if output is not None}, labels, updated["batch_stats"]

@@ -14,6 +14,7 @@ embeddings of the whole batch. Rows of the bank never leave their device; only s
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -22,6 +23,7 @@ import numpy as np
 from jax.extend.random import threefry2x32_p
 
 from pirl_jax.errors import UserError
+from pirl_jax.method import products
 
 ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
@@ -265,19 +267,22 @@ def positive_scores(own: jax.Array, embeddings: jax.Array, *, temperature: float
   return jnp.sum(own * embeddings, axis=1) / temperature
 
 
-def negative_scores(others: jax.Array, embeddings: jax.Array, *, temperature: float) -> jax.Array:
+def negative_scores(others: jax.Array, embeddings: jax.Array, *, temperature: float,
+                    product: Callable = products.exact) -> jax.Array:
   """Returns the scores of the batch with the negatives, f32[B, K / devices].
 
   Args:
     others: f32[K / devices, D] or f32[B, K / devices, D], unit rows of the negatives.
     embeddings: f32[B, D], unit vectors.
     temperature: tau.
+    product: of embeddings and rows that are the same for all images, see `products`.
   """
-  # Full float32 products: by default a GPU or TPU rounds the factors to fewer bits, and 1 / tau magnifies this error.
-  pairs = "bd,kd->bk" if others.ndim == 2 else "bd,bkd->bk"
-  return jnp.einsum(pairs, embeddings, others, precision=jax.lax.Precision.HIGHEST) / temperature
+  if others.ndim == 3:
+    return jnp.einsum("bd,bkd->bk", embeddings, others, precision=jax.lax.Precision.HIGHEST) / temperature
+  return product(embeddings, others) / temperature
 
 
+@jax.named_scope("bank")
 def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Array, valid: jax.Array, *,
            momentum: float, axis: str) -> jax.Array:
   """Returns this device's part of the bank after row <- normalise(momentum * row + (1 - momentum) * embedding).

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pirl_jax.method import memory_bank
+from pirl_jax.method import memory_bank, products
 
 CHUNK_ROWS = 8_192
 """Rows of the bank that are scored at a time, at most: 32 MB of scores for 1,024 images."""
@@ -60,6 +60,7 @@ class EveryRow:
     embeddings: f32[B, D], unit vectors.
     temperature: tau.
     axis: mesh axis that splits the bank.
+    product: of embeddings and rows, see `products`.
   """
 
   bank: jax.Array
@@ -68,12 +69,13 @@ class EveryRow:
   embeddings: jax.Array
   temperature: float
   axis: str
+  product: Callable = products.exact
 
   def sum(self, terms: Callable, *per_image: jax.Array) -> Any:
     """Returns the sums f32[B] of the terms f32[B, rows of a chunk] over all chunks, see `losses.Negatives.sum`."""
     # What comes in is the same on every device and each adds its rows' part of the gradient: as "varying" it is summed.
     inputs = lax.pcast((self.embeddings, per_image), self.axis, to="varying")
-    chunk_sums = functools.partial(_chunk_sums, terms, self.temperature)
+    chunk_sums = functools.partial(_chunk_sums, terms, self.product, self.temperature)
     return lax.psum(_sum_over_rows(chunk_sums, self.axis, (self.bank, self.usable, self.own), inputs), self.axis)
 
 
@@ -82,7 +84,8 @@ def _row_sums(terms: Callable, score: jax.Array, weight: jax.Array, per_image: S
   return jax.tree.map(lambda term: jnp.sum(term, axis=1), each)
 
 
-def _chunk_sums(terms: Callable, temperature: float, shard: _Shard, start: jax.Array, inputs: _Inputs) -> Any:
+def _chunk_sums(terms: Callable, product: Callable, temperature: float, shard: _Shard, start: jax.Array,
+                inputs: _Inputs) -> Any:
   """Returns the sums f32[B] over the rows from `start` on, `CHUNK_ROWS` of them or as many as there are."""
   bank, usable, own = shard
   embeddings, per_image = inputs
@@ -92,9 +95,7 @@ def _chunk_sums(terms: Callable, temperature: float, shard: _Shard, start: jax.A
   block = memory_bank.vectors(lax.dynamic_slice_in_dim(bank, first, size)).astype(embeddings.dtype)
   fresh = lax.dynamic_slice_in_dim(usable, first, size) & (row >= start)
   weight = (fresh[None] & (row[None] != own[:, None])).astype(embeddings.dtype)
-  # Full float32 products, as in `memory_bank.negative_scores`.
-  score = jnp.matmul(embeddings, block.T, precision=lax.Precision.HIGHEST) / temperature
-  return _row_sums(terms, score, weight, per_image)
+  return _row_sums(terms, product(embeddings, block) / temperature, weight, per_image)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -104,13 +105,11 @@ def _sum_over_rows(chunk_sums: Callable, axis: str, shard: _Shard, inputs: _Inpu
 
 def _forward(chunk_sums: Callable, axis: str, shard: _Shard, inputs: _Inputs) -> tuple[Any, Any]:
   def sums_and_slopes(start: jax.Array, inputs: _Inputs) -> tuple[Any, list[Any]]:
-    sums, pullback = jax.vjp(functools.partial(chunk_sums, shard, start), inputs)
-    leaves, tree = jax.tree.flatten(sums)
-    zeros = [jnp.zeros_like(leaf) for leaf in leaves]
-    slopes = []
-    for number in range(len(leaves)):
-      ones = jax.tree.unflatten(tree, [*zeros[:number], zeros[number] + 1, *zeros[number + 1:]])
-      slopes.append(pullback(ones)[0])
+    sums, slopes_fn = jax.linearize(functools.partial(chunk_sums, shard, start), inputs)
+    # One sum at a time: a sum without a slope, behind `stop_gradient`, then costs no product. If all are pulled back
+    # together, zeros are multiplied for it.
+    slopes = [jax.linear_transpose(lambda moved, number=number: jax.tree.leaves(slopes_fn(moved))[number], inputs)(
+      jnp.ones_like(leaf))[0] for number, leaf in enumerate(jax.tree.leaves(sums))]
     return sums, slopes
 
   return _scan(sums_and_slopes, axis, shard, inputs)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -97,6 +98,7 @@ def create_optimizer(schedule: optax.Schedule, *, momentum: float, weight_decay:
     optax.sgd(schedule, momentum=momentum, nesterov=nesterov))
 
 
+@jax.named_scope("optimizer")
 def descend(state: TrainState, optimizer: optax.GradientTransformation, grads: Any, **fields: Any) -> TrainState:
   """Returns the state after an update: `step` i32[] is one higher, the parameters f32[...] are updated.
 

@@ -74,6 +74,40 @@ def in_two_programs(device_step: Callable, update: Callable, mesh: Mesh) -> TwoP
   return TwoPrograms(jax.jit(look, donate_argnums=0), jax.jit(write, donate_argnums=0))
 
 
+class WithNormaliser:
+  """A step whose loss looks at Z, with a program of its own that takes Z from the first batch, for ever after.
+
+  In the program of the step Z would cost a third forward pass, compiled in every run and used once. The program for Z
+  is compiled only if a state comes that has none.
+  """
+
+  def __init__(self, step: Step, normaliser: Callable, mesh: Mesh) -> None:
+    """Takes what a step consists of.
+
+    Args:
+      step: step(state, batch) -> (state, metrics), compiled.
+      normaliser: normaliser(state, batch) -> Z f32[], what one device does; 0 if no image of the batch could be read.
+      mesh: the devices.
+    """
+    self._step = step
+    self._normaliser = jax.jit(jax.shard_map(normaliser, mesh=mesh, in_specs=(state_specs(), SPLIT), out_specs=WHOLE))
+    self._known = None  # the last Z that was returned and is not 0
+
+  def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the state after the step, and its metrics, f32[] each; the state given in is donated."""
+    known = state.normaliser is self._known  # if not, its value is looked at, which waits for it
+    if not known and not jax.device_get(state.normaliser) > 0:
+      state = state.replace(normaliser=self._normaliser(state, batch))
+    known = known or bool(jax.device_get(state.normaliser) > 0)
+    state, metrics = self._step(state, batch)
+    self._known = state.normaliser if known else None
+    return state, metrics
+
+  def lower(self, state: TrainState, batch: Any) -> Any:
+    """Returns the program or programs of the step, lowered for these shapes, without that of Z."""
+    return self._step.lower(state, batch)
+
+
 def map_step(device_step: Callable, mesh: Mesh, *, with_bank: bool = True) -> Step:
   """Returns device_step(state, batch) -> (state, metrics), mapped over the devices, compiled, its state donated.
 

@@ -14,11 +14,11 @@ import optax
 from jax.sharding import Mesh
 
 from pirl_jax.method import health, memory_bank
-from pirl_jax.method.contrast import Contrast
+from pirl_jax.method.contrast import Contrast, Memory
 from pirl_jax.method.forward import forward
 from pirl_jax.method.micro_batches import accumulate, gather, split_batch, whole_batch_stats
 from pirl_jax.method.optimizer import descend
-from pirl_jax.method.programs import Step, in_one_program, in_two_programs
+from pirl_jax.method.programs import Step, WithNormaliser, in_one_program, in_two_programs
 from pirl_jax.method.randomness import step_keys
 from pirl_jax.method.state import TrainState
 from pirl_jax.models.network import Network
@@ -48,26 +48,26 @@ def make_contrastive_step(network: Network, optimizer: optax.GradientTransformat
   """
   view_weights = {"pretext": pretext_weight, "image": 1 - pretext_weight} if pretext_weight else {"image": 1}
 
-  def device_step(state: TrainState, bank: jax.Array,
-                  batch: Mapping[str, jax.Array]) -> tuple[TrainState, tuple[jax.Array, ...], dict[str, jax.Array]]:
-    # 1. The bank as this step found it: the rows m_I of the batch and, for each view, negatives. Both are constants.
-    #    Randomness depends on seed, step and image alone: neither a restart nor the number of devices changes it.
+  # 1. The bank as a step finds it: the rows m_I of the batch and, for each view, negatives. Both are constants.
+  #    Randomness depends on seed, step and image alone: neither a restart nor the number of devices changes it.
+  def look_up(state: TrainState, bank: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Memory, Any]:
     batch = split_batch(batch, micro_batches)  # [M, b, ...]
     memory = contrast.look_up(bank, state.usable, batch, step_keys(state.seed, state.step), views=tuple(view_weights))
-    parts = {"crops": batch, "images": memory.images}
+    return memory, {"crops": batch, "images": memory.images}
 
-    # 2. Two views of every image, [b, H, W, 3] and [b, P, h, w, 3], and an embedding of each, f(v_I) and g(v_It).
-    def embed(params: Any, part: Any) -> tuple[dict[str, jax.Array], Any]:
-      outputs, _, batch_stats = forward(network, views_fn, state, params, part["crops"])
-      return {view: gather(memory_bank.normalise(outputs[view])) for view in view_weights}, batch_stats  # [B / M, D]
+  # 2. Two views of every image, [b, H, W, 3] and [b, P, h, w, 3], and an embedding of each, f(v_I) and g(v_It).
+  def embed(state: TrainState, params: Any, part: Any) -> tuple[dict[str, jax.Array], Any]:
+    outputs, _, batch_stats = forward(network, views_fn, state, params, part["crops"])
+    return {view: gather(memory_bank.normalise(outputs[view])) for view in view_weights}, batch_stats  # [B / M, D]
 
-    # Z of the `nce` loss: the first batch sets it, for ever after.
-    normaliser = contrast.normaliser(state.normaliser, memory, lambda part: embed(state.params, part)[0], parts)
+  def device_step(state: TrainState, bank: jax.Array,
+                  batch: Mapping[str, jax.Array]) -> tuple[TrainState, tuple[jax.Array, ...], dict[str, jax.Array]]:
+    memory, parts = look_up(state, bank, batch)
 
     # 3. Equation 5: lambda L(m_I, g(v_It)) + (1 - lambda) L(m_I, f(v_I)). f and g meet in the bank alone.
     def objective(params: Any, part: Any) -> tuple[jax.typing.ArrayLike, Any]:
-      embs, batch_stats = embed(params, part)
-      each, seen = contrast(memory, part["images"], embs, normaliser)
+      embs, batch_stats = embed(state, params, part)
+      each, seen = contrast(memory, part["images"], embs, state.normaliser)
       mean = partial(health.sum_of_shares, part["images"].share)
       means = {view: mean(loss) for view, loss in each.items()}
       loss = sum(weight * means[view] for view, weight in view_weights.items())
@@ -78,12 +78,20 @@ def make_contrastive_step(network: Network, optimizer: optax.GradientTransformat
     grads, (metrics, image_emb, batch_stats) = accumulate(jax.grad(objective, has_aux=True), state.params, parts)
 
     # 4. The parameters move; then the rows of this batch, m_I <- mu m_I + (1 - mu) f(v_I), and no others.
-    state = descend(state, optimizer, grads, batch_stats=whole_batch_stats(network, batch_stats), usable=memory.usable,
-                    normaliser=normaliser)
+    state = descend(state, optimizer, grads, batch_stats=whole_batch_stats(network, batch_stats), usable=memory.usable)
     metrics = jax.tree.map(jnp.sum, metrics) | {"embedding_spread": health.spread(image_emb, memory.images.share)}
     metrics[health.NOT_FINITE] = health.not_finite(
       metrics["loss"], grads, state.params, state.batch_stats, (memory.images.own, image_emb))
     return state, memory.moved(image_emb), metrics
 
-  return (in_one_program if contrast.num_negatives else in_two_programs)(
+  step = (in_one_program if contrast.num_negatives else in_two_programs)(
     device_step, partial(memory_bank.update, momentum=bank_momentum, axis=AXIS), mesh)
+  if not contrast.loss_fn.has_normaliser:
+    return step
+
+  # Z of the `nce` loss: the first batch sets it, for ever after.
+  def normaliser(state: TrainState, batch: Mapping[str, jax.Array]) -> jax.Array:
+    memory, parts = look_up(state, state.bank, batch)
+    return contrast.normaliser(memory, lambda part: embed(state, state.params, part)[0], parts)
+
+  return WithNormaliser(step, normaliser, mesh)

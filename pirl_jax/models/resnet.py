@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pirl_jax.errors import UserError
 from pirl_jax.models import convolution
 from pirl_jax.models.initializers import kernel_init
+from pirl_jax.models.pooling import max_pool
 
 ARCHITECTURES = {
   # name: (bottleneck blocks, blocks in each stage, channels of the first stage)
@@ -115,7 +116,7 @@ class ResNet(nn.Module):
       images.astype(self.dtype))
     features["conv1"] = x = nn.relu(norm(name="bn1")(x))
     if pool:
-      x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+      x = max_pool(x)
 
     def run_stage(_: nn.Module, x: jax.Array, stage: int) -> jax.Array:
       for block in range(self.blocks[stage]):

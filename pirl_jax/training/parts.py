@@ -14,7 +14,7 @@ from pirl_jax import system
 from pirl_jax.data import batches, sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images
-from pirl_jax.method import losses, memory_bank
+from pirl_jax.method import losses, memory_bank, products
 from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.optimizer import cosine_schedule, create_optimizer, step_schedule
 from pirl_jax.method.prediction_step import make_prediction_step
@@ -124,7 +124,13 @@ def build(config: ConfigDict, workdir: Path) -> Parts:
     UserError: the settings do not fit each other, the data or the devices.
   """
   mesh = mesh_lib.create_mesh()
-  num_devices = mesh.size
+  check_shares(config, mesh.size)
+  system.views_of(config)  # what is wrong with the views needs no data to be said
+  return assemble(config, workdir, mesh, *open_data(config))
+
+
+def check_shares(config: ConfigDict, num_devices: int) -> None:
+  """Raises UserError if the batches do not divide among the devices, or a device's batch not into micro-batches."""
   for field in ("batch_size", "evaluate.batch_size"):
     if _get(config, field) % num_devices:
       raise UserError(f"{field}={_get(config, field)} does not divide among {num_devices} devices; "
@@ -133,24 +139,38 @@ def build(config: ConfigDict, workdir: Path) -> Parts:
   if images % config.micro_batches:
     raise UserError(f"micro_batches={config.micro_batches} does not divide the {images} images of a batch on each of "
                     f"{num_devices} devices; choose a divisor of {images}")
-  views_fn = system.views_of(config)
 
-  train, test = open_data(config)
+
+def assemble(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, train: sources.Source,
+             test: sources.Source | None) -> Parts:
+  """Returns the parts of a run on these devices and data, after all checks that are left.
+
+  Args:
+    config: of the run.
+    workdir: its folder.
+    mesh: the devices; a program may be compiled for devices that are not there.
+    train: the training images; of these, number and classes count.
+    test: the held-out images.
+
+  Raises:
+    UserError: something does not fit.
+  """
   network = system.network_of(config, num_classes=0 if train.multi_label else len(train.class_names))
   steps_per_epoch = batches.steps_per_epoch(len(train), config.batch_size)
   if config.num_epochs * steps_per_epoch >= 2**31:
     raise UserError(f"num_epochs={config.num_epochs} of {steps_per_epoch:,} steps: steps are counted up to 2**31; take "
                     "fewer")
   layout = memory_bank.create_layout(
-    len(train), num_devices=num_devices, num_negatives=config.num_negatives if system.has_bank(config) else 0)
+    len(train), num_devices=mesh.size, num_negatives=config.num_negatives if system.has_bank(config) else 0)
   if system.has_bank(config):
-    memory_bank.check_fits(layout, dim=config.model.dim, dtype=DTYPES[config.bank.dtype], num_devices=num_devices,
+    memory_bank.check_fits(layout, dim=config.model.dim, dtype=DTYPES[config.bank.dtype], num_devices=mesh.size,
                            device_bytes=mesh_lib.device_bytes())
   loss_of(config, layout)
   schedule = make_schedule(config, steps_per_epoch)
   optimizer = create_optimizer(schedule, momentum=config.optimizer.momentum, weight_decay=config.optimizer.weight_decay,
                                decay_biases=config.optimizer.decay_biases)
-  return Parts(config, workdir, mesh, train, test, layout, network, optimizer, schedule, views_fn, steps_per_epoch)
+  return Parts(config, workdir, mesh, train, test, layout, network, optimizer, schedule, system.views_of(config),
+               steps_per_epoch)
 
 
 def loss_of(config: ConfigDict, layout: memory_bank.Layout) -> losses.Loss:
@@ -196,7 +216,8 @@ def make_step(parts: Parts) -> Step:
   if not system.has_bank(config):
     return make_prediction_step(*common, parts.layout, parts.mesh, micro_batches=config.micro_batches)
   contrast = Contrast(loss_of(config, parts.layout), parts.layout, num_negatives=config.num_negatives,
-                      negative_sampling=config.negative_sampling, temperature=config.temperature)
+                      negative_sampling=config.negative_sampling, temperature=config.temperature,
+                      product=products.in_halves if config.model.dtype == "bfloat16" else products.exact)
   return make_contrastive_step(*common, contrast, parts.mesh, pretext_weight=config.pretext_weight,
                                bank_momentum=config.bank.momentum, micro_batches=config.micro_batches)
 

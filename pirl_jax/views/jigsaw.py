@@ -6,6 +6,7 @@ Letters: S side of the crop, P = grid * grid patches, h w their sides, G side of
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -107,14 +108,52 @@ def cut_patches(
 
   Pixels right of and below grid * G belong to no cell.
   """
-  corners = jnp.stack([permutation // grid, permutation % grid], axis=1) * (crop.shape[0] // grid) + offsets
+  cell = crop.shape[0] // grid
+  sizes = {"grid": grid, "cell": cell, "patch_size": patch_size}
+  return jax.lax.platform_dependent(crop, offsets, permutation, tpu=partial(_cut_by_products, **sizes),
+                                    default=partial(_cut_by_slices, **sizes))
 
-  # Under vmap this is one gather of slices that cuts and shuffles at once: 1.8 ms for 64 crops of 255 px on 2 cores.
-  # Selects over shifted copies took 16 ms there, and one-hot matrix products 3 to 6 times the gather at 32 px.
+
+def _cut_by_slices(crop: jax.Array, offsets: jax.Array, permutation: jax.Array, *, grid: int, cell: int,
+                   patch_size: int) -> jax.Array:
+  """Returns the patches, see `cut_patches`: under vmap a single gather of slices that cuts and shuffles at once.
+
+  64 crops of 255 pixels on two cores take 1.8 ms. Selects over shifted copies took 16 ms there, and products with
+  one-hot matrices 3 to 6 times the gather at 32 pixels. On an H100 the gather is one kernel.
+  """
+  corners = jnp.stack([permutation // grid, permutation % grid], axis=1) * cell + offsets
+
   def cut(corner: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice(crop, (*corner, jnp.zeros_like(corner[0])), (patch_size, patch_size, crop.shape[2]))
 
   return jax.vmap(cut)(corners)
+
+
+def _cut_by_products(crop: jax.Array, offsets: jax.Array, permutation: jax.Array, *, grid: int, cell: int,
+                     patch_size: int) -> jax.Array:
+  """Returns the patches, see `cut_patches`: products with one-hot matrices take the cells, then rows, then columns.
+
+  For a TPU, which makes the gather of slices a loop over the patches that copies the whole batch of crops in each turn:
+  239 ms of a v5e for 128 crops of 255 pixels, by the compiler's estimate, where the products take 2. The products are
+  exact: bfloat16 holds every byte, and a sum has one term that is not zero.
+  """
+  dtype, exact = crop.dtype, partial(jnp.einsum, preferred_element_type=jnp.bfloat16)
+  levels = crop if dtype == jnp.uint8 else _bytes_of(crop)
+  side, channels = grid * cell, levels.shape[2]
+  cells = levels[:side, :side].astype(jnp.bfloat16).reshape(grid, cell, grid, cell, channels)
+  rows, columns = jax.nn.one_hot(
+    offsets.T[:, :, None] + jnp.arange(patch_size)[None, None], cell, dtype=jnp.bfloat16)  # [P, h, G], [P, w, G]
+  order = jax.nn.one_hot(permutation, grid * grid, dtype=jnp.bfloat16).reshape(-1, grid, grid)
+  out = exact("pij,iyjxc->pyxc", order, cells)
+  out = exact("phy,pyxc->phxc", rows, out)
+  out = exact("pwx,phxc->phwc", columns, out).astype(jnp.uint8)
+  return out if dtype == jnp.uint8 else jax.lax.bitcast_convert_type(
+    out.reshape(*out.shape[:3], crop.shape[2], dtype.itemsize), dtype)
+
+
+def _bytes_of(image: jax.Array) -> jax.Array:
+  """Returns the bytes of a floating image f[H, W, C] as channels, u8[H, W, C * bytes of a number]."""
+  return jax.lax.bitcast_convert_type(image, jnp.uint8).reshape(*image.shape[:2], -1)
 
 
 def check_jigsaw(size: int, *, grid: int, patch_size: int) -> None:

@@ -48,7 +48,7 @@ def contrast_of(loss, num_negatives, negative_sampling, cls=Contrast):
   return cls(loss_fn, LAYOUT, num_negatives=num_negatives, negative_sampling=negative_sampling, temperature=TAU)
 
 
-def compared(contrast, case, *, num_devices, num_parts, known=0.0):
+def compared(contrast, case, *, num_devices, num_parts, known=None):
   """Returns (losses, similarities, Z), the gradient of the losses' means by the embeddings, usable and the next bank.
 
   What belongs to images is split into parts, [M, B / M, ...].
@@ -56,7 +56,9 @@ def compared(contrast, case, *, num_devices, num_parts, known=0.0):
   def device_fn(bank, usable, batch, embs):
     memory = contrast.look_up(bank, usable, split_batch(batch, num_parts), step_keys(SEED, STEP), views=VIEWS)
     parts = {"images": memory.images, "embs": embs}
-    normaliser = contrast.normaliser(jnp.float32(known), memory, lambda part: part["embs"], parts)
+    normaliser = jnp.float32(known or 0)
+    if known is None and contrast.loss_fn.has_normaliser:
+      normaliser = contrast.normaliser(memory, lambda part: part["embs"], parts)
 
     def objective(embs):
       each = [contrast(memory, *(jax.tree.map(lambda x, j=j: x[j], tree) for tree in (memory.images, embs)), normaliser)
@@ -143,21 +145,11 @@ def test_the_rows_of_the_batch_move_towards_their_own_embeddings(case, num_devic
   np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_a_normaliser_once_known_stays(case):
+def test_the_loss_is_that_of_the_normaliser_given(case):
   (each, _, normaliser), *_ = compared(contrast_of("nce", K, "shared"), case, num_devices=1, num_parts=1, known=700.0)
   assert normaliser == 700
   expected, *_ = by_hand(case, "image", case[3]["image"].astype(float), "shared", "nce", 700.0)
   np.testing.assert_allclose(each["image"][0], expected, rtol=2e-5)
-
-
-def test_a_loss_that_does_not_look_at_the_normaliser_embeds_nothing_for_it():
-  def embs_fn(part):
-    raise AssertionError("embedded")
-
-  known = jnp.float32(2)
-  assert contrast_of("infonce", K, "shared").normaliser(known, None, embs_fn, None) is known
-  with pytest.raises(AssertionError, match="embedded"):
-    contrast_of("nce", K, "shared").normaliser(known, None, embs_fn, {"images": jnp.zeros(1)})
 
 
 class BatchMates(Contrast):

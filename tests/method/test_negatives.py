@@ -9,7 +9,7 @@ import oracles
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pirl_jax.method import losses, memory_bank, negatives
+from pirl_jax.method import losses, memory_bank, negatives, products
 from pirl_jax.runtime.mesh import AXIS, create_mesh
 
 N, B, D, TAU, Z = 203, 6, 16, 0.2, 900.0
@@ -33,15 +33,20 @@ def case():
 
 def streamed(name, num_devices, case, *, dtype=jnp.float32):
   """Returns the losses f32[B], and the gradient by the embeddings of their weighted sum, over all rows of the bank."""
+  bank, *others = case
+  return program(name, num_devices)(jnp.asarray(bank, dtype), *others)
+
+
+def program(name, num_devices, product=products.exact):
+  """Returns the program of `streamed`, a function of the arrays of a case."""
   loss_fn = losses.make_loss(name, temperature=TAU, num_images=N, num_negatives=N)
-  bank, usable, rows, emb, image_weight = case
 
   def device_losses(bank, usable, rows, emb, image_weight):
     own, = memory_bank.read(bank, rows, axis=AXIS)
 
     def objective(emb):
       local, _ = memory_bank.local_rows(bank, rows, axis=AXIS)
-      every = negatives.EveryRow(bank, usable, local, emb, TAU, AXIS)
+      every = negatives.EveryRow(bank, usable, local, emb, TAU, AXIS, product)
       each, watched = loss_fn(memory_bank.positive_scores(own, emb, temperature=TAU), every, normaliser=jnp.float32(Z),
                               watch=lambda score, weight, positive: (score * weight, weight))
       return jnp.sum(each * image_weight), (each, watched)
@@ -51,7 +56,7 @@ def streamed(name, num_devices, case, *, dtype=jnp.float32):
 
   mapped = jax.shard_map(device_losses, mesh=create_mesh(num_devices), in_specs=(P(AXIS), P(AXIS), P(), P(), P()),
                          out_specs=P())
-  return jax.jit(mapped)(jnp.asarray(bank, dtype), usable, rows, emb, image_weight)
+  return jax.jit(mapped)
 
 
 def dense(name, case, emb):
@@ -112,3 +117,12 @@ def test_memory_is_that_of_a_chunk(full_compile, dtype):
                           shape((batch, 128))).compile()
   # A few arrays of scores of a chunk, and the chunk itself: 17 MB. The bank is 134 MB.
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * (4 * batch * chunk + 2 * chunk * 128)
+
+
+@pytest.mark.parametrize(("platform", "product"), [
+  ("cpu", products.exact), ("cuda", products.in_halves), ("tpu", products.in_halves)])
+@pytest.mark.parametrize(("name", "num_sloped"), [("nce", 1), ("infonce", 1), ("eq4", 3)])
+def test_sums_that_are_only_watched_cost_no_product(case, name, num_sloped, platform, product):
+  """A pass over the bank has a product for the scores and one for each sum with a slope. eq4 has two passes."""
+  text = program(name, 1, product).trace(*case).lower(lowering_platforms=(platform,)).as_text()
+  assert text.count("stablehlo.dot_general") == num_sloped + (2 if name == "eq4" else 1)

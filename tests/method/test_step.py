@@ -78,8 +78,9 @@ def run(num_devices, *, loss="nce", num_steps=3, broken=(), **options):
   return states, metrics
 
 
-def test_step_compiles_once():
-  mesh, _, _, make_state, step = build(8)
+@pytest.mark.parametrize(("loss", "num_programs"), [("infonce", 1), ("nce", 2)])  # the second takes Z from a batch
+def test_step_compiles_once(loss, num_programs):
+  mesh, _, _, make_state, step = build(8, loss=loss)
   batches = [jax.device_put(make_batch(i), mesh_lib.split(mesh)) for i in range(3)]
   state, compiled = make_state(), []
   def note(event, duration, **kwargs):
@@ -89,7 +90,7 @@ def test_step_compiles_once():
   try:
     for batch in batches:
       state, _ = step(state, batch)
-      assert len(compiled) == 1
+      assert len(compiled) == num_programs
   finally:
     jax.monitoring.clear_event_listeners()
 
@@ -314,6 +315,28 @@ def test_normaliser_is_set_once():
   states, _ = run(1)
   assert states[0].normaliser == 0
   assert states[1].normaliser == states[2].normaliser == states[3].normaliser > 0
+
+
+def test_a_state_that_knows_the_normaliser_is_never_asked_for_it_again():
+  """Nor does a step wait for the one before it to look at Z."""
+  mesh, _, _, make_state, step = build(1)
+  batch = jax.device_put(make_batch(0), mesh_lib.split(mesh))
+  step._normaliser = None  # fails when it is called
+  state = make_state().replace(normaliser=jnp.float32(300))
+  state, _ = step(state, batch)
+  with jax.transfer_guard("disallow_explicit"):
+    state, _ = step(state, batch)
+  assert state.normaliser == 300
+  with pytest.raises(TypeError, match="not callable"):
+    step(make_state(), batch)
+
+
+def test_a_step_holds_two_forward_passes_and_no_third_for_the_normaliser():
+  def num_convolutions(loss):
+    mesh, _, _, make_state, step = build(1, loss=loss)
+    batch = jax.device_put(make_batch(0), mesh_lib.split(mesh))
+    return step.lower(make_state(), batch).as_text().count("stablehlo.convolution")
+  assert num_convolutions("nce") == num_convolutions("infonce") > 0
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])

@@ -1,5 +1,6 @@
 """The jigsaw: undone it is the image; offsets and orders are uniform; labels; what is refused."""
 
+import functools
 import itertools
 import math
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from pirl_jax.errors import UserError
+from pirl_jax.views import jigsaw as jigsaw_lib
 from pirl_jax.views.jigsaw import Jigsaw, cut_patches, draw_jigsaw
 from pirl_jax.views.normalisation import denormalise
 from pirl_jax.views.permutations import permutation_subset
@@ -66,6 +68,33 @@ def test_rows_come_before_columns():
   crop = jnp.arange(4, dtype=jnp.float32).reshape(2, 2, 1) + jnp.zeros((1, 1, 3))
   patches = cut_patches(crop, jnp.zeros((4, 2), jnp.int32), jnp.asarray([1, 0, 2, 3]), grid=2, patch_size=1)
   np.testing.assert_array_equal(patches[:, 0, 0, 0], [1, 0, 2, 3])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize(("size", "grid", "patch"), [(255, 3, 64), (36, 3, 10), (33, 2, 9), (10, 1, 10), (47, 4, 11)])
+def test_products_cut_what_slices_cut(size, grid, patch, dtype):
+  """To the bit: on a TPU the patches are cut by products, elsewhere by slices."""
+  crops = RNG.integers(0, 256, (3, size, size, 3), np.uint8)
+  if dtype == np.float32:  # any bits: denormal numbers, infinities and NaNs among them
+    crops = RNG.integers(0, 2**32, crops.shape, np.uint32).view(np.float32)
+  offsets, permutation, _ = jax.vmap(lambda key: draw_jigsaw(key, size=size, grid=grid, patch_size=patch))(
+    jax.random.split(jax.random.key(7), 3))
+  found, expected = (
+    np.asarray(jax.jit(jax.vmap(functools.partial(cut, grid=grid, cell=size // grid, patch_size=patch)))(
+      crops, offsets, permutation)) for cut in (jigsaw_lib._cut_by_products, jigsaw_lib._cut_by_slices))
+  assert found.dtype == expected.dtype == dtype and found.shape == (3, grid * grid, patch, patch, 3)
+  np.testing.assert_array_equal(found.view(np.uint8), expected.view(np.uint8))
+
+
+@pytest.mark.parametrize(("platform", "is_gather"), [("tpu", False), ("cuda", True), ("cpu", True)])
+def test_the_cut_of_a_platform_is_compiled_for_it_alone(platform, is_gather):
+  def cut(*arrays):
+    return jax.vmap(functools.partial(cut_patches, grid=3, patch_size=10))(*arrays)
+
+  shapes = (jax.ShapeDtypeStruct((4, 36, 36, 3), jnp.uint8), jax.ShapeDtypeStruct((4, 9, 2), jnp.int32),
+            jax.ShapeDtypeStruct((4, 9), jnp.int32))
+  text = jax.jit(cut).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+  assert ("stablehlo.gather" in text, "stablehlo.dot_general" in text) == (is_gather, not is_gather)
 
 
 def test_offsets_are_uniform_over_0_to_20():

@@ -1,0 +1,128 @@
+"""Chips to compile for without having one: their compilers run on any CPU machine.
+
+The compilers come in wheels, `WHEELS`. What they compile cannot be run here, but their programs tell kernels, memory
+and traffic, see `benchmarks/compile_for.py`.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import re
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from pirl_jax.errors import UserError
+from pirl_jax.runtime.mesh import AXIS
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A chip, as its maker and its compiler describe it.
+
+  Attributes:
+    platform: "tpu" or "cuda".
+    memory: in bytes.
+    memory_rate: bytes a second between the chip and its memory.
+    clock_rate: cycles a second, of a chip whose compiler estimates cycles; else 0.
+  """
+
+  platform: str
+  memory: float
+  memory_rate: float
+  clock_rate: float = 0.0
+
+
+CHIPS = {
+  "v5e": Chip("tpu", 16e9, 0.82e12, 1.5e9),
+  "v5p": Chip("tpu", 95e9, 2.77e12, 1.75e9),
+  "v6e": Chip("tpu", 32e9, 1.64e12, 1.75e9),
+  "h100": Chip("cuda", 80e9, 3.35e12),
+  "h200": Chip("cuda", 141e9, 4.8e12),
+}
+
+TOPOLOGIES = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+"""Of a number of v5e or v6e chips."""
+
+TOPOLOGIES_3D = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
+"""Of a number of v5p chips. Google's names count cores: a v5p-8 has 4 chips."""
+
+WHEELS = {
+  "tpu": ("libtpu",),
+  "cuda": ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-runtime"),
+}
+
+ENVIRONMENT = {
+  "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+}
+"""What libtpu otherwise asks the host of a TPU."""
+
+XLA_FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+"""Autotuning would run kernels on the GPU that is not there."""
+
+TARGET = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: {memory} shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }} runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{name}"
+"""
+"""An H100 or H200 as XLA describes it, but for bandwidth and size of its memory."""
+
+TARGETS = {
+  "h100": TARGET.format(bandwidth=3352320000000, memory=84929347584, name="NVIDIA H100 80GB HBM3"),
+  "h200": TARGET.format(bandwidth=4800000000000, memory=150754820096, name="NVIDIA H200"),
+}
+
+
+def prepare() -> None:
+  """Sets the environment that the compilers read. It is to be called before JAX looks for a device."""
+  for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
+  jax.config.update("jax_platforms", "cpu")
+
+
+def create_mesh(name: str) -> tuple[Mesh, Chip]:
+  """Returns the mesh, with the one axis "data", of chips that are not there, and what their maker says of one.
+
+  Args:
+    name: of chip and number: "v5e-8", "v6e-16", "v5p-8" (4 chips), "h100", "h100-8", "h200".
+
+  Raises:
+    UserError: an unknown name, or the chip's compiler is not installed.
+  """
+  kind, _, number = name.partition("-")
+  if kind not in CHIPS or not re.fullmatch(r"\d*", number):
+    raise UserError(f"chip={name!r} is unknown; choose from {', '.join(CHIPS)}, with a number of chips: v5e-8, h100-8")
+  chip = CHIPS[kind]
+  missing = [wheel for wheel in WHEELS[chip.platform] if not _is_installed(wheel)]
+  if missing:
+    raise UserError(f"chip={name}: to compile for it, pip install {' '.join(missing)} (the versions that "
+                    f"jax[{'tpu' if chip.platform == 'tpu' else 'cuda13'}]=={jax.__version__} asks for)")
+  if chip.platform == "cuda":
+    devices = topologies.get_topology_desc(
+      platform="cuda", target_config=TARGETS[kind], topology=f"1x1x{number or 1}").devices
+  else:
+    shapes, per_name = (TOPOLOGIES_3D, 2) if kind == "v5p" else (TOPOLOGIES, 1)
+    count = int(number or 8) // per_name
+    if count not in shapes:
+      raise UserError(f"chip={name}: there is no such slice; choose from "
+                      f"{', '.join(f'{kind}-{count * per_name}' for count in shapes)}")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shapes[count]}").devices
+  return Mesh(np.array(devices), (AXIS,)), chip
+
+
+def _is_installed(wheel: str) -> bool:
+  try:
+    importlib.metadata.version(wheel)
+  except importlib.metadata.PackageNotFoundError:
+    return False
+  return True
