@@ -133,12 +133,12 @@ def _images_slope(images, kernel, slope, *, stride, pad, precision):
     return jax.lax.pad(out, jnp.zeros((), out.dtype), (
       (0, 0, 0), *((0, side - 1 - stride * (n - 1), stride - 1) for side, n in
                    ((height, slope.shape[1]), (width, slope.shape[2]))), (0, 0, 0)))
-  turned = kernel[::-1, ::-1].swapaxes(2, 3)
-  if _is_winograd(slope, turned, stride, pad):
-    return winograd.forward(slope, turned, precision=precision)
+  if _is_winograd(images, kernel, stride, pad):
+    return winograd.images_slope(kernel, slope, precision=precision)
   if _num_points(images) <= _num_taps(kernel) or _num_points(slope) < _num_taps(kernel):
     dense = _dense(kernel, images, slope.shape, stride, pad)
     return _product(slope.reshape(len(slope), -1), dense.T, precision=precision).reshape(images.shape)
+  turned = kernel[::-1, ::-1].swapaxes(2, 3)
   if stride == 1 and kernel.shape[0] == kernel.shape[1] > pad:
     return _in_groups(slope, turned, stride=1, pad=len(kernel) - 1 - pad, precision=precision)
   padding = [(k - 1 - pad, side - 1 + pad - stride * (n - 1)) for k, side, n in

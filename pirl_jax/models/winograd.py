@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 CHANNELS, WHOLE_CHANNELS = 32, 128
-"""Least channels, in and out, and that for images of 2 x 2 points. With fewer the matrix products are thin: 16 channels
-at 16 x 16 points take 2.6 ms instead of 2.0, 32 at 8 x 8 take 1.2 instead of 1.7, 64 at 2 x 2 take 1.9 instead of 1.6."""
+"""Least channels, in and out, and that for images of 2 x 2 points. With fewer the matrix products are thin:
+16 channels at 16 x 16 points take 2.6 ms instead of 2.0, 64 at 2 x 2 1.9 instead of 1.6; 32 at 8 x 8 1.2, not 1.7."""
 
 TILES = 32
 """Least tiles of all images. A kernel of 512 x 512 channels grows fourfold: for 8 tiles 11.0 ms instead of 7.6, for 32
@@ -92,23 +91,35 @@ def is_worthwhile(num: int, height: int, width: int, channels: int, features: in
 
 def forward(images: jax.Array, kernel: jax.Array, *, precision) -> jax.Array:
   """Returns the convolution f[N, H, W, O] of images f[N, H, W, C] with a kernel f[3, 3, C, O]: stride 1, padding 1."""
+  how = choose(*images.shape[1:3])
+  return _convolved(images, kernel, how, how.kernel, 0, precision)
+
+
+def images_slope(kernel: jax.Array, slope: jax.Array, *, precision) -> jax.Array:
+  """Returns the gradient by the images, f[N, H, W, C], of that by the result f[N, H, W, O] of `forward`."""
+  how = choose(*slope.shape[1:3])
+  # The kernel is turned by turning G, and its channels are swapped by the product: XLA's transpose costs 50 ms for 512.
+  return _convolved(slope, kernel, how, how.kernel[:, ::-1], 1, precision)
+
+
+def _convolved(images, kernel, how, taps, contracted, precision):
+  """Returns `forward`; `taps` is G, and `contracted` the channels of the kernel, 0 or 1, that join the images'."""
   num, height, width, channels = images.shape
-  how, features = choose(height, width), kernel.shape[-1]
   m, n = how.results.shape
-  columns, rows = _sums(how.points, _windows(_padded(images, how, 1), how, axis=1)), _sums(how.kernel, kernel)
+  columns, rows = _sums(how.points, _windows(_padded(images, how, 1), how, axis=1)), _sums(taps, kernel)
   tiles = columns.shape[2], -(-width // m)
 
   def products(_, coefficients):
     points, taps = coefficients
     points = _sum(points, _windows(columns, how, axis=3)).reshape(n, -1, channels)
-    out = jax.lax.dot_general(points, _sum(taps, rows.swapaxes(0, 1)), (((2,), (1,)), ((0,), (0,))),
+    out = jax.lax.dot_general(points, _sum(taps, rows.swapaxes(0, 1)), (((2,), (1 + contracted,)), ((0,), (0,))),
                               precision=precision)
     return None, _sums(how.results, out)
 
-  _, out = jax.lax.scan(products, None, (_as(how.points, images), _as(how.kernel, kernel)))
+  _, out = jax.lax.scan(products, None, (_as(how.points, images), _as(taps, kernel)))
   out = _sums(how.results, out)  # [m of a row, m of a column, T, O]
-  out = out.reshape(m, m, num, *tiles, features).transpose(2, 3, 1, 4, 0, 5)
-  return out.reshape(num, m * tiles[0], m * tiles[1], features)[:, :height, :width]
+  out = out.reshape(m, m, num, *tiles, -1).transpose(2, 3, 1, 4, 0, 5)
+  return out.reshape(num, m * tiles[0], m * tiles[1], -1)[:, :height, :width]
 
 
 def kernel_slope(images: jax.Array, slope: jax.Array, *, precision) -> jax.Array:
