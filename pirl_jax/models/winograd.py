@@ -168,4 +168,4 @@ def _sum(coefficients, terms):
 def _sums(matrix, terms):
   """Returns matrix f[a, b] times b terms, f[a, ...]."""
   matrix = _as(matrix, terms[0]).reshape(*matrix.shape, *[1] * terms[0].ndim)
-  return sum(matrix[:, i] * term for i, term in enumerate(terms))
+  return sum(matrix[:, i] * term[None] for i, term in enumerate(terms))
