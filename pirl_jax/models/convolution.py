@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pirl_jax.models import winograd
+
 _ORDER = ("NHWC", "HWIO", "NHWC")
 
 CHUNK_SIZE = 2**17
@@ -30,7 +32,6 @@ CHUNK_IMAGES = (8, 64)
 
 FEW_CHANNELS = 16
 """With at most so many channels in and out, a convolution is bound by gathering its windows, not by arithmetic."""
-
 
 def conv(images: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Sequence[tuple[int, int]], *,
          lhs_dilation: Sequence[int] | None = None, rhs_dilation: Sequence[int] | None = None,
@@ -115,6 +116,8 @@ def _widened(function):
 def _forward(images, kernel, *, stride, pad, precision):
   if _is_product(kernel, pad):
     return _product(images[:, ::stride, ::stride], kernel[0, 0], precision=precision)
+  if _is_winograd(images, kernel, stride, pad):
+    return winograd.forward(images, kernel, precision=precision)
   if _num_points(images) <= _num_taps(kernel):
     shape = _result_shape(images, kernel, stride, pad)
     return _product(images.reshape(len(images), -1), _dense(kernel, images, shape, stride, pad),
@@ -130,6 +133,8 @@ def _images_slope(images, kernel, slope, *, stride, pad, precision):
     return jax.lax.pad(out, jnp.zeros((), out.dtype), (
       (0, 0, 0), *((0, side - 1 - stride * (n - 1), stride - 1) for side, n in
                    ((height, slope.shape[1]), (width, slope.shape[2]))), (0, 0, 0)))
+  if _is_winograd(images, kernel, stride, pad):
+    return winograd.images_slope(kernel, slope, precision=precision)
   if _num_points(images) <= _num_taps(kernel) or _num_points(slope) < _num_taps(kernel):
     dense = _dense(kernel, images, slope.shape, stride, pad)
     return _product(slope.reshape(len(slope), -1), dense.T, precision=precision).reshape(images.shape)
@@ -147,6 +152,8 @@ def _kernel_slope(images, kernel, slope, *, stride, pad, precision):
   if _is_product(kernel, pad):
     rows = images[:, ::stride, ::stride].reshape(-1, images.shape[-1])
     return _product(rows.T, slope.reshape(-1, slope.shape[-1]), precision=precision)[None, None]
+  if _is_winograd(images, kernel, stride, pad):
+    return winograd.kernel_slope(images, slope, precision=precision)
   if _num_points(images) < _num_taps(kernel):
     dense = _product(images.reshape(len(images), -1).T, slope.reshape(len(slope), -1), precision=precision)
     return _undense(dense, kernel, images, slope.shape, stride, pad)
@@ -215,6 +222,10 @@ def _group_size(kernel, width):
 def _is_product(kernel, pad):
   """Returns whether a convolution is a matrix product of every point on its own."""
   return kernel.shape[:2] == (1, 1) and not pad
+
+
+def _is_winograd(images, kernel, stride, pad):
+  return kernel.shape[:2] == (3, 3) and stride == pad == 1 and winograd.is_worthwhile(*images.shape, kernel.shape[-1])
 
 
 def _num_points(images):
