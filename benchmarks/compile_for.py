@@ -165,7 +165,7 @@ def main(argv: list[str]) -> None:
   del argv
   config = CONFIG.value
   try:
-    devices, chip = chips.create_mesh(CHIP.value)
+    devices, chip = chips.chips_mesh(CHIP.value)
     started = time.perf_counter()
     if PART.value == "step":
       parts_lib.check_config(config)
@@ -193,5 +193,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  chips.prepare()
+  chips.prepare_compilers()
   app.run(main)
