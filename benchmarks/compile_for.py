@@ -33,13 +33,6 @@ from pirl_jax.runtime import chips, mesh
 from pirl_jax.training import parts as parts_lib
 from pirl_jax.views.normalisation import normalise_image
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/pirl.py:imagenet", "The run.")
-CHIP = flags.DEFINE_string("chip", "v5e-8", f"{', '.join(chips.CHIPS)}, with a number of chips.")
-PART = flags.DEFINE_enum("part", "step", ["step", "views", "cut", "pool", "evaluate"], "What to compile.")
-IMAGES = flags.DEFINE_integer("images", 1_281_167, "Training images.")
-CLASSES = flags.DEFINE_integer("classes", 1_000, "Classes of the images.")
-TEXT = flags.DEFINE_string("text", "", "File for the text of the compiled program.")
-
 SCOPES = ("views", "network", "loss", "bank", "optimizer")
 """Named by the step, see `method/`; the innermost of them that a kernel stands in is its part."""
 
@@ -80,9 +73,9 @@ def crops_of(config: ConfigDict, batch_size: int, devices: jax.sharding.Mesh) ->
           for name, (size, _) in system.crops_of(config).items()}
 
 
-def lowered_step(config: ConfigDict, devices: jax.sharding.Mesh) -> list:
+def lowered_step(config: ConfigDict, devices: jax.sharding.Mesh, source: Source) -> list:
   """Returns the program, or the two programs, of a step, lowered for these devices."""
-  parts = parts_lib.assemble(config, Path("runs"), devices, Described(IMAGES.value, CLASSES.value), None)
+  parts = parts_lib.assemble(config, Path("runs"), devices, source, None)
   shardings = state_shardings(devices, with_bank=system.has_bank(config))
   state = jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(parts.initial_state),
@@ -116,7 +109,7 @@ def lowered_part(part: str, config: ConfigDict, device: jax.sharding.Mesh, num_i
       return out, pullback(slope)[0]
     arguments = tuple(shaped(shape, config.model.dtype, device) for shape in shapes)
   else:
-    network = system.network_of(config, num_classes=CLASSES.value)
+    network = system.network_of(config, num_classes=1_000)
     variables = jax.eval_shape(lambda: network.init(jax.random.key(0), *system.network_inputs(config), train=False))
     def run(variables, image):
       return network.apply(variables, normalise_image(image), method=lambda net, x: net.trunk(x, train=False)["pooled"])
@@ -160,27 +153,38 @@ def report(compiled: list, chip: chips.Chip) -> dict:
   return found
 
 
+def define_flags() -> None:
+  """Defines the flags; not at import, because launch.py has some of the same names."""
+  config_flags.DEFINE_config_file("config", "configs/pirl.py:imagenet", "The run.")
+  flags.DEFINE_string("chip", "v5e-8", f"{', '.join(chips.CHIPS)}, with a number of chips.")
+  flags.DEFINE_enum("part", "step", ["step", "views", "cut", "pool", "evaluate"], "What to compile.")
+  flags.DEFINE_integer("images", 1_281_167, "Training images.")
+  flags.DEFINE_integer("classes", 1_000, "Classes of the images.")
+  flags.DEFINE_string("text", "", "File for the text of the compiled program.")
+
+
 def main(argv: list[str]) -> None:
   """Prints the report."""
   del argv
-  config = CONFIG.value
+  given = flags.FLAGS
+  config = given.config
   try:
-    devices, chip = chips.create_mesh(CHIP.value)
+    devices, chip = chips.chips_mesh(given.chip)
     started = time.perf_counter()
-    if PART.value == "step":
+    if given.part == "step":
       parts_lib.check_config(config)
       parts_lib.check_shares(config, devices.size)
-      lowered = lowered_step(config, devices)
+      lowered = lowered_step(config, devices, Described(given.images, given.classes))
     else:
       one = jax.sharding.Mesh(np.array(devices.devices[:1]), devices.axis_names)
-      lowered = lowered_part(PART.value, config, one, config.batch_size // devices.size)
+      lowered = lowered_part(given.part, config, one, config.batch_size // devices.size)
   except UserError as error:
     raise app.UsageError(str(error)) from error
   compiled = [each.compile() for each in lowered]
   seconds = time.perf_counter() - started
-  if TEXT.value:
-    Path(TEXT.value).write_text("\n".join(each.as_text() for each in compiled))
-  found = {"chip": CHIP.value, "config": config.name, "part": PART.value, "devices": devices.size,
+  if given.text:
+    Path(given.text).write_text("\n".join(each.as_text() for each in compiled))
+  found = {"chip": given.chip, "config": config.name, "part": given.part, "devices": devices.size,
            "images_on_a_device": config.batch_size // devices.size, "compile_seconds": round(seconds, 1),
            **report(compiled, chip)}
   for name, value in found.items():
@@ -193,5 +197,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  chips.prepare()
+  chips.prepare_compilers()
+  define_flags()
   app.run(main)

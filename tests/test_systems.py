@@ -43,7 +43,7 @@ UNLABELLED = {"data.source": "folder", "data.num_images": 0, "data.split": "", "
 
 SYSTEMS = {
   "pirl": ("pirl", KNN),
-  "pirl_rotation": ("pirl", {"pretext": "rotation", "model.head": "mlp", **UNLABELLED}),
+  "pirl_rotation": ("pirl", {"pretext": "rotation", "model.head": "mlp", "model.dtype": "bfloat16", **UNLABELLED}),
   "pirl_rotation_jigsaw": ("pirl", {"pretext": "rotation_jigsaw", "negative_sampling": "per_image",
                                     "bank.dtype": "bfloat16"}),
   "npid": ("npid", {"loss": "nce", **UNLABELLED}),

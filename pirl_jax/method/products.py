@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pirl_jax.runtime.mesh import varying_alike
+
 
 def exact(embeddings: jax.Array, rows: jax.Array) -> jax.Array:
   """Returns the products f32[B, K] of embeddings f32[B, D] and rows f32[K, D], in full float32 (float64 stays).
@@ -31,7 +33,7 @@ def in_halves(embeddings: jax.Array, rows: jax.Array) -> jax.Array:
     embeddings: the gradient is taken by them, likewise to 1e-5.
     rows: constants.
   """
-  return _in_halves(embeddings, lax.stop_gradient(rows))
+  return _in_halves(*varying_alike(embeddings, lax.stop_gradient(rows)))
 
 
 @jax.custom_vjp

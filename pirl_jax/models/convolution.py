@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pirl_jax.runtime.mesh import varying_alike
+
 from pirl_jax.models import winograd
 
 _ORDER = ("NHWC", "HWIO", "NHWC")
@@ -59,17 +61,7 @@ def conv(images: jax.Array, kernel: jax.Array, window_strides: Sequence[int], pa
   assert all(set(dilation or (1,)) == {1} for dilation in (lhs_dilation, rhs_dilation)), (lhs_dilation, rhs_dilation)
   order = jax.lax.conv_dimension_numbers(images.shape, kernel.shape, _ORDER)
   assert dimension_numbers in (order, None), dimension_numbers
-  return _conv(*_varying_alike(images, kernel), stride, pad, precision)
-
-
-def _varying_alike(images, kernel):
-  """Returns both, inside `shard_map` as varying over the same axes of the mesh.
-
-  A gradient then varies as what it is taken by, and is summed over the devices where that was the same on all of them.
-  """
-  axes = [jax.typeof(x).mat.varying for x in (images, kernel)]
-  return (jax.lax.pcast(images, tuple(axes[1] - axes[0]), to="varying"),
-          jax.lax.pcast(kernel, tuple(axes[0] - axes[1]), to="varying"))
+  return _conv(*varying_alike(images, kernel), stride, pad, precision)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

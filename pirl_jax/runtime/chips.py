@@ -82,7 +82,7 @@ TARGETS = {
 }
 
 
-def prepare() -> None:
+def prepare_compilers() -> None:
   """Sets the environment that the compilers read. It is to be called before JAX looks for a device."""
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)
@@ -90,7 +90,7 @@ def prepare() -> None:
   jax.config.update("jax_platforms", "cpu")
 
 
-def create_mesh(name: str) -> tuple[Mesh, Chip]:
+def chips_mesh(name: str) -> tuple[Mesh, Chip]:
   """Returns the mesh, with the one axis "data", of chips that are not there, and what their maker says of one.
 
   Args:

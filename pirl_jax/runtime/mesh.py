@@ -45,3 +45,14 @@ def split(mesh: Mesh) -> NamedSharding:
 def whole(mesh: Mesh) -> NamedSharding:
   """Returns the sharding that replicates an array on every device."""
   return NamedSharding(mesh, WHOLE)
+
+
+def varying_alike(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns both arrays, of any shapes; inside `shard_map` both then vary over the same axes of the mesh.
+
+  A `custom_vjp` needs this: a gradient varies like the array that it is taken by. If that array was the same on all
+  devices, JAX then sums its gradient over the devices.
+  """
+  axes = [jax.typeof(x).mat.varying for x in (one, other)]
+  return (jax.lax.pcast(one, tuple(axes[1] - axes[0]), to="varying"),
+          jax.lax.pcast(other, tuple(axes[0] - axes[1]), to="varying"))

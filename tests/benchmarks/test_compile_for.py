@@ -15,7 +15,7 @@ from pirl_jax.runtime import chips
 def test_a_chip_that_is_not_known(monkeypatch, name, said):
   monkeypatch.setattr(chips, "_is_installed", lambda wheel: True)
   with pytest.raises(UserError, match=said):
-    chips.create_mesh(name)
+    chips.chips_mesh(name)
 
 
 @pytest.mark.parametrize(("name", "wheels"), [
@@ -23,7 +23,7 @@ def test_a_chip_that_is_not_known(monkeypatch, name, said):
 def test_a_compiler_that_is_not_installed(monkeypatch, name, wheels):
   monkeypatch.setattr(chips, "_is_installed", lambda wheel: False)
   with pytest.raises(UserError, match=wheels):
-    chips.create_mesh(name)
+    chips.chips_mesh(name)
 
 
 @pytest.mark.parametrize(("scope", "part"), [

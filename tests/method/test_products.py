@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from pirl_jax.method import products
 
@@ -50,3 +51,21 @@ def test_a_chip_multiplies_bfloat16(platform, types):
   text = jax.jit(gradient).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
   dots = [line.rpartition(" : ")[2] for line in text.splitlines() if "stablehlo.dot_general" in line]
   assert len(dots) == 2 and all(f"x{types}>, " in dot for dot in dots)
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_with_rows_split_over_devices_the_gradient_is_that_of_all_rows(num_devices):
+  rng = np.random.default_rng(2)
+  embeddings, rows = unit_rows(rng, 5, 8), unit_rows(rng, 16, 8)
+  mesh = jax.make_mesh((num_devices,), ("data",), devices=jax.devices()[:num_devices],
+                       axis_types=(jax.sharding.AxisType.Auto,))
+
+  def gradient(embeddings, rows):
+    def value(embeddings):
+      return jax.lax.psum(jnp.sum(jnp.sin(products.in_halves(embeddings, rows))), "data")
+    return jax.grad(value)(embeddings)
+
+  mapped = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
+  np.testing.assert_allclose(mapped(embeddings, rows), np.cos(embeddings @ rows.T) @ rows, rtol=1e-5, atol=1e-6)
+  lowered = mapped.trace(embeddings, rows).lower(lowering_platforms=("cuda",)).as_text()
+  assert "all_reduce" in lowered and "bf16" in lowered
