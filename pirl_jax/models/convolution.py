@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pirl_jax.runtime.mesh import varying_alike
-
 from pirl_jax.models import winograd
+from pirl_jax.runtime.mesh import varying_alike
 
 _ORDER = ("NHWC", "HWIO", "NHWC")
 
@@ -109,7 +108,7 @@ def _forward(images, kernel, *, stride, pad, precision):
   if _is_product(kernel, pad):
     return _product(images[:, ::stride, ::stride], kernel[0, 0], precision=precision)
   if _is_winograd(images, kernel, stride, pad):
-    return winograd.forward(images, kernel, precision=precision)
+    return winograd.convolve(images, kernel, precision=precision)
   if _num_points(images) <= _num_taps(kernel):
     shape = _result_shape(images, kernel, stride, pad)
     return _product(images.reshape(len(images), -1), _dense(kernel, images, shape, stride, pad),
@@ -217,7 +216,8 @@ def _is_product(kernel, pad):
 
 
 def _is_winograd(images, kernel, stride, pad):
-  return kernel.shape[:2] == (3, 3) and stride == pad == 1 and winograd.is_worthwhile(*images.shape, kernel.shape[-1])
+  return kernel.shape[:2] == (3, 3) and stride == pad == 1 and winograd.is_worthwhile(
+    *images.shape[:3], *kernel.shape[2:])
 
 
 def _num_points(images):

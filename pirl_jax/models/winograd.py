@@ -13,7 +13,9 @@ Letters: N images, H W height and width, C channels, O channels of the result; T
 tile along an axis, n products, t tiles along an axis.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,16 +47,16 @@ class Algorithm(NamedTuple):
   points: np.ndarray
 
 
-def _interpolating(at):
+def _interpolating(at: Sequence[float]) -> Algorithm:
   """Returns the algorithm that evaluates polynomials at these n - 1 numbers and at infinity (Toom, Cook)."""
-  at = np.array(at)
-  num, others = len(at) + 1, [np.delete(at, i) for i in range(len(at))]
+  numbers = np.array(at)
+  num, others = len(at) + 1, [np.delete(numbers, i) for i in range(len(at))]
   points = np.zeros((num, num))
   points[:-1, :-1] = [np.poly(rest)[::-1] for rest in others]
-  points[-1] = np.poly(at)[::-1]
-  scale = np.array([np.prod(number - rest) for number, rest in zip(at, others, strict=True)])
-  kernel = np.vstack([at[:, None] ** np.arange(3) / scale[:, None], [[0, 0, 1]]])
-  results = np.hstack([(at[:, None] ** np.arange(num - 2)).T, np.eye(num - 2)[:, -1:]])
+  points[-1] = np.poly(numbers)[::-1]
+  scale = np.array([np.prod(number - rest) for number, rest in zip(numbers, others, strict=True)])
+  kernel = np.vstack([numbers[:, None] ** np.arange(3) / scale[:, None], [[0, 0, 1]]])
+  results = np.hstack([(numbers[:, None] ** np.arange(num - 2)).T, np.eye(num - 2)[:, -1:]])
   return Algorithm(results, kernel, points)
 
 
@@ -91,27 +93,28 @@ def is_worthwhile(num: int, height: int, width: int, channels: int, features: in
           and num * height * width * channels * features >= PRODUCTS)
 
 
-def forward(images: jax.Array, kernel: jax.Array, *, precision) -> jax.Array:
+def convolve(images: jax.Array, kernel: jax.Array, *, precision: Any) -> jax.Array:
   """Returns the convolution f[N, H, W, O] of images f[N, H, W, C] with a kernel f[3, 3, C, O]: stride 1, padding 1."""
   how = choose(*images.shape[1:3])
   return _convolved(images, kernel, how, how.kernel, 0, precision)
 
 
-def images_slope(kernel: jax.Array, slope: jax.Array, *, precision) -> jax.Array:
-  """Returns the gradient by the images, f[N, H, W, C], of that by the result f[N, H, W, O] of `forward`."""
+def images_slope(kernel: jax.Array, slope: jax.Array, *, precision: Any) -> jax.Array:
+  """Returns the gradient by the images, f[N, H, W, C], of that by the result f[N, H, W, O] of `convolve`."""
   how = choose(*slope.shape[1:3])
   # The kernel is turned by turning G, and its channels are swapped by the product: XLA's transpose costs 50 ms for 512.
   return _convolved(slope, kernel, how, how.kernel[:, ::-1], 1, precision)
 
 
-def _convolved(images, kernel, how, taps, contracted, precision):
-  """Returns `forward`; `taps` is G, and `contracted` the channels of the kernel, 0 or 1, that join the images'."""
+def _convolved(images: jax.Array, kernel: jax.Array, how: Algorithm, taps: np.ndarray, contracted: int,
+               precision: Any) -> jax.Array:
+  """Returns `convolve`; `taps` is G, and `contracted` the channels of the kernel, 0 or 1, that join the images'."""
   num, height, width, channels = images.shape
   m, n = how.results.shape
   columns, rows = _sums(how.points, _windows(_padded(images, how, 1), how, axis=1)), _sums(taps, kernel)
   tiles = columns.shape[2], -(-width // m)
 
-  def products(_, coefficients):
+  def products(_: None, coefficients: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
     points, taps = coefficients
     points = _sum(points, _windows(columns, how, axis=3)).reshape(n, -1, channels)
     out = jax.lax.dot_general(points, _sum(taps, rows.swapaxes(0, 1)), (((2,), (1 + contracted,)), ((0,), (0,))),
@@ -124,14 +127,14 @@ def _convolved(images, kernel, how, taps, contracted, precision):
   return out.reshape(num, m * tiles[0], m * tiles[1], -1)[:, :height, :width]
 
 
-def kernel_slope(images: jax.Array, slope: jax.Array, *, precision) -> jax.Array:
-  """Returns the gradient by the kernel, f[3, 3, C, O], of that by the result f[N, H, W, O] of `forward`."""
+def kernel_slope(images: jax.Array, slope: jax.Array, *, precision: Any) -> jax.Array:
+  """Returns the gradient by the kernel, f[3, 3, C, O], of that by the result f[N, H, W, O] of `convolve`."""
   how = choose(*images.shape[1:3])
   n = len(how.kernel)
   columns = _sums(how.points, _windows(_padded(images, how, 1), how, axis=1))
   slopes = _sums(how.results.T, _tiled(_padded(slope, how, 0), how, axis=1))
 
-  def products(_, coefficients):
+  def products(_: None, coefficients: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
     points, results = coefficients
     points = _sum(points, _windows(columns, how, axis=3)).reshape(n, -1, images.shape[-1])
     results = _sum(results, _tiled(slopes, how, axis=3)).reshape(n, -1, slope.shape[-1])
@@ -142,32 +145,32 @@ def kernel_slope(images: jax.Array, slope: jax.Array, *, precision) -> jax.Array
   return _sums(how.kernel.T, out).swapaxes(0, 1)
 
 
-def _windows(images, how, axis):
+def _windows(images: jax.Array, how: Algorithm, axis: int) -> list[jax.Array]:
   """Returns, for each of the m + 2 points that a tile looks at, that point of every tile along the axis."""
   m, side = len(how.results), images.shape[axis]
   return [jax.lax.slice_in_dim(images, i, i + side - m - 1, m, axis) for i in range(m + 2)]
 
 
-def _tiled(slope, how, axis):
+def _tiled(slope: jax.Array, how: Algorithm, axis: int) -> list[jax.Array]:
   """Returns, for each of the m results of a tile, that result of every tile along the axis."""
   return [jax.lax.slice_in_dim(slope, i, None, len(how.results), axis) for i in range(len(how.results))]
 
 
-def _padded(x, how, edge):
+def _padded(x: jax.Array, how: Algorithm, edge: int) -> jax.Array:
   """Returns images with so many zeros around that both sides are those of whole tiles, with an edge of zeros."""
   m = len(how.results)
   return jnp.pad(x, ((0, 0), *((edge, -side % m + edge) for side in x.shape[1:3]), (0, 0)))
 
 
-def _as(matrix, like):
+def _as(matrix: np.ndarray, like: jax.Array) -> jax.Array:
   return jnp.asarray(matrix, like.dtype)
 
 
-def _sum(coefficients, terms):
-  return sum(coefficients[i] * term for i, term in enumerate(terms))
+def _sum(coefficients: jax.Array, terms: Sequence[jax.Array] | jax.Array) -> jax.Array:
+  return functools.reduce(jnp.add, (coefficients[i] * terms[i] for i in range(len(terms))))
 
 
-def _sums(matrix, terms):
+def _sums(matrix: np.ndarray, terms: Sequence[jax.Array] | jax.Array) -> jax.Array:
   """Returns matrix f[a, b] times b terms, f[a, ...]."""
-  matrix = _as(matrix, terms[0]).reshape(*matrix.shape, *[1] * terms[0].ndim)
-  return sum(matrix[:, i] * term[None] for i, term in enumerate(terms))
+  weights = _as(matrix, terms[0]).reshape(*matrix.shape, *[1] * terms[0].ndim)
+  return functools.reduce(jnp.add, (weights[:, i] * terms[i][None] for i in range(len(terms))))

