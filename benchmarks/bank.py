@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.collectives import sent_bytes
+from benchmarks.program import sent_bytes
 from pirl_jax.method import losses, memory_bank
 from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.state import create_state

@@ -11,6 +11,7 @@ bandwidth, or cycles at the clock rate: a lower bound, never a measurement.
 """
 
 import json
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -73,13 +74,14 @@ def crops_of(config: ConfigDict, batch_size: int, devices: jax.sharding.Mesh) ->
           for name, (size, _) in system.crops_of(config).items()}
 
 
-def lowered_step(config: ConfigDict, devices: jax.sharding.Mesh, source: Source) -> list:
+def lowered_step(config: ConfigDict, devices: jax.sharding.Mesh, source: Source, chip: chips.Chip) -> list:
   """Returns the program, or the two programs, of a step, lowered for these devices."""
-  parts = parts_lib.assemble(config, Path("runs"), devices, source, None)
+  parts = parts_lib.assemble(config, Path("runs"), devices, system.views_of(config), source, None,
+                             device_bytes=int(chip.memory))
   shardings = state_shardings(devices, with_bank=system.has_bank(config))
-  state = jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(parts.initial_state),
-    jax.tree.broadcast(shardings, jax.eval_shape(parts.initial_state)))
+  state = jax.eval_shape(parts.initial_state)
+  state = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state,
+                       jax.tree.broadcast(shardings, state))
   batch = crops_of(config, config.batch_size, devices)
   for name, dtype in (("index", jnp.int32), ("label", jnp.int32), ("valid", bool)):
     batch[name] = shaped((config.batch_size,), dtype, devices, mesh.SPLIT)
@@ -121,8 +123,7 @@ def lowered_part(part: str, config: ConfigDict, device: jax.sharding.Mesh, num_i
 
 def part_of(scope: str) -> str:
   """Returns which of `SCOPES` a kernel belongs to, "other" if to none."""
-  found = [name for name in SCOPES if name in scope.replace("(", "/").replace(")", "/").split("/")]
-  return max(found, key=scope.rindex) if found else "other"
+  return next((name for name in reversed(re.split("[/()]", scope)) if name in SCOPES), "other")
 
 
 def report(compiled: list, chip: chips.Chip) -> dict:
@@ -156,7 +157,7 @@ def report(compiled: list, chip: chips.Chip) -> dict:
 def define_flags() -> None:
   """Defines the flags; not at import, because launch.py has some of the same names."""
   config_flags.DEFINE_config_file("config", "configs/pirl.py:imagenet", "The run.")
-  flags.DEFINE_string("chip", "v5e-8", f"{', '.join(chips.CHIPS)}, with a number of chips.")
+  flags.DEFINE_string("chip", "v5e-8", f"{', '.join(chips.COMPILED)}, with a number of chips.")
   flags.DEFINE_enum("part", "step", ["step", "views", "cut", "pool", "evaluate"], "What to compile.")
   flags.DEFINE_integer("images", 1_281_167, "Training images.")
   flags.DEFINE_integer("classes", 1_000, "Classes of the images.")
@@ -174,7 +175,7 @@ def main(argv: list[str]) -> None:
     if given.part == "step":
       parts_lib.check_config(config)
       parts_lib.check_shares(config, devices.size)
-      lowered = lowered_step(config, devices, Described(given.images, given.classes))
+      lowered = lowered_step(config, devices, Described(given.images, given.classes), chip)
     else:
       one = jax.sharding.Mesh(np.array(devices.devices[:1]), devices.axis_names)
       lowered = lowered_part(given.part, config, one, config.batch_size // devices.size)

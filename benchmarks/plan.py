@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.collectives import sent_bytes
+from benchmarks.program import sent_bytes
 from pirl_jax.method import losses, memory_bank
 from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.optimizer import create_optimizer
@@ -24,6 +24,7 @@ from pirl_jax.method.step import make_contrastive_step
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
+from pirl_jax.runtime import chips
 from pirl_jax.runtime import mesh as mesh_lib
 
 DIM = 128
@@ -36,27 +37,7 @@ PASSES = 4
 SETS = {"imagenet-1k": 1_281_167, "imagenet-22k": 14_197_122, "yfcc-100m": 99_171_688, "one billion": 10**9}
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """What the maker says of a device: memory in bytes, FLOP/s in bfloat16 and float32, bytes/s of memory and links."""
-
-  memory: float
-  bfloat16: float
-  float32: float
-  memory_rate: float
-  link_rate: float
-
-
-CHIPS = {
-  "a100": Chip(80e9, 312e12, 19.5e12, 2.0e12, 300e9),
-  "h100": Chip(80e9, 989e12, 67e12, 3.35e12, 450e9),
-  "h200": Chip(141e9, 989e12, 67e12, 4.8e12, 450e9),
-  "tpu-v4": Chip(32e9, 275e12, 275e12 / 6, 1.2e12, 150e9),
-  "tpu-v5e": Chip(16e9, 197e12, 197e12 / 6, 0.82e12, 100e9),
-  "tpu-v5p": Chip(95e9, 459e12, 459e12 / 6, 2.77e12, 300e9),
-  "tpu-v6e": Chip(32e9, 918e12, 918e12 / 6, 1.64e12, 225e9),
-}
-"""A TPU has no float32 units: six products of bfloat16 make one."""
+CHIPS = {chip.name if chip.platform == "cuda" else f"tpu-{chip.name}": chip for chip in chips.CHIPS.values()}
 
 
 @dataclasses.dataclass(frozen=True)

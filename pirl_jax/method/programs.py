@@ -95,10 +95,11 @@ class WithNormaliser:
 
   def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
     """Returns the state after the step, and its metrics, f32[] each; the state given in is donated."""
-    known = state.normaliser is self._known  # if not, its value is looked at, which waits for it
-    if not known and not jax.device_get(state.normaliser) > 0:
+    # To look at the value waits for it. A step hands on the array that the step before it returned.
+    known = state.normaliser is self._known or _is_set(state)
+    if not known:
       state = state.replace(normaliser=self._normaliser(state, batch))
-    known = known or bool(jax.device_get(state.normaliser) > 0)
+      known = _is_set(state)
     state, metrics = self._step(state, batch)
     self._known = state.normaliser if known else None
     return state, metrics
@@ -106,6 +107,10 @@ class WithNormaliser:
   def lower(self, state: TrainState, batch: Any) -> Any:
     """Returns the program or programs of the step, lowered for these shapes, without that of Z."""
     return self._step.lower(state, batch)
+
+
+def _is_set(state: TrainState) -> bool:
+  return bool(jax.device_get(state.normaliser) > 0)
 
 
 def map_step(device_step: Callable, mesh: Mesh, *, with_bank: bool = True) -> Step:

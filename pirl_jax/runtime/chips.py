@@ -23,31 +23,45 @@ class Chip:
   """A chip, as its maker and its compiler describe it.
 
   Attributes:
+    name: as in "v5e-8", without the number of chips.
     platform: "tpu" or "cuda".
     memory: in bytes.
+    bfloat16: FLOP a second.
+    float32: FLOP a second.
     memory_rate: bytes a second between the chip and its memory.
+    link_rate: bytes a second between the chip and the others.
     clock_rate: cycles a second, of a chip whose compiler estimates cycles; else 0.
   """
 
+  name: str
   platform: str
   memory: float
+  bfloat16: float
+  float32: float
   memory_rate: float
+  link_rate: float
   clock_rate: float = 0.0
 
 
-CHIPS = {
-  "v5e": Chip("tpu", 16e9, 0.82e12, 1.5e9),
-  "v5p": Chip("tpu", 95e9, 2.77e12, 1.75e9),
-  "v6e": Chip("tpu", 32e9, 1.64e12, 1.75e9),
-  "h100": Chip("cuda", 80e9, 3.35e12),
-  "h200": Chip("cuda", 141e9, 4.8e12),
-}
+CHIPS = {chip.name: chip for chip in (
+  Chip("a100", "cuda", 80e9, 312e12, 19.5e12, 2.0e12, 300e9),
+  Chip("h100", "cuda", 80e9, 989e12, 67e12, 3.35e12, 450e9),
+  Chip("h200", "cuda", 141e9, 989e12, 67e12, 4.8e12, 450e9),
+  # A TPU has no float32 units: six products of bfloat16 make one.
+  Chip("v4", "tpu", 32e9, 275e12, 275e12 / 6, 1.2e12, 150e9),
+  Chip("v5e", "tpu", 16e9, 197e12, 197e12 / 6, 0.82e12, 100e9, 1.5e9),
+  Chip("v5p", "tpu", 95e9, 459e12, 459e12 / 6, 2.77e12, 300e9, 1.75e9),
+  Chip("v6e", "tpu", 32e9, 918e12, 918e12 / 6, 1.64e12, 225e9, 1.75e9),
+)}
 
 TOPOLOGIES = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 """Of a number of v5e or v6e chips."""
 
 TOPOLOGIES_3D = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
 """Of a number of v5p chips. Google's names count cores: a v5p-8 has 4 chips."""
+
+COMPILED = ("v5e", "v5p", "v6e", "h100", "h200")
+"""Those that `chips_mesh` knows how to describe to their compiler."""
 
 WHEELS = {
   "tpu": ("libtpu",),
@@ -100,8 +114,9 @@ def chips_mesh(name: str) -> tuple[Mesh, Chip]:
     UserError: an unknown name, or the chip's compiler is not installed.
   """
   kind, _, number = name.partition("-")
-  if kind not in CHIPS or not re.fullmatch(r"\d*", number):
-    raise UserError(f"chip={name!r} is unknown; choose from {', '.join(CHIPS)}, with a number of chips: v5e-8, h100-8")
+  if kind not in COMPILED or not re.fullmatch(r"\d*", number):
+    raise UserError(f"chip={name!r} is unknown; choose from {', '.join(COMPILED)}, with a number of chips: v5e-8, "
+                    "h100-8")
   chip = CHIPS[kind]
   missing = [wheel for wheel in WHEELS[chip.platform] if not _is_installed(wheel)]
   if missing:

@@ -125,8 +125,8 @@ def build(config: ConfigDict, workdir: Path) -> Parts:
   """
   mesh = mesh_lib.create_mesh()
   check_shares(config, mesh.size)
-  system.views_of(config)  # what is wrong with the views needs no data to be said
-  return assemble(config, workdir, mesh, *open_data(config))
+  views_fn = system.views_of(config)  # what is wrong with the views needs no data to be said
+  return assemble(config, workdir, mesh, views_fn, *open_data(config), device_bytes=mesh_lib.device_bytes())
 
 
 def check_shares(config: ConfigDict, num_devices: int) -> None:
@@ -141,16 +141,18 @@ def check_shares(config: ConfigDict, num_devices: int) -> None:
                     f"{num_devices} devices; choose a divisor of {images}")
 
 
-def assemble(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, train: sources.Source,
-             test: sources.Source | None) -> Parts:
+def assemble(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, views_fn: Callable, train: sources.Source,
+             test: sources.Source | None, *, device_bytes: int) -> Parts:
   """Returns the parts of a run on these devices and data, after all checks that are left.
 
   Args:
     config: of the run.
     workdir: its folder.
     mesh: the devices; a program may be compiled for devices that are not there.
+    views_fn: see `system.views_of`.
     train: the training images; of these, number and classes count.
     test: the held-out images.
+    device_bytes: memory of a device.
 
   Raises:
     UserError: something does not fit.
@@ -164,13 +166,12 @@ def assemble(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, train: 
     len(train), num_devices=mesh.size, num_negatives=config.num_negatives if system.has_bank(config) else 0)
   if system.has_bank(config):
     memory_bank.check_fits(layout, dim=config.model.dim, dtype=DTYPES[config.bank.dtype], num_devices=mesh.size,
-                           device_bytes=mesh_lib.device_bytes())
+                           device_bytes=device_bytes)
   loss_of(config, layout)
   schedule = make_schedule(config, steps_per_epoch)
   optimizer = create_optimizer(schedule, momentum=config.optimizer.momentum, weight_decay=config.optimizer.weight_decay,
                                decay_biases=config.optimizer.decay_biases)
-  return Parts(config, workdir, mesh, train, test, layout, network, optimizer, schedule, system.views_of(config),
-               steps_per_epoch)
+  return Parts(config, workdir, mesh, train, test, layout, network, optimizer, schedule, views_fn, steps_per_epoch)
 
 
 def loss_of(config: ConfigDict, layout: memory_bank.Layout) -> losses.Loss:
