@@ -11,14 +11,14 @@ from pirl_jax.errors import UserError
 
 if TYPE_CHECKING:
   from pirl_jax.evaluation.encoder import Encoder, load
-  from pirl_jax.from_python import evaluate, pretrain
+  from pirl_jax.launching.from_python import evaluate, pretrain
 
 __all__ = ["Encoder", "UserError", "__version__", "evaluate", "load", "pretrain"]
 
 __version__ = "0.1.0"
 
 _ROOMS = {"load": "pirl_jax.evaluation.encoder", "Encoder": "pirl_jax.evaluation.encoder",
-          "pretrain": "pirl_jax.from_python", "evaluate": "pirl_jax.from_python"}
+          "pretrain": "pirl_jax.launching.from_python", "evaluate": "pirl_jax.launching.from_python"}
 
 
 def __getattr__(name: str) -> Any:

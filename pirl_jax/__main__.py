@@ -3,7 +3,7 @@
 The command pirl-jax, and launch.py of a checkout, under the name of the package.
 """
 
-from pirl_jax.launching import start
+from pirl_jax.launching.command import start
 
 if __name__ == "__main__":
   start()

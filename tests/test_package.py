@@ -9,21 +9,21 @@ import pytest
 from launching import ROOT
 from packaging.requirements import Requirement
 
-from pirl_jax import config_files
 from pirl_jax.errors import UserError
+from pirl_jax.launching import config_files
 
 WITHOUT_JAX = "import sys; sys.modules['jax'] = sys.modules['flax'] = None; "
 """An import of either is an ImportError from here on."""
 
 LOADS_ALL = WITHOUT_JAX + """
 import importlib
-from pirl_jax import config_files
+from pirl_jax.launching import config_files
 for name in config_files.names():
   module = importlib.import_module(f"pirl_jax.configs.{name}")
   print(name, len([module.get_config(variant) for variant in module.VARIANTS]))
 """
 
-MISSPELT = WITHOUT_JAX + "from pirl_jax.launching import start; start()"
+MISSPELT = WITHOUT_JAX + "from pirl_jax.launching.command import start; start()"
 
 
 def python(*arguments, cwd=ROOT, **environment):
@@ -87,7 +87,7 @@ def test_the_wheel_has_one_package_with_every_config_and_a_licence(installed):
   shipped = {path.name for path in (installed / "pirl_jax" / "configs").glob("*.py")}
   assert shipped == {path.name for path in (ROOT / "configs").glob("*.py")}
   assert (installed / "pirl_jax" / "py.typed").exists() and not (installed / "pirl_jax" / "configs.py").exists()
-  assert "pirl-jax = pirl_jax.launching:start" in (info / "entry_points.txt").read_text()
+  assert "pirl-jax = pirl_jax.launching.command:start" in (info / "entry_points.txt").read_text()
   assert "Apache License" in (info / "licenses" / "LICENSE").read_text()
 
 

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from pirl_jax import jobs, launching, runs, system
+from pirl_jax import runs, system
 from pirl_jax.configs import evaluate as evaluate_config
 from pirl_jax.configs.base import get_base
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
+from pirl_jax.launching import command, jobs
 from pirl_jax.method import losses
 from pirl_jax.method.negatives import Scores
 from pirl_jax.models import resnet
@@ -124,13 +125,13 @@ def launched(config, workdir, patch):
   parts_lib.check_config(config)
   read = set()
   patch.setattr(pretrain, "check_config", lambda config: None)
-  patch.setattr(launching, "CONFIG", SimpleNamespace(value=Recorded(config, read)))
-  patch.setattr(launching, "WORKDIR", SimpleNamespace(value=workdir))
+  patch.setattr(command, "CONFIG", SimpleNamespace(value=Recorded(config, read)))
+  patch.setattr(command, "WORKDIR", SimpleNamespace(value=workdir))
   for flag, value in (("COORDINATOR", ""), ("NUM_PROCESSES", 1), ("PROCESS_ID", None),
                       ("KEEP_MEMORY", False)):
-    patch.setattr(launching, flag, SimpleNamespace(value=value))
+    patch.setattr(command, flag, SimpleNamespace(value=value))
   patch.setattr(jobs, "quiet", lambda: None)
-  launching.main(["launch.py"])
+  command.main(["launch.py"])
   return read
 
 

@@ -31,7 +31,7 @@ from pirl_jax.training import pretrain
 from pirl_jax.training.parts import Parts, build, check_config
 
 TRAINS = True
-"""If this job is asked to stop, it saves the state of the current run and ends with exit code 0, see `jobs`."""
+"""If this job is asked to stop, it saves the state of its run and ends with exit code 0, see `launching.jobs`."""
 
 PLOTS = ("lines", "bars", "layers", "distances")
 

@@ -34,7 +34,7 @@ from pirl_jax.training.stopping import Stopped, Stopping
 from pirl_jax.views.normalisation import denormalise
 
 TRAINS = True
-"""If this job is asked to stop, it saves its state and ends with exit code 0, see `jobs`."""
+"""If this job is asked to stop, it saves its state and ends with exit code 0, see `launching.jobs`."""
 
 STEPS_IN_FLIGHT = 2
 """Number of steps that the host may submit before it waits. Two keep the devices busy, and few batches are in memory at

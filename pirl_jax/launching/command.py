@@ -7,8 +7,8 @@ import sys
 
 from absl import app, flags
 
-from pirl_jax import config_files, jobs
 from pirl_jax.errors import UserError
+from pirl_jax.launching import config_files, jobs
 from pirl_jax.runtime import memory
 from pirl_jax.storage.settings import field_problem
 

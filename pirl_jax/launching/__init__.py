@@ -1,0 +1,1 @@
+"""Starts jobs: from the command line (`command`) and from Python (`from_python`)."""
