@@ -29,6 +29,16 @@ def get_base() -> ConfigDict:
   config.pretext = "jigsaw"  # the transform: "jigsaw", "rotation", "rotation_jigsaw"
   config.pretext_weight = 0.5  # lambda: weight of the pretext term; the image term has 1 - lambda; 0: no pretext view
 
+  _add_images(config)
+  _add_views(config)
+  _add_network(config)
+  _add_optimizer(config)
+  _add_evaluation(config)
+  return config
+
+
+def _add_images(config: ConfigDict) -> None:
+  """Adds where the images come from, and how they are read and cropped."""
   config.data = data = ConfigDict()
   data.source = "tfds"  # "embedded" (textures, no download), "folder" or "tfds"
   data.name = ""  # tfds: name of the data set in TFDS's catalog
@@ -42,6 +52,9 @@ def get_base() -> ConfigDict:
   data.num_threads = 16  # threads that decode and crop
   data.max_bad_fraction = 0.05  # largest share of images that cannot be read; with more the run stops
 
+
+def _add_views(config: ConfigDict) -> None:
+  """Adds the cut of the jigsaw and the photometric augmentations of both views."""
   # For "jigsaw" and "rotation_jigsaw"; the transform "rotation" uses the size and scale of the image crop.
   config.jigsaw = jigsaw = ConfigDict()
   jigsaw.crop_size = 255  # pixels, side of the crop that is cut into patches
@@ -70,6 +83,9 @@ def get_base() -> ConfigDict:
   # The photometric augmentations of the pretext views: those of the image, except for fields that are set here.
   config.pretext_photometric = ConfigDict({name: photometric.get_oneway_ref(name) for name in photometric})
 
+
+def _add_network(config: ConfigDict) -> None:
+  """Adds the trunk, the heads and the memory bank."""
   config.model = model = ConfigDict()
   model.arch = "resnet50"
   model.width = 1  # factor for the number of channels
@@ -89,6 +105,9 @@ def get_base() -> ConfigDict:
   bank.momentum = 0.5  # weight of the old row
   bank.dtype = "float32"  # type in which the bank is stored: "float32", "bfloat16" or "float64"
 
+
+def _add_optimizer(config: ConfigDict) -> None:
+  """Adds SGD and the schedule of its learning rate."""
   config.optimizer = optimizer = ConfigDict()
   optimizer.learning_rate = 0.12  # for a batch of 1,024; scaled in proportion to the batch size
   optimizer.warmup_epochs = 0
@@ -102,6 +121,9 @@ def get_base() -> ConfigDict:
   optimizer.weight_decay = 1e-4  # on kernels, not on batch norm
   optimizer.decay_biases = False  # True: weight decay on the biases of linear layers, too
 
+
+def _add_evaluation(config: ConfigDict) -> None:
+  """Adds what happens beside the training: checkpoints, evaluations and the log."""
   config.checkpoint = checkpoint = ConfigDict()
   checkpoint.every_steps = 2_500  # a checkpoint is also written at every evaluation and at the end
   checkpoint.keep = 3  # number of newest checkpoints to keep; the one with the best kNN is kept, too
@@ -119,4 +141,3 @@ def get_base() -> ConfigDict:
 
   config.log = log = ConfigDict()
   log.every_steps = 50  # steps between two rows of metrics.jsonl
-  return config
