@@ -69,12 +69,13 @@ def folder(config: ConfigDict) -> None:
   config.batch_size = 256
   config.num_negatives = 4_096
   config.data.source = "folder"
+  config.data.reduced_decoding = True
   config.data.split = ""
   config.optimizer.update_interval = "step"
 
 
 def folder_small(config: ConfigDict) -> None:
-  """A folder of small images on a CPU: views of 32 pixels, ResNet-8. CIFAR-10: 15 minutes on two cores, kNN 47 %."""
+  """A folder of small images on a CPU: views of 32 pixels, ResNet-8. CIFAR-10: 14 minutes on two cores, kNN 47 %."""
   folder(config)
   small_network(config)
   config.num_epochs = 15

@@ -12,17 +12,26 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import grain
 import numpy as np
 
-from pirl_jax.data.crops import BrokenImage, centre_crop, decode, random_resized_crop, squash_resize
+from pirl_jax.data.crops import (
+  BrokenImage,
+  OpenedImage,
+  centre_crop,
+  open_image,
+  random_resized_crops,
+  squash_resize,
+)
 from pirl_jax.data.records import Source
 from pirl_jax.errors import UserError
 
 if TYPE_CHECKING:
   import jax  # at run time only `place` needs JAX
+
+_Crops = TypeVar("_Crops")
 
 Example = dict[str, np.ndarray | np.generic]
 """One image of a batch, by name: its crops u8[S, S, 3], and scalars."""
@@ -86,9 +95,10 @@ def train_batches(
     if not 0 < low <= high <= 1:
       raise UserError(f"crops of {name} cover {low} to {high} of the image; choose 0 < low <= high <= 1")
 
-  crop_fn = functools.partial(_crops, source, crops=dict(crops))
+  examples = _Examples(functools.partial(_crops, source, crops=dict(crops)), len(source),
+                       sum(3 * size**2 for size, _ in crops.values()))
   return _train_stream(
-    crop_fn, len(source), batch_size=batch_size, seed=seed, start_step=start_step, process_index=process_index,
+    examples, batch_size=batch_size, seed=seed, start_step=start_step, process_index=process_index,
     process_count=process_count, num_threads=num_threads)
 
 
@@ -127,9 +137,10 @@ def labelled_batches(
     UserError: there are fewer images than a batch holds, or the processes cannot share a batch equally.
   """
   size, scale = crop
-  crop_fn = functools.partial(_labelled_crop, source, np.asarray(indices), size=size, scale=tuple(scale))
+  examples = _Examples(functools.partial(_labelled_crop, source, np.asarray(indices), size=size, scale=tuple(scale)),
+                       len(indices), 3 * size**2)
   return _train_stream(
-    crop_fn, len(indices), batch_size=batch_size, seed=seed, start_step=start_step, process_index=process_index,
+    examples, batch_size=batch_size, seed=seed, start_step=start_step, process_index=process_index,
     process_count=process_count, num_threads=num_threads)
 
 
@@ -159,11 +170,12 @@ def eval_batches(
   if batch_size < 1:
     raise UserError(f"batch_size={batch_size} in an evaluation; choose 1 or more")
   num_batches = -(-max(0, len(source) - start) // batch_size)
-  crop_fn = functools.partial(squash_resize if squash else _centre_crop, fraction=crop_fraction)
-  size = _part_size(batch_size, image_size, num_threads)
+  crop_fn = functools.partial(
+    _test_crop, size=image_size, fraction=crop_fraction, squash=squash, reduced=source.reduced)
+  size = _part_size(batch_size, 3 * image_size**2, num_threads)
   read_fn = functools.partial(_test_images, source, num=size, size=image_size, crop_fn=crop_fn)
   parts = grain.MapDataset.range(start, start + num_batches * batch_size, size).map(read_fn)
-  return _start(parts, batch_size // size, num_threads, batch_fn=_join)
+  return _start(parts, batch_size // size, num_threads)
 
 
 def place(batch: Batch, mesh: "jax.sharding.Mesh") -> "dict[str, jax.Array]":
@@ -190,13 +202,21 @@ def place(batch: Batch, mesh: "jax.sharding.Mesh") -> "dict[str, jax.Array]":
 
 _RUNNING = weakref.WeakSet()
 
-_PART_BYTES = 2**20  # upper limit of the test images read at a time: 341 images of 32 pixels, or 6 of 224
+_PART_BYTES = 2**20  # upper limit of the images read at a time: 341 images of 32 pixels, or 6 of 224
 
 
-def _train_stream(crop_fn: Callable[..., Example], num_records: int, *, batch_size: int, seed: int, start_step: int,
-                  process_index: int, process_count: int, num_threads: int) -> Batches:
-  """Returns the endless stream of batches of crop_fn(record, rng), a function of (seed, step); see `train_batches`."""
-  whole_batches = steps_per_epoch(num_records, batch_size)
+class _Examples(NamedTuple):
+  """What a stream consists of: draw(record, rng) for `num_records` records, `num_bytes` bytes each."""
+
+  draw: Callable[..., Example]
+  num_records: int
+  num_bytes: int
+
+
+def _train_stream(examples: _Examples, *, batch_size: int, seed: int, start_step: int, process_index: int,
+                  process_count: int, num_threads: int) -> Batches:
+  """Returns the endless stream of batches of examples, a function of (seed, step); see `train_batches`."""
+  whole_batches = steps_per_epoch(examples.num_records, batch_size)
   if batch_size % process_count:
     raise UserError(
       f"batch_size={batch_size} cannot be shared by {process_count} processes; choose a multiple of it"
@@ -207,26 +227,33 @@ def _train_stream(crop_fn: Callable[..., Example], num_records: int, *, batch_si
   # depend on its place in the global stream, whichever process reads the record. The cut to whole batches comes before
   # `repeat`: a batch that spans two epochs could hold an image twice. From the endless stream each process takes its
   # block of every batch, from start_step on.
-  stream = grain.MapDataset.range(num_records).shuffle(seed=order_seed).random_map(crop_fn, seed=crop_seed)
+  stream = grain.MapDataset.range(examples.num_records).shuffle(seed=order_seed).random_map(
+    examples.draw, seed=crop_seed)
   stream = stream[: whole_batches * batch_size].repeat()
 
-  def place(number: int) -> int:
+  size = _part_size(local_size, examples.num_bytes, num_threads)
+
+  def example(number: int) -> Example:
     step, position = divmod(number, local_size)
-    return step * batch_size + process_index * local_size + position
+    found = stream[step * batch_size + process_index * local_size + position]
+    assert found is not None  # grain's filters return None, and there are none here
+    return found
+
+  def read(number: int) -> Batch:
+    if size == 1:  # spares a copy
+      return {name: np.asarray(value)[np.newaxis] for name, value in example(number).items()}
+    part = [example(number + other) for other in range(size)]
+    return {name: np.stack([one[name] for one in part]) for name in part[0]}
 
   first, end = start_step * local_size, len(stream) // process_count
-  return _start(grain.MapDataset.range(first, end).map(lambda number: stream[place(number)]), local_size, num_threads)
+  return _start(grain.MapDataset.range(first, end, size).map(read), local_size // size, num_threads)
 
 
-def _start(records: grain.MapDataset, batch_size: int, num_threads: int,
-           batch_fn: Callable[[Sequence[Batch]], Batch] | None = None) -> Batches:
-  """Returns the running stream: threads read records up to two batches ahead, and one more thread forms the batches.
-
-  `batch_fn` turns `batch_size` records into a batch; None stacks the records.
-  """
-  buffer = 2 * batch_size if num_threads else 0
-  read = records.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer))
-  batches = read.batch(batch_size, batch_fn=batch_fn)
+def _start(parts: grain.MapDataset, parts_per_batch: int, num_threads: int) -> Batches:
+  """Returns the running stream: threads read parts up to two batches ahead, and one more thread joins the parts."""
+  buffer = 2 * parts_per_batch if num_threads else 0
+  read = parts.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer))
+  batches = read.batch(parts_per_batch, batch_fn=_join)
   if num_threads:
     batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1)
   stream = _stream(batches)
@@ -254,8 +281,8 @@ _NO_IMAGE = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectory
 """Errors that mean: the file of this image existed when the run started and is no longer there or not readable."""
 
 
-def _read(source: Source, index: int) -> tuple[np.ndarray | None, int]:
-  """Returns (image u8[H, W, 3], label); the image is None if it cannot be read.
+def _read(source: Source, index: int, crop_fn: Callable[[OpenedImage], _Crops]) -> tuple[_Crops | None, int]:
+  """Returns (crop_fn(image), label); None in place of the first if the image cannot be read.
 
   Raises:
     UserError: the disk or the network fails, so the image itself may be sound.
@@ -264,7 +291,7 @@ def _read(source: Source, index: int) -> tuple[np.ndarray | None, int]:
   try:
     record = source[index]
     label = record.label
-    return decode(record.image), label
+    return crop_fn(open_image(record.image)), label
   except (BrokenImage, *_NO_IMAGE):
     return None, label
   # If the disk fails, the image may be sound; it must not be dropped from the training.
@@ -276,13 +303,12 @@ def _read(source: Source, index: int) -> tuple[np.ndarray | None, int]:
 
 def _crops(source: Source, index: int, rng: np.random.Generator, *,
            crops: Mapping[str, tuple[int, tuple[float, float]]]) -> Example:
-  image, label = _read(source, index)
+  cut, label = _read(source, index, lambda image: random_resized_crops(rng, image, crops, reduced=source.reduced))
   return {
-    **{name: np.zeros((size, size, 3), np.uint8) if image is None
-       else random_resized_crop(rng, image, size=size, scale=scale) for name, (size, scale) in crops.items()},
+    **(cut or {name: np.zeros((size, size, 3), np.uint8) for name, (size, _) in crops.items()}),
     "index": np.int32(index),
     "label": np.int32(label),
-    "valid": np.bool_(image is not None),
+    "valid": np.bool_(cut is not None),
   }
 
 
@@ -290,29 +316,20 @@ def _labelled_crop(
   source: Source, indices: np.ndarray, position: int, rng: np.random.Generator, *, size: int, scale: tuple[float, float]
 ) -> Example:
   index = int(indices[position])
-  image, label = _read(source, index)
-  if image is None:
-    crop = np.zeros((size, size, 3), np.uint8)
-  else:
-    crop = random_resized_crop(rng, image, size=size, scale=scale)
-    if rng.random() < 0.5:
-      crop = np.ascontiguousarray(crop[:, ::-1])
-  return {
-    "image": crop,
-    "index": np.int32(index),
-    "label": np.int32(label),
-    "valid": np.bool_(image is not None),
-  }
+  example = _crops(source, index, rng, crops={"image": (size, scale)})
+  if example["valid"] and rng.random() < 0.5:
+    example["image"] = np.ascontiguousarray(np.fliplr(example["image"]))
+  return example
 
 
-def _part_size(batch_size: int, image_size: int, num_threads: int) -> int:
-  """Returns how many test images are read at a time, a divisor of B.
+def _part_size(batch_size: int, num_bytes: int, num_threads: int) -> int:
+  """Returns how many images of `num_bytes` bytes are read at a time, a divisor of `batch_size`.
 
   Each hand-over between grain's threads costs up to a quarter of a millisecond, fifty times the cost of a small image
   that is already in memory. Reading many images at a time saves these hand-overs. Two limits hold: every thread gets a
   part of the batch, and photographs are read only a few at a time.
   """
-  most = min(_PART_BYTES // (3 * image_size**2), batch_size // max(1, num_threads))
+  most = min(_PART_BYTES // num_bytes, batch_size // max(1, num_threads))
   return max(size for size in range(1, max(1, most) + 1) if batch_size % size == 0)
 
 
@@ -323,24 +340,27 @@ def _join(parts: Sequence[Batch]) -> Batch:
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _centre_crop(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray:
+def _test_crop(image: OpenedImage, *, size: int, fraction: float, squash: bool, reduced: bool) -> np.ndarray:
+  """Returns u8[H, H, 3], the whole image or its centre, see `eval_batches`."""
+  shrunk = min(image.height, image.width) / round(size / fraction)
+  pixels = image.pixels(image.reduction(shrunk) if reduced else 1)
   # An image that has the size already is its own crop. The general way would take a third of the time of such an image.
-  return image if fraction == 1 and image.shape[:2] == (size, size) else centre_crop(
-    image, size=size, fraction=fraction)
+  if fraction == 1 and pixels.shape[:2] == (size, size):
+    return pixels
+  return (squash_resize if squash else centre_crop)(pixels, size=size, fraction=fraction)
 
 
 def _test_images(source: Source, first: int, *, num: int, size: int,
-                 crop_fn: Callable[..., np.ndarray]) -> Batch:
+                 crop_fn: Callable[[OpenedImage], np.ndarray]) -> Batch:
   """Returns `num` images from index `first` on as a batch; rows behind the last image of `source` are padding."""
   images = np.empty((num, size, size, 3), np.uint8)
   index, labels = np.full(num, -1, np.int32), np.full(num, -1, np.int32)
   valid = np.zeros(num, bool)
   num_there = max(0, min(num, len(source) - first))
   for row in range(num_there):
-    image, labels[row] = _read(source, first + row)
-    if image is not None:
-      images[row] = crop_fn(image, size=size)
-      valid[row] = True
+    crop, labels[row] = _read(source, first + row, crop_fn)
+    if crop is not None:
+      images[row], valid[row] = crop, True
   index[:num_there] = np.arange(first, first + num_there)
   images[~valid] = 0
   return {"image": images, "index": index, "label": labels, "valid": valid}

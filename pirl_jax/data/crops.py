@@ -3,9 +3,11 @@
 Letters: H W height and width of the image, S side of the crop; every image is u8[H, W, 3], RGB.
 """
 
+import dataclasses
 import io
 import math
 import struct
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
@@ -22,6 +24,14 @@ _MAX_PIXELS = 2**28  # 0.8 GB once decoded: too large for a photograph, perhaps 
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
+_REDUCTIONS = {1: _FLAGS, 2: _FLAGS | 16, 4: _FLAGS | 32, 8: _FLAGS | 64}
+"""OpenCV's flags for decoding at 1, 1/2, 1/4 and 1/8 of both sides. libjpeg then skips most of the work: it transforms
+fewer coefficients of each block of 8 x 8 pixels."""
+
+_RATIO = (3 / 4, 4 / 3)
+"""Range of a random crop's aspect ratio, as torchvision's default."""
+
+
 class BrokenImage(Exception):
   """These bytes cannot be made into an image."""
 
@@ -29,16 +39,66 @@ class BrokenImage(Exception):
 def decode(image: bytes | np.ndarray) -> np.ndarray:
   """Returns the pixels u8[H, W, 3], RGB, of an encoded image; an array u8[H, W, 3] is returned unchanged.
 
-  Grey, palette, CMYK and YCCK become RGB. Alpha is dropped, as by PIL's `convert("RGB")`. Of 16 bits the upper 8 are
-  kept. The EXIF orientation is ignored. The content decides the format, not the file name. OpenCV decodes ordinary
-  JPEG and PNG; Pillow decodes everything else.
+  See `open_image` and `OpenedImage.pixels`.
+  """
+  return open_image(image).pixels()
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedImage:
+  """An image whose size is known. The pixels of an ordinary JPEG or PNG are not decoded yet.
+
+  Attributes:
+    height: H.
+    width: W.
+    content: the bytes of an ordinary JPEG or PNG, else the pixels u8[H, W, 3].
+    reducible: True for an ordinary JPEG, which can be decoded at a part of its size.
+  """
+
+  height: int
+  width: int
+  content: bytes | np.ndarray
+  reducible: bool = False
+
+  def reduction(self, shrunk: float) -> int:
+    """Returns the strongest reduction by at most the factor `shrunk`; 1 if the image is not `reducible`."""
+    return max(factor for factor in _REDUCTIONS if factor == 1 or (self.reducible and factor <= shrunk))
+
+  def pixels(self, reduction: int = 1) -> np.ndarray:
+    """Returns the pixels u8[H / r, W / r, 3], RGB, with sides rounded up.
+
+    Grey, palette, CMYK and YCCK become RGB. Alpha is dropped, as by PIL's `convert("RGB")`. Of 16 bits the upper 8 are
+    kept. The EXIF orientation is ignored.
+
+    Args:
+      reduction: r, 1, 2, 4 or 8; only 1 if the image is not `reducible`.
+
+    Raises:
+      BrokenImage: the image is damaged.
+    """
+    if isinstance(self.content, np.ndarray):
+      return self.content
+    try:
+      decoded = cv2.imdecode(np.frombuffer(self.content, np.uint8), _REDUCTIONS[reduction])
+    except cv2.error as error:
+      raise BrokenImage(str(error)) from error
+    if decoded is None:
+      raise BrokenImage("OpenCV cannot decode it")
+    return decoded
+
+
+def open_image(image: bytes | np.ndarray) -> OpenedImage:
+  """Returns the opened image. The content decides the format, not the file name.
+
+  OpenCV decodes ordinary JPEG and PNG when their pixels are asked for; Pillow decodes everything else at once.
 
   Raises:
-    BrokenImage: the bytes are not an image, damaged, cut short, or have more than 2**28 pixels.
+    BrokenImage: the bytes are not an image, have a damaged header, are cut short, or have more than 2**28 pixels.
   """
   if isinstance(image, np.ndarray):
-    return image
-  if image[:2] == b"\xff\xd8":
+    return OpenedImage(image.shape[0], image.shape[1], image)
+  jpeg = image[:2] == b"\xff\xd8"
+  if jpeg:
     height, width, components, scan = _jpeg_header(image)
     # OpenCV fills missing parts of a JPEG with grey and only prints a warning. The end-of-image marker cannot occur
     # inside the scan. If no such marker follows the first scan, the file has been cut short.
@@ -53,26 +113,19 @@ def decode(image: bytes | np.ndarray) -> np.ndarray:
       raise BrokenImage("PNG is cut short")
     opencv = True
   else:
-    return _decode_with_pillow(image)
+    return _open_with_pillow(image)
   if height * width > _MAX_PIXELS:
     raise BrokenImage(f"{width} x {height} pixels are too many")
-  if not opencv:
-    return _decode_with_pillow(image)
-  try:
-    decoded = cv2.imdecode(np.frombuffer(image, np.uint8), _FLAGS)
-  except cv2.error as error:
-    raise BrokenImage(str(error)) from error
-  if decoded is None:
-    raise BrokenImage("OpenCV cannot decode it")
-  return decoded
+  return OpenedImage(height, width, image, reducible=jpeg) if opencv else _open_with_pillow(image)
 
 
-def _decode_with_pillow(image: bytes) -> np.ndarray:
+def _open_with_pillow(image: bytes) -> OpenedImage:
   try:
     with Image.open(io.BytesIO(image), formats=("JPEG", "PNG", "WEBP", "BMP")) as opened:
       if opened.width * opened.height > _MAX_PIXELS:
         raise BrokenImage(f"{opened.width} x {opened.height} pixels are too many")
-      return np.asarray(opened.convert("RGB"))
+      pixels = np.asarray(opened.convert("RGB"))
+      return OpenedImage(pixels.shape[0], pixels.shape[1], pixels)
   except BrokenImage:
     raise
   except UnidentifiedImageError as error:  # Pillow's own message shows a memory address
@@ -131,17 +184,46 @@ def crop_box(
   return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def random_resized_crop(
-  rng: np.random.Generator,
-  image: np.ndarray,
-  *,
-  size: int,
-  scale: tuple[float, float],
-  ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> np.ndarray:
-  """Returns u8[S, S, 3]: a random box of `image` (see `crop_box`), resized to `size` = S pixels a side."""
-  top, left, height, width = crop_box(rng, image.shape[0], image.shape[1], scale, ratio)
-  return _resize(image[top : top + height, left : left + width], size, size)
+def random_resized_crops(
+  rng: np.random.Generator, image: OpenedImage, crops: Mapping[str, tuple[int, tuple[float, float]]], *,
+  reduced: bool = False,
+) -> dict[str, np.ndarray]:
+  """Returns a random box of the image for each name (see `crop_box`), resized to a square: u8[S, S, 3] by name.
+
+  Args:
+    rng: gives the boxes, in the order of the names.
+    image: decoded once for all crops.
+    crops: by name the side S in pixels, and the range of the share of the image's area that the box covers.
+    reduced: True decodes a JPEG at a half, a quarter or an eighth of its size if every box is then still at least as
+      large as its crop. The boxes are the same, up to the rounding of their edges to whole pixels of the smaller image.
+
+  Raises:
+    BrokenImage: the image is damaged.
+  """
+  boxes = {name: crop_box(rng, image.height, image.width, scale, _RATIO) for name, (_, scale) in crops.items()}
+  shrunk = min((min(box[2:]) / crops[name][0] for name, box in boxes.items()), default=1)
+  reduction = image.reduction(shrunk) if reduced else 1
+  pixels = image.pixels(reduction)
+  cut = {}
+  for name, (top, left, height, width) in boxes.items():
+    first_y, last_y, first_x, last_x = (
+      round(edge / reduction) for edge in (top, top + height, left, left + width))
+    cut[name] = _resize(pixels[first_y:last_y, first_x:last_x], crops[name][0], crops[name][0])
+  return cut
+
+
+def shrink(image: OpenedImage, shorter_side: int) -> np.ndarray:
+  """Returns u8[H', W', 3]: the image with a shorter side of at most `shorter_side` pixels; no image is enlarged.
+
+  Raises:
+    BrokenImage: the image is damaged.
+  """
+  shorter = min(image.height, image.width)
+  pixels = image.pixels(image.reduction(shorter / shorter_side))
+  if shorter <= shorter_side:
+    return pixels
+  return _resize(pixels, *(max(shorter_side, round(shorter_side * side / shorter)) for side in (
+    image.height, image.width)))
 
 
 def centre_crop(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray:

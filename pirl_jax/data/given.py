@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pirl_jax.data.crops import BrokenImage, decode
+from pirl_jax.data.crops import BrokenImage, open_image
 from pirl_jax.data.records import Record, Source, printable
 from pirl_jax.errors import UserError
 
@@ -23,21 +23,22 @@ class GivenSource(Source):
   class_names = ()
   fingerprint = "given"
 
-  def __init__(self, images: Sequence[Any], *, names: Sequence[str]) -> None:
+  def __init__(self, images: Sequence[Any], *, names: Sequence[str], least: int = 0) -> None:
     """Stores the list; no image is read yet.
 
     Args:
       images: each one of the kinds that `pixels_of` takes.
       names: a name for each image, for messages.
+      least: see `pixels_of`.
     """
-    self._images, self._names = images, names
+    self._images, self._names, self._least = images, names, least
     self.description = f"{len(images)} given images"
 
   def __len__(self) -> int:
     return len(self._images)
 
   def __getitem__(self, index: int) -> Record:
-    return Record(pixels_of(self._images[index], self._names[index]), -1)
+    return Record(pixels_of(self._images[index], self._names[index], least=self._least), -1)
 
   def image_name(self, index: int) -> str:
     """Returns the name that was given."""
@@ -57,10 +58,10 @@ def is_one(images: Any) -> bool:
   return hasattr(images, "__array__") and np.ndim(images) <= 3 and np.asarray(images).dtype.kind not in "OUS"
 
 
-def pixels_of(image: Any, name: str) -> np.ndarray:
+def pixels_of(image: Any, name: str, *, least: int = 0) -> np.ndarray:
   """Returns u8[H, W, 3], RGB, of one image.
 
-  - A path of a JPEG, PNG, WebP or BMP file: the file is decoded by `crops.decode`, as every other image of the program.
+  - A path of a JPEG, PNG, WebP or BMP file: `crops.open_image` opens the file, as every other image of the program.
   - A PIL image: the image is converted by convert("RGB"); modes without 8-bit levels (I, I;16, F) are refused.
   - An array, of numpy or of a library whose arrays numpy can read: u8[H, W, 3] RGB, or u8[H, W] grey, or floating
     point of one of these shapes in [0, 1], rounded to the nearest of 256 levels.
@@ -68,12 +69,14 @@ def pixels_of(image: Any, name: str) -> np.ndarray:
   Args:
     image: one of these.
     name: the name of the image in error messages.
+    least: if it is not 0, a JPEG file is decoded at a half, a quarter or an eighth of its size, where its shorter side
+      keeps so many pixels.
 
   Raises:
     UserError: the image is none of these, or cannot be read.
   """
   if isinstance(image, (str, os.PathLike)):
-    return _read_file(image, f"{name}, {printable(os.fsdecode(image))},")
+    return _read_file(image, f"{name}, {printable(os.fsdecode(image))},", least)
   if isinstance(image, Image.Image):
     return _convert(image, name)
   if hasattr(image, "__array__"):
@@ -81,10 +84,11 @@ def pixels_of(image: Any, name: str) -> np.ndarray:
   raise UserError(f"{name} is of type {type(image).__name__}; give {KINDS}")
 
 
-def _read_file(path: str | os.PathLike[str], name: str) -> np.ndarray:
+def _read_file(path: str | os.PathLike[str], name: str, least: int) -> np.ndarray:
   try:
     with open(path, "rb") as file:
-      return decode(file.read())
+      opened = open_image(file.read())
+    return opened.pixels(opened.reduction(min(opened.height, opened.width) / least) if least else 1)
   except IsADirectoryError as error:
     raise UserError(f"{name} is a folder; give its files one by one, for example sorted(folder.glob('*.jpg'))"
                     ) from error

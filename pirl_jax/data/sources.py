@@ -32,6 +32,7 @@ class DataSettings:
       labels.
     num_images: embedded: number of images to draw; folder and tfds: number of images to take at random, the same ones
       in every run, or 0 for all.
+    reduced_decoding: True decodes a JPEG at a half, a quarter or an eighth of its size, where its crops are no larger.
     image_size: side in pixels of the image view, and of the embedded images.
     image_scale: range of the share of the image's area that the image crop covers.
     num_threads: number of threads that decode and crop.
@@ -44,6 +45,7 @@ class DataSettings:
   split: str = "train"
   labels: str = "none"
   num_images: int = 0
+  reduced_decoding: bool = False
   image_size: int = 224
   image_scale: tuple[float, float] = (0.08, 1.0)
   num_threads: int = 16
@@ -87,6 +89,7 @@ def open_source(settings: DataSettings, *, class_names: tuple[str, ...] | None =
   if settings.labels not in LABELS:
     raise UserError(f"data.labels={settings.labels!r} is unknown; choose one of: {', '.join(LABELS)}")
   images, number = kind.open(settings, class_names), settings.num_images
+  images.reduced = settings.reduced_decoding
   if not number or kind.draws:
     return images
   if number > len(images):

@@ -120,10 +120,11 @@ class Encoder:
     if not single and not isinstance(images, Iterable):
       raise UserError(f"images is of type {type(images).__name__}; give {KINDS}, or several of them")
     waiting, first = iter([images] if single else images), 0
+    least = round(self.image_size / self.crop_fraction) if self.config["data"]["reduced_decoding"] else 0
     while chunk := list(itertools.islice(waiting, self.batch_size)):
       names = ["images" if single else f"images[{first + number}]" for number in range(len(chunk))]
-      yield from Images(GivenSource(chunk, names=names), self.image_size, self.crop_fraction, self.batch_size,
-                        self.num_threads).test_batches()
+      source = GivenSource(chunk, names=names, least=least)
+      yield from Images(source, self.image_size, self.crop_fraction, self.batch_size, self.num_threads).test_batches()
       first += len(chunk)
     if not first:
       raise UserError("images is empty; give one image or more")

@@ -9,7 +9,15 @@ import pytest
 from PIL import Image
 
 from pirl_jax.data import crops
-from pirl_jax.data.crops import BrokenImage, centre_crop, crop_box, decode, random_resized_crop, squash_resize
+from pirl_jax.data.crops import (
+  BrokenImage,
+  centre_crop,
+  crop_box,
+  decode,
+  open_image,
+  random_resized_crops,
+  squash_resize,
+)
 
 
 def smooth(height=48, width=64, channels=3, seed=0):
@@ -231,17 +239,55 @@ def test_resize_is_close_to_pillows_antialiased_bilinear(height, width, limit):
     assert error < 0.7 * plain
 
 
-def test_random_resized_crop_is_the_box_resized():
+def test_random_resized_crops_are_the_boxes_resized():
   image = photograph_like(300, 400)
-  crop = random_resized_crop(np.random.default_rng(5), image, size=64, scale=(0.2, 1.0))
-  top, left, height, width = crop_box(np.random.default_rng(5), 300, 400, (0.2, 1.0), (3 / 4, 4 / 3))
-  expected = Image.fromarray(image[top : top + height, left : left + width]).resize((64, 64), Image.BILINEAR)
-  assert crop.shape == (64, 64, 3) and crop.dtype == np.uint8
-  assert np.abs(crop - np.asarray(expected).astype(float)).mean() < 2
-  whole = random_resized_crop(
-    np.random.default_rng(5), image[:40, :40], size=40, scale=(1.0, 1.0), ratio=(1, 1)
-  )
-  np.testing.assert_array_equal(whole, image[:40, :40])
+  asked = {"small": (64, (0.2, 1.0)), "large": (100, (0.6, 1.0))}
+  cut = random_resized_crops(np.random.default_rng(5), open_image(image), asked)
+  rng = np.random.default_rng(5)
+  for name, (size, scale) in asked.items():
+    top, left, height, width = crop_box(rng, 300, 400, scale, (3 / 4, 4 / 3))
+    expected = Image.fromarray(image[top : top + height, left : left + width]).resize((size, size), Image.BILINEAR)
+    assert cut[name].shape == (size, size, 3) and cut[name].dtype == np.uint8
+    assert np.abs(cut[name] - np.asarray(expected).astype(float)).mean() < 2
+
+
+@pytest.mark.parametrize(
+  "shrunk, reduction", [(0.5, 1), (1.99, 1), (2, 2), (3.9, 2), (4, 4), (7.9, 4), (8, 8), (50, 8)])
+def test_a_jpeg_is_reduced_by_no_more_than_its_crops_allow(shrunk, reduction):
+  assert open_image(FILES["jpeg"]).reduction(shrunk) == reduction
+  for kind in ("png", "webp", "jpeg cmyk"):
+    assert open_image(FILES[kind]).reduction(shrunk) == 1
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg progressive", "jpeg grey", "jpeg turned by exif"])
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_a_reduced_jpeg_is_the_whole_one_averaged(kind, reduction):
+  whole, reduced = open_image(FILES[kind]).pixels(), open_image(FILES[kind]).pixels(reduction)
+  assert reduced.shape == (48 // reduction, 64 // reduction, 3)
+  averaged = whole.reshape(48 // reduction, reduction, 64 // reduction, reduction, 3).mean((1, 3))
+  assert np.abs(averaged - reduced).mean() < 6
+  assert kind == "jpeg grey" or np.abs(averaged - reduced[..., ::-1]).mean() > 10  # red, green, blue
+
+
+@pytest.mark.parametrize("height, width, size", [(1500, 2000, 224), (2003, 1001, 96), (401, 503, 40)])
+def test_crops_of_a_reduced_jpeg_show_the_same(height, width, size):
+  data = encoded(Image.fromarray(photograph_like(height, width)), "JPEG", quality=95)
+  asked = {"image_crop": (size, (0.3, 1.0)), "pretext_crop": (size + 31, (0.6, 1.0))}
+  for seed in range(4):
+    whole, reduced = (random_resized_crops(np.random.default_rng(seed), open_image(data), asked, reduced=reduced)
+                      for reduced in (False, True))
+    for name in asked:
+      moved = np.roll(whole[name], 3, axis=0).astype(float)
+      error = np.abs(whole[name] - reduced[name].astype(float)).mean()
+      assert 0 < error < 3.5 and error < 0.5 * np.abs(whole[name] - moved).mean(), (name, seed)
+
+
+def test_a_damaged_jpeg_is_broken_however_it_is_decoded():
+  data = bytearray(encoded(Image.fromarray(photograph_like(400, 400)), "JPEG"))
+  opened = open_image(bytes(data))
+  assert (opened.height, opened.width) == (400, 400)
+  with pytest.raises(BrokenImage):
+    open_image(bytes(data[: len(data) // 2]))
 
 
 @pytest.mark.parametrize("height, width", [(300, 400), (400, 300), (256, 256), (50, 1000), (1, 1)])
