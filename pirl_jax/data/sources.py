@@ -59,7 +59,7 @@ class DataSettings:
     return cls(**values)
 
 
-READING = ("image_size", "image_scale", "num_threads", "max_bad_fraction")
+READING = ("image_size", "image_scale", "reduced_decoding", "num_threads", "max_bad_fraction")
 """The fields that say how images are read; all other fields say which images are read."""
 
 

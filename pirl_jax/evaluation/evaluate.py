@@ -169,11 +169,15 @@ def open_evaluation(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mes
   """
   data = data_of(config, subject.runs[0])
   sizes = sizes_of(config, subject, mesh)
+  reduced = config.data.reduced_decoding
+  if reduced is None:
+    reduced = subject.runs[0].meta["config"]["data"]["reduced_decoding"]
 
   def open_split(split: str, class_names: tuple[str, ...] | None = None,
                  num_images: int = data["num_images"]) -> Images:
     which = {name: data[name] for name in SOURCE_FIELDS} | {"split": split, "num_images": num_images}
-    source = open_fn(sources.DataSettings(**which, image_size=sizes["image_size"]), class_names)
+    source = open_fn(sources.DataSettings(**which, image_size=sizes["image_size"], reduced_decoding=reduced),
+                     class_names)
     return Images(source, **sizes)
 
   train = open_split(data["split"])
@@ -232,6 +236,8 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
     "step": evaluation.subject.step,
     "run_config": evaluation.subject.config,
   }
+  if evaluation.train.source.reduced:  # results from before this field existed do not have it
+    settings["reduced_decoding"] = True
   if evaluation.subject.is_ensemble:
     settings["ensemble"] = [run.label for run in evaluation.subject.runs]
   return json.loads(json.dumps(settings))  # turns tuples into lists, as in the stored file

@@ -1,11 +1,13 @@
 """Batches: one stream, whatever the threads, the processes and the restarts."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
 import threading
 import time
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from pirl_jax.data.batches import eval_batches, labelled_batches, place, steps_p
 from pirl_jax.data.crops import centre_crop
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
+from pirl_jax.data.sources import DataSettings, open_source
+from pirl_jax.data.subsets import Subset
 from pirl_jax.errors import UserError
 
 NUM_IMAGES, BATCH = 50, 8
@@ -457,3 +461,28 @@ def test_labelled_broken_images_are_marked_and_change_no_other(num_threads):
 def test_labelled_batch_larger_than_the_subset():
   with pytest.raises(UserError, match="batch_size=20.*19 images"):
     take_labelled(1, indices=SOME, batch_size=20)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+  """A small and a large JPEG of the same size in each class of four."""
+  folder, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+  for number in range(8):
+    side = 400 if number % 2 else 40
+    smooth = cv2.resize(rng.integers(0, 256, (7, 7, 3), np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
+    cv2.imwrite(str(folder / f"{number}.jpg"), smooth)
+  return DataSettings("folder", root=str(folder), split="")
+
+
+@pytest.mark.parametrize("wrap", [lambda source: source, lambda source: Subset(source, range(8))])
+def test_reduced_decoding_changes_large_images_alone_and_those_little(photographs, wrap):
+  whole, reduced = (open_source(dataclasses.replace(photographs, reduced_decoding=value)) for value in (False, True))
+  whole, reduced = wrap(whole), wrap(reduced)
+  pairs = [*zip(take(3, whole), take(3, reduced), strict=True)]
+  pairs += zip(*(eval_batches(source, batch_size=8, image_size=24, crop_fraction=0.875, num_threads=0)
+                 for source in (whole, reduced)), strict=True)
+  for one, other in pairs:
+    np.testing.assert_array_equal(one["index"], other["index"])
+    for name in one.keys() & {"image_crop", "pretext_crop", "image"}:
+      for index, a, b in zip(one["index"], one[name].astype(int), other[name].astype(int), strict=True):
+        assert (index % 2 and 0 < np.abs(a - b).mean() < 12) or (not index % 2 and (a == b).all()), (name, index)

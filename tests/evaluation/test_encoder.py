@@ -79,6 +79,23 @@ def test_features_are_those_that_the_evaluation_writes_bit_for_bit(run, encoder,
   np.testing.assert_array_equal(encoder(paths[7], layer), expected[7:8])
 
 
+def test_features_of_a_run_that_decodes_at_a_part_of_the_size_are_those_of_its_evaluation(photographs, tmp_path):
+  config = tiny(pirl)
+  config.data.reduced_decoding = True
+  run = pirl_jax.pretrain(config, tmp_path / "reduced")
+  images = shutil.copytree(photographs, tmp_path / "images")
+  rng = np.random.default_rng(1)
+  for number in range(1, NUM, 3):
+    smooth = cv2.resize(rng.integers(0, 256, (9, 9, 3), np.uint8), (90 + number, 101))
+    cv2.imwrite(str(images / f"{number:02}.jpg"), smooth)
+  paths = sorted(images.iterdir())
+  features = pirl_jax.load(run)(paths)
+  np.testing.assert_array_equal(features, exported(run, images, tmp_path / "results", "pooled"))
+  whole = pirl_jax.load(run)([cv2.imread(str(path))[..., ::-1] for path in paths])
+  assert [(a != b).any() for a, b in zip(features, whole, strict=True)] == [
+    path.suffix == ".jpg" and cv2.imread(str(path)).shape[0] == 101 for path in paths]
+
+
 def test_an_image_is_the_same_however_it_is_given(encoder, photographs):
   path = photographs / "03.png"
   levels = np.asarray(Image.open(path))
