@@ -2,11 +2,8 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.util
 import os
-import platform
-import re
 import sys
 import tempfile
 import zlib
@@ -52,8 +49,7 @@ def keep_compiled(folder: str | None) -> None:
   be used gives a printed warning, and nothing is stored.
 
   Args:
-    folder: None for the folder xla of `cache_folder`, "" for none at all. Each kind of processor has a folder of its
-      own within it: XLA reads a program for another processor without complaint, although it may crash there.
+    folder: None for the folder xla of `cache_folder`, "" for none at all. Machines of several kinds may share it.
   """
   jax.monitoring.register_event_duration_secs_listener(_note_compiled)
   jax.monitoring.register_event_listener(_note_found)
@@ -61,7 +57,7 @@ def keep_compiled(folder: str | None) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
   elif not jax.config.values["jax_compilation_cache_dir"]:
     try:
-      path = (cache_folder() / "xla" if folder is None else Path(folder).expanduser().absolute()) / _processor()
+      path = cache_folder() / "xla" if folder is None else Path(folder).expanduser().absolute()
       path.mkdir(parents=True, exist_ok=True)
       tempfile.TemporaryFile(dir=path).close()  # raises OSError if the folder cannot be written to
       if not _has_checksums():
@@ -95,16 +91,6 @@ def _note_compiled(event: str, duration_secs: float, **about: Any) -> None:
 def _note_found(event: str, **about: Any) -> None:
   if event == FOUND:
     _programs.found += 1
-
-
-def _processor() -> str:
-  """Returns a name for this kind of processor, or for this machine if the system does not say what it has."""
-  about = platform.node()
-  with contextlib.suppress(OSError):
-    text = Path("/proc/cpuinfo").read_text()
-    facts = set(re.findall(r"^(vendor_id|cpu family|model|flags|Features|CPU \w+)\s*:(.*)$", text, re.MULTILINE))
-    about = repr(sorted(facts)) if facts else about
-  return f"{platform.machine()}-{hashlib.sha256(about.encode()).hexdigest()[:8]}"
 
 
 def _has_checksums() -> bool:
