@@ -145,14 +145,6 @@ def test_without_a_folder_to_write_to_there_is_a_line_and_the_program_goes_on(st
   assert "no checksum" in lines[1] and stored(tmp_path / "whole") == []
 
 
-def test_who_imports_the_package_keeps_his_own_jax():
-  program = ("import jax, pirl_jax; from pirl_jax.training import pretrain; "
-             "print(jax.config.jax_compilation_cache_dir)")
-  environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-  ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, text=True, capture_output=True)
-  assert ended.stdout == "None\n", ended.stderr
-
-
 @pytest.mark.parametrize("flag, folder", [([], "xdg/pirl_jax/xla"), (["--compilation_cache=flag"], "flag")])
 def test_every_job_has_it(tmp_path, flag, folder):
   (tmp_path / "probe.py").write_text(
