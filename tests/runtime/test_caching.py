@@ -40,6 +40,7 @@ def start(monkeypatch):
     nonlocal listens
     stop()
     jax.config.update("jax_compilation_cache_dir", chosen)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if chosen else 99.0)
     caching.keep_compiled(folder)
     listens = True
 
