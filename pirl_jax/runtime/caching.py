@@ -71,7 +71,7 @@ def keep_compiled(folder: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
 
 
-def report() -> str:
+def compile_report() -> str:
   """Returns in words what was compiled since the last report; "" if `keep_compiled` was not called."""
   global _programs
   programs, _programs = _programs, _Programs()

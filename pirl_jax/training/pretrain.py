@@ -148,7 +148,7 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
       with book.paused(), book.tolerant("views.png"):
         save_views(parts, batch)
     state, metrics = train_step(state, batches.place(batch, parts.mesh))
-    if step == start_step + 1 and (compiled := caching.report()):
+    if step == start_step + 1 and (compiled := caching.compile_report()):
       book.say(compiled)
     in_flight.submit(step, batch["index"], metrics)
     last = step == parts.total_steps

@@ -34,7 +34,7 @@ def start(monkeypatch):
     for name, value in before.items():
       jax.config.update(name, value)
     compilation_cache.reset_cache()
-    caching.report()
+    caching.compile_report()
 
   def start(folder, chosen=None):
     nonlocal listens
@@ -60,11 +60,11 @@ def stored(folder):
 def test_the_second_start_reads_what_the_first_has_compiled(start, tmp_path):
   start(str(tmp_path))
   first = result()
-  assert caching.report().startswith("compiled 1 programs in ") and len(stored(tmp_path)) == 1
-  assert caching.report() == ""  # of what came since
+  assert caching.compile_report().startswith("compiled 1 programs in ") and len(stored(tmp_path)) == 1
+  assert caching.compile_report() == ""  # of what came since
   start(str(tmp_path))
   np.testing.assert_array_equal(result(), first)
-  said = caching.report()
+  said = caching.compile_report()
   assert said.startswith("compiled 0 programs") and said.endswith(f"; 1 more came from the cache in {tmp_path}")
 
 
@@ -131,7 +131,7 @@ def test_a_folder_that_somebody_has_chosen_stays(start, tmp_path):
 def test_none_at_all(start, tmp_path):
   start("", chosen=str(tmp_path))
   result()
-  assert list(tmp_path.iterdir()) == [] and caching.report().startswith("compiled 1 programs in ")
+  assert list(tmp_path.iterdir()) == [] and caching.compile_report().startswith("compiled 1 programs in ")
 
 
 def test_without_a_folder_to_write_to_there_is_a_line_and_the_program_goes_on(start, tmp_path, monkeypatch, capsys):
