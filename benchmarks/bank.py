@@ -23,6 +23,7 @@ import optax
 from benchmarks.program import sent_bytes
 from pirl_jax.method import losses, memory_bank
 from pirl_jax.method.contrast import Contrast
+from pirl_jax.method.optimizer import Optimizer
 from pirl_jax.method.state import create_state
 from pirl_jax.method.step import make_contrastive_step
 from pirl_jax.models.heads import ImageHead
@@ -60,7 +61,8 @@ def measure(num_rows: int, *, dtype: str, num_devices: int, negatives: str, num_
   count = 0 if negatives == "all" else num_negatives
   layout = memory_bank.create_layout(num_rows, num_devices=num_devices, num_negatives=count)
   pixels: Any = Pixels()  # used instead of a ResNet
-  network, optimizer = Network(pixels, ImageHead(DIM), ImageHead(DIM)), optax.sgd(0.1)
+  network, optimizer = Network(pixels, ImageHead(DIM), ImageHead(DIM)), Optimizer(
+    optax.sgd(0.1), optax.constant_schedule(0.1))
   loss_fn = losses.make_loss("infonce", temperature=0.1, num_images=num_rows, num_negatives=count or num_rows)
   contrast = Contrast(loss_fn, layout, num_negatives=count, temperature=0.1,
                       negative_sampling="per_image" if negatives == "per_image" else "shared")

@@ -14,6 +14,9 @@ from pirl_jax.storage.settings import field_problem
 
 CONFIG = config_files.define_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; each job has a default of its own.")
+COMPILATION_CACHE = flags.DEFINE_string(
+  "compilation_cache", None, "Folder in which compiled programs are kept for later runs, unless "
+  "JAX_COMPILATION_CACHE_DIR names one; --compilation_cache= for none. Default: ~/.cache/pirl_jax/xla.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, for processes started by hand.")
 KEEP_MEMORY = flags.DEFINE_bool("keep_memory", True, "Linux: the process keeps memory that it frees, a CPU is faster.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes; 1: this one alone.")
@@ -61,7 +64,8 @@ def main(_: list[str]) -> None:
   """Runs the job that the config names."""
   if KEEP_MEMORY.value:
     memory.keep_freed()
-  jobs.carry_out(CONFIG.value, WORKDIR.value, (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value))
+  jobs.carry_out(CONFIG.value, WORKDIR.value, (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
+                 COMPILATION_CACHE.value)
 
 
 def start() -> None:
@@ -71,7 +75,7 @@ def start() -> None:
   ends with 0 after SIGTERM.
   """
   # --help shows the flags of the program that was called.
-  for flag in (CONFIG, WORKDIR, KEEP_MEMORY, COORDINATOR, NUM_PROCESSES, PROCESS_ID):
+  for flag in (CONFIG, WORKDIR, COMPILATION_CACHE, KEEP_MEMORY, COORDINATOR, NUM_PROCESSES, PROCESS_ID):
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
   try:
     app.run(main, flags_parser=parse_flags)

@@ -19,13 +19,15 @@ JOBS = {"pretrain": "pirl_jax.training.pretrain", "evaluate": "pirl_jax.evaluati
 before JAX is loaded."""
 
 
-def carry_out(config: ConfigDict, workdir: str, by_hand: tuple[str, int | None, int | None]) -> None:
+def carry_out(config: ConfigDict, workdir: str, by_hand: tuple[str, int | None, int | None],
+              compilation_cache: str | None) -> None:
   """Runs the job of the config, as one of the processes of the run if there are several.
 
   Args:
     config: of any job.
     workdir: folder of the run; "" for the job's default.
     by_hand: the arguments of `processes.processes`.
+    compilation_cache: the argument of `caching.keep_compiled`.
 
   Raises:
     UserError: there is no such job; or see the job's `run`.
@@ -35,11 +37,12 @@ def carry_out(config: ConfigDict, workdir: str, by_hand: tuple[str, int | None, 
     raise UserError(f"job={config.job!r} is unknown; choose from {', '.join(JOBS)}")
   quiet()
   settle = stopping.note_sigterm()  # loading JAX takes seconds; only then is it known what SIGTERM means for the job
-  jax, processes, job = (importlib.import_module(name) for name in (
-    "jax", "pirl_jax.runtime.processes", JOBS[config.job]))
+  jax, caching, processes, job = (importlib.import_module(name) for name in (
+    "jax", "pirl_jax.runtime.caching", "pirl_jax.runtime.processes", JOBS[config.job]))
   trains = getattr(job, "TRAINS", False)
   settle(trains)
   # With several processes JAX itself receives the signal and informs the other processes.
   jax.config.update("jax_enable_preemption_service", trains)
   with processes.processes(*by_hand), stopping.Stopping() if trains and processes.alone() else nullcontext():
+    caching.keep_compiled(compilation_cache)
     job.run(config, workdir)

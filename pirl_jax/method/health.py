@@ -9,11 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pirl_jax.runtime.mesh import AXIS
+
 QUANTITIES = ("the loss", "the gradients", "the parameters", "the batch statistics", "the rows of the memory bank")
 """The quantities that each step checks. A number that is not finite spreads from one to the next in this order."""
 
 NOT_FINITE = "not_finite"
 """Name of the result of `not_finite` among the metrics of a step."""
+
+NUM_USABLE = "num_usable"
+"""Name of the result of `num_usable` among the metrics of a step."""
 
 
 def not_finite(loss: Any, gradients: Any, parameters: Any, batch_stats: Any, bank_rows: Any = ()) -> jax.Array:
@@ -22,6 +27,11 @@ def not_finite(loss: Any, gradients: Any, parameters: Any, batch_stats: Any, ban
     return jnp.any(jnp.array([jnp.any(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)], bool))
 
   return jnp.stack([holds_one(tree) for tree in (loss, gradients, parameters, batch_stats, bank_rows)])
+
+
+def num_usable(usable: jax.Array) -> jax.Array:
+  """Returns i32[], the number of usable rows of all devices; `usable` bool[R] are the rows of this device."""
+  return jax.lax.psum(jnp.sum(usable, dtype=jnp.int32), AXIS)
 
 
 def sum_of_shares(share: jax.Array, x: jax.Array) -> jax.Array:

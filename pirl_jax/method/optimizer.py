@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -78,8 +78,21 @@ def step_schedule(*, base_rate: float, milestones: Sequence[float], decay_factor
   return warmed_up
 
 
+class Optimizer(optax.GradientTransformation):
+  """A transformation of gradients that also tells its learning rate, so that a step can report the rate."""
+
+  learning_rate: optax.Schedule
+  """learning_rate(step i32[]) -> learning rate f32[] of the update that follows `step` updates."""
+
+  def __new__(cls, transformation: optax.GradientTransformation, learning_rate: optax.Schedule) -> Self:
+    """Returns `transformation` with its learning rate."""
+    self = super().__new__(cls, *transformation)
+    self.learning_rate = learning_rate
+    return self
+
+
 def create_optimizer(schedule: optax.Schedule, *, momentum: float, weight_decay: float, nesterov: bool = False,
-                     decay_biases: bool = False) -> optax.GradientTransformation:
+                     decay_biases: bool = False) -> Optimizer:
   """Returns SGD with PyTorch's momentum: velocity <- momentum * velocity + gradient + weight_decay * weight.
 
   Weight decay acts on the kernels of convolutions and linear layers, not on batch norm and biases
@@ -93,9 +106,9 @@ def create_optimizer(schedule: optax.Schedule, *, momentum: float, weight_decay:
     nesterov: True for Nesterov momentum in PyTorch's form.
     decay_biases: True for weight decay on the biases of linear layers.
   """
-  return optax.chain(
+  return Optimizer(optax.chain(
     optax.add_decayed_weights(weight_decay, mask=partial(_decayed, biases=decay_biases)),
-    optax.sgd(schedule, momentum=momentum, nesterov=nesterov))
+    optax.sgd(schedule, momentum=momentum, nesterov=nesterov)), learning_rate=schedule)
 
 
 @jax.named_scope("optimizer")

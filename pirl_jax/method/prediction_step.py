@@ -15,20 +15,21 @@ from jax.sharding import Mesh
 from pirl_jax.method import health, memory_bank
 from pirl_jax.method.forward import forward
 from pirl_jax.method.micro_batches import accumulate, gather, split_batch, whole_batch_stats
-from pirl_jax.method.optimizer import descend
+from pirl_jax.method.optimizer import Optimizer, descend
 from pirl_jax.method.programs import Step, map_step
 from pirl_jax.method.state import TrainState
 from pirl_jax.models.network import Network
 from pirl_jax.runtime.mesh import AXIS
 
 
-def make_prediction_step(network: Network, optimizer: optax.GradientTransformation, views_fn: Callable,
+def make_prediction_step(network: Network, optimizer: Optimizer, views_fn: Callable,
                          layout: memory_bank.Layout, mesh: Mesh, *, micro_batches: int = 1) -> Step:
   """Returns train_step(state, batch) -> (state, metrics), as `make_contrastive_step`, for a state without a bank.
 
   The loss is a cross-entropy in nats. If the network has a pretext head, the loss predicts the label of the transform
   (paper, equation 2). Otherwise it predicts the batch's `label` i32[B]; an image whose label is -1 has no weight.
-  `metrics` holds `loss` f32[], `top1` f32[] in [0, 1], and `not_finite` bool[5], see `health.not_finite`.
+  `metrics` holds `loss` f32[], `top1` f32[] in [0, 1], `learning_rate` f32[], and those of `health.not_finite` and
+  `health.num_usable`.
 
   Args:
     network: with a single head, which gives logits f32[B, L].
@@ -65,9 +66,11 @@ def make_prediction_step(network: Network, optimizer: optax.GradientTransformati
     grads, (metrics, batch_stats) = accumulate(jax.grad(objective, has_aux=True), state.params, (batch, share))
 
     # 3. The parameters are updated.
+    learning_rate = jnp.asarray(optimizer.learning_rate(state.step))
     state = descend(state, optimizer, grads, batch_stats=whole_batch_stats(network, batch_stats), usable=usable)
-    metrics = jax.tree.map(jnp.sum, metrics)
+    metrics = jax.tree.map(jnp.sum, metrics) | {"learning_rate": learning_rate}
     metrics[health.NOT_FINITE] = health.not_finite(metrics["loss"], grads, state.params, state.batch_stats)
+    metrics[health.NUM_USABLE] = health.num_usable(state.usable)
     return state, metrics
 
   return map_step(device_step, mesh, with_bank=False)

@@ -10,14 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from pirl_jax.method import health, memory_bank
 from pirl_jax.method.contrast import Contrast, Memory
 from pirl_jax.method.forward import forward
 from pirl_jax.method.micro_batches import accumulate, gather, split_batch, whole_batch_stats
-from pirl_jax.method.optimizer import descend
+from pirl_jax.method.optimizer import Optimizer, descend
 from pirl_jax.method.programs import Step, WithNormaliser, in_one_program, in_two_programs
 from pirl_jax.method.randomness import step_keys
 from pirl_jax.method.state import TrainState
@@ -25,14 +24,14 @@ from pirl_jax.models.network import Network
 from pirl_jax.runtime.mesh import AXIS
 
 
-def make_contrastive_step(network: Network, optimizer: optax.GradientTransformation, views_fn: Callable,
+def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Callable,
                           contrast: Contrast, mesh: Mesh, *, pretext_weight: float, bank_momentum: float,
                           micro_batches: int = 1) -> Step:
   """Returns train_step(state, batch) -> (state, metrics), compiled, and mapped over the devices of `mesh`.
 
   The state given in is donated: its memory becomes that of the state returned, so there is never a second bank.
   `batch` holds `image_crop` u8[B, H, W, 3], `pretext_crop` u8[B, S, S, 3], `index` i32[B] and `valid` bool[B], split
-  over the devices; `metrics` is a flat dict of f32[], but for that of `health.not_finite`.
+  over the devices; `metrics` is a flat dict of f32[], but for those of `health.not_finite` and `health.num_usable`.
 
   Args:
     network: its batch norm may take statistics over the mesh axis, or over each device.
@@ -78,10 +77,13 @@ def make_contrastive_step(network: Network, optimizer: optax.GradientTransformat
     grads, (metrics, image_emb, batch_stats) = accumulate(jax.grad(objective, has_aux=True), state.params, parts)
 
     # 4. The parameters move; then the rows of this batch, m_I <- mu m_I + (1 - mu) f(v_I), and no others.
+    learning_rate = jnp.asarray(optimizer.learning_rate(state.step))
     state = descend(state, optimizer, grads, batch_stats=whole_batch_stats(network, batch_stats), usable=memory.usable)
-    metrics = jax.tree.map(jnp.sum, metrics) | {"embedding_spread": health.spread(image_emb, memory.images.share)}
+    metrics = jax.tree.map(jnp.sum, metrics) | {"embedding_spread": health.spread(image_emb, memory.images.share),
+                                                "learning_rate": learning_rate}
     metrics[health.NOT_FINITE] = health.not_finite(
       metrics["loss"], grads, state.params, state.batch_stats, (memory.images.own, image_emb))
+    metrics[health.NUM_USABLE] = health.num_usable(state.usable)
     return state, memory.moved(image_emb), metrics
 
   step = (in_one_program if contrast.num_negatives else in_two_programs)(

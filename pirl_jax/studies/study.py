@@ -35,9 +35,6 @@ TRAINS = True
 
 PLOTS = ("lines", "bars", "layers", "distances")
 
-COMPILED_SECONDS = 0.3
-"""Programs that compile in less time are not stored on disk."""
-
 
 def run(config: ConfigDict, workdir: str) -> None:
   """Trains and evaluates those runs of the study in `workdir` that are not done yet; writes the table and the figure.
@@ -55,7 +52,6 @@ def run(config: ConfigDict, workdir: str) -> None:
   waiting = {trial.folder: trial for trial in trials if trial.result() is None}
   check_trials(trials, waiting.values())
   print(format_plan(points, trials, waiting), flush=True)
-  keep_compiled(root / "compiled")
   run_trials(list(waiting.values()))
   if jax.process_index() == 0:
     report(config, trials, root / config.name)
@@ -71,8 +67,7 @@ def check_study(config: ConfigDict, root: Path) -> None:
   require(config.seeds and whole and len(set(config.seeds)) == len(config.seeds), "seeds",
           "one or more whole numbers are needed, each once")
   require(re.fullmatch(r"[A-Za-z0-9_.\-]+", config.name) and config.name.strip(".") and
-          config.name not in ("runs", "compiled"), "name",
-          "it becomes a folder: letters, digits, _ . - only, and neither runs nor compiled")
+          config.name != "runs", "name", "it becomes a folder: letters, digits, _ . - only, and not runs")
   require(config.plot in PLOTS, "plot", f"choose from {', '.join(PLOTS)}")
   require(config.evaluation in evaluations.VARIANTS, "evaluation", f"choose from {', '.join(evaluations.VARIANTS)}")
   protocol = evaluations.get_config(config.evaluation).protocol
@@ -136,16 +131,6 @@ def format_plan(points: Sequence[Point], trials: Sequence[Trial], waiting: dict[
              for word, found in (("done", seeds[False]), ("to do", seeds[True])) if found]
     lines.append(f"  {point.label:<{width}}  {'; '.join(parts)}")
   return "\n".join(lines)
-
-
-def keep_compiled(folder: Path) -> None:
-  """Lets JAX store compiled programs in `folder`, so that a program that several runs share is compiled only once.
-
-  If a folder has been chosen already (JAX_COMPILATION_CACHE_DIR), that folder is used.
-  """
-  if not jax.config.values["jax_compilation_cache_dir"]:
-    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
 
 
 def run_trials(waiting: Sequence[Trial]) -> None:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pirl_jax.errors import UserError
 from pirl_jax.method.health import QUANTITIES
+from pirl_jax.method.state import TrainState
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.files import write_json
 from pirl_jax.storage.logbook import Logbook
@@ -23,7 +23,7 @@ NAMED_BROKEN = 20
 
 
 class Guard:
-  """Checks the reports of the steps some time after the steps were started, so the devices never wait for the host."""
+  """Checks the reports of the steps that are over."""
 
   def __init__(self, folder: Path, *, image_name: Callable[[int], str], say: Callable[[str], None]) -> None:
     """Creates a guard without any reports.
@@ -41,14 +41,14 @@ class Guard:
     """Stores the report of a step until the next `check`.
 
     Args:
-      step: the step that has just been started.
+      step: a step that is over; later than those noted before.
       index: i32[b], the indices of the images in this process's part of the batch.
       found: bool[5], one for each of `health.QUANTITIES`, see `health.not_finite`.
     """
     self._unseen.append((step, index, found))
 
   def check(self) -> None:
-    """Waits for the steps that were noted since the last check, and checks their reports.
+    """Checks the reports of the steps that were noted since the last check.
 
     Raises:
       UserError: a step held a number that is not finite. The file not_finite.json lists the images of this step.
@@ -87,8 +87,7 @@ class Broken:
   def __init__(self, parts: Parts, book: Logbook) -> None:
     self._source, self._book, self._seen = parts.train, book, set()
     self._layout, self._limit = parts.layout, parts.config.data.max_bad_fraction
-    self._path, self._count = parts.workdir / "broken_images.json", 0
-    self._num_usable = jax.jit(jnp.sum, out_shardings=mesh_lib.whole(parts.mesh))
+    self._path, self._num_usable = parts.workdir / "broken_images.json", self._layout.num_images
     self._on_every_device = jax.jit(lambda x: x, out_shardings=mesh_lib.whole(parts.mesh))
 
   def note(self, step: int, batch: dict[str, np.ndarray]) -> None:
@@ -102,29 +101,29 @@ class Broken:
         elif len(self._seen) % 100 == 0:
           self._book.say(f"step {step}: {len(self._seen)} images cannot be read so far")
 
-  def check(self, step: int, usable: jax.Array) -> None:
+  def check(self, num_usable: int, state: TrainState) -> None:
     """Writes the list of all broken images, including those that other processes or earlier sessions have found.
 
     Args:
-      step: the last step.
-      usable: bool[S * R], by row of the bank, see `TrainState`.
+      num_usable: number of usable images after a step that is over, see `health.num_usable`. Only if it has changed,
+        the list is written; this waits for `state`.
+      state: the newest state, of which the list is made.
 
     Raises:
       UserError: the broken images are more than `data.max_bad_fraction` of all images.
     """
-    count = self._layout.num_images - int(self._num_usable(usable))
-    if count == self._count:
+    if num_usable == self._num_usable:
       return
-    self._count = count
-    rows = np.asarray(self._on_every_device(usable))
+    self._num_usable = num_usable
+    rows = np.asarray(self._on_every_device(state.usable))
     index = np.flatnonzero(~rows[self._layout.row_of(np.arange(self._layout.num_images))])
     if jax.process_index() == 0:
       with self._book.tolerant(self._path.name):
-        write_json(self._path, {"step": step, "count": len(index), "images": [
+        write_json(self._path, {"step": int(state.step), "count": len(index), "images": [
           {"index": int(i), "name": self._source.image_name(int(i))} for i in index]})
     if len(index) > self._limit * self._layout.num_images:
       raise UserError(
-        f"{count} of {self._layout.num_images} training images cannot be read, more than data.max_bad_fraction="
+        f"{len(index)} of {self._layout.num_images} training images cannot be read, more than data.max_bad_fraction="
         f"{self._limit}; they are listed in {self._path}; if a disk or a network has failed, the same command resumes "
         "from the newest checkpoint when it works again; otherwise raise data.max_bad_fraction, or start a new run "
         "without these images")

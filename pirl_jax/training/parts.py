@@ -16,7 +16,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images
 from pirl_jax.method import losses, memory_bank, products
 from pirl_jax.method.contrast import Contrast
-from pirl_jax.method.optimizer import cosine_schedule, create_optimizer, step_schedule
+from pirl_jax.method.optimizer import Optimizer, cosine_schedule, create_optimizer, step_schedule
 from pirl_jax.method.prediction_step import make_prediction_step
 from pirl_jax.method.programs import Step
 from pirl_jax.method.state import TrainState, create_state
@@ -39,8 +39,7 @@ class Parts:
   test: sources.Source | None
   layout: memory_bank.Layout
   network: Network
-  optimizer: optax.GradientTransformation
-  schedule: optax.Schedule
+  optimizer: Optimizer
   views_fn: Callable
   steps_per_epoch: int
 
@@ -168,10 +167,10 @@ def assemble(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, views_f
     memory_bank.check_fits(layout, dim=config.model.dim, dtype=DTYPES[config.bank.dtype], num_devices=mesh.size,
                            device_bytes=device_bytes)
   loss_of(config, layout)
-  schedule = make_schedule(config, steps_per_epoch)
-  optimizer = create_optimizer(schedule, momentum=config.optimizer.momentum, weight_decay=config.optimizer.weight_decay,
-                               decay_biases=config.optimizer.decay_biases)
-  return Parts(config, workdir, mesh, train, test, layout, network, optimizer, schedule, views_fn, steps_per_epoch)
+  optimizer = create_optimizer(
+    make_schedule(config, steps_per_epoch), momentum=config.optimizer.momentum,
+    weight_decay=config.optimizer.weight_decay, decay_biases=config.optimizer.decay_biases)
+  return Parts(config, workdir, mesh, train, test, layout, network, optimizer, views_fn, steps_per_epoch)
 
 
 def loss_of(config: ConfigDict, layout: memory_bank.Layout) -> losses.Loss:

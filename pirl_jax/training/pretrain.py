@@ -4,7 +4,6 @@ Only the files of this folder read the config; the packages below get plain valu
 """
 
 import time
-from collections import deque
 from pathlib import Path
 
 import jax
@@ -17,16 +16,17 @@ from pirl_jax import system
 from pirl_jax.data import batches
 from pirl_jax.evaluation.protocols import learning
 from pirl_jax.figures import plots
-from pirl_jax.method.health import NOT_FINITE
+from pirl_jax.method.health import NOT_FINITE, NUM_USABLE
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import TrainState
-from pirl_jax.runtime import processes
+from pirl_jax.runtime import caching, processes
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import write_json
 from pirl_jax.storage.formats import FORMAT
 from pirl_jax.storage.logbook import Logbook
 from pirl_jax.storage.settings import flatten
 from pirl_jax.training.guards import Broken, Guard
+from pirl_jax.training.in_flight import InFlight
 from pirl_jax.training.measuring import calibrate, learning_of, make_evaluation, unlabelled
 from pirl_jax.training.parts import Parts, build, check_config, make_step
 from pirl_jax.training.resuming import begin, check_new, check_same_config, hold, restore, save
@@ -35,10 +35,6 @@ from pirl_jax.views.normalisation import denormalise
 
 TRAINS = True
 """If this job is asked to stop, it saves its state and ends with exit code 0, see `launching.jobs`."""
-
-STEPS_IN_FLIGHT = 2
-"""Number of steps that the host may submit before it waits. Two keep the devices busy, and few batches are in memory at
-once."""
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -126,7 +122,23 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
     with stopping.held(False), book.paused():
       measure(start_step)
   guard = Guard(parts.workdir, image_name=parts.train.image_name, say=book.say)
-  waited, in_flight, broken = 0.0, deque(), Broken(parts, book)
+  broken, waited = Broken(parts, book), 0.0
+
+  def over(step: int, index: np.ndarray, metrics: dict[str, jax.Array]) -> None:
+    nonlocal waited
+    guard.note(step, index, metrics.pop(NOT_FINITE))
+    num_usable = metrics.pop(NUM_USABLE)
+    if step % config.log.every_steps and step != parts.total_steps:
+      return
+    figures = jax.device_get(metrics)
+    book.log(step, figures, data_wait_seconds=waited)
+    waited = 0.0
+    guard.check()
+    broken.check(int(num_usable), state)
+    if step > parts.steps_per_epoch:
+      guard.warn_of_collapse(step, figures)
+
+  in_flight = InFlight(over)
   for step in range(start_step + 1, parts.total_steps + 1):
     started = time.perf_counter()
     batch = next(stream)
@@ -136,23 +148,13 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
       with book.paused(), book.tolerant("views.png"):
         save_views(parts, batch)
     state, metrics = train_step(state, batches.place(batch, parts.mesh))
-    guard.note(step, batch["index"], metrics.pop(NOT_FINITE))
-    in_flight.append(metrics)
-    if len(in_flight) > STEPS_IN_FLIGHT:
-      jax.block_until_ready(in_flight.popleft())
-
+    if step == start_step + 1 and (compiled := caching.compile_report()):
+      book.say(compiled)
+    in_flight.submit(step, batch["index"], metrics)
     last = step == parts.total_steps
-    if step % config.log.every_steps == 0 or last:
-      # The schedule counts steps from 0: step - 1 gives the learning rate of the step that was just taken.
-      figures = {**jax.device_get(metrics), "learning_rate": float(np.asarray(parts.schedule(step - 1)))}
-      book.log(step, figures, data_wait_seconds=waited)
-      waited = 0.0
-      guard.check()
-      broken.check(step, state.usable)
-      if step > parts.steps_per_epoch:
-        guard.warn_of_collapse(step, figures)
     stop = stopping.requested()
     if evaluates(step) or last or stop or step % config.checkpoint.every_steps == 0:
+      in_flight.drain()
       with book.paused():
         guard.check()  # a bad state must never be saved in place of a good checkpoint
         knn_top1 = None

@@ -18,6 +18,7 @@ import tempfile
 import numpy as np
 
 from pirl_jax.errors import UserError
+from pirl_jax.runtime.caching import cache_folder
 
 SUBSETS = ("max_avg", "max_min")
 MAX_PATCHES = 9  # 362,880 orders; ten patches have 3.6 million orders, the sixteen patches of the next grid 2e13
@@ -131,7 +132,7 @@ def _read(count: int, num_patches: int, subset: str) -> np.ndarray | None:
   """Returns u8[count, P] from the smallest stored file with at least `count` permutations, or None."""
   sizes = []
   with contextlib.suppress(OSError, RuntimeError):
-    folder = _cache_folder()
+    folder = cache_folder()
     names = [re.fullmatch(rf"permutations-{num_patches}-{subset}-(\d+)\.npy", name) for name in os.listdir(folder)]
     sizes = sorted(int(name[1]) for name in names if name)
   for size in sizes:
@@ -157,7 +158,7 @@ def _is_whole(permutations: np.ndarray, count: int, num_patches: int) -> bool:
 def _write(permutations: np.ndarray, subset: str) -> None:
   """Stores the permutations for other runs; if this is not possible, each run computes them again."""
   with contextlib.suppress(OSError, RuntimeError):
-    folder = _cache_folder()
+    folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".", dir=folder)  # a name that no other process uses
     try:
@@ -170,9 +171,3 @@ def _write(permutations: np.ndarray, subset: str) -> None:
 
 def _file_name(count: int, num_patches: int, subset: str) -> str:
   return f"permutations-{num_patches}-{subset}-{count}.npy"
-
-
-def _cache_folder() -> pathlib.Path:
-  """Returns the folder by the XDG rules, which ignore a relative path; without a home folder raises RuntimeError."""
-  folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-  return (folder if folder.is_absolute() else pathlib.Path.home() / ".cache") / "pirl_jax"

@@ -14,6 +14,7 @@ from pirl_jax.method import losses, memory_bank
 from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.micro_batches import split_batch
 from pirl_jax.method.negatives import Scores
+from pirl_jax.method.optimizer import Optimizer
 from pirl_jax.method.randomness import step_keys
 from pirl_jax.method.state import create_state
 from pirl_jax.method.step import make_contrastive_step
@@ -175,7 +176,8 @@ def test_another_kind_of_loss_is_a_subclass(case, num_devices):
 
 def test_a_step_with_another_kind_of_loss_is_the_same_on_any_number_of_devices(case):
   network = Network(ResNet(blocks=(1,), bottleneck=False, channels=8, stem="3x3s2"), ImageHead(D))
-  optimizer, rng, states = optax.sgd(0.1), np.random.default_rng(2), []
+  optimizer = Optimizer(optax.sgd(0.1), optax.constant_schedule(0.1))
+  rng, states = np.random.default_rng(2), []
   batch = case[2] | {"image_crop": rng.integers(0, 256, (B, 12, 12, 3), dtype=np.uint8)}
   for num_devices in (1, 8):
     mesh = mesh_lib.create_mesh(num_devices)

@@ -105,7 +105,9 @@ def test_loss_top1_and_gradient_of_the_first_step_by_hand(system):
       losses.append(math.log(sum(math.exp(x) for x in row)) - row[label])
       hits.append(max(range(len(row)), key=lambda i: row[i]) == label)  # noqa: B023, used at once
   assert len(losses) == (B - 1 if system == "covariant" else np.count_nonzero(batch["label"] >= 0) - 1)
-  assert set(metrics[0]) == {"loss", "top1", "not_finite"} and not metrics[0]["not_finite"].any()
+  assert set(metrics[0]) == {"loss", "top1", "learning_rate", "not_finite", "num_usable"}
+  assert not metrics[0]["not_finite"].any()
+  assert metrics[0]["num_usable"] == N - 1 and metrics[0]["learning_rate"] == np.float32(RATE)
   np.testing.assert_allclose(metrics[0]["loss"], np.mean(losses), rtol=1e-5)
   np.testing.assert_allclose(metrics[0]["top1"], np.mean(hits), rtol=1e-6)
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), states[1].batch_stats, batch_stats)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from pirl_jax.method import losses, memory_bank
 from pirl_jax.method.contrast import Contrast
-from pirl_jax.method.optimizer import create_optimizer
+from pirl_jax.method.optimizer import Optimizer, create_optimizer
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import create_state
 from pirl_jax.method.step import make_contrastive_step
@@ -24,7 +24,7 @@ from pirl_jax.runtime import mesh as mesh_lib
 N, B, K, D, TAU = 103, 16, 32, 16, 0.2
 BIG = 65_536
 INPUTS = jnp.zeros((1, 12, 12, 3)), jnp.zeros((1, 4, 6, 6, 3))
-PLAIN_SGD = optax.sgd(1.0)  # the parameters move by the gradient itself
+PLAIN_SGD = Optimizer(optax.sgd(1.0), optax.constant_schedule(1.0))  # the parameters move by the gradient itself
 
 
 def views_fn(keys, image_crop, pretext_crop=None):
@@ -206,7 +206,8 @@ def test_without_a_pretext_term_it_is_the_image_term_alone_by_hand():
                                         loss="nce", pretext_weight=0)
   states, metrics = run(1, pretext_weight=0, broken=broken)
   assert set(metrics[0]) == {"loss", "loss_image", "similarity_own", "similarity_negatives", "negatives_beaten",
-                             "embedding_spread", "not_finite"}
+                             "embedding_spread", "learning_rate", "not_finite", "num_usable"}
+  assert [figures["num_usable"] for figures in metrics] == [N - 1] * 3
   np.testing.assert_allclose(metrics[0]["loss"], terms["loss"], rtol=1e-4)
   assert metrics[0]["loss"] == metrics[0]["loss_image"]
   np.testing.assert_allclose(states[1].normaliser, normaliser, rtol=1e-4)
@@ -379,14 +380,15 @@ def test_batch_of_broken_images_alone_changes_nothing_but_the_step():
   jax.tree.map(np.testing.assert_array_equal, states[0].params, states[1].params)
   np.testing.assert_array_equal(states[0].bank, states[1].bank)
   assert states[1].normaliser == 0
-  assert metrics[0]["loss"] == 0
+  assert metrics[0]["loss"] == 0 and metrics[0]["num_usable"] == N - B
 
 
 def test_health_figures_by_hand():
   _, metrics = run(1)
   figures = metrics[0]
   assert set(figures) == {"loss", "loss_image", "loss_pretext", "similarity_own", "similarity_own_pretext",
-                          "similarity_negatives", "negatives_beaten", "embedding_spread", "not_finite"}
+                          "similarity_negatives", "negatives_beaten", "embedding_spread", "learning_rate", "not_finite",
+                          "num_usable"}
   assert not figures["not_finite"].any()
   batch = make_batch(0)
   mesh, layout, network, make_state, _ = build(1)
@@ -410,7 +412,7 @@ def compile_big_step(num_devices, *, num_negatives):
   mesh = mesh_lib.create_mesh(num_devices)
   layout = memory_bank.create_layout(BIG, num_devices=num_devices, num_negatives=num_negatives)
   network = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(128), PatchesHead(128))
-  optimizer = optax.sgd(0.1)
+  optimizer = create_optimizer(optax.constant_schedule(0.1), momentum=0.9, weight_decay=1e-4)
   state = jax.eval_shape(lambda: create_state(
     0, network, optimizer, layout, mesh=mesh, dim=128, bank_dtype=jnp.float32, inputs=INPUTS))
   loss_fn = losses.make_loss("nce", temperature=TAU, num_images=BIG, num_negatives=num_negatives or BIG)

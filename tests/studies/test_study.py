@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 from launching import ROOT
 from matplotlib.axes import Axes
@@ -187,7 +186,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(fakes, tmp_path, field
   assert not fakes.calls and not (tmp_path / "study").exists()
 
 
-@pytest.mark.parametrize("name", ["../lambda", "", "..", "runs", "compiled"])
+@pytest.mark.parametrize("name", ["../lambda", "", "..", "runs"])
 def test_names_that_are_no_folder_of_a_study(name, tmp_path):
   config = config_of()
   config.name = name
@@ -495,18 +494,6 @@ def test_a_study_names_its_panel_and_its_axes(tmp_path, plot, evaluation):
   (panel,) = report.create_panels(config, trials, results, shown, share=False)
   assert (panel.title, panel.x_label) == ("here", "across")
   assert panel.y_label == "upwards\n(mean and standard deviation over 2 seeds)"
-
-
-def test_the_folder_of_compiled_programs(monkeypatch, tmp_path):
-  chosen = jax.config.jax_compilation_cache_dir
-  study.keep_compiled(tmp_path / "compiled")
-  assert chosen and jax.config.jax_compilation_cache_dir == chosen
-  try:
-    jax.config.update("jax_compilation_cache_dir", None)
-    study.keep_compiled(tmp_path / "compiled")
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
-  finally:
-    jax.config.update("jax_compilation_cache_dir", chosen)
 
 
 # The runs of test_evaluate.py, whose compiled programs are found again.
