@@ -1,0 +1,195 @@
+"""The job `plan`: what a run will need, before it is started."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from pirl_jax.data.batches import steps_per_epoch
+from pirl_jax.errors import UserError
+from pirl_jax.planning.estimate import PASSING, Needs, estimate
+from pirl_jax.planning.lowering import Described, lower_step
+from pirl_jax.planning.work import work_of
+from pirl_jax.runtime import chips
+from pirl_jax.training.parts import check_config, check_shares
+
+NUM_IMAGES = {"imagenet2012": 1_281_167, "cifar10": 50_000, "stl10": 100_000}
+"""Of the training split, by TFDS's name."""
+
+IMAGES_PER_CORE = 557
+"""Decoded and cropped twice in a core-second, ImageNet's JPEGs: `python -m benchmarks.input_pipeline`, Xeon 2.1 GHz."""
+
+IMAGES_PER_PROCESS = 7_000
+"""That a Python process can hand on in a second, however many cores it has: 91 us of its interpreter for each."""
+
+LATENCY = 1.2e-5
+"""Seconds of a collective of a few bytes; assumed."""
+
+LARGEST_POOL = 0.9
+"""Share of a GPU's memory that JAX can be given; the rest is for CUDA's own programs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a run needs on its chips.
+
+  Attributes:
+    run: its config.
+    chip: one of the devices.
+    num_devices: number of them.
+    num_images: training images.
+    num_classes: of these.
+    needs: of a step on one device.
+    efficiency: share of the maker's rates that is reached.
+  """
+
+  run: ConfigDict
+  chip: chips.Chip
+  num_devices: int
+  num_images: int
+  num_classes: int
+  needs: Needs
+  efficiency: float
+
+  @property
+  def arithmetic_seconds(self) -> float:
+    """Returns the time of the arithmetic of a step at the maker's rate."""
+    rate = self.chip.bfloat16 if self.run.model.dtype == "bfloat16" else self.chip.float32
+    return self.needs.flops / rate
+
+  @property
+  def traffic_seconds(self) -> float:
+    """Returns the time of the memory traffic of a step at the maker's rate, or the compiler's if that is longer."""
+    return max(sum(self.needs.traffic.values()) / self.chip.memory_rate, self.needs.cycle_seconds)
+
+  @property
+  def link_seconds(self) -> float:
+    """Returns the time of what is sent in a step; in a ring every byte travels twice."""
+    return 2 * self.needs.sent / self.chip.link_rate + self.needs.collectives * LATENCY
+
+  @property
+  def step_seconds(self) -> float:
+    """Returns the time of a step."""
+    return (max(self.arithmetic_seconds, self.traffic_seconds) + self.link_seconds) / self.efficiency
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Prints what the run `config.run` needs. Nothing is written or run; `workdir` is not used.
+
+  Raises:
+    UserError: the run is not possible, or does not say how many images it has.
+  """
+  del workdir
+  chips.prepare_compilers()
+  plan, compiled = make_plan(config)
+  for line in lines_of(plan, compiled):
+    print(line)
+
+
+def make_plan(config: ConfigDict) -> tuple[Plan, str]:
+  """Returns the plan of a run, and in words where its figures come from.
+
+  Raises:
+    UserError: see `run`.
+  """
+  given = config.run
+  chip, num_devices = chips.read_name(config.chip)
+  if not 0 < config.efficiency <= 1:
+    raise UserError(f"efficiency={config.efficiency} is not possible: it lies in (0, 1]")
+  check_config(given)
+  check_shares(given, num_devices)
+  num_images = config.images or given.data.num_images or NUM_IMAGES.get(given.data.name, 0)
+  if num_images < 1:
+    raise UserError("the run does not say how many images it has; give --config.images=NUMBER")
+  needs = estimate(given, num_images=num_images, num_classes=config.classes, num_devices=num_devices)
+  source = "an estimate from the network's layers, within about 25 % of compiled programs"
+  way = chips.way_to_compile(config.chip)
+  if config.compile and not way:
+    started = time.perf_counter()
+    needs = compiled_needs(needs, config, num_images)
+    source = f"from the step as {chip.name}'s own compiler compiles it, in {time.perf_counter() - started:.0f} s"
+  elif config.compile:
+    source += f"; for figures from a compiled step: {way}"
+  return Plan(given, chip, num_devices, num_images, config.classes, needs, config.efficiency), source
+
+
+def compiled_needs(estimated: Needs, config: ConfigDict, num_images: int) -> Needs:
+  """Returns the needs of a step, read from the step as it is compiled for the chip.
+
+  Args:
+    estimated: gives the arithmetic, and the memory of what is there before a step.
+    config: of the plan.
+    num_images: training images.
+
+  Raises:
+    UserError: see `parts.assemble`.
+  """
+  mesh, chip = chips.chips_mesh(config.chip)
+  lowered = lower_step(config.run, mesh, Described(num_images, config.classes), device_bytes=int(chip.memory))
+  work = work_of([each.compile() for each in lowered], chip)
+  sent = work["collectives"].values()
+  passing = sum(work["memory"].values()) - sum(size for name, size in estimated.memory.items() if name != PASSING)
+  return dataclasses.replace(
+    estimated, memory={**estimated.memory, PASSING: passing}, traffic=work["bytes"],
+    sent=sum(each["bytes"] for each in sent), collectives=sum(each["number"] for each in sent),
+    cycle_seconds=work.get("milliseconds_by_cycles", 0) / 1e3)
+
+
+def lines_of(plan: Plan, source: str) -> Iterator[str]:
+  """Yields the plan in lines of text.
+
+  Args:
+    plan: of a run.
+    source: where its figures come from.
+  """
+  given, chip, needs = plan.run, plan.chip, plan.needs
+  step, total = plan.step_seconds, sum(needs.memory.values())
+  rate, steps = given.batch_size / step, steps_per_epoch(plan.num_images, given.batch_size)
+  yield (f"{given.name} on {plan.num_devices} x {chip.name}: {plan.num_images:,} images, batch {given.batch_size:,}, "
+         f"{given.model.dtype}; {source}")
+  yield "memory of a device"
+  for name, size in needs.memory.items():
+    yield f"  {name:<44}{size / 2**30:>8.2f} GiB"
+  yield f"  {'together':<44}{total / 2**30:>8.2f} GiB of {chip.memory / 2**30:.1f}: {fit(plan)}"
+  traffic = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in needs.traffic.items())
+  yield (f"sent by a device in a step: {needs.sent / 1e6:,.0f} MB in {needs.collectives:,} collectives")
+  yield (f"a step: {1e3 * step:,.0f} ms at {plan.efficiency:.0%} of the maker's rates; at all of them memory "
+         f"{1e3 * plan.traffic_seconds:,.0f} ms ({sum(needs.traffic.values()) / 1e9:,.0f} GB: {traffic}), arithmetic "
+         f"{1e3 * plan.arithmetic_seconds:,.0f} ms ({needs.flops / 1e12:,.1f} TFLOP), links "
+         f"{1e3 * plan.link_seconds:,.1f} ms")
+  yield (f"images: {rate:,.0f} a second; {rate / IMAGES_PER_CORE:,.0f} host cores to decode photographs"
+         + (f", in {-(-rate // IMAGES_PER_PROCESS):.0f} processes or more" if rate > IMAGES_PER_PROCESS else ""))
+  hours = given.num_epochs * steps * step / 3_600
+  yield (f"the run: {given.num_epochs} epochs of {steps:,} steps, "
+         f"{f'{hours / 24:,.1f} days' if hours > 48 else f'{hours:,.1f} hours'}, without evaluations and checkpoints")
+
+
+def fit(plan: Plan) -> str:
+  """Returns in words whether the run fits into a device's memory and, if not, the flags to give."""
+  chip, total = plan.chip, sum(plan.needs.memory.values())
+  if total <= chip.default_pool:
+    return f"fits (JAX takes {chip.default_pool / 2**30:.1f} by default)"
+  ways = []
+  if chip.platform == "cuda" and total <= LARGEST_POOL * chip.memory:
+    ways.append(f"XLA_PYTHON_CLIENT_MEM_FRACTION={LARGEST_POOL} in the environment")
+  parts = [number for number in range(2, 65) if not plan.run.batch_size // plan.num_devices % number]
+  changes = [{"micro_batches": number} for number in parts], [{"model.remat": True}]
+  for tried in changes:
+    fitting = (change for change in tried if _total_with(plan, change) <= chip.default_pool)
+    if change := next(fitting, None):
+      ways += [f"--config.{name}={value}" for name, value in change.items()]
+  return (f"DOES NOT FIT into the {chip.default_pool / 2**30:.1f} that JAX takes by default; "
+          + ("set " + ", or ".join(ways) if ways else "take more devices or a smaller batch"))
+
+
+def _total_with(plan: Plan, change: dict) -> float:
+  """Returns the bytes that the run would need with other settings; what is in passing is scaled as estimated."""
+  def estimated(given: ConfigDict) -> float:
+    return estimate(given, num_images=plan.num_images, num_classes=plan.num_classes,
+                    num_devices=plan.num_devices).memory[PASSING]
+
+  changed = plan.run.copy_and_resolve_references()
+  changed.update_from_flattened_dict(change)
+  passing = plan.needs.memory[PASSING]
+  return sum(plan.needs.memory.values()) + passing * (estimated(changed) / estimated(plan.run) - 1)
