@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
   compiled = [each.compile() for each in lowered]
   seconds = time.perf_counter() - started
   if given.text:
-    Path(given.text).write_text("\n".join(each.as_text() for each in compiled))
+    Path(given.text).write_text("\n".join(each.as_text() or "" for each in compiled))
   found = {"chip": given.chip, "config": config.name, "part": given.part, "devices": mesh.size,
            "images_on_a_device": config.batch_size // mesh.size, "compile_seconds": round(seconds, 1),
            **work_of(compiled, chip)}

@@ -30,8 +30,8 @@ class Block(nn.Module):
       setattr(self, f"conv{number}", _convolution(width, wide, size, step))
       setattr(self, f"bn{number}", nn.BatchNorm2d(wide))
       width = wide
-    self.downsample_conv = self.downsample_bn = None
-    if stride != 1 or channels != out:
+    self.is_plain = stride == 1 and channels == out
+    if not self.is_plain:
       self.downsample_conv, self.downsample_bn = _convolution(channels, out, 1, stride), nn.BatchNorm2d(out)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ class Block(nn.Module):
       y = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(y))
       if number < self.number:
         y = F.relu(y)
-    if self.downsample_conv is not None:
+    if not self.is_plain:
       x = self.downsample_bn(self.downsample_conv(x))
     return F.relu(y + x)
 
@@ -125,9 +125,10 @@ class BankStep:
 
   def __init__(self, network, bank: torch.Tensor, *, num_negatives: int, temperature: float, per_image: bool,
                autocast: bool):
-    self.network, self.bank, self.normaliser = network, bank, None
+    self.network, self.bank, self.normaliser = network, bank, torch.zeros((), device=bank.device)
     self.num_negatives, self.temperature, self.per_image, self.autocast = (
       num_negatives, temperature, per_image, autocast)
+    self.ready = False  # the first batch sets the normaliser
     self.optimizer = torch.optim.SGD(network.parameters(), lr=0.12, momentum=0.9, weight_decay=1e-4)
 
   def __call__(self, images: torch.Tensor, patches: torch.Tensor, index: torch.Tensor,
@@ -149,12 +150,12 @@ class BankStep:
     own = self.bank[index]
     scores = [self._scores(embedding, own, others, index)
               for embedding, others in zip((image, pretext), negatives, strict=True)]
-    if self.normaliser is None:
+    if not self.ready:
       with torch.no_grad():
         positive, others, weight = scores[1]
         total, number = positive.exp().sum() + (others.exp() * weight).sum(), len(positive) + weight.sum()
-        self.normaliser = len(self.bank) * total / number
-    loss = sum(0.5 * self._nce(*given).mean() for given in scores)
+        self.normaliser, self.ready = len(self.bank) * total / number, True
+    loss = 0.5 * torch.stack([self._nce(*given).mean() for given in scores]).sum()
     loss.backward()
     self.optimizer.step()
     with torch.no_grad():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 
 def serve(run: Callable[[], float]) -> None:
@@ -34,11 +35,11 @@ def take_turns(commands: Mapping[str, Sequence[str]], *, rounds: int, steps: int
   Raises:
     RuntimeError: a program has ended.
   """
-  workers = {}
+  workers: dict[str, Any] = {}
   try:
     for program, command in commands.items():
-      workers[program] = worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-      while (line := worker.stdout.readline()) != "ready\n":
+      workers[program] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+      while (line := workers[program].stdout.readline()) != "ready\n":
         if not line:
           raise RuntimeError(f"{program} ended before it was ready")
         print(f"{program}: {line}", end="", flush=True)

@@ -46,7 +46,7 @@ def main() -> None:
   first = run(setting)
   found = {"in_one_process": differing_bits(first, run(setting))}
   if given.save:
-    np.savez(given.save, **first)
+    np.savez(given.save, allow_pickle=False, **first)
   if given.against:
     with np.load(given.against) as before:
       found["in_two_processes"] = differing_bits(first, dict(before))

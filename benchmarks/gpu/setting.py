@@ -152,7 +152,7 @@ def milliseconds(runs: Mapping[str, Callable], *, rounds: int = 5, steps: int = 
   times = {name: [] for name in runs}
   for _ in range(rounds):
     for name, run in runs.items():
-      started = time.perf_counter()
+      started, out = time.perf_counter(), None
       for _ in range(steps):
         out = run()
       jax.block_until_ready(out)

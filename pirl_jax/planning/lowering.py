@@ -145,7 +145,7 @@ def _evaluation(config: ConfigDict, count: int, device: Mesh) -> tuple[Callable,
   network = system.network_of(config, num_classes=1_000)
   variables = jax.eval_shape(lambda: network.init(jax.random.key(0), *system.network_inputs(config), train=False))
 
-  def run(variables: Any, image: jax.Array) -> jax.Array:
+  def run(variables: Any, image: jax.Array) -> Any:
     return network.apply(variables, normalise_image(image), method=lambda net, x: net.trunk(x, train=False)["pooled"])
 
   size = config.data.image_size

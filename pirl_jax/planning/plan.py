@@ -31,7 +31,7 @@ LARGEST_POOL = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunPlan:
   """What a run needs on its chips.
 
   Attributes:
@@ -87,7 +87,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(line)
 
 
-def make_plan(config: ConfigDict) -> tuple[Plan, str]:
+def make_plan(config: ConfigDict) -> tuple[RunPlan, str]:
   """Returns the plan of a run, and in words where its figures come from.
 
   Raises:
@@ -111,7 +111,7 @@ def make_plan(config: ConfigDict) -> tuple[Plan, str]:
     source = f"from the step as {chip.name}'s own compiler compiles it, in {time.perf_counter() - started:.0f} s"
   elif config.compile:
     source += f"; for figures from a compiled step: {way}"
-  return Plan(given, chip, num_devices, num_images, config.classes, needs, config.efficiency), source
+  return RunPlan(given, chip, num_devices, num_images, config.classes, needs, config.efficiency), source
 
 
 def compiled_needs(estimated: Needs, config: ConfigDict, num_images: int) -> Needs:
@@ -136,7 +136,7 @@ def compiled_needs(estimated: Needs, config: ConfigDict, num_images: int) -> Nee
     cycle_seconds=work.get("milliseconds_by_cycles", 0) / 1e3)
 
 
-def lines_of(plan: Plan, source: str) -> Iterator[str]:
+def lines_of(plan: RunPlan, source: str) -> Iterator[str]:
   """Yields the plan in lines of text.
 
   Args:
@@ -151,7 +151,7 @@ def lines_of(plan: Plan, source: str) -> Iterator[str]:
   yield "memory of a device"
   for name, size in needs.memory.items():
     yield f"  {name:<44}{size / 2**30:>8.2f} GiB"
-  yield f"  {'together':<44}{total / 2**30:>8.2f} GiB of {chip.memory / 2**30:.1f}: {fit(plan)}"
+  yield f"  {'together':<44}{total / 2**30:>8.2f} GiB of {chip.memory / 2**30:.1f}: {verdict(plan)}"
   traffic = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in needs.traffic.items())
   yield (f"sent by a device in a step: {needs.sent / 1e6:,.0f} MB in {needs.collectives:,} collectives")
   yield (f"a step: {1e3 * step:,.0f} ms at {plan.efficiency:.0%} of the maker's rates; at all of them memory "
@@ -165,7 +165,7 @@ def lines_of(plan: Plan, source: str) -> Iterator[str]:
          f"{f'{hours / 24:,.1f} days' if hours > 48 else f'{hours:,.1f} hours'}, without evaluations and checkpoints")
 
 
-def fit(plan: Plan) -> str:
+def verdict(plan: RunPlan) -> str:
   """Returns in words whether the run fits into a device's memory and, if not, the flags to give."""
   chip, total = plan.chip, sum(plan.needs.memory.values())
   if total <= chip.default_pool:
@@ -183,7 +183,7 @@ def fit(plan: Plan) -> str:
           + ("set " + ", or ".join(ways) if ways else "take more devices or a smaller batch"))
 
 
-def _total_with(plan: Plan, change: dict) -> float:
+def _total_with(plan: RunPlan, change: dict) -> float:
   """Returns the bytes that the run would need with other settings; what is in passing is scaled as estimated."""
   def estimated(given: ConfigDict) -> float:
     return estimate(given, num_images=plan.num_images, num_classes=plan.num_classes,

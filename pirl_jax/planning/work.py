@@ -33,7 +33,9 @@ def work_of(compiled: Sequence[jax.stages.Compiled], chip: Chip) -> dict[str, An
   traffic, cycles, counts, sent = Counter(), Counter(), Counter(), {}
   memory = {"arguments and results": 0, "temporary": 0}
   for each in compiled:
-    program = Program(each.as_text())
+    text, stats = each.as_text(), each.memory_analysis()
+    assert text is not None and stats is not None  # every backend that is known here gives both
+    program = Program(text)
     for kernel, computation, times in program.kernels():
       part = part_of(program.scope(kernel))
       counts["kernels"] += times
@@ -44,7 +46,6 @@ def work_of(compiled: Sequence[jax.stages.Compiled], chip: Chip) -> dict[str, An
     for name in size:
       before = sent.get(name, {"number": 0, "bytes": 0})
       sent[name] = {"number": before["number"] + number[name], "bytes": before["bytes"] + size[name]}
-    stats = each.memory_analysis()
     needed = {"arguments and results":
               stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes,
               "temporary": stats.temp_size_in_bytes}

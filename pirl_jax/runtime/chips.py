@@ -150,7 +150,7 @@ def way_to_compile(name: str) -> str:
   chip, _ = read_name(name)
   if chip.name not in COMPILED:
     return f"no compiler is known for {chip.name}; there is one for {', '.join(COMPILED)}"
-  if all(_is_installed(re.match(r"[\w-]+", wheel)[0]) for wheel in WHEELS[chip.platform]):
+  if all(_is_installed(wheel.partition("==")[0]) for wheel in WHEELS[chip.platform]):
     return ""
   return (f"pip install --no-deps --target=compilers {' '.join(WHEELS[chip.platform])}, and then "
           f"PYTHONPATH=compilers (versions for jax 0.10.2; this is {jax.__version__})")
