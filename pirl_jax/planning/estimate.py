@@ -22,23 +22,26 @@ from pirl_jax.method import memory_bank
 from pirl_jax.method.negatives import CHUNK_ROWS
 from pirl_jax.models.resnet import ResNet
 
-KEPT = 0.8
-"""Share of the inputs and outputs of all convolutions that is in memory at once."""
+KEPT = 0.9
+"""Share of the kept inputs and outputs of convolutions, and of those at work, that is in memory at once."""
 
-PASSES = 8.9
+AT_WORK = 4
+"""How many arrays of the size of the largest output are at work beside those that are kept."""
+
+PASSES = 9.5
 """How often the inputs and outputs of convolutions pass through memory in a step."""
 
-REMAT_PASSES = 3.0
-"""The further passes if a part of them is computed again."""
+REMAT_PASSES = 2.7
+"""The further passes of those that are computed again."""
 
-PIXEL_PASSES = 28
-"""How often the bytes of the views pass through memory while the views are made."""
+PIXEL_PASSES = 22
+"""How often the bytes of the crops pass through memory while the views are made."""
 
-SCORE_PASSES = 7.5
-"""How often the scores f32[B, K] of a view pass through memory, with their gradient."""
+SCORE_PASSES, ROW_PASSES = 5, 14
+"""How often the scores f32[B, K] of a view, and the rows f32[K, D] that they are taken with, pass through memory."""
 
-PARAMETER_PASSES = 8
-"""How often the parameters pass through memory: gradient, momentum, update."""
+PARAMETER_PASSES, PART_PASSES = 13, 4.5
+"""How often the parameters pass through memory for gradient, momentum and update, and for each further micro-batch."""
 
 PASSING = "in passing: activations, gradient, scores"
 """Name of the memory that is needed during a step only."""
@@ -106,9 +109,10 @@ class Counted:
   norms: int
 
   def kept(self, *, remat: bool) -> int:
-    """Returns how many numbers of an image the gradient needs at once, with `model.remat` or without it."""
+    """Returns how many numbers of an image are in memory at once, with `model.remat` or without it."""
+    at_work = AT_WORK * max(layer.given for layer in self.layers)
     if not remat:
-      return sum(layer.numbers for layer in self.layers)
+      return sum(layer.numbers for layer in self.layers) + at_work
     inputs, outside, stages = 0, 0, Counter()
     for layer in self.layers:
       stage = layer.call, layer.stage
@@ -117,7 +121,7 @@ class Counted:
       elif stage not in stages:
         inputs += layer.taken
       stages[stage] += layer.numbers
-    return inputs + outside + max(stages.values())
+    return inputs + outside + max(stages.values()) + at_work
 
 
 def count(config: ConfigDict, num_classes: int) -> Counted:
@@ -127,14 +131,15 @@ def count(config: ConfigDict, num_classes: int) -> Counted:
     config: of the run.
     num_classes: of the training images; only a supervised network depends on it.
   """
-  used = ("objective", "pretext", "pretext_weight", "jigsaw", "model", "data")
-  return _count(json.dumps({name: config.to_dict()[name] for name in used}, sort_keys=True), num_classes)
+  given = config.to_dict()
+  used = {name: given[name] for name in ("objective", "pretext", "pretext_weight", "jigsaw", "data")}
+  model = given["model"] | {"dtype": "float32", "remat": False}  # neither changes what there is to count
+  return _count(json.dumps(used | {"model": model}, sort_keys=True), num_classes)
 
 
 @functools.cache
 def _count(config: str, num_classes: int) -> Counted:
   given = json.loads(config)
-  given["model"]["remat"] = False
   network = system.network_of(given, num_classes=num_classes)
   inputs = system.network_inputs(given)
   layers, seen, calls = [], [], Counter()
@@ -194,12 +199,13 @@ def estimate(config: ConfigDict, *, num_images: int, num_classes: int, num_devic
     "batch": pixels,
     PASSING: KEPT * itemsize * images / parts * counted.kept(remat=remat) + exact * counted.parameters * min(2, parts)
              + 2 * held}
-  again = sum(layer.numbers for layer in counted.layers if layer.stage.startswith("res")) if remat else 0
+  numbers = sum(layer.numbers * (PASSES + REMAT_PASSES * (remat and layer.stage.startswith("res")))
+                for layer in counted.layers)
   traffic = {
-    "network": itemsize * images * (PASSES * counted.kept(remat=False) + REMAT_PASSES * again),
+    "network": itemsize * images * numbers,
     "views": PIXEL_PASSES * pixels,
-    "loss and bank": SCORE_PASSES * scores * scored * read,
-    "optimizer": exact * counted.parameters * (PARAMETER_PASSES + 3 * (parts - 1))}
+    "loss and bank": SCORE_PASSES * scores * scored * read + ROW_PASSES * parts * calls * 4 * scored * dim,
+    "optimizer": exact * counted.parameters * (PARAMETER_PASSES + PART_PASSES * (parts - 1))}
   flops = 3 * images * sum(layer.flops for layer in counted.layers) + scores * scored * dim
   if num_devices == 1:
     return Needs(memory, traffic, flops)

@@ -1,8 +1,10 @@
 """The job `plan`: what a run will need, before it is started."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -103,12 +105,13 @@ def make_plan(config: ConfigDict) -> tuple[RunPlan, str]:
   if num_images < 1:
     raise UserError("the run does not say how many images it has; give --config.images=NUMBER")
   needs = estimate(given, num_images=num_images, num_classes=config.classes, num_devices=num_devices)
-  source = "an estimate from the network's layers, within about 25 % of compiled programs"
+  source = "an estimate from the network's layers, within about 25 % of programs that were compiled for an H100"
   way = chips.way_to_compile(config.chip)
   if config.compile and not way:
     started = time.perf_counter()
     needs = compiled_needs(needs, config, num_images)
-    source = f"from the step as {chip.name}'s own compiler compiles it, in {time.perf_counter() - started:.0f} s"
+    source = (f"memory, traffic and what is sent: read from the step as the {chip.name}'s compiler makes it, in "
+              f"{time.perf_counter() - started:.0f} s")
   elif config.compile:
     source += f"; for figures from a compiled step: {way}"
   return RunPlan(given, chip, num_devices, num_images, config.classes, needs, config.efficiency), source
@@ -144,52 +147,52 @@ def lines_of(plan: RunPlan, source: str) -> Iterator[str]:
     source: where its figures come from.
   """
   given, chip, needs = plan.run, plan.chip, plan.needs
-  step, total = plan.step_seconds, sum(needs.memory.values())
-  rate, steps = given.batch_size / step, steps_per_epoch(plan.num_images, given.batch_size)
+  seconds, steps = plan.step_seconds, steps_per_epoch(plan.num_images, given.batch_size)
+  total, rate = sum(needs.memory.values()), given.batch_size / seconds
   yield (f"{given.name} on {plan.num_devices} x {chip.name}: {plan.num_images:,} images, batch {given.batch_size:,}, "
-         f"{given.model.dtype}; {source}")
-  yield "memory of a device"
+         f"{given.model.dtype}")
+  yield source
+  yield f"{'memory of a device':<46}{'GiB':>10}"
   for name, size in needs.memory.items():
-    yield f"  {name:<44}{size / 2**30:>8.2f} GiB"
-  yield f"  {'together':<44}{total / 2**30:>8.2f} GiB of {chip.memory / 2**30:.1f}: {verdict(plan)}"
+    yield f"  {name:<44}{size / 2**30:>10.3f}"
+  yield f"  {'together':<44}{total / 2**30:>10.3f} of {chip.memory / 2**30:.1f}"
+  yield f"does it fit: {verdict(plan)}"
   traffic = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in needs.traffic.items())
-  yield (f"sent by a device in a step: {needs.sent / 1e6:,.0f} MB in {needs.collectives:,} collectives")
-  yield (f"a step: {1e3 * step:,.0f} ms at {plan.efficiency:.0%} of the maker's rates; at all of them memory "
-         f"{1e3 * plan.traffic_seconds:,.0f} ms ({sum(needs.traffic.values()) / 1e9:,.0f} GB: {traffic}), arithmetic "
-         f"{1e3 * plan.arithmetic_seconds:,.0f} ms ({needs.flops / 1e12:,.1f} TFLOP), links "
-         f"{1e3 * plan.link_seconds:,.1f} ms")
-  yield (f"images: {rate:,.0f} a second; {rate / IMAGES_PER_CORE:,.0f} host cores to decode photographs"
+  yield f"sent by a device in a step: {needs.sent / 1e6:,.1f} MB in {needs.collectives:,} collectives"
+  yield f"through the memory of a device in a step: {sum(needs.traffic.values()) / 1e9:,.1f} GB ({traffic})"
+  yield (f"a step: {1e3 * seconds:,.2f} ms at {plan.efficiency:.0%} of the maker's rates, and at all of them memory "
+         f"{1e3 * plan.traffic_seconds:,.2f} ms or, if longer, arithmetic {1e3 * plan.arithmetic_seconds:,.2f} ms "
+         f"({needs.flops / 1e12:,.2f} TFLOP), and links {1e3 * plan.link_seconds:,.2f} ms")
+  yield (f"images: {rate:,.0f} a second; {-(-rate // IMAGES_PER_CORE):,.0f} host cores to decode photographs"
          + (f", in {-(-rate // IMAGES_PER_PROCESS):.0f} processes or more" if rate > IMAGES_PER_PROCESS else ""))
-  hours = given.num_epochs * steps * step / 3_600
+  hours = given.num_epochs * steps * seconds / 3_600
   yield (f"the run: {given.num_epochs} epochs of {steps:,} steps, "
-         f"{f'{hours / 24:,.1f} days' if hours > 48 else f'{hours:,.1f} hours'}, without evaluations and checkpoints")
+         f"{f'{hours / 24:,.1f} days' if hours > 48 else f'{hours:,.2f} hours'}, without evaluations and checkpoints")
 
 
 def verdict(plan: RunPlan) -> str:
-  """Returns in words whether the run fits into a device's memory and, if not, the flags to give."""
+  """Returns in words whether the run fits into a device's memory and, if not, the flags of the run that make it fit."""
   chip, total = plan.chip, sum(plan.needs.memory.values())
+  pool = f"the {chip.default_pool / 2**30:.1f} GiB that JAX takes by default"
   if total <= chip.default_pool:
-    return f"fits (JAX takes {chip.default_pool / 2**30:.1f} by default)"
+    return f"yes, into {pool}"
   ways = []
   if chip.platform == "cuda" and total <= LARGEST_POOL * chip.memory:
     ways.append(f"XLA_PYTHON_CLIENT_MEM_FRACTION={LARGEST_POOL} in the environment")
   parts = [number for number in range(2, 65) if not plan.run.batch_size // plan.num_devices % number]
-  changes = [{"micro_batches": number} for number in parts], [{"model.remat": True}]
-  for tried in changes:
-    fitting = (change for change in tried if _total_with(plan, change) <= chip.default_pool)
-    if change := next(fitting, None):
-      ways += [f"--config.{name}={value}" for name, value in change.items()]
-  return (f"DOES NOT FIT into the {chip.default_pool / 2**30:.1f} that JAX takes by default; "
-          + ("set " + ", or ".join(ways) if ways else "take more devices or a smaller batch"))
+  for changes in [("micro_batches", number) for number in parts], [("model.remat", True)]:
+    fitting = (change for change in changes if _total_with(plan, *change) <= chip.default_pool)
+    ways += [f"--config.{name}={value}" for name, value in itertools.islice(fitting, 1)]
+  return f"not into {pool}; " + (f"set {', or '.join(ways)}" if ways else "take more devices or a smaller batch")
 
 
-def _total_with(plan: RunPlan, change: dict) -> float:
-  """Returns the bytes that the run would need with other settings; what is in passing is scaled as estimated."""
+def _total_with(plan: RunPlan, field: str, value: Any) -> float:
+  """Returns the bytes that the run would need with another value; what is in passing is scaled as estimated."""
   def estimated(given: ConfigDict) -> float:
     return estimate(given, num_images=plan.num_images, num_classes=plan.num_classes,
                     num_devices=plan.num_devices).memory[PASSING]
 
   changed = plan.run.copy_and_resolve_references()
-  changed.update_from_flattened_dict(change)
+  changed.update_from_flattened_dict({field: value})
   passing = plan.needs.memory[PASSING]
   return sum(plan.needs.memory.values()) + passing * (estimated(changed) / estimated(plan.run) - 1)

@@ -28,9 +28,9 @@ def test_the_plan_of_a_small_run_on_the_chips_of_a_machine(monkeypatch, capsys):
   monkeypatch.setattr(chips, "_is_installed", lambda wheel: False)
   plan_lib.run(config_of("pirl", chip="v5e-8"), "")
   said = capsys.readouterr().out
-  assert "pirl on 8 x v5e: 4,096 images, batch 128, float32; an estimate" in said
+  assert "pirl on 8 x v5e: 4,096 images, batch 128, float32\nan estimate" in said
   assert "pip install --no-deps --target=compilers libtpu==0.0.42.*" in said
-  assert "GiB of 16.0: fits (JAX takes 15.7 by default)" in said
+  assert "of 16.0\ndoes it fit: yes, into the 15.7 GiB that JAX takes by default\n" in said
   assert "25 epochs of 32 steps" in said
 
 
@@ -42,10 +42,10 @@ def test_the_flags_for_a_run_that_does_not_fit_by_default():
     return dataclasses.replace(
       plan, needs=dataclasses.replace(plan.needs, memory={**plan.needs.memory, PASSING: passing * gib}))
 
-  assert plan_lib.verdict(sized(50)).startswith("fits (JAX takes 59.3 by default)")
+  assert plan_lib.verdict(sized(50)) == "yes, into the 59.3 GiB that JAX takes by default"
   assert plan_lib.verdict(sized(59.0)) == (
-    "DOES NOT FIT into the 59.3 that JAX takes by default; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 in the environment, "
-    "or --config.micro_batches=2, or --config.model.remat=True")
+    "not into the 59.3 GiB that JAX takes by default; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 in the environment, or "
+    "--config.micro_batches=2, or --config.model.remat=True")
   assert "MEM_FRACTION" not in plan_lib.verdict(sized(80)) and "micro_batches=2," in plan_lib.verdict(sized(80))
   assert plan_lib.verdict(sized(9_000)).endswith("take more devices or a smaller batch")
 
@@ -65,7 +65,7 @@ def test_the_figures_of_a_compiled_step_replace_the_estimate(monkeypatch):
   config = config_of("pirl", chip="h100-2", run__data__image_size=16, run__jigsaw__crop_size=18,
                      run__jigsaw__patch_size=5, run__batch_size=32)
   plan, source = plan_lib.make_plan(config)
-  assert "own compiler" in source and {"views", "network", "loss"} <= set(plan.needs.traffic)
+  assert "the h100's compiler" in source and {"views", "network", "loss"} <= set(plan.needs.traffic)
   assert plan.needs.sent > 4 * 77_000 and plan.needs.flops > 0 and plan.needs.memory[PASSING] > 0
 
 
