@@ -25,7 +25,7 @@ from pirl_jax.models.resnet import ResNet
 KEPT = 0.9
 """Share of the kept inputs and outputs of convolutions, and of those at work, that is in memory at once."""
 
-AT_WORK = 4
+AT_WORK = 6
 """How many arrays of the size of the largest output are at work beside those that are kept."""
 
 PASSES = 9.5
@@ -187,26 +187,26 @@ def estimate(config: ConfigDict, *, num_images: int, num_classes: int, num_devic
                                      num_negatives=config.num_negatives if has_bank else 0)
   pixels = images * sum(3 * size**2 for size, _ in system.crops_of(config).values())
   calls, dim = max(layer.call for layer in counted.layers), config.model.dim
-  exact, itemsize = _bytes_of(config), jnp.dtype(config.model.dtype).itemsize
+  exact, itemsize = 8 if config.model.dtype == "float64" else 4, jnp.dtype(config.model.dtype).itemsize
   rows = layout.num_rows / num_devices * has_bank
   scored = min(config.num_negatives / num_devices or rows, rows)
-  scores = 4 * config.batch_size * calls  # a row is scored by the embeddings of both views
+  scores = config.batch_size * calls * scored  # by the embeddings of each view
   read = dim if config.negative_sampling == "per_image" else 1  # each image reads rows of its own
-  held = scores * read * (scored if config.num_negatives else min(scored, CHUNK_ROWS)) / parts
+  held = scores * read / parts * (1 if config.num_negatives else min(1, CHUNK_ROWS / max(1, scored)))
   memory = {
     "weights, momentum, statistics": exact * (2 * counted.parameters + counted.statistics),
     "memory bank": rows * (dim * jnp.dtype(config.bank.dtype).itemsize + 1),
     "batch": pixels,
     PASSING: KEPT * itemsize * images / parts * counted.kept(remat=remat) + exact * counted.parameters * min(2, parts)
-             + 2 * held}
+             + 2 * 4 * held}
   numbers = sum(layer.numbers * (PASSES + REMAT_PASSES * (remat and layer.stage.startswith("res")))
                 for layer in counted.layers)
   traffic = {
     "network": itemsize * images * numbers,
     "views": PIXEL_PASSES * pixels,
-    "loss and bank": SCORE_PASSES * scores * scored * read + ROW_PASSES * parts * calls * 4 * scored * dim,
+    "loss and bank": 4 * (SCORE_PASSES * scores * read + ROW_PASSES * parts * calls * scored * dim),
     "optimizer": exact * counted.parameters * (PARAMETER_PASSES + PART_PASSES * (parts - 1))}
-  flops = 3 * images * sum(layer.flops for layer in counted.layers) + scores * scored * dim
+  flops = 3 * images * sum(layer.flops for layer in counted.layers) + 4 * scores * dim
   if num_devices == 1:
     return Needs(memory, traffic, flops)
   # The gradient, the embeddings and rows of the batch, and the statistics of each call of batch norm with their slopes.
@@ -214,8 +214,3 @@ def estimate(config: ConfigDict, *, num_images: int, num_classes: int, num_devic
   sent = (exact * (counted.parameters + 2 * parts * calls * counted.statistics * over_all)
           + 4 * dim * config.batch_size * (calls + 1) * has_bank)
   return Needs(memory, traffic, flops, sent, 2 * parts * counted.norms * over_all + 6)
-
-
-def _bytes_of(config: ConfigDict) -> int:
-  """Returns the bytes of a parameter."""
-  return 8 if config.model.dtype == "float64" else 4

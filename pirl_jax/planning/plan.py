@@ -180,19 +180,20 @@ def verdict(plan: RunPlan) -> str:
   if chip.platform == "cuda" and total <= LARGEST_POOL * chip.memory:
     ways.append(f"XLA_PYTHON_CLIENT_MEM_FRACTION={LARGEST_POOL} in the environment")
   parts = [number for number in range(2, 65) if not plan.run.batch_size // plan.num_devices % number]
-  for changes in [("micro_batches", number) for number in parts], [("model.remat", True)]:
+  for changes in ([("micro_batches", number) for number in parts], [("model.remat", True)],
+                  [("bank.dtype", "bfloat16")]):
     fitting = (change for change in changes if _total_with(plan, *change) <= chip.default_pool)
     ways += [f"--config.{name}={value}" for name, value in itertools.islice(fitting, 1)]
   return f"not into {pool}; " + (f"set {', or '.join(ways)}" if ways else "take more devices or a smaller batch")
 
 
 def _total_with(plan: RunPlan, field: str, value: Any) -> float:
-  """Returns the bytes that the run would need with another value; what is in passing is scaled as estimated."""
-  def estimated(given: ConfigDict) -> float:
-    return estimate(given, num_images=plan.num_images, num_classes=plan.num_classes,
-                    num_devices=plan.num_devices).memory[PASSING]
+  """Returns the bytes that the run would need with another value: as estimated, in proportion to what is known."""
+  def estimated(given: ConfigDict) -> dict[str, float]:
+    return dict(estimate(given, num_images=plan.num_images, num_classes=plan.num_classes,
+                         num_devices=plan.num_devices).memory)
 
   changed = plan.run.copy_and_resolve_references()
   changed.update_from_flattened_dict({field: value})
-  passing = plan.needs.memory[PASSING]
-  return sum(plan.needs.memory.values()) + passing * (estimated(changed) / estimated(plan.run) - 1)
+  before, after = estimated(plan.run), estimated(changed)
+  return sum(size * after[name] / before[name] for name, size in plan.needs.memory.items() if size)

@@ -12,7 +12,9 @@ COMPILED = {
   (): (63.33, 704.3),
   (("batch_size", 128),): (9.85, 86.9),
   (("batch_size", 128), ("model.remat", True)): (4.48, 109.6),
+  (("model.remat", True),): (35.83, 856.1),
   (("micro_batches", 8),): (9.78, 685.5),
+  (("batch_size", 128), ("num_negatives", 0), ("loss", "infonce")): (9.23, 125.7),
   (("model.arch", "resnet18"), *SMALL): (2.30, 20.2),
   (("model.arch", "resnet18"), ("batch_size", 128), *SMALL): (0.37, 4.1),
 }

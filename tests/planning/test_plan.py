@@ -47,6 +47,8 @@ def test_the_flags_for_a_run_that_does_not_fit_by_default():
     "not into the 59.3 GiB that JAX takes by default; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 in the environment, or "
     "--config.micro_batches=2, or --config.model.remat=True")
   assert "MEM_FRACTION" not in plan_lib.verdict(sized(80)) and "micro_batches=2," in plan_lib.verdict(sized(80))
+  assert plan_lib.verdict(plan_of(run__model__dtype="bfloat16", chip="h100-8", images=10**9)).endswith(
+    "XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 in the environment, or --config.bank.dtype=bfloat16")
   assert plan_lib.verdict(sized(9_000)).endswith("take more devices or a smaller batch")
 
 
