@@ -152,8 +152,9 @@ def way_to_compile(name: str) -> str:
     return f"no compiler is known for {chip.name}; there is one for {', '.join(COMPILED)}"
   if all(_is_installed(wheel.partition("==")[0]) for wheel in WHEELS[chip.platform]):
     return ""
-  return (f"pip install --no-deps --target=compilers {' '.join(WHEELS[chip.platform])}, and then "
-          f"PYTHONPATH=compilers (versions for jax 0.10.2; this is {jax.__version__})")
+  wheels = " ".join(f'"{wheel}"' for wheel in WHEELS[chip.platform])
+  return (f"pip install --no-deps --target=compilers {wheels}, and then PYTHONPATH=compilers (versions for jax 0.10.2; "
+          f"this is {jax.__version__})")
 
 
 def chips_mesh(name: str) -> tuple[Mesh, Chip]:

@@ -29,7 +29,7 @@ def test_the_plan_of_a_small_run_on_the_chips_of_a_machine(monkeypatch, capsys):
   plan_lib.run(config_of("pirl", chip="v5e-8"), "")
   said = capsys.readouterr().out
   assert "pirl on 8 x v5e: 4,096 images, batch 128, float32\nan estimate" in said
-  assert "pip install --no-deps --target=compilers libtpu==0.0.42.*" in said
+  assert 'pip install --no-deps --target=compilers "libtpu==0.0.42.*"' in said
   assert "of 16.0\ndoes it fit: yes, into the 15.7 GiB that JAX takes by default\n" in said
   assert "25 epochs of 32 steps" in said
 

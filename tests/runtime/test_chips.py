@@ -17,8 +17,8 @@ def test_a_chip_that_is_not_known(monkeypatch, name, said):
 
 
 @pytest.mark.parametrize(("name", "wheels"), [
-  ("h100", "--target=compilers jax-cuda13-plugin==0.10.2 .* nvidia-cuda-nvcc"), ("a100", "no compiler is known"),
-  ("v5e-8", "pip install .* libtpu==0.0.42")])
+  ("h100", "--target=compilers .jax-cuda13-plugin==0.10.2.*nvidia-cuda-nvcc"), ("a100", "no compiler is known"),
+  ("v5e-8", "pip install .*libtpu==0.0.42")])
 def test_a_compiler_that_is_not_installed(monkeypatch, name, wheels):
   monkeypatch.setattr(chips, "_is_installed", lambda wheel: False)
   with pytest.raises(UserError, match=wheels):
