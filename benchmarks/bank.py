@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.program import sent_bytes
 from pirl_jax.method import losses, memory_bank
 from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.optimizer import Optimizer
@@ -28,6 +27,7 @@ from pirl_jax.method.state import create_state
 from pirl_jax.method.step import make_contrastive_step
 from pirl_jax.models.heads import ImageHead
 from pirl_jax.models.network import Network
+from pirl_jax.planning.program import sent_bytes
 from pirl_jax.runtime import mesh as mesh_lib
 
 DIM = 128

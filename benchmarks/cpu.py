@@ -15,13 +15,12 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
-import time
 from typing import Any
 
 import numpy as np
 
+from benchmarks import turns
 from pirl_jax.runtime import memory
 
 NETWORKS = {
@@ -143,7 +142,7 @@ def _create_torch(network):
   config = _config(network)
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   _, blocks, channels = ARCHITECTURES[config.model.arch]
-  model = torch_peer.Network(blocks, channels, STEMS[config.model.stem][1], config.model.dim, config.jigsaw.grid**2)
+  model = torch_peer.Network(blocks, channels, STEMS[config.model.stem], config.model.dim, config.jigsaw.grid**2)
   model = model.to(memory_format=torch.channels_last)
   images, patches, own, negatives = _inputs(config)
   images, patches = (torch.from_numpy(np.ascontiguousarray(x.reshape(-1, *x.shape[-3:]).transpose(0, 3, 1, 2))).to(
@@ -154,43 +153,17 @@ def _create_torch(network):
 
 
 def serve(program: str, network: str) -> None:
-  """Runs steps when asked to: reads how many, writes their seconds by the wall and of processor time."""
+  """Runs steps of a program when asked to, see `turns.serve`."""
   memory.keep_freed()
-  run = {"trunk": _create_trunk, "torch": _create_torch, "step": _create_step}[program](network)
-  run(), run()
-  print("ready", flush=True)
-  for line in sys.stdin:
-    wall, processor, loss = time.perf_counter(), time.process_time(), 0.0
-    for _ in range(int(line)):
-      loss = run()
-    assert np.isfinite(loss)
-    print(json.dumps([time.perf_counter() - wall, time.process_time() - processor]), flush=True)
+  turns.serve({"trunk": _create_trunk, "torch": _create_torch, "step": _create_step}[program](network))
 
 
 def compare(network: str, *, threads: int, programs: tuple[str, ...], rounds: int, steps: int) -> dict[str, dict]:
   """Returns {program: {"wall", "processor"}}: milliseconds of each block, a step's mean, [rounds]."""
-  cores = sorted(os.sched_getaffinity(0))[:threads]
-  workers: dict[str, Any] = {program: subprocess.Popen(
-    ["taskset", "-c", ",".join(map(str, cores)), sys.executable, "-m", "benchmarks.cpu", "--serve", program, network],
-    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for program in programs}
-  try:
-    for worker in workers.values():
-      while (line := worker.stdout.readline()) != "ready\n":
-        if not line:
-          raise RuntimeError(f"{worker.args} ended")
-    found = {program: {"wall": [], "processor": []} for program in programs}
-    for _ in range(rounds):
-      for program, worker in workers.items():
-        worker.stdin.write(f"{steps}\n")
-        worker.stdin.flush()
-        wall, processor = json.loads(worker.stdout.readline())
-        found[program]["wall"].append(1e3 * wall / steps)
-        found[program]["processor"].append(1e3 * processor / steps)
-    return found
-  finally:
-    for worker in workers.values():
-      worker.kill()
-      worker.wait()
+  cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads]))
+  return turns.take_turns({program: [
+    "taskset", "-c", cores, sys.executable, "-m", "benchmarks.cpu", "--serve", program, network]
+    for program in programs}, rounds=rounds, steps=steps)
 
 
 def _ratio(found, program, clock):

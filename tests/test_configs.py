@@ -158,12 +158,13 @@ def test_the_table_of_systems_names_every_imagenet_config():
 
 @pytest.mark.parametrize("name, rooms", [
   ("evaluate", ["evaluation/evaluate.py", "evaluation/protocol.py"]),
-  ("study", ["studies/study.py", "studies/points.py", "studies/report.py"]), ("checkpoints", ["runs.py"])])
-def test_every_field_of_an_evaluation_or_a_study_is_read_by_its_job(name, rooms):
+  ("study", ["studies/study.py", "studies/points.py", "studies/report.py"]), ("checkpoints", ["runs.py"]),
+  ("plan", ["planning/plan.py"])])
+def test_every_field_of_any_other_job_is_read_by_its_job(name, rooms):
   """By its name in the job's files; tests/evaluation/test_protocols.py looks at the group of a protocol."""
   package = Path(system.__file__).parent
   source = "".join((package / room).read_text() for room in rooms) + (package / "launching" / "jobs.py").read_text()
-  handed_on = {*PROTOCOLS, "settings", "system_settings", "evaluation_settings", "embedded"}
+  handed_on = {*PROTOCOLS, "settings", "system_settings", "evaluation_settings", "embedded", "run"}
   images = {f"data.{name}" for name in evaluate.SOURCE_FIELDS}  # handed on whole, as `DataSettings`
   fields = {field for variant in MODULES[name].VARIANTS
             for field in flatten(MODULES[name].get_config(variant).to_dict())}

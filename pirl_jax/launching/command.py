@@ -4,6 +4,7 @@ Reads the flags and the config, and runs the job that the config names (`jobs`).
 """
 
 import sys
+from collections.abc import Callable
 
 from absl import app, flags
 
@@ -68,8 +69,8 @@ def main(_: list[str]) -> None:
                  COMPILATION_CACHE.value)
 
 
-def start() -> None:
-  """Parses the flags and runs the job.
+def start(main: Callable[[list[str]], None] = main) -> None:
+  """Parses the flags and calls `main`, by default to run the job that the config names.
 
   A UserError is printed in one line and ends the program with exit code 2. Ctrl-C ends it with 130. A job that trains
   ends with 0 after SIGTERM.

@@ -13,7 +13,7 @@ from pirl_jax.runtime.quieting import quiet
 from pirl_jax.training import stopping
 
 JOBS = {"pretrain": "pirl_jax.training.pretrain", "evaluate": "pirl_jax.evaluation.evaluate",
-        "study": "pirl_jax.studies.study", "prepare": "pirl_jax.data.prepare",
+        "study": "pirl_jax.studies.study", "prepare": "pirl_jax.data.prepare", "plan": "pirl_jax.planning.plan",
         "checkpoints": "pirl_jax.runs"}
 """The module of each `job` of a config. Modules are named, not imported, so that errors in the flags are reported
 before JAX is loaded."""

@@ -215,11 +215,16 @@ def make_step(parts: Parts) -> Step:
   common = parts.parallel_network, parts.optimizer, parts.views_fn
   if not system.has_bank(config):
     return make_prediction_step(*common, parts.layout, parts.mesh, micro_batches=config.micro_batches)
-  contrast = Contrast(loss_of(config, parts.layout), parts.layout, num_negatives=config.num_negatives,
-                      negative_sampling=config.negative_sampling, temperature=config.temperature,
-                      product=products.in_halves if config.model.dtype == "bfloat16" else products.exact)
+  contrast = contrast_of(config, parts.layout, num_negatives=config.num_negatives)
   return make_contrastive_step(*common, contrast, parts.mesh, pretext_weight=config.pretext_weight,
                                bank_momentum=config.bank.momentum, micro_batches=config.micro_batches)
+
+
+def contrast_of(config: ConfigDict, layout: memory_bank.Layout, *, num_negatives: int) -> Contrast:
+  """Returns what embeddings are compared with, and the loss of it, for a bank of this layout; see `Contrast`."""
+  return Contrast(loss_of(config, layout), layout, num_negatives=num_negatives,
+                  negative_sampling=config.negative_sampling, temperature=config.temperature,
+                  product=products.in_halves if config.model.dtype == "bfloat16" else products.exact)
 
 
 def test_images(parts: Parts, source: sources.Source) -> Images:

@@ -80,7 +80,7 @@ def nbytes(type_text: str, *, without: str = "") -> int:
 class Program:
   """A compiled program, from its text (`compiled.as_text()`)."""
 
-  def __init__(self, text: str):
+  def __init__(self, text: str) -> None:
     """Reads the text."""
     self.computations: dict[str, dict[str, Instruction]] = {}
     self.entry = ""
@@ -99,7 +99,7 @@ class Program:
     """Yields every kernel, the computation in which it stands, and how often it runs in one call of the program."""
     yield from self._kernels(self.entry, 1)
 
-  def _kernels(self, name, times):
+  def _kernels(self, name: str, times: int) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
     computation = self.computations[name]
     for found in computation.values():
       if found.opcode == "while":
@@ -172,7 +172,7 @@ class Program:
     return sum(sizes) + written
 
 
-def _instruction(line):
+def _instruction(line: str) -> Instruction | None:
   """Returns the instruction of a line, None if the line holds none."""
   found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
   if not found:
@@ -190,7 +190,7 @@ def _instruction(line):
   return Instruction(found[1], rest[:end], opcode[1], operands, rest[stop + 1:])
 
 
-def _closing(text):
+def _closing(text: str) -> int:
   """Returns the place of the parenthesis that closes the one at the beginning of the text."""
   depth = 0
   for place, letter in enumerate(text):
@@ -242,7 +242,7 @@ def peculiarities(program: Program) -> Counter:
   return found
 
 
-def _is_convolution(line):
+def _is_convolution(line: Instruction) -> bool:
   """Returns whether an instruction is a convolution over two axes; a TPU writes products as convolutions, too."""
   if line.opcode == "custom-call":
     return "__cudnn$conv" in line.attributes

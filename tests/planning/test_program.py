@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.program import Program, collectives, nbytes, peculiarities, sent_bytes
+from pirl_jax.planning.program import Program, collectives, nbytes, peculiarities, sent_bytes
 
 TEXT = """HloModule jit_step, is_scheduled=true
 
