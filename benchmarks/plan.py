@@ -165,7 +165,7 @@ def check() -> None:
     return image_crop / 255, pretext_crop / 255, None
 
   step = make_contrastive_step(
-    case.network.with_batch_norm_axis(mesh_lib.AXIS), optimizer, views_fn,
+    case.network.with_batch_norm(axis=mesh_lib.AXIS), optimizer, views_fn,
     Contrast(loss_fn, layout, num_negatives=case.negatives, temperature=0.1), mesh, pretext_weight=0.5,
     bank_momentum=0.5)
   image, pretext = (np.zeros(x.shape, np.uint8) for x in case.inputs(case.batch))
