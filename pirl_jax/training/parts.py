@@ -146,7 +146,8 @@ def check_shares(config: ConfigDict, num_devices: int) -> None:
   if config.model.batch_norm == "groups" and images % group:
     raise UserError(f"model.batch_norm_group={group} does not divide the {images} images that pass through a device at "
                     f"once (batch_size={config.batch_size}, devices: {num_devices}, micro_batches="
-                    f"{config.micro_batches}); choose a divisor of {images}, or --config.model.batch_norm=global")
+                    f"{config.micro_batches}); take fewer devices or parts, a divisor of {images}, or "
+                    "--config.model.batch_norm=global")
 
 
 def assemble(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, views_fn: Callable, train: sources.Source,
