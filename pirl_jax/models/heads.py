@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pirl_jax.models.batch_norm import create_batch_norm
+from pirl_jax.models.batch_norm import create_batch_norm, in_groups
 from pirl_jax.models.initializers import bias_init, kernel_init
 
 PATCH_FEATURES = 1_000
@@ -100,7 +100,8 @@ class PatchesClassHead(nn.Module):
   @nn.compact
   def __call__(self, features: jax.Array, *, train: bool = False) -> jax.Array:
     """Returns logits f32[B, L] of pooled trunk features f32[B, P, C]; `train`: see `ResNet.__call__`."""
+    group = self.batch_norm_group if train else None
     norm = create_batch_norm(train=train, dtype=features.dtype, param_dtype=features.dtype, axis=self.batch_norm_axis,
-                             group=self.batch_norm_group)
-    patches = nn.relu(norm(name="bn")(_linear(features, PATCH_FEATURES, "patch")))  # [B, P, 1000]
-    return _linear(jnp.reshape(patches, (patches.shape[0], -1)), self.num_classes, "logits")
+                             group=group)
+    patches = nn.relu(norm(name="bn")(_linear(in_groups(features, group), PATCH_FEATURES, "patch")))  # [..., P, 1000]
+    return _linear(jnp.reshape(patches, (features.shape[0], -1)), self.num_classes, "logits")

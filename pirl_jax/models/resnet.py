@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pirl_jax.errors import UserError
 from pirl_jax.models import convolution
-from pirl_jax.models.batch_norm import create_batch_norm
+from pirl_jax.models.batch_norm import create_batch_norm, in_groups
 from pirl_jax.models.initializers import kernel_init
 from pirl_jax.models.pooling import max_pool
 
@@ -107,15 +107,18 @@ class ResNet(nn.Module):
     exact = jnp.promote_types(self.dtype, jnp.float32)
     conv = partial(nn.Conv, use_bias=False, padding=0, dtype=self.dtype, param_dtype=exact, kernel_init=kernel_init,
                    conv_general_dilated=convolution.conv)
-    norm = create_batch_norm(train=train, dtype=self.dtype, param_dtype=exact, axis=self.batch_norm_axis,
-                             group=self.batch_norm_group and self.batch_norm_group * views)
+    group = self.batch_norm_group * views if train and self.batch_norm_group else None
+    norm = create_batch_norm(train=train, dtype=self.dtype, param_dtype=exact, axis=self.batch_norm_axis, group=group)
+
+    def flat(x: jax.Array) -> jax.Array:
+      return x.reshape(-1, *x.shape[-3:])
+
     kernel, stride, pool = STEMS[self.stem]
     features = {}
     x = conv(self.channels, (kernel, kernel), strides=stride, padding=kernel // 2, name="conv1")(
-      images.astype(self.dtype))
-    features["conv1"] = x = nn.relu(norm(name="bn1")(x))
-    if pool:
-      x = max_pool(x)
+      in_groups(images.astype(self.dtype), group))
+    features["conv1"] = x = flat(nn.relu(norm(name="bn1")(x)))
+    x = in_groups(max_pool(x) if pool else x, group)
 
     def run_stage(_: nn.Module, x: jax.Array, stage: int) -> jax.Array:
       for block in range(self.blocks[stage]):
@@ -126,8 +129,9 @@ class ResNet(nn.Module):
     if self.remat:
       run_stage = nn.remat(run_stage, static_argnums=(2,))
     for stage in range(len(self.blocks)):
-      features[f"res{stage + 2}"] = x = run_stage(self, x, stage)
-    features["pooled"] = jnp.mean(x.astype(exact), axis=(1, 2))
+      x = run_stage(self, x, stage)
+      features[f"res{stage + 2}"] = flat(x)
+    features["pooled"] = jnp.mean(flat(x).astype(exact), axis=(1, 2))
     return features
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import oracles
 import pytest
 
-from pirl_jax.models.batch_norm import create_batch_norm
+from pirl_jax.models.batch_norm import create_batch_norm, in_groups
 from pirl_jax.models.heads import ClassHead, ImageHead, PatchesClassHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ResNet
 
 
-def layer(group, *, train=True, dtype=jnp.float32):
-  return create_batch_norm(train=train, dtype=dtype, param_dtype=jnp.float32, axis=None, group=group)(name="bn")
+def layer(group, *, dtype=jnp.float32):
+  return create_batch_norm(train=True, dtype=dtype, param_dtype=jnp.float32, axis=None, group=group)(name="bn")
 
 
 def random_variables(rng, channels):
@@ -32,7 +32,9 @@ def test_groups_by_hand(shape, dtype, tolerance):
   params, stats = variables["params"], variables["batch_stats"]
 
   def run(params, x):
-    return layer(2, dtype=dtype).apply({**variables, "params": params}, x, mutable=["batch_stats"])
+    given = {**variables, "params": params}
+    out, updated = layer(2, dtype=dtype).apply(given, in_groups(x, 2), mutable=["batch_stats"])
+    return out.reshape(shape), updated
 
   out, pullback, updated = jax.vjp(run, params, x, has_aux=True)
   grads, x_slope = pullback(slope)
@@ -52,12 +54,12 @@ def test_groups_by_hand(shape, dtype, tolerance):
 def test_one_group_is_flax_bit_for_bit(dtype):
   rng = np.random.default_rng(0)
   x, variables = jnp.asarray(rng.normal(1, 2, size=(6, 3, 3, 8)), dtype), random_variables(rng, 8)
-  grouped, plain = (layer(group, dtype=dtype).apply(variables, x, mutable=["batch_stats"]) for group in (6, None))
-  assert grouped[0].dtype == plain[0].dtype
-  jax.tree.map(np.testing.assert_array_equal, grouped, plain)
-  # An evaluation, and a network that is made, have Flax's layer.
-  assert type(layer(6, train=False)) is type(layer(None))
-  made = [jax.eval_shape(layer(group, dtype=dtype).init, jax.random.key(0), x) for group in (2, None)]
+  (grouped, moved), (plain, expected) = (
+    layer(group, dtype=dtype).apply(variables, in_groups(x, group), mutable=["batch_stats"]) for group in (6, None))
+  assert grouped.dtype == plain.dtype
+  np.testing.assert_array_equal(grouped[0], plain)
+  jax.tree.map(np.testing.assert_array_equal, moved, expected)
+  made = [jax.eval_shape(layer(group, dtype=dtype).init, jax.random.key(0), in_groups(x, group)) for group in (2, None)]
   assert made[0] == made[1]
 
 
