@@ -40,9 +40,10 @@ class Pixels(nn.Module):
   """A trunk that returns the pixels as its features."""
 
   batch_norm_axis: str | None = None
+  batch_norm_group: int | None = None
 
   @nn.compact
-  def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+  def __call__(self, images: jax.Array, *, train: bool, views: int = 1) -> dict[str, jax.Array]:
     """Returns the pixels as pooled features, f32[B, H * W * 3]."""
     self.variable("batch_stats", "unused", jnp.zeros, ())
     return {"pooled": jnp.reshape(images, (len(images), -1))}

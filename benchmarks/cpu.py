@@ -113,7 +113,7 @@ def _create_step(network):
   loss_fn = losses.make_loss("infonce", temperature=config.temperature, num_images=num_rows,
                              num_negatives=config.num_negatives)
   step = make_contrastive_step(
-    model.with_batch_norm_axis(mesh_lib.AXIS), sgd, system.views_of(config),
+    model.with_batch_norm(axis=mesh_lib.AXIS), sgd, system.views_of(config),
     Contrast(loss_fn, layout, num_negatives=config.num_negatives, temperature=config.temperature), mesh,
     pretext_weight=config.pretext_weight, bank_momentum=config.bank.momentum)
   state = create_state(0, model, sgd, layout, mesh=mesh, dim=config.model.dim, bank_dtype=jnp.float32,

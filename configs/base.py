@@ -20,7 +20,7 @@ def get_base() -> ConfigDict:
   config.num_epochs = 800  # 0: the untrained network
   config.batch_size = 1024  # images in a step, over all devices
   # Number of parts of a batch that pass through the network one after the other. More parts need less memory. The
-  # gradient is that of the whole batch, but batch norm uses the statistics of each part.
+  # gradient is that of the whole batch, but batch norm uses the statistics of each part (not with "groups").
   config.micro_batches = 1
   config.num_negatives = 32_000  # for each term, a multiple of the bank's strata (256 or fewer); 0: every row
   config.negative_sampling = "shared"  # one draw for the batch; "per_image": one draw for each image, many times slower
@@ -100,9 +100,11 @@ def _add_network(config: ConfigDict) -> None:
   model.dtype = "float32"
   # True needs less memory: only the inputs of the stages are kept, the rest is computed again for the gradient.
   model.remat = False
-  # "global": statistics over all devices, so the number of devices does not matter. "device": each device uses its own
-  # statistics, as in the authors' runs (32 images on each of 32 GPUs).
+  # "global": statistics of the whole batch. "groups": of each group of `batch_norm_group` images, as in the authors'
+  # runs (32 images on each of 32 GPUs); no communication. With both, the number of devices does not matter. "device":
+  # each device uses the statistics of its own images.
   model.batch_norm = "global"
+  model.batch_norm_group = 32  # images; divides what passes through a device at once: batch / devices / micro-batches
 
   config.bank = bank = ConfigDict()
   bank.momentum = 0.5  # weight of the old row

@@ -84,6 +84,7 @@ def folder_small(config: ConfigDict) -> None:
 
 def imagenet(config: ConfigDict) -> None:
   """ImageNet by TFDS, with the settings of the paper's main run."""
+  config.model.batch_norm = "groups"
   config.data.name = "imagenet2012"
   config.evaluate.split = "validation"
   config.evaluate.every_epochs = 25

@@ -58,3 +58,26 @@ def bank_update(bank, rows, embeddings, valid, *, momentum):
       mixed = momentum * bank[row] + (1 - momentum) * np.asarray(embedding, np.float64)
       bank[row] = mixed / math.sqrt(sum(mixed * mixed))
   return bank
+
+
+def grouped_batch_norm(x, scale, bias, slope, *, group):
+  """Returns (result, mean of the groups' means, of their variances, gradients by x[N, ..., C], scale and bias)."""
+  x, slope = np.array(x, np.float64), np.array(slope, np.float64)
+  out, x_slope, scale_slope, bias_slope = np.zeros_like(x), np.zeros_like(x), np.zeros(len(scale)), np.zeros(len(scale))
+  means, variances = np.zeros(len(scale)), np.zeros(len(scale))
+  num_groups = len(x) // group
+  for g in range(num_groups):
+    rows = slice(g * group, (g + 1) * group)
+    for c in range(len(scale)):
+      values, slopes = x[rows, ..., c], slope[rows, ..., c]
+      mean = sum(values.flat) / values.size
+      variance = sum((value - mean) ** 2 for value in values.flat) / values.size
+      deviation = math.sqrt(variance + 1e-5)
+      unit = (values - mean) / deviation
+      out[rows, ..., c] = unit * scale[c] + bias[c]
+      x_slope[rows, ..., c] = scale[c] / deviation * (slopes - np.mean(slopes) - unit * np.mean(slopes * unit))
+      scale_slope[c] += sum((slopes * unit).flat)
+      bias_slope[c] += sum(slopes.flat)
+      means[c] += mean / num_groups
+      variances[c] += variance / num_groups
+  return out, means, variances, x_slope, scale_slope, bias_slope

@@ -113,7 +113,7 @@ def create(setting: Setting, *, views: bool = True) -> tuple[Callable, TrainStat
   mesh, contrast = mesh_lib.create_mesh(1), contrast_of(setting)
   optimizer = create_optimizer(optax.constant_schedule(0.12), momentum=0.9, weight_decay=1e-4)
   step = make_contrastive_step(
-    setting.network.with_batch_norm_axis(mesh_lib.AXIS), optimizer, views_of(setting) if views else without_views,
+    setting.network.with_batch_norm(axis=mesh_lib.AXIS), optimizer, views_of(setting) if views else without_views,
     contrast, mesh, pretext_weight=0.5, bank_momentum=0.5, micro_batches=setting.micro_batches)
   size, patch = setting.image_size, setting.patch_size
   state = create_state(

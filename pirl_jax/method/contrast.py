@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pirl_jax.method import losses, memory_bank, products
 from pirl_jax.method.health import Similarities, watch
-from pirl_jax.method.micro_batches import gather, positions
+from pirl_jax.method.micro_batches import gather
 from pirl_jax.method.negatives import EveryRow, Scores
 from pirl_jax.runtime.mesh import AXIS
 
@@ -95,7 +95,7 @@ class Contrast:
     Args:
       bank: [R, D], this device's rows.
       usable: bool[R].
-      batch: this device's `index` i32[M, b] and `valid` bool[M, b].
+      batch: this device's `index` i32[M, b], `valid` bool[M, b] and `position` i32[M, b], see `split_batch`.
       keys: key[] of the negatives of each view.
       views: those that are compared.
     """
@@ -104,7 +104,7 @@ class Contrast:
     draw = partial(memory_bank.draw, layout=self.layout, num_negatives=self.num_negatives, axis=AXIS)
     negatives = {}
     if self.negative_sampling == "per_image":
-      position = positions(*rows.shape)
+      position = gather(batch["position"], axis=1)
       negatives = {view: draw(keys[view], num_draws=rows.size)[position] for view in views}  # [M, B / M, K]
     elif self.num_negatives:
       negatives = {view: draw(keys[view]) for view in views}  # [K]

@@ -3,7 +3,7 @@
 Letters: B batch of all devices, b this device's images, M parts of the batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,27 @@ from pirl_jax.models.network import Network
 from pirl_jax.runtime.mesh import AXIS
 
 
-def split_batch(batch: Any, micro_batches: int) -> Any:
-  """Returns a tree of this device's arrays [b, ...], cut into M parts: [M, b / M, ...].
+def split_batch(batch: Mapping[str, jax.Array], micro_batches: int, *,
+                group: int | None = None) -> dict[str, jax.Array]:
+  """Returns this device's arrays [b, ...], cut into M parts: [M, b / M, ...], and `position` i32[M, b / M].
 
   Part j takes every Mth image, starting with the jth. So over all devices a part has the same images on any number of
-  devices.
+  devices. If batch norm has groups of images, part j takes every Mth group instead: no group is cut, and its statistics
+  do not depend on M. The `position` of an image is its place in the batch of all devices, in [0, B).
+
+  Args:
+    batch: a dict with `index` i32[b].
+    micro_batches: M.
+    group: number of consecutive images that stay together, a divisor of b / M.
   """
-  return jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+  num_local = len(batch["index"])
+  positions = jax.lax.axis_index(AXIS) * num_local + jnp.arange(num_local)
+
+  def cut(x: jax.Array) -> jax.Array:
+    groups = x.reshape(-1, micro_batches, group or 1, *x.shape[1:]).swapaxes(0, 1)
+    return groups.reshape(micro_batches, -1, *x.shape[1:])
+
+  return {name: cut(x) for name, x in {**batch, "position": positions}.items()}
 
 
 def accumulate(grad_fn: Callable, params: Any, parts: Any) -> tuple[Any, Any]:
@@ -47,22 +61,11 @@ def accumulate(grad_fn: Callable, params: Any, parts: Any) -> tuple[Any, Any]:
 def whole_batch_stats(network: Network, batch_stats: Any) -> Any:
   """Returns the batch statistics f32[...] to keep: the mean of the statistics f32[M, ...] after each part of the batch.
 
-  If each device has its own statistics, the mean is also over the devices; evaluations use this mean.
+  If each device, or each group of images, has its own statistics, the mean is also over the devices; evaluations use
+  this mean. (In PyTorch they would use the statistics of the first device.)
   """
   mean = jax.tree.map(partial(jnp.mean, axis=0), batch_stats)
   return mean if network.trunk.batch_norm_axis else jax.lax.pmean(mean, AXIS)
-
-
-def positions(num_parts: int, part_size: int) -> jax.Array:
-  """Returns the positions i32[M, B / M], in [0, B), of the images of each part in the batch of all devices.
-
-  Args:
-    num_parts: M.
-    part_size: B / M, number of images of a part over all devices.
-  """
-  num_local = num_parts * part_size // jax.lax.axis_size(AXIS)
-  local = jax.lax.axis_index(AXIS) * num_local + jnp.arange(num_local)
-  return gather(split_batch(local, num_parts), axis=1)
 
 
 def gather(x: jax.Array, *, axis: int = 0) -> jax.Array:

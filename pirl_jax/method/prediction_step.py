@@ -43,7 +43,7 @@ def make_prediction_step(network: Network, optimizer: Optimizer, views_fn: Calla
 
   def device_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
     # 1. An image that was found broken has no weight from here on; an image without a label never has any weight.
-    batch = split_batch(batch, micro_batches)  # [M, b, ...]
+    batch = split_batch(batch, micro_batches, group=network.trunk.batch_norm_group)  # [M, b, ...]
     rows = gather(layout.row_of(batch["index"]), axis=1)  # [M, B / M]
     usable, valid = memory_bank.retire(state.usable, rows, gather(batch["valid"], axis=1), axis=AXIS)
     if predicts_class:

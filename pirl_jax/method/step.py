@@ -34,7 +34,7 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
   over the devices; `metrics` is a flat dict of f32[], but for those of `health.not_finite` and `health.num_usable`.
 
   Args:
-    network: its batch norm may take statistics over the mesh axis, or over each device.
+    network: its batch norm may take statistics over the mesh axis, over each device, or over groups of images.
     optimizer: see `create_optimizer`.
     views_fn: see `views.two_views.make_views`.
     contrast: what embeddings are compared with, and the loss.
@@ -43,14 +43,14 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
     bank_momentum: mu, the weight of the old row when a row moves.
     micro_batches: M, parts of the batch that pass through the network one after the other. The bank is read before the
       first and written after the last, and the gradient is that of the whole batch, but for the statistics of batch
-      norm, which are those of a part.
+      norm, which are those of a part, or of groups of images whatever the parts.
   """
   view_weights = {"pretext": pretext_weight, "image": 1 - pretext_weight} if pretext_weight else {"image": 1}
 
   # 1. The bank as a step finds it: the rows m_I of the batch and, for each view, negatives. Both are constants.
   #    Randomness depends on seed, step and image alone: neither a restart nor the number of devices changes it.
   def look_up(state: TrainState, bank: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Memory, Any]:
-    batch = split_batch(batch, micro_batches)  # [M, b, ...]
+    batch = split_batch(batch, micro_batches, group=network.trunk.batch_norm_group)  # [M, b, ...]
     memory = contrast.look_up(bank, state.usable, batch, step_keys(state.seed, state.step), views=tuple(view_weights))
     return memory, {"crops": batch, "images": memory.images}
 

@@ -5,14 +5,12 @@ Letters: B batch, P pretext views of an image, C trunk features, D dimensions of
 No head normalises its output; the embeddings are normalised in the step.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pirl_jax.models.batch_norm import create_batch_norm, in_groups
 from pirl_jax.models.initializers import bias_init, kernel_init
-from pirl_jax.models.resnet import BATCH_NORM_EPSILON, BATCH_NORM_MOMENTUM
 
 PATCH_FEATURES = 1_000
 """Hidden units for each patch of the covariant jigsaw (vissl jigsaw_8gpu_resnet.yaml)."""
@@ -92,15 +90,18 @@ class PatchesClassHead(nn.Module):
   Attributes:
     num_classes: L.
     batch_norm_axis: mesh axis over which batch statistics are computed; None means that each device has its own.
+    batch_norm_group: number of images that have batch statistics of their own; None: all images.
   """
 
   num_classes: int
-  batch_norm_axis: Any = None
+  batch_norm_axis: str | None = None
+  batch_norm_group: int | None = None
 
   @nn.compact
   def __call__(self, features: jax.Array, *, train: bool = False) -> jax.Array:
     """Returns logits f32[B, L] of pooled trunk features f32[B, P, C]; `train`: see `ResNet.__call__`."""
-    norm = nn.BatchNorm(use_running_average=not train, momentum=BATCH_NORM_MOMENTUM, epsilon=BATCH_NORM_EPSILON,
-                        param_dtype=features.dtype, axis_name=self.batch_norm_axis, name="bn")
-    patches = nn.relu(norm(_linear(features, PATCH_FEATURES, "patch")))  # [B, P, 1000]
-    return _linear(jnp.reshape(patches, (patches.shape[0], -1)), self.num_classes, "logits")
+    group = self.batch_norm_group if train else None
+    norm = create_batch_norm(train=train, dtype=features.dtype, param_dtype=features.dtype, axis=self.batch_norm_axis,
+                             group=group)
+    patches = nn.relu(norm(name="bn")(_linear(in_groups(features, group), PATCH_FEATURES, "patch")))  # [..., P, 1000]
+    return _linear(jnp.reshape(patches, (features.shape[0], -1)), self.num_classes, "logits")

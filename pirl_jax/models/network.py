@@ -59,19 +59,26 @@ class Network(nn.Module):
     """Returns g(v_It), f32[B, D], without unit norm, of normalised pretext views f32[B, P, h, w, 3]."""
     assert self.pretext_head is not None
     batch, patches = pretext.shape[:2]
-    features = self.trunk(jnp.reshape(pretext, (batch * patches, *pretext.shape[2:])), train=train)["pooled"]
+    features = self.trunk(jnp.reshape(pretext, (batch * patches, *pretext.shape[2:])), train=train,
+                          views=patches)["pooled"]
     return self.pretext_head(jnp.reshape(features, (batch, patches, -1)), train=train)
 
   def features(self, image: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
     """Returns the trunk's features by layer, see `ResNet.__call__`, of normalised images f32[B, H, W, 3]."""
     return self.trunk(image, train=train)
 
-  def with_batch_norm_axis(self, axis: Any) -> "Network":
-    """Returns the network with batch statistics over this mesh axis; with None each device has its own statistics."""
-    def on_axis(module: Any) -> Any:
-      return module.clone(batch_norm_axis=axis) if hasattr(module, "batch_norm_axis") else module
-    return self.clone(trunk=on_axis(self.trunk), image_head=on_axis(self.image_head),
-                      pretext_head=on_axis(self.pretext_head))
+  def with_batch_norm(self, *, axis: str | None = None, group: int | None = None) -> "Network":
+    """Returns the network with other batch statistics in training.
+
+    Args:
+      axis: mesh axis over which they are taken; None: each device has its own.
+      group: number of consecutive images of a device that have their own; None: all of them together.
+    """
+    def changed(module: Any) -> Any:
+      return (module.clone(batch_norm_axis=axis, batch_norm_group=group) if hasattr(module, "batch_norm_axis")
+              else module)
+    return self.clone(trunk=changed(self.trunk), image_head=changed(self.image_head),
+                      pretext_head=changed(self.pretext_head))
 
 
 @dataclasses.dataclass(frozen=True)

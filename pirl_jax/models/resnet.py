@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pirl_jax.errors import UserError
 from pirl_jax.models import convolution
+from pirl_jax.models.batch_norm import create_batch_norm, in_groups
 from pirl_jax.models.initializers import kernel_init
 from pirl_jax.models.pooling import max_pool
 
@@ -31,12 +32,6 @@ STEMS = {
   "3x3": (3, 1, False),  # small images keep their size
   "3x3s2": (3, 2, False),  # small images on a CPU: a quarter of the work
 }
-
-
-BATCH_NORM_EPSILON = 1e-5
-
-BATCH_NORM_MOMENTUM = 0.9
-"""What the running statistics keep of themselves at each step; PyTorch calls the rest, 0.1, momentum."""
 
 
 class Block(nn.Module):
@@ -80,6 +75,7 @@ class ResNet(nn.Module):
     stem: a key of `STEMS`.
     dtype: of the computation; parameters and batch statistics are float32, or float64 with it.
     batch_norm_axis: mesh axis over which batch statistics are taken; None: each device its own.
+    batch_norm_group: number of images that have batch statistics of their own; None: all images.
     remat: the gradient keeps what goes into each stage alone and computes the rest of it again.
   """
 
@@ -89,13 +85,14 @@ class ResNet(nn.Module):
   stem: str = "imagenet"
   dtype: Any = jnp.float32
   batch_norm_axis: str | None = None
+  batch_norm_group: int | None = None
   remat: bool = False
 
   if TYPE_CHECKING:
     def __hash__(self) -> int: ...  # Flax adds it, without declaring it
 
   @nn.compact
-  def __call__(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+  def __call__(self, images: jax.Array, *, train: bool, views: int = 1) -> dict[str, jax.Array]:
     """Returns the features by name: "conv1" (after BN and ReLU, before pooling), "res2" ... and "pooled".
 
     "pooled" is the global average of the last stage, f32[B, C] (f64 where dtype is); the others are dtype[B, H, W, C].
@@ -104,19 +101,24 @@ class ResNet(nn.Module):
       images: f32[B, H, W, 3], normalised.
       train: batch norm takes the statistics of this batch and moves its running ones (eps 1e-5, and a tenth of
         the new value each call: PyTorch's momentum 0.1), or uses the running ones.
+      views: number of consecutive entries of `images` that are views of one image; a group of batch norm has all views
+        of its images.
     """
     exact = jnp.promote_types(self.dtype, jnp.float32)
     conv = partial(nn.Conv, use_bias=False, padding=0, dtype=self.dtype, param_dtype=exact, kernel_init=kernel_init,
                    conv_general_dilated=convolution.conv)
-    norm = partial(nn.BatchNorm, param_dtype=exact, use_running_average=not train, momentum=BATCH_NORM_MOMENTUM,
-                   epsilon=BATCH_NORM_EPSILON, dtype=self.dtype, axis_name=self.batch_norm_axis)
+    group = self.batch_norm_group * views if train and self.batch_norm_group else None
+    norm = create_batch_norm(train=train, dtype=self.dtype, param_dtype=exact, axis=self.batch_norm_axis, group=group)
+
+    def flat(x: jax.Array) -> jax.Array:
+      return x.reshape(-1, *x.shape[-3:])
+
     kernel, stride, pool = STEMS[self.stem]
     features = {}
     x = conv(self.channels, (kernel, kernel), strides=stride, padding=kernel // 2, name="conv1")(
-      images.astype(self.dtype))
-    features["conv1"] = x = nn.relu(norm(name="bn1")(x))
-    if pool:
-      x = max_pool(x)
+      in_groups(images.astype(self.dtype), group))
+    features["conv1"] = x = flat(nn.relu(norm(name="bn1")(x)))
+    x = in_groups(max_pool(x) if pool else x, group)
 
     def run_stage(_: nn.Module, x: jax.Array, stage: int) -> jax.Array:
       for block in range(self.blocks[stage]):
@@ -127,8 +129,9 @@ class ResNet(nn.Module):
     if self.remat:
       run_stage = nn.remat(run_stage, static_argnums=(2,))
     for stage in range(len(self.blocks)):
-      features[f"res{stage + 2}"] = x = run_stage(self, x, stage)
-    features["pooled"] = jnp.mean(x.astype(exact), axis=(1, 2))
+      x = run_stage(self, x, stage)
+      features[f"res{stage + 2}"] = flat(x)
+    features["pooled"] = jnp.mean(flat(x).astype(exact), axis=(1, 2))
     return features
 
 

@@ -16,8 +16,8 @@ from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.protocols import knn, learning
 from pirl_jax.method import memory_bank
 from pirl_jax.method.state import TrainState
+from pirl_jax.models import batch_norm
 from pirl_jax.models.network import Model
-from pirl_jax.models.resnet import BATCH_NORM_MOMENTUM
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.logbook import Logbook
 from pirl_jax.training.parts import Parts, test_images
@@ -28,7 +28,7 @@ def calibrate(parts: Parts, state: TrainState) -> TrainState:
   """Returns the randomly initialised state with the trunk's batch statistics measured on the training images."""
   variables = features.calibrate_batch_stats(
     batch_stats_fn(parts), {"params": state.params, "batch_stats": state.batch_stats},
-    test_images(parts, parts.train).test_batches(), parts.mesh, momentum=BATCH_NORM_MOMENTUM)
+    test_images(parts, parts.train).test_batches(), parts.mesh, momentum=batch_norm.MOMENTUM)
   trunk = jax.device_put(variables["batch_stats"]["trunk"], mesh_lib.whole(parts.mesh))
   return state.replace(batch_stats={**state.batch_stats, "trunk": trunk})
 

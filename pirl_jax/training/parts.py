@@ -50,8 +50,10 @@ class Parts:
 
   @property
   def parallel_network(self) -> Network:
-    """Returns the network for the step: batch norm works over all devices, or per device if the config says so."""
-    return self.network.with_batch_norm_axis(mesh_lib.AXIS if self.config.model.batch_norm == "global" else None)
+    """Returns the network for the step: batch norm works over all devices, each device, or groups of images."""
+    model = self.config.model
+    return self.network.with_batch_norm(axis=mesh_lib.AXIS if model.batch_norm == "global" else None,
+                                        group=model.batch_norm_group if model.batch_norm == "groups" else None)
 
   def initial_state(self) -> TrainState:
     """Returns the state before the first step; every call returns the same values."""
@@ -73,6 +75,7 @@ RULES = (
    "at most 10,000 is possible"),
   (("model.dim",), lambda value: value <= 65_536, "at most 65,536 is possible"),
   (("num_epochs",), lambda value: value >= 0, "0 (the untrained network) or more is needed"),
+  (("model.batch_norm_group",), lambda value: value >= 2, "statistics need 2 images or more"),
   (("evaluate.every_epochs",), lambda value: value >= 0, "0 (never) or more is needed"),
   (("num_negatives",), lambda value: value >= 0, "0 (every row) or more is needed"),
   (("data.num_images", "evaluate.num_images", "jigsaw.num_permutations"), lambda value: value >= 0,
@@ -91,7 +94,7 @@ RULES = (
   (("optimizer.schedule",), *_one_of(("cosine", "steps"))),
   (("model.dtype", "bank.dtype"), *_one_of(DTYPES)),
   (("model.head",), *_one_of(("linear", "mlp"))),
-  (("model.batch_norm",), *_one_of(("global", "device"))),
+  (("model.batch_norm",), *_one_of(("global", "groups", "device"))),
   (("optimizer.update_interval",), *_one_of(("step", "epoch"))),
   (("model.dtype", "bank.dtype"), lambda value: value != "float64" or jax.config.values["jax_enable_x64"],
    "JAX computes in it only with JAX_ENABLE_X64=1 in the environment"),
@@ -129,7 +132,7 @@ def build(config: ConfigDict, workdir: Path) -> Parts:
 
 
 def check_shares(config: ConfigDict, num_devices: int) -> None:
-  """Raises UserError if the batches do not divide among the devices, or a device's batch not into micro-batches."""
+  """Raises UserError if a batch does not divide among the devices, or a device's into micro-batches and groups."""
   for field in ("batch_size", "evaluate.batch_size"):
     if _get(config, field) % num_devices:
       raise UserError(f"{field}={_get(config, field)} does not divide among {num_devices} devices; "
@@ -138,6 +141,12 @@ def check_shares(config: ConfigDict, num_devices: int) -> None:
   if images % config.micro_batches:
     raise UserError(f"micro_batches={config.micro_batches} does not divide the {images} images of a batch on each of "
                     f"{num_devices} devices; choose a divisor of {images}")
+  images, group = images // config.micro_batches, config.model.batch_norm_group
+  if config.model.batch_norm == "groups" and images % group:
+    raise UserError(f"model.batch_norm_group={group} does not divide the {images} images that pass through a device at "
+                    f"once (batch_size={config.batch_size}, devices: {num_devices}, micro_batches="
+                    f"{config.micro_batches}); take fewer devices or parts, a divisor of {images}, or "
+                    "--config.model.batch_norm=global")
 
 
 def assemble(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, views_fn: Callable, train: sources.Source,

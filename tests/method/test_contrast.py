@@ -184,7 +184,7 @@ def test_a_step_with_another_kind_of_loss_is_the_same_on_any_number_of_devices(c
     state = create_state(SEED, network, optimizer, LAYOUT, mesh=mesh, dim=D, bank_dtype=jnp.float32,
                          inputs=(jnp.zeros((1, 12, 12, 3)), None))
     step = make_contrastive_step(
-      network.with_batch_norm_axis(AXIS), optimizer, lambda keys, image, pretext: (image / 127.5 - 1, None, None),
+      network.with_batch_norm(axis=AXIS), optimizer, lambda keys, image, pretext: (image / 127.5 - 1, None, None),
       contrast_of("infonce", K, "shared", BatchMates), mesh, pretext_weight=0, bank_momentum=MU)
     states.append(jax.device_get(step(state, jax.device_put(batch, mesh_lib.split(mesh)))))
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), *states)

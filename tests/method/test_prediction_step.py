@@ -70,7 +70,7 @@ def run(system, num_devices):
   """Returns the states after each of two steps, the start included, and the metrics of each step, on the host."""
   network, views_fn, _ = parts(system)
   mesh = mesh_lib.create_mesh(num_devices)
-  step = make_prediction_step(network.with_batch_norm_axis(mesh_lib.AXIS), OPTIMIZER, views_fn, LAYOUT, mesh)
+  step = make_prediction_step(network.with_batch_norm(axis=mesh_lib.AXIS), OPTIMIZER, views_fn, LAYOUT, mesh)
   state = make_state(system, num_devices)
   states, metrics = [jax.device_get(state)], []
   for i in range(2):

@@ -19,6 +19,7 @@ from pirl_jax.method.step import make_contrastive_step
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ResNet, create_resnet
+from pirl_jax.planning.program import COLLECTIVES, Program
 from pirl_jax.runtime import mesh as mesh_lib
 
 N, B, K, D, TAU = 103, 16, 32, 16, 0.2
@@ -46,7 +47,7 @@ def make_batch(step, *, broken=(), with_pretext=True):
   return batch if with_pretext else {name: x for name, x in batch.items() if name != "pretext_crop"}
 
 
-def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, optimizer=None, pretext_weight=0.4,
+def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, group=None, optimizer=None, pretext_weight=0.4,
           dtype=jnp.float32, num_negatives=K, negative_sampling="shared", micro_batches=1, trunk=None):
   mesh = mesh_lib.create_mesh(num_devices)
   layout = memory_bank.create_layout(N, num_devices=num_devices, num_negatives=num_negatives)
@@ -58,8 +59,8 @@ def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, optimizer=None, 
   loss_fn = losses.make_loss(loss, temperature=TAU, num_images=N, num_negatives=num_negatives or N)
   contrast = Contrast(loss_fn, layout, num_negatives=num_negatives, negative_sampling=negative_sampling,
                       temperature=TAU)
-  step = make_contrastive_step(network.with_batch_norm_axis(batch_norm), optimizer, views_fn, contrast, mesh,
-                               pretext_weight=pretext_weight, bank_momentum=0.5, micro_batches=micro_batches)
+  step = make_contrastive_step(network.with_batch_norm(axis=batch_norm, group=group), optimizer, views_fn, contrast,
+                               mesh, pretext_weight=pretext_weight, bank_momentum=0.5, micro_batches=micro_batches)
   return mesh, layout, network, make_state, step
 
 
@@ -129,6 +130,28 @@ def test_statistics_of_each_device_are_an_option_that_leaves_one_device_as_it_is
   eight = run(8, batch_norm=None)[1]
   assert abs(eight[1]["loss"] - one[1]["loss"]) > 1e-4
   assert np.isfinite(eight[1]["loss"])
+
+
+def test_statistics_of_groups_are_those_of_as_many_devices():
+  """On any number of devices and in any number of parts, with a broken image and a draw for each image."""
+  options = {"loss": "infonce", "negative_sampling": "per_image", "broken": (make_batch(0)["index"][5],),
+             "batch_norm": None}
+  devices = run(8, **options)  # each with statistics of its own 2 images
+  for num_devices, micro_batches in ((1, 1), (2, 2)):
+    groups = run(num_devices, group=2, micro_batches=micro_batches, **options)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), groups, devices)
+
+
+def test_batch_norm_of_groups_sends_nothing():
+  def senders(**options):
+    mesh, _, _, make_state, step = build(8, loss="infonce", pretext_weight=0, **options)
+    batch = jax.device_put(make_batch(0, with_pretext=False), mesh_lib.split(mesh))
+    program = Program(step.lower(make_state(), batch).compile().as_text())
+    return [program.scope(kernel) for kernel, _, _ in program.kernels()
+            if kernel.opcode.removesuffix("-start") in COLLECTIVES]
+  of_all, of_groups = senders(), senders(batch_norm=None, group=2)
+  assert sum("/bn" in scope for scope in of_all) >= 3  # one for each layer at least
+  assert of_groups and not any("/bn" in scope for scope in of_groups)
 
 
 def embeddings_by_hand(state, network, batch):
@@ -282,9 +305,10 @@ class PlainTrunk(nn.Module):
   """A trunk without batch norm: what it makes of an image depends on no other."""
 
   batch_norm_axis: str | None = None
+  batch_norm_group: int | None = None
 
   @nn.compact
-  def __call__(self, images, *, train):
+  def __call__(self, images, *, train, views=1):
     self.variable("batch_stats", "unused", jnp.zeros, ())
     x = nn.relu(nn.Conv(8, (3, 3), strides=2, name="conv")(images))
     return {"pooled": jnp.mean(x, axis=(1, 2))}
@@ -417,7 +441,7 @@ def compile_big_step(num_devices, *, num_negatives):
     0, network, optimizer, layout, mesh=mesh, dim=128, bank_dtype=jnp.float32, inputs=INPUTS))
   loss_fn = losses.make_loss("nce", temperature=TAU, num_images=BIG, num_negatives=num_negatives or BIG)
   step = make_contrastive_step(
-    network.clone(trunk=network.trunk.clone(batch_norm_axis=mesh_lib.AXIS)), optimizer, views_fn,
+    network.with_batch_norm(axis=mesh_lib.AXIS), optimizer, views_fn,
     Contrast(loss_fn, layout, num_negatives=num_negatives, temperature=TAU), mesh, pretext_weight=0.5,
     bank_momentum=0.5)
   lowered = step.lower(state, make_batch(0))
