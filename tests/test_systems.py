@@ -29,6 +29,7 @@ from pirl_jax.method import losses
 from pirl_jax.method.negatives import Scores
 from pirl_jax.models import resnet
 from pirl_jax.models.heads import ClassHead, ImageHead
+from pirl_jax.runtime import caching
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.logbook import read_rows
@@ -129,8 +130,9 @@ def launched(config, workdir, patch):
   patch.setattr(command, "CONFIG", SimpleNamespace(value=Recorded(config, read)))
   patch.setattr(command, "WORKDIR", SimpleNamespace(value=workdir))
   for flag, value in (("COORDINATOR", ""), ("NUM_PROCESSES", 1), ("PROCESS_ID", None),
-                      ("KEEP_MEMORY", False)):
+                      ("KEEP_MEMORY", False), ("COMPILATION_CACHE", None)):
     patch.setattr(command, flag, SimpleNamespace(value=value))
+  patch.setattr(caching, "keep_compiled", lambda folder: None)  # the tests have a cache of their own
   patch.setattr(jobs, "quiet", lambda: None)
   command.main(["launch.py"])
   return read
