@@ -22,8 +22,9 @@ NUM_IMAGES = {"imagenet2012": 1_281_167, "cifar10": 50_000, "stl10": 100_000}
 IMAGES_PER_CORE = 557
 """Decoded and cropped twice in a core-second, ImageNet's JPEGs: `python -m benchmarks.input_pipeline`, Xeon 2.1 GHz."""
 
-IMAGES_PER_PROCESS = 7_000
-"""That a Python process can hand on in a second, however many cores it has: 91 us of its interpreter for each."""
+IMAGES_PER_PROCESS = 10_000
+"""That a Python process can hand on in a second, however many cores it has: the ceiling that
+`python -m benchmarks.input_pipeline` prints, here on two cores of an AMD EPYC with other work."""
 
 LATENCY = 1.2e-5
 """Seconds of a collective of a few bytes; assumed."""
