@@ -55,20 +55,22 @@ def keep_compiled(folder: str | None) -> None:
   jax.monitoring.register_event_listener(_note_found)
   if folder == "":
     jax.config.update("jax_enable_compilation_cache", False)
-  elif not jax.config.values["jax_compilation_cache_dir"]:
-    try:
-      path = cache_folder() / "xla" if folder is None else Path(folder).expanduser().absolute()
-      path.mkdir(parents=True, exist_ok=True)
-      tempfile.TemporaryFile(dir=path).close()  # raises OSError if the folder cannot be written to
-      if not _has_checksums():
-        raise OSError("JAX would compress them with zstandard, which adds no checksum")
-      _tidy(path)
-    except (OSError, RuntimeError) as error:
-      reason = getattr(error, "strerror", None) or error
-      print(f"WARNING: compiled programs are not kept ({reason}); choose another --compilation_cache=DIR")
-      return
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
+  if folder == "" or jax.config.values["jax_compilation_cache_dir"]:
+    return
+  if not _has_checksums():
+    print("WARNING: compiled programs are not kept: JAX would compress them with zstandard, which adds no checksum")
+    return
+  try:
+    path = cache_folder() / "xla" if folder is None else Path(folder).expanduser().absolute()
+    path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()  # raises OSError if the folder cannot be written to
+    _tidy(path)
+  except (OSError, RuntimeError) as error:
+    reason = getattr(error, "strerror", None) or error
+    print(f"WARNING: compiled programs are not kept ({reason}); choose another --compilation_cache=DIR")
+    return
+  jax.config.update("jax_compilation_cache_dir", str(path))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", COMPILED_SECONDS)
 
 
 def compile_report() -> str:
@@ -102,7 +104,7 @@ def _tidy(folder: Path) -> None:
   """Deletes stored programs that are damaged, and the oldest if there are too many.
 
   JAX compiles anew if a program is damaged, but leaves the file as it is. Files are read once, at the first call after
-  they were written: what a crash has cut is found here.
+  they were written, which finds what a crash has cut.
   """
   mark = folder / "tidied"
   before = mark.stat().st_mtime if mark.exists() else 0.0
