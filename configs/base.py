@@ -50,6 +50,9 @@ def _add_images(config: ConfigDict) -> None:
   # True: a JPEG is decoded at a half, a quarter or an eighth of its size, where the crops of a sample are no larger. A
   # photograph of 12 megapixels then costs a third of the time; images of ImageNet's size are read as before.
   data.reduced_decoding = False
+  # True: an image is turned as the EXIF orientation of its camera says; False: it keeps its stored orientation, as in
+  # the official runs.
+  data.upright = False
   data.image_size = 224  # pixels, side of the image view
   data.image_scale = (0.08, 1.0)  # range of the share of the image's area that the image crop covers
   data.num_threads = 16  # threads that decode and crop

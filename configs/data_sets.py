@@ -70,6 +70,7 @@ def folder(config: ConfigDict) -> None:
   config.num_negatives = 4_096
   config.data.source = "folder"
   config.data.reduced_decoding = True
+  config.data.upright = True
   config.data.split = ""
   config.optimizer.update_interval = "step"
 

@@ -33,6 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
   data.name = ""  # tfds: name of the data set in TFDS's catalog
   data.root = ""  # folder: the folder of images; tfds: folder of prepared sets ("": TFDS's default)
   data.labels = "none"  # folder: "folder" takes the sub-folders as classes
+  data.upright = True  # a copy is turned as the EXIF orientation of the image says
   data.num_images = 0  # number of images to take at random of each split, 0 for all
   data.num_threads = 16  # threads that decode and encode
   data.max_bad_fraction = 0.05  # largest share of images that cannot be read; with more the preparation stops

@@ -171,7 +171,7 @@ def eval_batches(
     raise UserError(f"batch_size={batch_size} in an evaluation; choose 1 or more")
   num_batches = -(-max(0, len(source) - start) // batch_size)
   crop_fn = functools.partial(
-    _test_crop, size=image_size, fraction=crop_fraction, squash=squash, reduced=source.reduced)
+    _test_crop, size=image_size, fraction=crop_fraction, squash=squash, reduced=source.decoding.reduced)
   size = _part_size(batch_size, 3 * image_size**2, num_threads)
   read_fn = functools.partial(_test_images, source, num=size, size=image_size, crop_fn=crop_fn)
   parts = grain.MapDataset.range(start, start + num_batches * batch_size, size).map(read_fn)
@@ -291,7 +291,7 @@ def _read(source: Source, index: int, crop_fn: Callable[[OpenedImage], _Crops]) 
   try:
     record = source[index]
     label = record.label
-    return crop_fn(open_image(record.image)), label
+    return crop_fn(open_image(record.image, upright=source.decoding.upright)), label
   except (BrokenImage, *_NO_IMAGE):
     return None, label
   # If the disk fails, the image may be sound; it must not be dropped from the training.
@@ -303,7 +303,8 @@ def _read(source: Source, index: int, crop_fn: Callable[[OpenedImage], _Crops]) 
 
 def _crops(source: Source, index: int, rng: np.random.Generator, *,
            crops: Mapping[str, tuple[int, tuple[float, float]]]) -> Example:
-  cut, label = _read(source, index, lambda image: random_resized_crops(rng, image, crops, reduced=source.reduced))
+  cut, label = _read(
+    source, index, lambda image: random_resized_crops(rng, image, crops, reduced=source.decoding.reduced))
   return {
     **(cut or {name: np.zeros((size, size, 3), np.uint8) for name, (size, _) in crops.items()}),
     "index": np.int32(index),

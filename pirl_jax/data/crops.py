@@ -3,11 +3,13 @@
 Letters: H W height and width of the image, S side of the crop; every image is u8[H, W, 3], RGB.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
 import struct
 from collections.abc import Mapping
+from typing import Any
 
 import cv2
 import numpy as np
@@ -19,8 +21,7 @@ cv2.setNumThreads(1)
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 _MAX_PIXELS = 2**28  # 0.8 GB once decoded: too large for a photograph, perhaps a decompression bomb
-# Decode to RGB in the stored orientation. The EXIF orientation is ignored, as PIL's usual loader ignores it: the
-# method was tuned on images loaded in that way.
+# Decode to RGB in the stored orientation; `Decoding.upright` says whether the image is turned afterwards.
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
@@ -32,8 +33,26 @@ _RATIO = (3 / 4, 4 / 3)
 """Range of a random crop's aspect ratio, as torchvision's default."""
 
 
+_ORIENTATION = 0x0112
+"""EXIF's tag of the orientation in which the camera was held; 1 is upright (CIPA DC-008, section 4.6.4)."""
+
+
 class BrokenImage(Exception):
   """These bytes cannot be made into an image."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """How images are decoded.
+
+  Attributes:
+    reduced: True decodes a JPEG at a half, a quarter or an eighth of its size, where its crops are no larger.
+    upright: True turns an image as its EXIF orientation says. False keeps the stored orientation, as PIL's usual loader
+      does: the method was tuned on images loaded in that way.
+  """
+
+  reduced: bool = False
+  upright: bool = False
 
 
 def decode(image: bytes | np.ndarray) -> np.ndarray:
@@ -49,16 +68,18 @@ class OpenedImage:
   """An image whose size is known. The pixels of an ordinary JPEG or PNG are not decoded yet.
 
   Attributes:
-    height: H.
-    width: W.
-    content: the bytes of an ordinary JPEG or PNG, else the pixels u8[H, W, 3].
+    height: H, after the turn.
+    width: W, after the turn.
+    content: the bytes of an ordinary JPEG or PNG, else the pixels u8[H, W, 3] before the turn.
     reducible: True for an ordinary JPEG, which can be decoded at a part of its size.
+    orientation: how the pixels are turned, by the numbers of EXIF; 1 leaves them as they are.
   """
 
   height: int
   width: int
   content: bytes | np.ndarray
   reducible: bool = False
+  orientation: int = 1
 
   def reduction(self, shrunk: float) -> int:
     """Returns the strongest reduction by at most the factor `shrunk`; 1 if the image is not `reducible`."""
@@ -68,7 +89,7 @@ class OpenedImage:
     """Returns the pixels u8[H / r, W / r, 3], RGB, with sides rounded up.
 
     Grey, palette, CMYK and YCCK become RGB. Alpha is dropped, as by PIL's `convert("RGB")`. Of 16 bits the upper 8 are
-    kept. The EXIF orientation is ignored.
+    kept.
 
     Args:
       reduction: r, 1, 2, 4 or 8; only 1 if the image is not `reducible`.
@@ -77,20 +98,43 @@ class OpenedImage:
       BrokenImage: the image is damaged.
     """
     if isinstance(self.content, np.ndarray):
-      return self.content
+      return _turned(self.content, self.orientation)
     try:
       decoded = cv2.imdecode(np.frombuffer(self.content, np.uint8), _REDUCTIONS[reduction])
     except cv2.error as error:
       raise BrokenImage(str(error)) from error
     if decoded is None:
       raise BrokenImage("OpenCV cannot decode it")
-    return decoded
+    return _turned(decoded, self.orientation)
 
 
-def open_image(image: bytes | np.ndarray) -> OpenedImage:
+def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
+  """Returns u8[H, W, 3]: the image as it is seen upright, for an EXIF orientation of 1 to 8."""
+  if orientation == 1:
+    return image
+  if orientation >= 5:
+    image = image.swapaxes(0, 1)
+  upside_down, mirrored = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+  return np.ascontiguousarray(image[::-1 if upside_down else 1, ::-1 if mirrored else 1])
+
+
+def _opened(height: int, width: int, content: bytes | np.ndarray, orientation: Any, *,
+            reducible: bool = False) -> OpenedImage:
+  """Returns the opened image of this stored size; an orientation that EXIF does not define counts as upright."""
+  orientation = orientation if orientation in range(1, 9) else 1
+  if orientation >= 5:
+    height, width = width, height
+  return OpenedImage(height, width, content, reducible, orientation)
+
+
+def open_image(image: bytes | np.ndarray, *, upright: bool = False) -> OpenedImage:
   """Returns the opened image. The content decides the format, not the file name.
 
   OpenCV decodes ordinary JPEG and PNG when their pixels are asked for; Pillow decodes everything else at once.
+
+  Args:
+    image: the bytes of a file, or pixels u8[H, W, 3].
+    upright: see `Decoding`.
 
   Raises:
     BrokenImage: the bytes are not an image, have a damaged header, are cut short, or have more than 2**28 pixels.
@@ -98,6 +142,7 @@ def open_image(image: bytes | np.ndarray) -> OpenedImage:
   if isinstance(image, np.ndarray):
     return OpenedImage(image.shape[0], image.shape[1], image)
   jpeg = image[:2] == b"\xff\xd8"
+  orientation = 1
   if jpeg:
     height, width, components, scan = _jpeg_header(image)
     # OpenCV fills missing parts of a JPEG with grey and only prints a warning. The end-of-image marker cannot occur
@@ -105,27 +150,45 @@ def open_image(image: bytes | np.ndarray) -> OpenedImage:
     if image.rfind(b"\xff\xd9", scan) < 0:
       raise BrokenImage("JPEG is cut short")
     opencv = components in (1, 3)
+    if upright and opencv:
+      orientation = _exif_orientation(image[:scan])
   elif image[:8] == b"\x89PNG\r\n\x1a\n":
     if len(image) < 33:
       raise BrokenImage("PNG is cut short")
     width, height = struct.unpack(">II", image[16:24])
     if image.rfind(b"IEND") < 0:
       raise BrokenImage("PNG is cut short")
-    opencv = True
+    opencv = not (upright and b"eXIf" in image)  # few PNGs have an orientation; Pillow reads it
   else:
-    return _open_with_pillow(image)
+    return _open_with_pillow(image, upright)
   if height * width > _MAX_PIXELS:
     raise BrokenImage(f"{width} x {height} pixels are too many")
-  return OpenedImage(height, width, image, reducible=jpeg) if opencv else _open_with_pillow(image)
+  return _opened(height, width, image, orientation, reducible=jpeg) if opencv else _open_with_pillow(image, upright)
 
 
-def _open_with_pillow(image: bytes) -> OpenedImage:
+def _exif_orientation(header: bytes) -> int:
+  """Returns the EXIF orientation in the header of a JPEG; 1 if there is none, or if its EXIF data cannot be read."""
+  start = header.find(b"Exif\0\0")
+  if start < 0:
+    return 1
+  exif = Image.Exif()
+  with contextlib.suppress(Exception):  # damaged EXIF data make Pillow raise nearly anything; the image may be sound
+    exif.load(header[start:])
+    return exif.get(_ORIENTATION, 1)
+  return 1
+
+
+def _open_with_pillow(image: bytes, upright: bool) -> OpenedImage:
   try:
     with Image.open(io.BytesIO(image), formats=("JPEG", "PNG", "WEBP", "BMP")) as opened:
       if opened.width * opened.height > _MAX_PIXELS:
         raise BrokenImage(f"{opened.width} x {opened.height} pixels are too many")
       pixels = np.asarray(opened.convert("RGB"))
-      return OpenedImage(pixels.shape[0], pixels.shape[1], pixels)
+      orientation = 1
+      if upright:
+        with contextlib.suppress(Exception):  # see `_exif_orientation`
+          orientation = opened.getexif().get(_ORIENTATION, 1)
+      return _opened(pixels.shape[0], pixels.shape[1], pixels, orientation)
   except BrokenImage:
     raise
   except UnidentifiedImageError as error:  # Pillow's own message shows a memory address

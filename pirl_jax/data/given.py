@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from pirl_jax.data.crops import BrokenImage, open_image
+from pirl_jax.data.crops import BrokenImage, Decoding, open_image
 from pirl_jax.data.records import Record, Source, printable
 from pirl_jax.errors import UserError
 
@@ -23,22 +23,22 @@ class GivenSource(Source):
   class_names = ()
   fingerprint = "given"
 
-  def __init__(self, images: Sequence[Any], *, names: Sequence[str], least: int = 0) -> None:
+  def __init__(self, images: Sequence[Any], *, names: Sequence[str], decoding: Decoding, shorter_side: int) -> None:
     """Stores the list; no image is read yet.
 
     Args:
       images: each one of the kinds that `pixels_of` takes.
       names: a name for each image, for messages.
-      least: see `pixels_of`.
+      decoding, shorter_side: see `pixels_of`.
     """
-    self._images, self._names, self._least = images, names, least
+    self._images, self._names, self._decode = images, names, {"decoding": decoding, "shorter_side": shorter_side}
     self.description = f"{len(images)} given images"
 
   def __len__(self) -> int:
     return len(self._images)
 
   def __getitem__(self, index: int) -> Record:
-    return Record(pixels_of(self._images[index], self._names[index], least=self._least), -1)
+    return Record(pixels_of(self._images[index], self._names[index], **self._decode), -1)
 
   def image_name(self, index: int) -> str:
     """Returns the name that was given."""
@@ -58,7 +58,7 @@ def is_one(images: Any) -> bool:
   return hasattr(images, "__array__") and np.ndim(images) <= 3 and np.asarray(images).dtype.kind not in "OUS"
 
 
-def pixels_of(image: Any, name: str, *, least: int = 0) -> np.ndarray:
+def pixels_of(image: Any, name: str, *, decoding: Decoding, shorter_side: int) -> np.ndarray:
   """Returns u8[H, W, 3], RGB, of one image.
 
   - A path of a JPEG, PNG, WebP or BMP file: `crops.open_image` opens the file, as every other image of the program.
@@ -69,26 +69,27 @@ def pixels_of(image: Any, name: str, *, least: int = 0) -> np.ndarray:
   Args:
     image: one of these.
     name: the name of the image in error messages.
-    least: if it is not 0, a JPEG file is decoded at a half, a quarter or an eighth of its size, where its shorter side
-      keeps so many pixels.
+    decoding: of files, and whether PIL images are turned by their EXIF orientation.
+    shorter_side: number of pixels that the shorter side of a JPEG keeps, if `decoding` reduces the image.
 
   Raises:
     UserError: the image is none of these, or cannot be read.
   """
   if isinstance(image, (str, os.PathLike)):
-    return _read_file(image, f"{name}, {printable(os.fsdecode(image))},", least)
+    return _read_file(image, f"{name}, {printable(os.fsdecode(image))},", decoding, shorter_side)
   if isinstance(image, Image.Image):
-    return _convert(image, name)
+    return _convert(image, name, decoding)
   if hasattr(image, "__array__"):
     return _levels(np.asarray(image), name)
   raise UserError(f"{name} is of type {type(image).__name__}; give {KINDS}")
 
 
-def _read_file(path: str | os.PathLike[str], name: str, least: int) -> np.ndarray:
+def _read_file(path: str | os.PathLike[str], name: str, decoding: Decoding, shorter_side: int) -> np.ndarray:
   try:
     with open(path, "rb") as file:
-      opened = open_image(file.read())
-    return opened.pixels(opened.reduction(min(opened.height, opened.width) / least) if least else 1)
+      opened = open_image(file.read(), upright=decoding.upright)
+    shrunk = min(opened.height, opened.width) / shorter_side
+    return opened.pixels(opened.reduction(shrunk) if decoding.reduced else 1)
   except IsADirectoryError as error:
     raise UserError(f"{name} is a folder; give its files one by one, for example sorted(folder.glob('*.jpg'))"
                     ) from error
@@ -102,12 +103,12 @@ def _read_file(path: str | os.PathLike[str], name: str, least: int) -> np.ndarra
     raise UserError(f"{name} cannot be decoded: {error}; leave it out, or repair it") from error
 
 
-def _convert(image: Image.Image, name: str) -> np.ndarray:
+def _convert(image: Image.Image, name: str, decoding: Decoding) -> np.ndarray:
   if image.mode[0] in "IF":
     raise UserError(f"{name} is a PIL image of mode {image.mode}, which has no 8-bit levels; give it as an array of "
                     "floats in [0, 1]")
   try:
-    return np.asarray(image.convert("RGB"))
+    return np.asarray((ImageOps.exif_transpose(image) if decoding.upright else image).convert("RGB"))
   except Exception as error:  # Pillow decodes the file only now, and its plug-ins raise errors of many types
     raise UserError(f"{name}, a PIL image of mode {image.mode}, cannot be made RGB: {error}") from error
 

@@ -150,11 +150,12 @@ def _copy(source: Source, index: int, copying: Copying) -> tuple[bytes, int] | s
   """Returns (file, label) of an image, or the reason why the image cannot be read."""
   try:
     record = source[index]
-    opened = open_image(record.image)
+    opened = open_image(record.image, upright=source.decoding.upright)
     pixels = shrink(opened, copying.shorter_side)  # a small image is decoded, too: a damaged one must not be copied
   except (BrokenImage, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
     return str(error)
-  if isinstance(record.image, bytes) and opened.reducible and min(opened.height, opened.width) <= copying.shorter_side:
+  as_it_is = opened.reducible and opened.orientation == 1 and min(opened.height, opened.width) <= copying.shorter_side
+  if isinstance(record.image, bytes) and as_it_is:
     return record.image, record.label
   _, file = cv2.imencode(".jpg", pixels[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, copying.quality))
   return file.tobytes(), record.label

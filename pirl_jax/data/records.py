@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from pirl_jax.data.crops import Decoding
+
 if TYPE_CHECKING:
   from pirl_jax.data.sources import DataSettings
 
@@ -31,7 +33,7 @@ class Source(abc.ABC):
     class_names: the name of each class, in the order of the labels; () if there are no labels.
     multi_label: True if an image may show any number of the classes; then there are `targets`, but no `labels`.
     slow_labels: True if the first call of `labels` reads every image, which takes as long as an epoch without crops.
-    reduced: True if a JPEG may be decoded at a half, a quarter or an eighth of its size, where its crops are no larger.
+    decoding: how the images of the records are decoded.
     draws: class attribute: True if the source generates exactly `num_images` images; False if the images exist already
       and `num_images` selects some of them.
     defaults: class attribute: the settings of an evaluation that names this source and gives no others: `split`,
@@ -43,7 +45,7 @@ class Source(abc.ABC):
   class_names: tuple[str, ...]
   multi_label: bool = False
   slow_labels: bool = False
-  reduced: bool = False
+  decoding: Decoding = Decoding()
   draws: ClassVar[bool] = False
   defaults: ClassVar[dict[str, str | int]] = {
     "split": "train", "test_split": "test", "labels": "folder", "num_images": 0, "test_num_images": 0}

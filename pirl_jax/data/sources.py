@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, Self
 
+from pirl_jax.data.crops import Decoding
 from pirl_jax.data.records import Record, Source
 from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
@@ -32,7 +33,7 @@ class DataSettings:
       labels.
     num_images: embedded: number of images to draw; folder and tfds: number of images to take at random, the same ones
       in every run, or 0 for all.
-    reduced_decoding: True decodes a JPEG at a half, a quarter or an eighth of its size, where its crops are no larger.
+    reduced_decoding, upright: see `Decoding`.
     image_size: side in pixels of the image view, and of the embedded images.
     image_scale: range of the share of the image's area that the image crop covers.
     num_threads: number of threads that decode and crop.
@@ -46,6 +47,7 @@ class DataSettings:
   labels: str = "none"
   num_images: int = 0
   reduced_decoding: bool = False
+  upright: bool = False
   image_size: int = 224
   image_scale: tuple[float, float] = (0.08, 1.0)
   num_threads: int = 16
@@ -58,8 +60,13 @@ class DataSettings:
       name: tuple(value) if isinstance(value, list) else value for name, value in dict(**data).items()}
     return cls(**values)
 
+  @property
+  def decoding(self) -> Decoding:
+    """Returns how the images are decoded."""
+    return Decoding(reduced=self.reduced_decoding, upright=self.upright)
 
-READING = ("image_size", "image_scale", "reduced_decoding", "num_threads", "max_bad_fraction")
+
+READING = ("image_size", "image_scale", "reduced_decoding", "upright", "num_threads", "max_bad_fraction")
 """The fields that say how images are read; all other fields say which images are read."""
 
 
@@ -89,7 +96,7 @@ def open_source(settings: DataSettings, *, class_names: tuple[str, ...] | None =
   if settings.labels not in LABELS:
     raise UserError(f"data.labels={settings.labels!r} is unknown; choose one of: {', '.join(LABELS)}")
   images, number = kind.open(settings, class_names), settings.num_images
-  images.reduced = settings.reduced_decoding
+  images.decoding = settings.decoding
   if not number or kind.draws:
     return images
   if number > len(images):

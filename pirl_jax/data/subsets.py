@@ -21,7 +21,7 @@ class Subset(Source):
   def __init__(self, source: Source, index: Sequence[int]) -> None:
     self._source, self._index = source, np.asarray(index)
     self.class_names, self.multi_label = source.class_names, source.multi_label
-    self.slow_labels, self.reduced = source.slow_labels, source.reduced
+    self.slow_labels, self.decoding = source.slow_labels, source.decoding
     self.fingerprint = f"{source.fingerprint}[{subset_digest(self._index)}]"
     self.description = f"{len(self._index)} of: {source.description}"
 

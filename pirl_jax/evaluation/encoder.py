@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from pirl_jax.data.batches import Batches
+from pirl_jax.data.crops import Decoding
 from pirl_jax.data.given import KINDS, GivenSource, is_one
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import stream_features, unit_norm
@@ -120,10 +121,12 @@ class Encoder:
     if not single and not isinstance(images, Iterable):
       raise UserError(f"images is of type {type(images).__name__}; give {KINDS}, or several of them")
     waiting, first = iter([images] if single else images), 0
-    least = round(self.image_size / self.crop_fraction) if self.config["data"]["reduced_decoding"] else 0
+    data = self.config["data"]
+    decoding = Decoding(reduced=data["reduced_decoding"], upright=data["upright"])
+    shorter_side = round(self.image_size / self.crop_fraction)
     while chunk := list(itertools.islice(waiting, self.batch_size)):
       names = ["images" if single else f"images[{first + number}]" for number in range(len(chunk))]
-      source = GivenSource(chunk, names=names, least=least)
+      source = GivenSource(chunk, names=names, decoding=decoding, shorter_side=shorter_side)
       yield from Images(source, self.image_size, self.crop_fraction, self.batch_size, self.num_threads).test_batches()
       first += len(chunk)
     if not first:

@@ -42,6 +42,10 @@ DATA_FIELDS = (*SOURCE_FIELDS, "test_split", "test_num_images")
 from the run; with `config.data.source` none does."""
 
 
+DECODING_FIELDS = ("reduced_decoding", "upright")
+"""The fields of `config.data` that say how images are decoded. Without a value they are those of the run."""
+
+
 def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
   """Evaluates the checkpoints that `config` names. Writes the result file and the plot, and prints the table.
 
@@ -169,15 +173,13 @@ def open_evaluation(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mes
   """
   data = data_of(config, subject.runs[0])
   sizes = sizes_of(config, subject, mesh)
-  reduced = config.data.reduced_decoding
-  if reduced is None:
-    reduced = subject.runs[0].meta["config"]["data"]["reduced_decoding"]
+  own = subject.runs[0].meta["config"]["data"]
+  decoding = {name: own[name] if config.data[name] is None else config.data[name] for name in DECODING_FIELDS}
 
   def open_split(split: str, class_names: tuple[str, ...] | None = None,
                  num_images: int = data["num_images"]) -> Images:
     which = {name: data[name] for name in SOURCE_FIELDS} | {"split": split, "num_images": num_images}
-    source = open_fn(sources.DataSettings(**which, image_size=sizes["image_size"], reduced_decoding=reduced),
-                     class_names)
+    source = open_fn(sources.DataSettings(**which, image_size=sizes["image_size"], **decoding), class_names)
     return Images(source, **sizes)
 
   train = open_split(data["split"])
@@ -236,8 +238,8 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
     "step": evaluation.subject.step,
     "run_config": evaluation.subject.config,
   }
-  if evaluation.train.source.reduced:  # results from before this field existed do not have it
-    settings["reduced_decoding"] = True
+  # Results from before these fields existed do not have them.
+  settings |= {name: True for name, value in dataclasses.asdict(evaluation.train.source.decoding).items() if value}
   if evaluation.subject.is_ensemble:
     settings["ensemble"] = [run.label for run in evaluation.subject.runs]
   return json.loads(json.dumps(settings))  # turns tuples into lists, as in the stored file

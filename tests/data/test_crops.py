@@ -6,7 +6,7 @@ import math
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pirl_jax.data import crops
 from pirl_jax.data.crops import (
@@ -280,6 +280,45 @@ def test_crops_of_a_reduced_jpeg_show_the_same(height, width, size):
       moved = np.roll(whole[name], 3, axis=0).astype(float)
       error = np.abs(whole[name] - reduced[name].astype(float)).mean()
       assert 0 < error < 3.5 and error < 0.5 * np.abs(whole[name] - moved).mean(), (name, seed)
+
+
+def turned(file_format, orientation, **options):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  return encoded(options.pop("image", RGB), file_format, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format, options", [
+  ("JPEG", {}), ("JPEG", {"progressive": True}), ("JPEG", {"image": RGB.convert("CMYK")}),
+  ("JPEG", {"image": RGB.convert("L")}), ("PNG", {}), ("WEBP", {"lossless": True})])
+def test_an_upright_image_is_turned_as_pillow_turns_it(file_format, options, orientation):
+  data = turned(file_format, orientation, **options)
+  with Image.open(io.BytesIO(data)) as image:
+    expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+  opened = open_image(data, upright=True)
+  assert (opened.height, opened.width) == expected.shape[:2] == ((64, 48) if orientation >= 5 else (48, 64))
+  assert np.abs(opened.pixels().astype(int) - expected).max() <= 2
+  if opened.reducible:
+    averaged = expected.reshape(expected.shape[0] // 4, 4, expected.shape[1] // 4, 4, 3).mean((1, 3))
+    assert np.abs(averaged - opened.pixels(4)).mean() < 6
+  assert decode(data).shape == (48, 64, 3)  # as it is stored
+
+
+@pytest.mark.parametrize("damage", [
+  lambda exif: exif[:8], lambda exif: exif[:6] + b"XX" + exif[8:], lambda exif: exif[:6] + bytes(len(exif) - 6)])
+def test_exif_data_that_cannot_be_read_leave_an_image_as_it_is(damage):
+  good = Image.Exif()
+  good[0x0112] = 6
+  for data in (encoded(RGB, "JPEG", exif=damage(good.tobytes())), turned("JPEG", 0), turned("JPEG", 9)):
+    np.testing.assert_array_equal(open_image(data, upright=True).pixels(), decode(data))
+
+
+def test_a_crop_of_an_upright_image_is_that_of_the_turned_pixels():
+  data, asked = turned("JPEG", 8), {"image_crop": (20, (0.3, 0.6))}
+  cut, expected = (random_resized_crops(np.random.default_rng(3), opened, asked)["image_crop"] for opened in (
+    open_image(data, upright=True), open_image(open_image(data, upright=True).pixels())))
+  np.testing.assert_array_equal(cut, expected)
 
 
 def test_a_damaged_jpeg_is_broken_however_it_is_decoded():

@@ -73,6 +73,17 @@ def test_a_small_jpeg_is_copied_byte_by_byte_and_nothing_else_is(folder, prepare
   assert all(copies[i].image[:2] == b"\xff\xd8" for i in range(5))
 
 
+def test_a_photograph_is_turned_upright(tmp_path):
+  (tmp_path / "images").mkdir()
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  photograph(40, 30, seed=0).save(tmp_path / "images" / "0.jpg", exif=exif, quality=95)
+  prepare.run(config_of(tmp_path / "images", tmp_path / "sets", **{"splits": ("",), "data.labels": "none"}), "")
+  copy = decode(opened(tmp_path / "sets", "train")[0].image)
+  expected = np.asarray(photograph(40, 30, seed=0).transpose(Image.Transpose.ROTATE_270)).astype(float)
+  assert copy.shape == (40, 30, 3) and np.abs(copy - expected).mean() < 8
+
+
 def test_a_flat_folder_is_the_split_train(folder, tmp_path):
   prepare.run(config_of(folder / "train" / "a", tmp_path, **{"splits": ("",), "data.labels": "none"}), "")
   copies = opened(tmp_path, "train")

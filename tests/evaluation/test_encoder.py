@@ -81,17 +81,21 @@ def test_features_are_those_that_the_evaluation_writes_bit_for_bit(run, encoder,
 
 def test_features_of_a_run_that_decodes_at_a_part_of_the_size_are_those_of_its_evaluation(photographs, tmp_path):
   config = tiny(pirl)
-  config.data.reduced_decoding = True
+  config.data.update(reduced_decoding=True, upright=True)
   run = pirl_jax.pretrain(config, tmp_path / "reduced")
   images = shutil.copytree(photographs, tmp_path / "images")
   rng = np.random.default_rng(1)
   for number in range(1, NUM, 3):
     smooth = cv2.resize(rng.integers(0, 256, (9, 9, 3), np.uint8), (90 + number, 101))
     cv2.imwrite(str(images / f"{number:02}.jpg"), smooth)
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  Image.open(photographs / "02.jpg").save(images / "02.jpg", exif=exif, quality=95)
   paths = sorted(images.iterdir())
   features = pirl_jax.load(run)(paths)
   np.testing.assert_array_equal(features, exported(run, images, tmp_path / "results", "pooled"))
-  whole = pirl_jax.load(run)([cv2.imread(str(path))[..., ::-1] for path in paths])
+  np.testing.assert_array_equal(pirl_jax.load(run)(Image.open(images / "02.jpg")), features[2:3])
+  whole = pirl_jax.load(run)([cv2.imread(str(path))[..., ::-1] for path in paths])  # OpenCV turns it, too
   assert [(a != b).any() for a, b in zip(features, whole, strict=True)] == [
     path.suffix == ".jpg" and cv2.imread(str(path)).shape[0] == 101 for path in paths]
 
