@@ -53,6 +53,11 @@ def _add_images(config: ConfigDict) -> None:
   # True: an image is turned as the EXIF orientation of its camera says; False: it keeps its stored orientation, as in
   # the official runs.
   data.upright = False
+  # True: an image of 16 bits is scaled by its own largest value; False: the upper 8 bits are kept.
+  data.full_range = False
+  # folder: "common" reads .jpg, .jpeg, .png, .webp and .bmp; "all" also .jfif, .jpe, .tif, .tiff, .gif and .avif, and
+  # .heic and .heif if pillow-heif is installed.
+  data.formats = "common"
   data.image_size = 224  # pixels, side of the image view
   data.image_scale = (0.08, 1.0)  # range of the share of the image's area that the image crop covers
   data.num_threads = 16  # threads that decode and crop

@@ -69,8 +69,7 @@ def folder(config: ConfigDict) -> None:
   config.batch_size = 256
   config.num_negatives = 4_096
   config.data.source = "folder"
-  config.data.reduced_decoding = True
-  config.data.upright = True
+  config.data.update(formats="all", reduced_decoding=True, upright=True, full_range=True)
   config.data.split = ""
   config.optimizer.update_interval = "step"
 

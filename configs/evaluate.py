@@ -23,8 +23,8 @@ def get_base() -> ConfigDict:
   config.step = 0  # of the checkpoint; 0: the newest
   config.seed = 0  # of everything random in the evaluation
 
-  # A field without a value is taken from the run. If data.source is given, only sizes, threads, reduced_decoding and
-  # upright are taken from the run; the other fields have the defaults of that source.
+  # A field without a value is taken from the run. If data.source is given, only sizes, threads and how images are
+  # decoded (reduced_decoding, full_range, upright) are taken from the run; the other fields have the source's defaults.
   config.data = data = ConfigDict()
   data.source = placeholder(str)  # "embedded", "folder" or "tfds"
   data.name = placeholder(str)  # tfds: name of the data set

@@ -291,7 +291,7 @@ def _read(source: Source, index: int, crop_fn: Callable[[OpenedImage], _Crops]) 
   try:
     record = source[index]
     label = record.label
-    return crop_fn(open_image(record.image, upright=source.decoding.upright)), label
+    return crop_fn(open_image(record.image, source.decoding)), label
   except (BrokenImage, *_NO_IMAGE):
     return None, label
   # If the disk fails, the image may be sound; it must not be dropped from the training.

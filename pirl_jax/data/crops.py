@@ -14,6 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 # The loader works on one image per thread; OpenCV's own threads would compete with the loader's threads.
 cv2.setNumThreads(1)
@@ -33,6 +34,23 @@ _RATIO = (3 / 4, 4 / 3)
 """Range of a random crop's aspect ratio, as torchvision's default."""
 
 
+_DEEP = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+"""OpenCV's flags for all bits of an image of 16 bits, in the order blue, green, red. With IMREAD_COLOR_RGB OpenCV 5.0.0
+returns memory that it has not written, for TIFF."""
+
+_BITS_PER_SAMPLE = 258
+"""TIFF's tag."""
+
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]
+"""The formats that can be decoded, by Pillow's names. Of an animation the first image is taken."""
+
+try:  # the formats of some phones, if the package is installed
+  import pillow_heif
+  pillow_heif.register_heif_opener()
+  FORMATS.append("HEIF")
+except ImportError:
+  pass
+
 _ORIENTATION = 0x0112
 """EXIF's tag of the orientation in which the camera was held; 1 is upright (CIPA DC-008, section 4.6.4)."""
 
@@ -47,12 +65,18 @@ class Decoding:
 
   Attributes:
     reduced: True decodes a JPEG at a half, a quarter or an eighth of its size, where its crops are no larger.
+    full_range: True scales an image of 16 bits by its own largest value, because many cameras and microscopes fill only
+      10 to 14 of the bits. False keeps the upper 8 bits.
     upright: True turns an image as its EXIF orientation says. False keeps the stored orientation, as PIL's usual loader
       does: the method was tuned on images loaded in that way.
   """
 
   reduced: bool = False
+  full_range: bool = False
   upright: bool = False
+
+
+AS_STORED = Decoding()
 
 
 def decode(image: bytes | np.ndarray) -> np.ndarray:
@@ -88,8 +112,8 @@ class OpenedImage:
   def pixels(self, reduction: int = 1) -> np.ndarray:
     """Returns the pixels u8[H / r, W / r, 3], RGB, with sides rounded up.
 
-    Grey, palette, CMYK and YCCK become RGB. Alpha is dropped, as by PIL's `convert("RGB")`. Of 16 bits the upper 8 are
-    kept.
+    Grey, palette, CMYK and YCCK become RGB. Alpha is dropped, as by PIL's `convert("RGB")`. 16 bits become 8, see
+    `Decoding.full_range`.
 
     Args:
       reduction: r, 1, 2, 4 or 8; only 1 if the image is not `reducible`.
@@ -99,13 +123,18 @@ class OpenedImage:
     """
     if isinstance(self.content, np.ndarray):
       return _turned(self.content, self.orientation)
-    try:
-      decoded = cv2.imdecode(np.frombuffer(self.content, np.uint8), _REDUCTIONS[reduction])
-    except cv2.error as error:
-      raise BrokenImage(str(error)) from error
-    if decoded is None:
-      raise BrokenImage("OpenCV cannot decode it")
-    return _turned(decoded, self.orientation)
+    return _turned(_decode_with_opencv(self.content, _REDUCTIONS[reduction]), self.orientation)
+
+
+def _decode_with_opencv(image: bytes, flags: int) -> np.ndarray:
+  """Returns the pixels [H, W, 3] of an encoded image, of the type and in the order of colours that the flags say."""
+  try:
+    decoded = cv2.imdecode(np.frombuffer(image, np.uint8), flags)
+  except cv2.error as error:
+    raise BrokenImage(" ".join(str(error).split())) from error
+  if decoded is None:
+    raise BrokenImage("OpenCV cannot decode it")
+  return decoded
 
 
 def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -127,14 +156,14 @@ def _opened(height: int, width: int, content: bytes | np.ndarray, orientation: A
   return OpenedImage(height, width, content, reducible, orientation)
 
 
-def open_image(image: bytes | np.ndarray, *, upright: bool = False) -> OpenedImage:
+def open_image(image: bytes | np.ndarray, decoding: Decoding = AS_STORED) -> OpenedImage:
   """Returns the opened image. The content decides the format, not the file name.
 
   OpenCV decodes ordinary JPEG and PNG when their pixels are asked for; Pillow decodes everything else at once.
 
   Args:
     image: the bytes of a file, or pixels u8[H, W, 3].
-    upright: see `Decoding`.
+    decoding: `full_range` and `upright` matter here.
 
   Raises:
     BrokenImage: the bytes are not an image, have a damaged header, are cut short, or have more than 2**28 pixels.
@@ -150,7 +179,7 @@ def open_image(image: bytes | np.ndarray, *, upright: bool = False) -> OpenedIma
     if image.rfind(b"\xff\xd9", scan) < 0:
       raise BrokenImage("JPEG is cut short")
     opencv = components in (1, 3)
-    if upright and opencv:
+    if decoding.upright and opencv:
       orientation = _exif_orientation(image[:scan])
   elif image[:8] == b"\x89PNG\r\n\x1a\n":
     if len(image) < 33:
@@ -158,12 +187,52 @@ def open_image(image: bytes | np.ndarray, *, upright: bool = False) -> OpenedIma
     width, height = struct.unpack(">II", image[16:24])
     if image.rfind(b"IEND") < 0:
       raise BrokenImage("PNG is cut short")
-    opencv = not (upright and b"eXIf" in image)  # few PNGs have an orientation; Pillow reads it
+    if decoding.upright and b"eXIf" in image:  # few PNGs have an orientation; Pillow reads it
+      orientation = _orientation(image)
+    if decoding.full_range and image[24] == 16:
+      _check_size(height, width)
+      return _opened(height, width, _deep_pixels(image), orientation)
+    opencv = True
   else:
-    return _open_with_pillow(image, upright)
+    return _open_with_pillow(image, decoding)
+  _check_size(height, width)
+  return _opened(height, width, image, orientation, reducible=jpeg) if opencv else _open_with_pillow(image, decoding)
+
+
+def _check_size(height: int, width: int) -> None:
   if height * width > _MAX_PIXELS:
     raise BrokenImage(f"{width} x {height} pixels are too many")
-  return _opened(height, width, image, orientation, reducible=jpeg) if opencv else _open_with_pillow(image, upright)
+
+
+def _eight_bits(pixels: np.ndarray, *, full_range: bool) -> np.ndarray:
+  """Returns u8[H, W, 3] of pixels [H, W] or [H, W, 3] of 16 bits, of whole numbers or of floating point.
+
+  Of unsigned 16 bits without `full_range` the upper 8 are kept. Everything else is scaled: the largest value becomes
+  255, and 0, or a negative smallest value, becomes 0.
+
+  Raises:
+    BrokenImage: a value is not finite.
+  """
+  if pixels.dtype.kind == "u" and not full_range:
+    levels = (pixels >> 8).astype(np.uint8)
+  else:
+    low, high = min(0.0, float(pixels.min())), float(pixels.max())
+    if not math.isfinite(high - low):
+      raise BrokenImage("it holds values that are not finite")
+    levels = np.rint((pixels - low) * (255 / max(high - low, 1e-30))).astype(np.uint8)
+  return levels if levels.ndim == 3 else np.repeat(levels[..., np.newaxis], 3, axis=2)
+
+
+def _deep_pixels(image: bytes) -> np.ndarray:
+  """Returns u8[H, W, 3], RGB, of an encoded image of 16 bits, scaled by its largest value."""
+  return _eight_bits(_decode_with_opencv(image, _DEEP)[..., ::-1], full_range=True)
+
+
+def _orientation(image: bytes) -> int:
+  """Returns the EXIF orientation that Pillow finds in a file, 1 if there is none."""
+  with contextlib.suppress(Exception), Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+    return opened.getexif().get(_ORIENTATION, 1)
+  return 1
 
 
 def _exif_orientation(header: bytes) -> int:
@@ -178,23 +247,32 @@ def _exif_orientation(header: bytes) -> int:
   return 1
 
 
-def _open_with_pillow(image: bytes, upright: bool) -> OpenedImage:
+def _open_with_pillow(image: bytes, decoding: Decoding) -> OpenedImage:
   try:
-    with Image.open(io.BytesIO(image), formats=("JPEG", "PNG", "WEBP", "BMP")) as opened:
-      if opened.width * opened.height > _MAX_PIXELS:
-        raise BrokenImage(f"{opened.width} x {opened.height} pixels are too many")
-      pixels = np.asarray(opened.convert("RGB"))
+    with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
+      _check_size(opened.height, opened.width)
+      pixels = _pixels_of_pillow(opened, image, decoding)
       orientation = 1
-      if upright:
+      if decoding.upright:
         with contextlib.suppress(Exception):  # see `_exif_orientation`
           orientation = opened.getexif().get(_ORIENTATION, 1)
       return _opened(pixels.shape[0], pixels.shape[1], pixels, orientation)
   except BrokenImage:
     raise
   except UnidentifiedImageError as error:  # Pillow's own message shows a memory address
-    raise BrokenImage("neither JPEG, PNG, WebP nor BMP") from error
+    raise BrokenImage(f"none of the formats {', '.join(FORMATS)}") from error
   except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged bytes
     raise BrokenImage(str(error)) from error
+
+
+def _pixels_of_pillow(opened: Image.Image, image: bytes, decoding: Decoding) -> np.ndarray:
+  """Returns u8[H, W, 3] of an image that Pillow has opened; `image` are the bytes of its file."""
+  if opened.mode[0] in "IF":  # 16 bits, whole numbers or floating point, in grey
+    return _eight_bits(np.asarray(opened), full_range=decoding.full_range)
+  # Of 16 bits in colour Pillow keeps the upper 8 only.
+  if decoding.full_range and isinstance(opened, TiffImageFile) and max(opened.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8:
+    return _deep_pixels(image)
+  return np.asarray(opened.convert("RGB"))
 
 
 def _jpeg_header(image: bytes) -> tuple[int, int, int, int]:

@@ -13,13 +13,22 @@ from typing import Self
 
 import numpy as np
 
+from pirl_jax.data.crops import FORMATS
 from pirl_jax.data.records import Record, Source, printable
 from pirl_jax.data.sources import DataSettings
 from pirl_jax.errors import UserError
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+ENDINGS: dict[str, tuple[str, ...]] = {"common": (".jpg", ".jpeg", ".png", ".webp", ".bmp")}
+"""The endings of image files, in lower case, for each value of `data.formats`."""
+ENDINGS["all"] = (*ENDINGS["common"], ".jfif", ".jpe", ".tif", ".tiff", ".gif", ".avif",
+                  *((".heic", ".heif") if "HEIF" in FORMATS else ()))
 
 _NAMES_SHOWN = 3  # names in a message, of the files that were left out for one reason
+
+_BY_ENDING = "not an image by its ending"
+
+_MANY = 0.05
+"""If more than this share of the files is left out, the description says so as a warning."""
 
 
 class FolderSource(Source):
@@ -30,6 +39,7 @@ class FolderSource(Source):
     split: a sub-folder of `root`, or "" for the whole of `root`.
     labels: "folder" takes the first sub-folder of an image's path as its class (an image outside of every sub-folder
       has label -1); "none" gives no labels.
+    formats: a key of `ENDINGS`.
     class_names: classes to use instead of the sub-folders found, so that a held-out split has the same classes as the
       training split.
 
@@ -41,17 +51,22 @@ class FolderSource(Source):
   @classmethod
   def open(cls, settings: DataSettings, class_names: tuple[str, ...] | None) -> Self:
     """Returns the source of the folder that the settings name; this lists all of its files."""
-    return cls(settings.root, split=settings.split, labels=settings.labels, class_names=class_names)
+    return cls(settings.root, split=settings.split, labels=settings.labels, class_names=class_names,
+               formats=settings.formats)
 
-  def __init__(self, root: str, *, split: str, labels: str, class_names: tuple[str, ...] | None = None) -> None:
+  def __init__(self, root: str, *, split: str, labels: str, class_names: tuple[str, ...] | None = None,
+               formats: str = "common") -> None:
+    if formats not in ENDINGS:
+      raise UserError(f"data.formats={formats!r} is unknown; choose from {', '.join(ENDINGS)}")
+    endings = ENDINGS[formats]
     self._root = _split_folder(root, split)
     shown = printable(self._root)
     left_out = collections.defaultdict(list)
-    found = sorted(_walk(self._root, left_out), key=lambda item: os.fsencode(item[0]))
+    found = sorted(_walk(self._root, endings, left_out), key=lambda item: os.fsencode(item[0]))
     if not found:
       raise UserError(
         f"no images in {shown}{_left_out_text(left_out, separator='; ')}: "
-        f"files ending in {', '.join(ENDINGS)} are read; point data.root (and data.split) at them"
+        f"files ending in {', '.join(endings)} are read; point data.root (and data.split) at them"
       )
     self._paths, self._sizes = zip(*found, strict=True)
     digest = hashlib.sha256()
@@ -66,6 +81,9 @@ class FolderSource(Source):
     self.description = (
       f"folder {shown}: {len(found)} images{classes}{_left_out_text(left_out, separator=chr(10) + '  ')}"
     )
+    number = sum(len(paths) for reason, paths in left_out.items() if reason != "hidden")
+    if number > _MANY * (number + len(found)):
+      self.description += f"\n  warning: {number / (number + len(found)):.0%} of the files were left out"
 
   def __len__(self) -> int:
     return len(self._paths)
@@ -128,8 +146,10 @@ def _listed(folder: str) -> list[str]:
     ) from error
 
 
-def _walk(root: str, left_out: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
+def _walk(root: str, endings: Sequence[str], left_out: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
   """Yields (relative path, size in bytes) of every image; the other files are added to `left_out`, by reason.
+
+  Files with one of the `endings`, in lower case, are images.
 
   A stack replaces recursion, because Python limits the depth of recursion. A link is a loop if it leads to one of the
   folders above the link. Two links side by side may lead to the same folder; then the images count twice.
@@ -152,8 +172,8 @@ def _walk(root: str, left_out: dict[str, list[str]]) -> Iterator[tuple[str, int]
           left_out["link to a folder above it"].append(path)
         else:
           stack.append((path, (*above, (status.st_dev, status.st_ino))))
-      elif os.path.splitext(name)[1].lower() not in ENDINGS:
-        left_out["not an image by its ending"].append(path)
+      elif os.path.splitext(name)[1].lower() not in endings:
+        left_out[_BY_ENDING].append(path)
       elif not stat.S_ISREG(status.st_mode):
         left_out["not a regular file"].append(path)
       elif status.st_size == 0:
@@ -173,9 +193,13 @@ def _left_out_text(left_out: dict[str, list[str]], *, separator: str) -> str:
   lines = []
   for reason, paths in sorted(left_out.items()):
     names = ", ".join(printable(path) for path in sorted(paths)[:_NAMES_SHOWN])
-    lines.append(
-      f"{separator}left out, {reason}: {len(paths)} ({names}{', ...' if len(paths) > _NAMES_SHOWN else ''})"
-    )
+    if reason == _BY_ENDING and len(paths) > _NAMES_SHOWN:
+      counts = collections.Counter(os.path.splitext(path)[1].lower() or "without" for path in paths)
+      names = ", ".join(f"{printable(ending)} {count}" for ending, count in counts.most_common(8))
+      names += ", ..." * (len(counts) > 8)
+    else:
+      names += ", ..." * (len(paths) > _NAMES_SHOWN)
+    lines.append(f"{separator}left out, {reason}: {len(paths)} ({names})")
   return "".join(lines)
 
 

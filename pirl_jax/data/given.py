@@ -87,7 +87,7 @@ def pixels_of(image: Any, name: str, *, decoding: Decoding, shorter_side: int) -
 def _read_file(path: str | os.PathLike[str], name: str, decoding: Decoding, shorter_side: int) -> np.ndarray:
   try:
     with open(path, "rb") as file:
-      opened = open_image(file.read(), upright=decoding.upright)
+      opened = open_image(file.read(), decoding)
     shrunk = min(opened.height, opened.width) / shorter_side
     return opened.pixels(opened.reduction(shrunk) if decoding.reduced else 1)
   except IsADirectoryError as error:

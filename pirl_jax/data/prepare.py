@@ -150,7 +150,7 @@ def _copy(source: Source, index: int, copying: Copying) -> tuple[bytes, int] | s
   """Returns (file, label) of an image, or the reason why the image cannot be read."""
   try:
     record = source[index]
-    opened = open_image(record.image, upright=source.decoding.upright)
+    opened = open_image(record.image, source.decoding)
     pixels = shrink(opened, copying.shorter_side)  # a small image is decoded, too: a damaged one must not be copied
   except (BrokenImage, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
     return str(error)

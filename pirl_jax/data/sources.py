@@ -33,7 +33,9 @@ class DataSettings:
       labels.
     num_images: embedded: number of images to draw; folder and tfds: number of images to take at random, the same ones
       in every run, or 0 for all.
-    reduced_decoding, upright: see `Decoding`.
+    formats: folder: "common" reads files ending in .jpg, .jpeg, .png, .webp and .bmp; "all" reads every ending of a
+      format that can be decoded.
+    reduced_decoding, full_range, upright: see `Decoding`.
     image_size: side in pixels of the image view, and of the embedded images.
     image_scale: range of the share of the image's area that the image crop covers.
     num_threads: number of threads that decode and crop.
@@ -46,7 +48,9 @@ class DataSettings:
   split: str = "train"
   labels: str = "none"
   num_images: int = 0
+  formats: str = "common"
   reduced_decoding: bool = False
+  full_range: bool = False
   upright: bool = False
   image_size: int = 224
   image_scale: tuple[float, float] = (0.08, 1.0)
@@ -63,10 +67,13 @@ class DataSettings:
   @property
   def decoding(self) -> Decoding:
     """Returns how the images are decoded."""
-    return Decoding(reduced=self.reduced_decoding, upright=self.upright)
+    return Decoding(reduced=self.reduced_decoding, full_range=self.full_range, upright=self.upright)
 
 
-READING = ("image_size", "image_scale", "reduced_decoding", "upright", "num_threads", "max_bad_fraction")
+DECODING = ("reduced_decoding", "full_range", "upright")
+"""The fields that say how an image is decoded, see `Decoding`."""
+
+READING = ("image_size", "image_scale", *DECODING, "num_threads", "max_bad_fraction")
 """The fields that say how images are read; all other fields say which images are read."""
 
 

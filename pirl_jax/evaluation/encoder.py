@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from pirl_jax.data.batches import Batches
-from pirl_jax.data.crops import Decoding
 from pirl_jax.data.given import KINDS, GivenSource, is_one
+from pirl_jax.data.sources import DataSettings
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import stream_features, unit_norm
 from pirl_jax.evaluation.inputs import Images, own_sizes
@@ -121,8 +121,7 @@ class Encoder:
     if not single and not isinstance(images, Iterable):
       raise UserError(f"images is of type {type(images).__name__}; give {KINDS}, or several of them")
     waiting, first = iter([images] if single else images), 0
-    data = self.config["data"]
-    decoding = Decoding(reduced=data["reduced_decoding"], upright=data["upright"])
+    decoding = DataSettings.of(self.config["data"]).decoding
     shorter_side = round(self.image_size / self.crop_fraction)
     while chunk := list(itertools.islice(waiting, self.batch_size)):
       names = ["images" if single else f"images[{first + number}]" for number in range(len(chunk))]

@@ -42,10 +42,6 @@ DATA_FIELDS = (*SOURCE_FIELDS, "test_split", "test_num_images")
 from the run; with `config.data.source` none does."""
 
 
-DECODING_FIELDS = ("reduced_decoding", "upright")
-"""The fields of `config.data` that say how images are decoded. Without a value they are those of the run."""
-
-
 def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
   """Evaluates the checkpoints that `config` names. Writes the result file and the plot, and prints the table.
 
@@ -174,7 +170,7 @@ def open_evaluation(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mes
   data = data_of(config, subject.runs[0])
   sizes = sizes_of(config, subject, mesh)
   own = subject.runs[0].meta["config"]["data"]
-  decoding = {name: own[name] if config.data[name] is None else config.data[name] for name in DECODING_FIELDS}
+  decoding = {name: own[name] if config.data[name] is None else config.data[name] for name in sources.DECODING}
 
   def open_split(split: str, class_names: tuple[str, ...] | None = None,
                  num_images: int = data["num_images"]) -> Images:

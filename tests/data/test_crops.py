@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from pirl_jax.data import crops
 from pirl_jax.data.crops import (
   BrokenImage,
+  Decoding,
   centre_crop,
   crop_box,
   decode,
@@ -296,7 +297,7 @@ def test_an_upright_image_is_turned_as_pillow_turns_it(file_format, options, ori
   data = turned(file_format, orientation, **options)
   with Image.open(io.BytesIO(data)) as image:
     expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-  opened = open_image(data, upright=True)
+  opened = open_image(data, Decoding(upright=True))
   assert (opened.height, opened.width) == expected.shape[:2] == ((64, 48) if orientation >= 5 else (48, 64))
   assert np.abs(opened.pixels().astype(int) - expected).max() <= 2
   if opened.reducible:
@@ -311,14 +312,67 @@ def test_exif_data_that_cannot_be_read_leave_an_image_as_it_is(damage):
   good = Image.Exif()
   good[0x0112] = 6
   for data in (encoded(RGB, "JPEG", exif=damage(good.tobytes())), turned("JPEG", 0), turned("JPEG", 9)):
-    np.testing.assert_array_equal(open_image(data, upright=True).pixels(), decode(data))
+    np.testing.assert_array_equal(open_image(data, Decoding(upright=True)).pixels(), decode(data))
 
 
 def test_a_crop_of_an_upright_image_is_that_of_the_turned_pixels():
   data, asked = turned("JPEG", 8), {"image_crop": (20, (0.3, 0.6))}
   cut, expected = (random_resized_crops(np.random.default_rng(3), opened, asked)["image_crop"] for opened in (
-    open_image(data, upright=True), open_image(open_image(data, upright=True).pixels())))
+    open_image(data, Decoding(upright=True)), open_image(open_image(data, Decoding(upright=True)).pixels())))
   np.testing.assert_array_equal(cut, expected)
+
+
+@pytest.mark.parametrize("file_format, options", [
+  ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("GIF", {}), ("AVIF", {"quality": 100})])
+def test_more_formats_equal_pillow(file_format, options):
+  data = encoded(RGB, file_format, **options)
+  with Image.open(io.BytesIO(data)) as image:
+    expected = np.asarray(image.convert("RGB"))
+  np.testing.assert_array_equal(decode(data), expected)
+  assert np.abs(expected.astype(int) - np.asarray(RGB)).mean() < 12
+
+
+def test_the_first_image_of_several_is_taken():
+  others = [Image.fromarray(smooth(seed=seed)) for seed in (1, 2)]
+  for file_format in ("GIF", "TIFF"):
+    data = encoded(RGB, file_format, save_all=True, append_images=others)
+    assert np.abs(decode(data).astype(int) - np.asarray(RGB)).mean() < 12
+
+
+def deep_files(levels):
+  """Yields (name, file) of an image of 16 bits, u16[H, W] or u16[H, W, 3], RGB, in each format that has them."""
+  stored = levels[..., ::-1] if levels.ndim == 3 else levels  # OpenCV takes BGR
+  for ending in (".png", ".tiff"):
+    yield ending, cv2.imencode(ending, stored)[1].tobytes()
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (20, 30, 3)])
+@pytest.mark.parametrize("bits", [10, 12, 16])
+def test_the_full_range_of_an_image_of_16_bits(shape, bits):
+  levels = np.random.default_rng(0).integers(0, 2**bits, shape, dtype=np.uint16)
+  levels[0, 0] = 2**bits - 1
+  colours = levels if levels.ndim == 3 else np.repeat(levels[..., np.newaxis], 3, axis=2)
+  for ending, data in deep_files(levels):
+    found = open_image(data, Decoding(full_range=True)).pixels()
+    assert found.dtype == np.uint8
+    np.testing.assert_allclose(found, np.round(255 * (colours / (2**bits - 1))), atol=1, err_msg=ending)
+    np.testing.assert_array_equal(decode(data), colours >> 8, err_msg=ending)
+
+
+def test_floating_point_is_scaled_and_what_is_not_finite_is_broken():
+  values = np.linspace(-1, 3, 20 * 30, dtype=np.float32).reshape(20, 30)
+  found = decode(encoded(Image.fromarray(values), "TIFF"))
+  np.testing.assert_allclose(found[..., 1], 255 * (values + 1) / 4, atol=0.51)
+  values[3, 4] = np.nan
+  with pytest.raises(BrokenImage, match="not finite"):
+    decode(encoded(Image.fromarray(values), "TIFF"))
+
+
+def test_an_image_of_8_bits_has_its_levels_whatever_is_asked_for():
+  dark = Image.fromarray(smooth() // 8)
+  for file_format in ("PNG", "TIFF", "WEBP", "BMP"):
+    data = encoded(dark, file_format, **({"lossless": True} if file_format == "WEBP" else {}))
+    np.testing.assert_array_equal(open_image(data, Decoding(full_range=True)).pixels(), np.asarray(dark))
 
 
 def test_a_damaged_jpeg_is_broken_however_it_is_decoded():
