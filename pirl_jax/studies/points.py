@@ -13,10 +13,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pirl_jax.configs import evaluate as evaluations
+from pirl_jax.configs.base import get_base
 from pirl_jax.configs.study import OWN_EVALUATION_FIELDS, OWN_FIELDS, systems
 from pirl_jax.errors import UserError
 from pirl_jax.storage.files import read_json
-from pirl_jax.storage.formats import upgrade_config
+from pirl_jax.storage.formats import YOUNGER_FIELDS, upgrade_config
 from pirl_jax.storage.settings import difference, flatten
 
 MARK = "trained.json"
@@ -147,11 +148,11 @@ def create_trial(config: ConfigDict, point: Point, seed: int, root: Path) -> Tri
                fixed=OWN_EVALUATION_FIELDS)
   set_fields(run_config, point.fields, where=f"the point {point.label!r}", fixed=OWN_FIELDS)
   run_config.seed = seed
-  run_config.name = f"{point.system}-{digest(run_config, ('name', 'seed'))}-{seed}"
+  run_config.name = f"{point.system}-{digest(run_config, ('name', 'seed'), younger_fields())}-{seed}"
   folder = root / "runs" / run_config.name
   if not folder.is_dir() and (older := older_folder(root / "runs", f"{point.system}-*-{seed}", run_config)):
     folder, run_config.name = older, older.name
-  evaluation.name = f"{config.evaluation}-{digest(evaluation, OWN_EVALUATION_FIELDS)}"
+  evaluation.name = f"{config.evaluation}-{digest(evaluation, OWN_EVALUATION_FIELDS, dict.fromkeys(YOUNGER_FIELDS))}"
   evaluation.checkpoint = str(folder)
   return Trial(point, run_config, evaluation, folder)
 
@@ -223,9 +224,25 @@ def set_fields(config: ConfigDict, fields: Mapping[str, Any], *, where: str, fix
     group[name] = value
 
 
-def digest(config: ConfigDict, without: Iterable[str]) -> str:
-  """Returns eight hexadecimal digits, a hash of all fields except those in `without`."""
+def younger_fields() -> dict[str, Any]:
+  """Returns {"group.field": value in configs/base.py} of `YOUNGER_FIELDS`."""
+  base = flatten(get_base().to_dict())
+  return {name: base[name] for name in YOUNGER_FIELDS}
+
+
+def digest(config: ConfigDict, without: Iterable[str], younger: Mapping[str, Any]) -> str:
+  """Returns eight hexadecimal digits, a hash of all fields except those in `without`.
+
+  Args:
+    config: of a run or an evaluation.
+    without: fields that are left out.
+    younger: {"group.field": value}; such a field is left out if it has this value.
+  """
   fields = {name: value for name, value in config.to_dict().items() if name not in without}
+  for name, value in younger.items():
+    group, _, field = name.partition(".")
+    if field in fields.get(group, ()) and fields[group][field] == value:
+      del fields[group][field]
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 

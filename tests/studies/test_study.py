@@ -238,7 +238,7 @@ def test_what_comes_later_wins_and_the_quick_settings_are_for_the_embedded_image
   assert (trial_of().evaluation.knn.k, trial_of().evaluation.knn.temperature) == (9, 0.5)
   config.settings.num_epochs = config.evaluation_settings.knn.k = None
   config.variant = "cifar10"
-  assert digest(trial_of().config, ("name",)) == digest(pirl.get_config("cifar10"), ("name",))
+  assert digest(trial_of().config, ("name",), {}) == digest(pirl.get_config("cifar10"), ("name",), {})
   assert (trial_of().evaluation.knn.k, trial_of().evaluation.knn.temperature) == (200, 0.07)
 
 
