@@ -178,6 +178,15 @@ def eval_batches(
   return _start(parts, batch_size // size, num_threads)
 
 
+def why_broken(source: Source, index: int) -> str:
+  """Returns the reason why an image cannot be read, "" if it can be read now."""
+  try:
+    open_image(source[index].image, source.decoding).pixels()
+  except (BrokenImage, OSError) as error:
+    return getattr(error, "strerror", None) or str(error)
+  return ""
+
+
 def place(batch: Batch, mesh: "jax.sharding.Mesh") -> "dict[str, jax.Array]":
   """Returns the batch as global jax arrays [B, ...], split over the axis "data" of the mesh.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from pirl_jax.data import batches
 from pirl_jax.errors import UserError
 from pirl_jax.method.health import QUANTITIES
 from pirl_jax.method.state import TrainState
@@ -96,8 +97,10 @@ class Broken:
       if index not in self._seen:
         self._seen.add(index)
         if len(self._seen) <= NAMED_BROKEN:
-          self._book.say(f"step {step}: {self._source.image_name(int(index))} cannot be read; from now on it has no "
-                         f"weight ({len(self._seen)} broken so far)")
+          reason = batches.why_broken(self._source, int(index))
+          self._book.say(f"step {step}: {self._source.image_name(int(index))} cannot be read"
+                         f"{f' ({reason})' if reason else ''}; from now on it has no weight "
+                         f"({len(self._seen)} broken so far)")
         elif len(self._seen) % 100 == 0:
           self._book.say(f"step {step}: {len(self._seen)} images cannot be read so far")
 

@@ -105,12 +105,26 @@ def test_folder_says_what_it_left_out(tmp_path):
     "1 images",
     "empty file: 1 (empty.png)",
     "hidden: 2 (.cache, .hidden.png)",
-    "by its ending: 6 (more/0.gif, more/1.gif, more/2.gif, ...)",
+    "by its ending: 6 (.gif 5, .txt 1)",
+    "warning: 91% of the files were left out",
     "broken link: 1 (dangling.png)",
     "link to a folder above it: 1 (more/loop)",
     "not a regular file: 1 (pipe.png)",
   ):
     assert words in source.description, (words, source.description)
+
+
+def test_every_format_that_can_be_decoded_is_read_if_all_are_asked_for(tmp_path):
+  image = Image.fromarray(np.full((9, 8, 3), 200, np.uint8))
+  for ending, file_format in ((".jfif", "JPEG"), (".JPE", "JPEG"), (".tif", "TIFF"), (".tiff", "TIFF"),
+                              (".gif", "GIF"), (".avif", "AVIF"), (".bmp", "BMP")):
+    image.save(tmp_path / f"image{ending}", file_format)
+  assert len(opened("folder", root=str(tmp_path))) == 1
+  source = open_source(DataSettings("folder", root=str(tmp_path), split="", formats="all"))
+  assert len(source) == 7 and "left out" not in source.description
+  assert all(np.abs(decode(source[i].image).astype(int) - 200).max() <= 2 for i in range(7))
+  with pytest.raises(UserError, match="data.formats='most' is unknown; choose from common, all"):
+    open_source(DataSettings("folder", root=str(tmp_path), split="", formats="most"))
 
 
 def test_links_to_folders_are_followed(tmp_path):

@@ -232,7 +232,8 @@ def test_bad_images_of_every_kind_are_left_out_and_named_also_those_that_go_bad_
   expected = sorted([*at_first, *later, "q.png"])
   assert [image["name"] for image in broken["images"]] == expected and broken["count"] == 12
   output = capsys.readouterr().out
-  assert all(f"{name} cannot be read" in output for name in expected)
+  assert all(f"{name} cannot be read (" in output for name in expected)
+  assert "(JPEG is cut short)" in output and "q.png cannot be read (Is a directory)" in output
 
   monkeypatch.setattr(pretrain, "begin", real)
   (root / "new.png").write_bytes(b"123")
