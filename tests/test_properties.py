@@ -392,5 +392,5 @@ def test_strange_values_are_refused_in_one_line_or_possible(data, system, count)
       return
     jax.eval_shape(parts.initial_state)
     parts_lib.make_step(parts)
-    assert np.isfinite([parts.schedule(0), parts.schedule(parts.total_steps)]).all()
+    assert np.isfinite([parts.optimizer.learning_rate(step) for step in (0, parts.total_steps)]).all()
   assert not Path("nowhere").exists()
