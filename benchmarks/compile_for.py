@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
   for name, value in found.items():
     if isinstance(value, dict):
       for inner, number in value.items():
-        print(f"{name + ', ' + inner:<40}{number if isinstance(number, dict) else f'{number:,}':>24}")
+        print(f"{name + ', ' + inner:<40}{str(number) if isinstance(number, dict) else f'{number:,}':>24}")
     else:
       print(f"{name:<40}{str(value) if isinstance(value, str | bool) else f'{value:,}':>24}")
   print(json.dumps(found))
