@@ -16,6 +16,7 @@ import pytest
 from pirl_jax import system
 from pirl_jax.configs import data_sets
 from pirl_jax.data.batches import steps_per_epoch
+from pirl_jax.data.sources import DECODING
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.evaluation.protocols import PROTOCOLS
@@ -165,7 +166,7 @@ def test_every_field_of_any_other_job_is_read_by_its_job(name, rooms):
   package = Path(system.__file__).parent
   source = "".join((package / room).read_text() for room in rooms) + (package / "launching" / "jobs.py").read_text()
   handed_on = {*PROTOCOLS, "settings", "system_settings", "evaluation_settings", "embedded", "run"}
-  images = {f"data.{name}" for name in evaluate.SOURCE_FIELDS}  # handed on whole, as `DataSettings`
+  images = {f"data.{name}" for name in (*evaluate.SOURCE_FIELDS, *DECODING)}  # handed on whole, as `DataSettings`
   fields = {field for variant in MODULES[name].VARIANTS
             for field in flatten(MODULES[name].get_config(variant).to_dict())}
   unread = [field for field in fields if field.split(".")[0] not in handed_on

@@ -224,8 +224,9 @@ def test_what_is_no_image_is_named(encoder, images, said):
 
 def test_broken_files_are_named(encoder, photographs, tmp_path):
   whole = (photographs / "04.jpg").read_bytes()
-  for name, content, reason in (("cut.jpg", whole[:-2], "JPEG is cut short"), ("empty.jpg", b"", "none of the formats JPEG, PNG"),
-                                ("text.png", b"text", "none of the formats JPEG, PNG")):
+  other = "none of the formats JPEG, PNG"
+  for name, content, reason in (("cut.jpg", whole[:-2], "JPEG is cut short"), ("empty.jpg", b"", other),
+                                ("text.png", b"text", other)):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(pirl_jax.UserError, match=rf"images\[1\], .*{name}, cannot be decoded: {reason}"):
       encoder([photographs / "04.jpg", tmp_path / name])
