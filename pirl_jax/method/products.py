@@ -3,9 +3,6 @@
 Letters: B batch, K rows, D embedding.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -38,7 +35,7 @@ def in_halves(embeddings: jax.Array, rows: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _in_halves(embeddings: jax.Array, rows: jax.Array) -> jax.Array:
-  return _by_platform(_forward, exact)(embeddings, rows)
+  return lax.platform_dependent(embeddings, rows, cpu=exact, default=_forward)
 
 
 def _in_halves_fwd(embeddings: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -46,14 +43,10 @@ def _in_halves_fwd(embeddings: jax.Array, rows: jax.Array) -> tuple[jax.Array, j
 
 
 def _in_halves_bwd(rows: jax.Array, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
-  return _by_platform(_embeddings_slope, _exact_slope)(slope, rows), jnp.zeros_like(rows)
+  return lax.platform_dependent(slope, rows, cpu=_exact_slope, default=_embeddings_slope), jnp.zeros_like(rows)
 
 
 _in_halves.defvjp(_in_halves_fwd, _in_halves_bwd)
-
-
-def _by_platform(in_halves: Callable, otherwise: Callable) -> Callable:
-  return partial(lax.platform_dependent, cuda=in_halves, rocm=in_halves, tpu=in_halves, default=otherwise)
 
 
 def _forward(embeddings: jax.Array, rows: jax.Array) -> jax.Array:

@@ -46,7 +46,7 @@ def create_batch_norm(*, train: bool, dtype: Any, param_dtype: Any, axis: str | 
 class GroupedBatchNorm(nn.Module):
   """Batch norm in training, with the statistics of each group: f[G, N / G, ..., C] -> dtype[G, N / G, ..., C].
 
-  Arithmetic, variables and their names are those of Flax's `BatchNorm`. The running statistics move by the mean of the
+  Variables, their names and the values are those of Flax's `BatchNorm`. The running statistics move by the mean of the
   groups' means and variances.
 
   Attributes:
@@ -77,5 +77,7 @@ class GroupedBatchNorm(nn.Module):
       for variable, stat in zip(running, (mean, var), strict=True):
         variable.value = MOMENTUM * variable.value + (1 - MOMENTUM) * stat.reshape(-1, channels).mean(axis=0)
 
+    # One factor and one summand for each group: the gradient of Flax's form sums over the groups and over all images.
     scale, bias = (jnp.expand_dims(param, range(x.ndim - 1)) for param in (scale, bias))
-    return ((exact - mean) * (jax.lax.rsqrt(var + EPSILON) * scale) + bias).astype(self.dtype)
+    factor = jax.lax.rsqrt(var + EPSILON) * scale
+    return (exact * factor + (bias - mean * factor)).astype(self.dtype)

