@@ -170,8 +170,7 @@ def eval_batches(
   if batch_size < 1:
     raise UserError(f"batch_size={batch_size} in an evaluation; choose 1 or more")
   num_batches = -(-max(0, len(source) - start) // batch_size)
-  crop_fn = functools.partial(
-    _test_crop, size=image_size, fraction=crop_fraction, squash=squash, reduced=source.decoding.reduced)
+  crop_fn = functools.partial(_test_crop, size=image_size, fraction=crop_fraction, squash=squash)
   size = _part_size(batch_size, 3 * image_size**2, num_threads)
   read_fn = functools.partial(_test_images, source, num=size, size=image_size, crop_fn=crop_fn)
   parts = grain.MapDataset.range(start, start + num_batches * batch_size, size).map(read_fn)
@@ -290,8 +289,8 @@ _NO_IMAGE = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectory
 """Errors that mean: the file of this image existed when the run started and is no longer there or not readable."""
 
 
-def _read(source: Source, index: int, crop_fn: Callable[[OpenedImage], _Crops]) -> tuple[_Crops | None, int]:
-  """Returns (crop_fn(image), label); None in place of the first if the image cannot be read.
+def read_image(source: Source, index: int, crop_fn: Callable[[OpenedImage], _Crops]) -> tuple[_Crops | None, int]:
+  """Returns (crop_fn(image), label); None in place of the first if the image cannot be read, see `why_broken`.
 
   Raises:
     UserError: the disk or the network fails, so the image itself may be sound.
@@ -312,8 +311,7 @@ def _read(source: Source, index: int, crop_fn: Callable[[OpenedImage], _Crops]) 
 
 def _crops(source: Source, index: int, rng: np.random.Generator, *,
            crops: Mapping[str, tuple[int, tuple[float, float]]]) -> Example:
-  cut, label = _read(
-    source, index, lambda image: random_resized_crops(rng, image, crops, reduced=source.decoding.reduced))
+  cut, label = read_image(source, index, lambda image: random_resized_crops(rng, image, crops))
   return {
     **(cut or {name: np.zeros((size, size, 3), np.uint8) for name, (size, _) in crops.items()}),
     "index": np.int32(index),
@@ -350,10 +348,10 @@ def _join(parts: Sequence[Batch]) -> Batch:
   return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _test_crop(image: OpenedImage, *, size: int, fraction: float, squash: bool, reduced: bool) -> np.ndarray:
+def _test_crop(image: OpenedImage, *, size: int, fraction: float, squash: bool) -> np.ndarray:
   """Returns u8[H, H, 3], the whole image or its centre, see `eval_batches`."""
   shrunk = min(image.height, image.width) / round(size / fraction)
-  pixels = image.pixels(image.reduction(shrunk) if reduced else 1)
+  pixels = image.pixels(image.reduction(shrunk))
   # An image that has the size already is its own crop. The general way would take a third of the time of such an image.
   if fraction == 1 and pixels.shape[:2] == (size, size):
     return pixels
@@ -368,7 +366,7 @@ def _test_images(source: Source, first: int, *, num: int, size: int,
   valid = np.zeros(num, bool)
   num_there = max(0, min(num, len(source) - first))
   for row in range(num_there):
-    crop, labels[row] = _read(source, first + row, crop_fn)
+    crop, labels[row] = read_image(source, first + row, crop_fn)
     if crop is not None:
       images[row], valid[row] = crop, True
   index[:num_there] = np.arange(first, first + num_there)

@@ -8,7 +8,7 @@ import dataclasses
 import io
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import cv2
@@ -95,7 +95,7 @@ class OpenedImage:
     height: H, after the turn.
     width: W, after the turn.
     content: the bytes of an ordinary JPEG or PNG, else the pixels u8[H, W, 3] before the turn.
-    reducible: True for an ordinary JPEG, which can be decoded at a part of its size.
+    reducible: True for an ordinary JPEG, if `Decoding.reduced` allows to decode it at a part of its size.
     orientation: how the pixels are turned, by the numbers of EXIF; 1 leaves them as they are.
   """
 
@@ -163,7 +163,7 @@ def open_image(image: bytes | np.ndarray, decoding: Decoding = AS_STORED) -> Ope
 
   Args:
     image: the bytes of a file, or pixels u8[H, W, 3].
-    decoding: `full_range` and `upright` matter here.
+    decoding: see `Decoding`.
 
   Raises:
     BrokenImage: the bytes are not an image, have a damaged header, are cut short, or have more than 2**28 pixels.
@@ -180,7 +180,7 @@ def open_image(image: bytes | np.ndarray, decoding: Decoding = AS_STORED) -> Ope
       raise BrokenImage("JPEG is cut short")
     opencv = components in (1, 3)
     if decoding.upright and opencv:
-      orientation = _exif_orientation(image[:scan])
+      orientation = _orientation(lambda: _exif(image[:scan]))
   elif image[:8] == b"\x89PNG\r\n\x1a\n":
     if len(image) < 33:
       raise BrokenImage("PNG is cut short")
@@ -188,7 +188,7 @@ def open_image(image: bytes | np.ndarray, decoding: Decoding = AS_STORED) -> Ope
     if image.rfind(b"IEND") < 0:
       raise BrokenImage("PNG is cut short")
     if decoding.upright and b"eXIf" in image:  # few PNGs have an orientation; Pillow reads it
-      orientation = _orientation(image)
+      orientation = _orientation(lambda: Image.open(io.BytesIO(image), formats=FORMATS).getexif())
     if decoding.full_range and image[24] == 16:
       _check_size(height, width)
       return _opened(height, width, _deep_pixels(image), orientation)
@@ -196,7 +196,9 @@ def open_image(image: bytes | np.ndarray, decoding: Decoding = AS_STORED) -> Ope
   else:
     return _open_with_pillow(image, decoding)
   _check_size(height, width)
-  return _opened(height, width, image, orientation, reducible=jpeg) if opencv else _open_with_pillow(image, decoding)
+  if not opencv:
+    return _open_with_pillow(image, decoding)
+  return _opened(height, width, image, orientation, reducible=jpeg and decoding.reduced)
 
 
 def _check_size(height: int, width: int) -> None:
@@ -228,23 +230,19 @@ def _deep_pixels(image: bytes) -> np.ndarray:
   return _eight_bits(_decode_with_opencv(image, _DEEP)[..., ::-1], full_range=True)
 
 
-def _orientation(image: bytes) -> int:
-  """Returns the EXIF orientation that Pillow finds in a file, 1 if there is none."""
-  with contextlib.suppress(Exception), Image.open(io.BytesIO(image), formats=FORMATS) as opened:
-    return opened.getexif().get(_ORIENTATION, 1)
-  return 1
-
-
-def _exif_orientation(header: bytes) -> int:
-  """Returns the EXIF orientation in the header of a JPEG; 1 if there is none, or if its EXIF data cannot be read."""
-  start = header.find(b"Exif\0\0")
-  if start < 0:
-    return 1
-  exif = Image.Exif()
+def _orientation(read_exif: Callable[[], Image.Exif]) -> Any:
+  """Returns the orientation in the EXIF data of an image; 1 if there is none, or if the data cannot be read."""
   with contextlib.suppress(Exception):  # damaged EXIF data make Pillow raise nearly anything; the image may be sound
-    exif.load(header[start:])
-    return exif.get(_ORIENTATION, 1)
+    return read_exif().get(_ORIENTATION, 1)
   return 1
+
+
+def _exif(header: bytes) -> Image.Exif:
+  """Returns the EXIF data in the header of a JPEG; opening the file with Pillow would take several times as long."""
+  exif = Image.Exif()
+  if (start := header.find(b"Exif\0\0")) >= 0:
+    exif.load(header[start:])
+  return exif
 
 
 def _open_with_pillow(image: bytes, decoding: Decoding) -> OpenedImage:
@@ -252,10 +250,7 @@ def _open_with_pillow(image: bytes, decoding: Decoding) -> OpenedImage:
     with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
       _check_size(opened.height, opened.width)
       pixels = _pixels_of_pillow(opened, image, decoding)
-      orientation = 1
-      if decoding.upright:
-        with contextlib.suppress(Exception):  # see `_exif_orientation`
-          orientation = opened.getexif().get(_ORIENTATION, 1)
+      orientation = _orientation(opened.getexif) if decoding.upright else 1
       return _opened(pixels.shape[0], pixels.shape[1], pixels, orientation)
   except BrokenImage:
     raise
@@ -326,24 +321,24 @@ def crop_box(
 
 
 def random_resized_crops(
-  rng: np.random.Generator, image: OpenedImage, crops: Mapping[str, tuple[int, tuple[float, float]]], *,
-  reduced: bool = False,
+  rng: np.random.Generator, image: OpenedImage, crops: Mapping[str, tuple[int, tuple[float, float]]]
 ) -> dict[str, np.ndarray]:
   """Returns a random box of the image for each name (see `crop_box`), resized to a square: u8[S, S, 3] by name.
+
+  A reducible image is decoded at the smallest size at which every box is still at least as large as its crop. The boxes
+  are the same, up to the rounding of their edges to whole pixels of the smaller image.
 
   Args:
     rng: gives the boxes, in the order of the names.
     image: decoded once for all crops.
     crops: by name the side S in pixels, and the range of the share of the image's area that the box covers.
-    reduced: True decodes a JPEG at a half, a quarter or an eighth of its size if every box is then still at least as
-      large as its crop. The boxes are the same, up to the rounding of their edges to whole pixels of the smaller image.
 
   Raises:
     BrokenImage: the image is damaged.
   """
   boxes = {name: crop_box(rng, image.height, image.width, scale, _RATIO) for name, (_, scale) in crops.items()}
   shrunk = min((min(box[2:]) / crops[name][0] for name, box in boxes.items()), default=1)
-  reduction = image.reduction(shrunk) if reduced else 1
+  reduction = image.reduction(shrunk)
   pixels = image.pixels(reduction)
   cut = {}
   for name, (top, left, height, width) in boxes.items():

@@ -89,7 +89,7 @@ def _read_file(path: str | os.PathLike[str], name: str, decoding: Decoding, shor
     with open(path, "rb") as file:
       opened = open_image(file.read(), decoding)
     shrunk = min(opened.height, opened.width) / shorter_side
-    return opened.pixels(opened.reduction(shrunk) if decoding.reduced else 1)
+    return opened.pixels(opened.reduction(shrunk))
   except IsADirectoryError as error:
     raise UserError(f"{name} is a folder; give its files one by one, for example sorted(folder.glob('*.jpg'))"
                     ) from error

@@ -8,6 +8,7 @@ the i-th readable image of the source.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -19,7 +20,8 @@ import cv2
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from pirl_jax.data.crops import BrokenImage, open_image, shrink
+from pirl_jax.data.batches import read_image, why_broken
+from pirl_jax.data.crops import OpenedImage, shrink
 from pirl_jax.data.sources import DataSettings, Source, open_source
 from pirl_jax.errors import UserError
 from pirl_jax.runtime.progress import Progress
@@ -73,7 +75,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   data = dict(config.data)
   copying = Copying(shorter_side=config.shorter_side, quality=config.quality, num_threads=data["num_threads"],
                     max_bad_fraction=data["max_bad_fraction"])
-  sources = open_splits(DataSettings(**data), tuple(config.splits))
+  sources = open_splits(DataSettings(**data, reduced_decoding=True), tuple(config.splits))
   root = Path(config.root or tfds.core.constants.DATA_DIR).expanduser().absolute()
   with locked(root / config.name):
     builder = _builder(config.name, root, sources, copying)
@@ -122,19 +124,20 @@ def copies(source: Source, split: str, copying: Copying) -> Iterator[tuple[bytes
     UserError: more images cannot be read than `copying.max_bad_fraction` allows.
   """
   broken = []
+  read = functools.partial(read_image, source, crop_fn=functools.partial(_copy, copying=copying))
   with Progress(f"prepare: {split}", len(source)) as progress, concurrent.futures.ThreadPoolExecutor(
       copying.num_threads) as threads:
     indices, waiting = iter(range(len(source))), collections.deque()
     for index in itertools.islice(indices, 2 * copying.num_threads):
-      waiting.append((index, threads.submit(_copy, source, index, copying)))
+      waiting.append((index, threads.submit(read, index)))
     while waiting:
       index, future = waiting.popleft()
       found = future.result()
       for following in itertools.islice(indices, 1):  # few images are in memory at once
-        waiting.append((following, threads.submit(_copy, source, following, copying)))
+        waiting.append((following, threads.submit(read, following)))
       progress.update()
-      if isinstance(found, str):
-        broken.append(f"{source.image_name(index)} ({found})")
+      if found[0] is None:
+        broken.append(f"{source.image_name(index)} ({why_broken(source, index)})")
       else:
         yield found
   if not broken:
@@ -146,19 +149,14 @@ def copies(source: Source, split: str, copying: Copying) -> Iterator[tuple[bytes
   print(told)
 
 
-def _copy(source: Source, index: int, copying: Copying) -> tuple[bytes, int] | str:
-  """Returns (file, label) of an image, or the reason why the image cannot be read."""
-  try:
-    record = source[index]
-    opened = open_image(record.image, source.decoding)
-    pixels = shrink(opened, copying.shorter_side)  # a small image is decoded, too: a damaged one must not be copied
-  except (BrokenImage, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-    return str(error)
-  as_it_is = opened.reducible and opened.orientation == 1 and min(opened.height, opened.width) <= copying.shorter_side
-  if isinstance(record.image, bytes) and as_it_is:
-    return record.image, record.label
+def _copy(image: OpenedImage, copying: Copying) -> bytes:
+  """Returns the file of the copy of an image."""
+  pixels = shrink(image, copying.shorter_side)  # a small image is decoded, too: a damaged one must not be copied
+  small = min(image.height, image.width) <= copying.shorter_side
+  if isinstance(image.content, bytes) and image.reducible and image.orientation == 1 and small:
+    return image.content
   _, file = cv2.imencode(".jpg", pixels[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, copying.quality))
-  return file.tobytes(), record.label
+  return file.tobytes()
 
 
 def _builder(name: str, root: Path, sources: dict[str, Source], copying: Copying) -> tfds.core.GeneratorBasedBuilder:

@@ -255,9 +255,10 @@ def test_random_resized_crops_are_the_boxes_resized():
 @pytest.mark.parametrize(
   "shrunk, reduction", [(0.5, 1), (1.99, 1), (2, 2), (3.9, 2), (4, 4), (7.9, 4), (8, 8), (50, 8)])
 def test_a_jpeg_is_reduced_by_no_more_than_its_crops_allow(shrunk, reduction):
-  assert open_image(FILES["jpeg"]).reduction(shrunk) == reduction
+  assert open_image(FILES["jpeg"], Decoding(reduced=True)).reduction(shrunk) == reduction
+  assert open_image(FILES["jpeg"]).reduction(shrunk) == 1
   for kind in ("png", "webp", "jpeg cmyk"):
-    assert open_image(FILES[kind]).reduction(shrunk) == 1
+    assert open_image(FILES[kind], Decoding(reduced=True)).reduction(shrunk) == 1
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "jpeg progressive", "jpeg grey", "jpeg turned by exif"])
@@ -275,8 +276,9 @@ def test_crops_of_a_reduced_jpeg_show_the_same(height, width, size):
   data = encoded(Image.fromarray(photograph_like(height, width)), "JPEG", quality=95)
   asked = {"image_crop": (size, (0.3, 1.0)), "pretext_crop": (size + 31, (0.6, 1.0))}
   for seed in range(4):
-    whole, reduced = (random_resized_crops(np.random.default_rng(seed), open_image(data), asked, reduced=reduced)
-                      for reduced in (False, True))
+    whole, reduced = (
+      random_resized_crops(np.random.default_rng(seed), open_image(data, Decoding(reduced=reduced)), asked)
+      for reduced in (False, True))
     for name in asked:
       moved = np.roll(whole[name], 3, axis=0).astype(float)
       error = np.abs(whole[name] - reduced[name].astype(float)).mean()
@@ -297,7 +299,7 @@ def test_an_upright_image_is_turned_as_pillow_turns_it(file_format, options, ori
   data = turned(file_format, orientation, **options)
   with Image.open(io.BytesIO(data)) as image:
     expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-  opened = open_image(data, Decoding(upright=True))
+  opened = open_image(data, Decoding(reduced=True, upright=True))
   assert (opened.height, opened.width) == expected.shape[:2] == ((64, 48) if orientation >= 5 else (48, 64))
   assert np.abs(opened.pixels().astype(int) - expected).max() <= 2
   if opened.reducible:
