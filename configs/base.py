@@ -1,5 +1,8 @@
 """Every field of a pre-training run, with its meaning and unit. The values are those of the paper's main run.
 
+The program chooses the value of a field that is None ("auto" on the command line) when the run starts; the fields that
+can be chosen are CHOSEN in configs/data_sets.py.
+
 If a field is added, its value here must be what the program did before: stored runs without the field get this value.
 """
 
@@ -10,6 +13,7 @@ def get_base() -> ConfigDict:
   """Returns the settings of the paper's main run (section 3; vissl pirl_jigsaw_4node_resnet50.yaml), without data."""
   config = ConfigDict()
   config.job = "pretrain"  # the job that launch.py runs
+  config.dry_run = False  # True: the run is described, with its memory and its steps, and not started
   config.name = ""  # of the run; without --workdir the folder of the run is runs/NAME
   config.seed = 0  # of everything random: weights, bank, order, crops, views, negatives
   # "invariant": the image and the transformed image are compared with the memory bank (PIRL, NPID). "covariant": the
@@ -47,6 +51,11 @@ def _add_images(config: ConfigDict) -> None:
   data.labels = "none"  # folder: "folder" takes the sub-folders as classes, for kNN and objective=supervised only
   # embedded: number of images to draw. folder, tfds: number of images to take at random, 0 for all.
   data.num_images = 0
+  # Share of the images that is held out for evaluations, in [0, 1), where the data have no split for it. The name of an
+  # image alone decides.
+  data.holdout = 0.0
+  # pixels; not 0: each image is decoded once and stays in memory, with a shorter side of at most this size.
+  data.kept_side = 0
   # True: a JPEG is decoded at a half, a quarter or an eighth of its size, where the crops of a sample are no larger. A
   # photograph of 12 megapixels then costs a third of the time; images of ImageNet's size are read as before.
   data.reduced_decoding = False

@@ -1,8 +1,9 @@
 """The data sets, each with suitable views, network and training. Every system's config starts from one of these."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from pirl_jax.configs.base import get_base
 from pirl_jax.errors import UserError
@@ -61,25 +62,49 @@ def stl10(config: ConfigDict) -> None:
 
 
 def folder(config: ConfigDict) -> None:
-  """Any folder of images: --config.data.root=DIR. ResNet-50 at 224 pixels: one GPU or more.
+  """Any folder of images: --config.data.root=DIR. A laptop, a GPU or several; 50 images or ten million.
 
-  For other image sizes see `small_images`; for a CPU use `folder_small`.
+  The program chooses the fields of `CHOSEN` from the images and the devices when the run starts, and prints why. Each
+  of them can be given.
   """
-  config.num_epochs = 200
-  config.batch_size = 256
-  config.num_negatives = 4_096
-  config.data.source = "folder"
-  config.data.update(formats="all", reduced_decoding=True, upright=True, full_range=True)
-  config.data.split = ""
-  config.optimizer.update_interval = "step"
+  own_images(config)
+  leave_open(config, CHOSEN)
 
 
 def folder_small(config: ConfigDict) -> None:
-  """A folder of small images on a CPU: views of 32 pixels, ResNet-8. CIFAR-10: 14 minutes on two cores, kNN 47 %."""
-  folder(config)
+  """What `folder` chooses for 50,000 small images on a CPU. CIFAR-10: 14 minutes on two cores, kNN 47 %."""
+  own_images(config)
+  config.data.split = ""
   small_network(config)
   config.num_epochs = 15
   config.evaluate.every_epochs = 5
+
+
+def own_images(config: ConfigDict) -> None:
+  """Sets how a folder of anybody's images is read."""
+  config.data.source = "folder"
+  config.data.update(formats="all", reduced_decoding=True, upright=True, full_range=True)
+  config.optimizer.update_interval = "step"
+
+
+CHOSEN = (
+  "data.split", "data.labels", "evaluate.split", "data.holdout", "data.image_size", "data.image_scale",
+  "data.num_threads", "data.kept_side", "jigsaw.crop_size", "jigsaw.patch_size", "evaluate.crop_fraction",
+  "evaluate.batch_size", "evaluate.every_epochs", "evaluate.learning", "model.arch", "model.stem", "model.dtype",
+  "model.remat", "model.batch_norm", "batch_size", "micro_batches", "num_negatives", "loss", "temperature",
+  "num_epochs", "optimizer.learning_rate", "optimizer.weight_decay", "checkpoint.every_steps", "log.every_steps")
+"""Fields that can be left open; pirl_jax/choosing/ chooses their values."""
+
+
+def leave_open(config: ConfigDict, fields: Iterable[str]) -> None:
+  """Leaves these fields of `CHOSEN` without a value: the program chooses it when the run starts."""
+  for field in fields:
+    *groups, last = field.split(".")
+    group = config
+    for name in groups:
+      group = group[name]
+    with group.ignore_type():
+      group[last] = placeholder(group.get_type(last))
 
 
 def imagenet(config: ConfigDict) -> None:

@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 
 from pirl_jax import system
+from pirl_jax.choosing.arranging import arrange
+from pirl_jax.choosing.choices import choose_settings, open_fields
+from pirl_jax.choosing.facts import facts_of_chips
 from pirl_jax.configs import data_sets
 from pirl_jax.data.batches import steps_per_epoch
 from pirl_jax.data.sources import DECODING
@@ -22,6 +25,7 @@ from pirl_jax.evaluation import evaluate
 from pirl_jax.evaluation.protocols import PROTOCOLS
 from pirl_jax.method import memory_bank
 from pirl_jax.method.optimizer import create_optimizer
+from pirl_jax.runtime.chips import CHIPS
 from pirl_jax.storage.settings import flatten
 from pirl_jax.training import parts as parts_lib
 
@@ -44,7 +48,14 @@ B = 2
 
 def config_of(key):
   name, variant = CONFIGS[key]
-  return MODULES[name].get_config(variant)
+  config = MODULES[name].get_config(variant)
+  return chosen_for(config, "h100") if JOBS[key] == "pretrain" and open_fields(config) else config
+
+
+def chosen_for(config, chip, num_images=1_281_167):
+  """Returns the config of a folder of photographs with the fields that are chosen on eight chips."""
+  facts = facts_of_chips(CHIPS[chip], 8, num_images=num_images, num_classes=NUM_CLASSES)
+  return choose_settings(arrange(config)[0], facts)[0]
 
 
 @functools.cache  # tracing a ResNet takes a second, and many variants have the same

@@ -110,6 +110,10 @@ class FolderSource(Source):
     """Returns a line "SIZE PATH" for every image, with the size in bytes."""
     return [f"{size} {printable(path)}" for size, path in zip(self._sizes, self._paths, strict=True)]
 
+  def sizes(self) -> np.ndarray:
+    """Returns i64[N], the bytes of each file."""
+    return np.array(self._sizes, np.int64)
+
   def labels(self) -> np.ndarray | None:
     """Returns i32[N], or None if `labels` is "none"."""
     return self._labels

@@ -78,6 +78,10 @@ class Source(abc.ABC):
     """Returns one line for each record, to compare two states of the set, or None if the source has no such lines."""
     return None
 
+  def sizes(self) -> np.ndarray | None:
+    """Returns i64[N], the bytes of each stored image, or None if the source does not know them without reading."""
+    return None
+
   def targets(self) -> np.ndarray | None:
     """Returns i8[N, C], by image and class, or None if the set has no labels.
 

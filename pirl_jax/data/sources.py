@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pirl_jax.data.crops import Decoding
 from pirl_jax.data.records import Record, Source
-from pirl_jax.data.subsets import Subset, shuffled
+from pirl_jax.data.subsets import Subset, held_out_of, shuffled
 from pirl_jax.errors import UserError
 
 __all__ = ["DataSettings", "Record", "Source", "kind_of", "open_source"]
@@ -33,6 +33,8 @@ class DataSettings:
       labels.
     num_images: embedded: number of images to draw; folder and tfds: number of images to take at random, the same ones
       in every run, or 0 for all.
+    holdout: share of the images that is held out; every source of names is cut by the names alone, see `open_source`.
+    kept_side: see `kept.keep`.
     formats: folder: "common" reads files ending in .jpg, .jpeg, .png, .webp and .bmp; "all" reads every ending of a
       format that can be decoded.
     reduced_decoding, full_range, upright: see `Decoding`.
@@ -48,6 +50,8 @@ class DataSettings:
   split: str = "train"
   labels: str = "none"
   num_images: int = 0
+  holdout: float = 0.0
+  kept_side: int = 0
   formats: str = "common"
   reduced_decoding: bool = False
   full_range: bool = False
@@ -73,7 +77,7 @@ class DataSettings:
 DECODING = ("reduced_decoding", "full_range", "upright")
 """The fields that say how an image is decoded, see `Decoding`."""
 
-READING = ("image_size", "image_scale", *DECODING, "num_threads", "max_bad_fraction")
+READING = ("image_size", "image_scale", "kept_side", *DECODING, "num_threads", "max_bad_fraction")
 """The fields that say how images are read; all other fields say which images are read."""
 
 
@@ -89,12 +93,15 @@ def kind_of(source: str) -> type[Source]:
   return getattr(importlib.import_module(module), name)
 
 
-def open_source(settings: DataSettings, *, class_names: tuple[str, ...] | None = None) -> Source:
+def open_source(settings: DataSettings, *, class_names: tuple[str, ...] | None = None,
+                held_out: bool = False) -> Source:
   """Opens the images of one split. A TFDS set that is not on disk yet is prepared first.
 
   Args:
-    settings: which images.
+    settings: which images. With `settings.holdout` the name of an image alone decides whether the image is held out, so
+      an image that is added or deleted moves no other image to the other side.
     class_names: the class names of the training images if a held-out split is opened, else None.
+    held_out: True opens the images that `settings.holdout` holds out; False opens the others.
 
   Raises:
     UserError: a setting is wrong, or the images cannot be read; the message says what to do.
@@ -102,8 +109,13 @@ def open_source(settings: DataSettings, *, class_names: tuple[str, ...] | None =
   kind = kind_of(settings.source)
   if settings.labels not in LABELS:
     raise UserError(f"data.labels={settings.labels!r} is unknown; choose one of: {', '.join(LABELS)}")
-  images, number = kind.open(settings, class_names), settings.num_images
+  if not 0 <= settings.holdout < 1:
+    raise UserError(f"data.holdout={settings.holdout} is not possible: it lies in [0, 1)")
+  images = kind.open(settings, class_names)
   images.decoding = settings.decoding
+  if settings.holdout:
+    images = held_out_of(images, settings.holdout, held_out=held_out)
+  number = settings.num_images
   if not number or kind.draws:
     return images
   if number > len(images):

@@ -18,7 +18,7 @@ from pirl_jax.errors import UserError
 class Subset(Source):
   """The records of a source whose indices are in `index`, in the order of `index`."""
 
-  def __init__(self, source: Source, index: Sequence[int]) -> None:
+  def __init__(self, source: Source, index: Sequence[int] | np.ndarray) -> None:
     self._source, self._index = source, np.asarray(index)
     self.class_names, self.multi_label = source.class_names, source.multi_label
     self.slow_labels, self.decoding = source.slow_labels, source.decoding
@@ -39,10 +39,42 @@ class Subset(Source):
     """Returns the listing of the whole source."""
     return self._source.listing()
 
+  def sizes(self) -> np.ndarray | None:
+    """Returns i64[n], see `Source.sizes`."""
+    sizes = self._source.sizes()
+    return None if sizes is None else sizes[self._index]
+
   def labels(self) -> np.ndarray | None:
     """Returns i32[n], or None if the source has no labels."""
     labels = self._source.labels()
     return None if labels is None else labels[self._index]
+
+  def targets(self) -> np.ndarray | None:
+    """Returns i8[n, C], see `Source.targets`, or None if the source has no labels."""
+    targets = self._source.targets()
+    return None if targets is None else targets[self._index]
+
+
+def held_out_of(source: Source, share: float, *, held_out: bool) -> Subset:
+  """Returns the images that are held out, or the others. Which ones they are depends on the images' names alone.
+
+  Args:
+    source: the images.
+    share: in (0, 1), of the images that are held out; of a small set the share is hit roughly.
+    held_out: True returns the images that are held out, False the others.
+
+  Raises:
+    UserError: one of the two parts has no image.
+  """
+  limit = int(share * 2**64)
+  chosen = np.fromiter((int.from_bytes(_digest(source.image_name(index))[:8], "big") < limit
+                        for index in range(len(source))), bool, len(source))
+  if chosen.all() or not chosen.any():
+    raise UserError(f"data.holdout={share} of {len(source)} images leaves no image "
+                    f"{'to train on' if chosen.all() else 'to hold out'}; choose another share, or 0")
+  part = Subset(source, np.flatnonzero(chosen == held_out))
+  part.description = f"{len(part)} {'held out' if held_out else 'kept for training'} of: {source.description}"
+  return part
 
 
 def shuffled(records: Sequence[int], *, seed: int) -> list[int]:

@@ -18,8 +18,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from pirl_jax.choosing.arranging import HOLDOUT
 from pirl_jax.configs.evaluate import get_config
-from pirl_jax.data import sources
+from pirl_jax.data import arrangement, overlap, sources
+from pirl_jax.data.kept import Kept, keep
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images, own_sizes
 from pirl_jax.evaluation.outcome import Outcome, format_table
@@ -89,8 +91,37 @@ def data_of(config: ConfigDict, run: Run) -> dict[str, Any]:
   from the defaults of that source.
   """
   given = {name: config.data[name] for name in DATA_FIELDS if config.data[name] is not None}
-  of_source = source_defaults(given["source"]) if config.data.source is not None else own_data(run)
-  return _full_root(of_source | given)
+  if config.data.source is not None:
+    found = source_defaults(given["source"]) | given
+  elif config.data.root is not None and (arranged := other_folder(config.data.root, given, own_data(run))):
+    found = arranged
+  else:
+    found = own_data(run) | given
+  if found["test_split"] and "holdout" not in given:
+    found["holdout"] = 0.0
+  return _full_root(found)
+
+
+def other_folder(root: str, given: dict[str, Any], own: dict[str, Any]) -> dict[str, Any] | None:
+  """Returns the fields `DATA_FIELDS` of a folder of images other than that of the run; None if it is the run's own.
+
+  What lies in the folder says what is split and what has labels, see `arrangement.arrangement_of`.
+
+  Args:
+    root: the folder.
+    given: the fields that the user has set.
+    own: the fields of the run; of a TFDS set, `root` may be the place to which its prepared files were moved.
+  """
+  if own["source"] == "folder" and _full_root({"root": root})["root"] == own["root"] and own["labels"] == "folder" or (
+      own["source"] == "tfds" and not arrangement.holds_images(root)):
+    return None
+  found = arrangement.arrangement_of(root, split=given.get("split"))
+  settings = source_defaults("folder") | {
+    "formats": "all", "split": found.split, "test_split": found.test_split, "labels": found.labels} | given
+  # The images that the run has held out of its own folder stay held out.
+  share = own["holdout"] if own["source"] == "folder" and own["holdout"] else HOLDOUT
+  return {"holdout": 0.0 if settings["test_split"] else share} | given | {
+    name: value for name, value in settings.items() if name != "holdout"}
 
 
 def source_defaults(source: str) -> dict[str, Any]:
@@ -170,18 +201,22 @@ def open_evaluation(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mes
   data = data_of(config, subject.runs[0])
   sizes = sizes_of(config, subject, mesh)
   own = subject.runs[0].meta["config"]["data"]
-  decoding = {name: own[name] if config.data[name] is None else config.data[name] for name in sources.DECODING}
+  decoding = {name: own[name] if config.data[name] is None else config.data[name]
+              for name in (*sources.DECODING, "kept_side")}
 
-  def open_split(split: str, class_names: tuple[str, ...] | None = None,
-                 num_images: int = data["num_images"]) -> Images:
-    which = {name: data[name] for name in SOURCE_FIELDS} | {"split": split, "num_images": num_images}
-    source = open_fn(sources.DataSettings(**which, image_size=sizes["image_size"], **decoding), class_names)
-    return Images(source, **sizes)
+  def open_split(split: str, class_names: tuple[str, ...] | None = None, num_images: int = data["num_images"],
+                 held_out: bool = False) -> Images:
+    which = {name: data[name] for name in SOURCE_FIELDS} | {
+      "split": split, "num_images": num_images, "holdout": data["holdout"] if split == data["split"] else 0.0}
+    settings = sources.DataSettings(**which, image_size=sizes["image_size"], **decoding)
+    return Images(open_fn(settings, class_names, held_out), **sizes)
 
   train = open_split(data["split"])
   test = None
-  if data["test_split"]:
-    test = open_split(data["test_split"], train.source.class_names or None, data["test_num_images"])
+  if data["test_split"] or data["holdout"]:
+    test = open_split(data["test_split"] or data["split"], train.source.class_names or None, data["test_num_images"],
+                      not data["test_split"])
+    warn_of_overlap(train.source, test.source)
   folder = Path(workdir) if workdir else subject.folder if num_subjects == 1 else Path("runs/compare")
   output = folder / "results" / result_name(config, subject, data)
   protocol = protocol_of(config.protocol)
@@ -194,11 +229,18 @@ def open_evaluation(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mes
     output=output if num_subjects == 1 else output.with_name(config.name))
 
 
-def open_images(settings: sources.DataSettings, class_names: tuple[str, ...] | None) -> sources.Source:
+def open_images(settings: sources.DataSettings, class_names: tuple[str, ...] | None, held_out: bool) -> sources.Source:
   """Returns the images, see `sources.open_source`, and prints their description."""
-  images = sources.open_source(settings, class_names=class_names)
+  images = sources.open_source(settings, class_names=class_names, held_out=held_out)
   print(f"images: {images.description}")
-  return images
+  return keep(images, settings.kept_side)
+
+
+@functools.cache  # several runs are evaluated on the same images
+def warn_of_overlap(train: sources.Source, test: sources.Source) -> None:
+  """Prints a warning if held-out images are training images, too."""
+  if warning := overlap.warning(train, test):
+    print(warning)
 
 
 def result_name(config: ConfigDict, subject: Subject, data: dict[str, Any]) -> str:
@@ -235,7 +277,9 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
     "run_config": evaluation.subject.config,
   }
   # Results from before these fields existed do not have them.
-  settings |= {name: True for name, value in dataclasses.asdict(evaluation.train.source.decoding).items() if value}
+  settings |= {name: value for name, value in dataclasses.asdict(evaluation.train.source.decoding).items() if value}
+  if isinstance(evaluation.train.source, Kept):
+    settings["kept_side"] = evaluation.train.source.shorter_side
   if evaluation.subject.is_ensemble:
     settings["ensemble"] = [run.label for run in evaluation.subject.runs]
   return json.loads(json.dumps(settings))  # turns tuples into lists, as in the stored file

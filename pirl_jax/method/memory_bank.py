@@ -76,7 +76,7 @@ def create_layout(num_images: int, *, num_devices: int, num_negatives: int) -> L
   """
   if num_images < 2:
     raise UserError(f"{num_images} image(s): there is nothing to tell apart; at least 2 are needed")
-  num_strata = min(MAX_STRATA, 1 << max(0, (num_images // 4).bit_length() - 1))
+  num_strata = _num_strata(num_images)
   if num_negatives > num_images:
     raise UserError(f"num_negatives={num_negatives}, but there are only {num_images} images; "
                     f"try --config.num_negatives={_multiple_below(num_images, num_strata)}, or 0 for all of them")
@@ -88,6 +88,15 @@ def create_layout(num_images: int, *, num_devices: int, num_negatives: int) -> L
     raise UserError(f"{num_devices} devices do not divide the {num_strata} strata of a bank of {num_images} images; "
                     f"use 1, 2, 4 ... or {num_strata} devices")
   return Layout(num_images, num_strata)
+
+
+def negatives_within(wanted: int, num_images: int) -> int:
+  """Returns the largest number of negatives up to `wanted` that a bank of `num_images` allows, see `create_layout`."""
+  return _multiple_below(min(wanted, num_images), _num_strata(num_images))
+
+
+def _num_strata(num_images: int) -> int:
+  return min(MAX_STRATA, 1 << max(0, (num_images // 4).bit_length() - 1))
 
 
 def check_fits(layout: Layout, *, dim: int, dtype: Any, num_devices: int, device_bytes: int) -> None:

@@ -8,9 +8,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from pirl_jax.choosing.arranging import arrange
+from pirl_jax.choosing.choices import choose_settings, open_fields
+from pirl_jax.choosing.estimate import PASSING, Needs, estimate
+from pirl_jax.choosing.facts import facts_of_chips
 from pirl_jax.data.batches import steps_per_epoch
 from pirl_jax.errors import UserError
-from pirl_jax.planning.estimate import PASSING, Needs, estimate
 from pirl_jax.planning.lowering import Described, lower_step
 from pirl_jax.planning.work import work_of
 from pirl_jax.runtime import chips
@@ -98,19 +101,22 @@ def make_plan(config: ConfigDict) -> tuple[RunPlan, str]:
   """
   given = config.run
   chip, num_devices = chips.read_name(config.chip)
+  num_images = config.images or given.data.num_images or NUM_IMAGES.get(given.data.name, 0)
+  if num_images < 1:
+    raise UserError("the run does not say how many images it has; give --config.images=NUMBER")
+  if open_fields(given):
+    facts = facts_of_chips(chip, num_devices, num_images=num_images, num_classes=config.classes)
+    given, _ = choose_settings(arrange(given)[0], facts)
   if not 0 < config.efficiency <= 1:
     raise UserError(f"efficiency={config.efficiency} is not possible: it lies in (0, 1]")
   check_config(given)
   check_shares(given, num_devices)
-  num_images = config.images or given.data.num_images or NUM_IMAGES.get(given.data.name, 0)
-  if num_images < 1:
-    raise UserError("the run does not say how many images it has; give --config.images=NUMBER")
   needs = estimate(given, num_images=num_images, num_classes=config.classes, num_devices=num_devices)
   source = "an estimate from the network's layers, within about 25 % of programs that were compiled for an H100"
   way = chips.way_to_compile(config.chip)
   if config.compile and not way:
     started = time.perf_counter()
-    needs = compiled_needs(needs, config, num_images)
+    needs = compiled_needs(needs, given, config, num_images)
     source = (f"memory, traffic and what is sent: read from the step as the {chip.name}'s compiler makes it, in "
               f"{time.perf_counter() - started:.0f} s")
   elif config.compile:
@@ -118,11 +124,12 @@ def make_plan(config: ConfigDict) -> tuple[RunPlan, str]:
   return RunPlan(given, chip, num_devices, num_images, config.classes, needs, config.efficiency), source
 
 
-def compiled_needs(estimated: Needs, config: ConfigDict, num_images: int) -> Needs:
+def compiled_needs(estimated: Needs, given: ConfigDict, config: ConfigDict, num_images: int) -> Needs:
   """Returns the needs of a step, read from the step as it is compiled for the chip.
 
   Args:
     estimated: gives the arithmetic, and the memory of what is there before a step.
+    given: the config of the run.
     config: of the plan.
     num_images: training images.
 
@@ -130,7 +137,7 @@ def compiled_needs(estimated: Needs, config: ConfigDict, num_images: int) -> Nee
     UserError: see `parts.assemble`.
   """
   mesh, chip = chips.chips_mesh(config.chip)
-  lowered = lower_step(config.run, mesh, Described(num_images, config.classes), device_bytes=int(chip.memory))
+  lowered = lower_step(given, mesh, Described(num_images, config.classes), device_bytes=int(chip.memory))
   work = work_of([each.compile() for each in lowered], chip)
   sent = work["collectives"].values()
   passing = sum(work["memory"].values()) - sum(size for name, size in estimated.memory.items() if name != PASSING)

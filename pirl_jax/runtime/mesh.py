@@ -34,7 +34,12 @@ def device_bytes() -> int:
   device = jax.local_devices()[0]
   if stats := device.memory_stats():
     return stats["bytes_limit"]
-  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+  return host_bytes() // jax.local_device_count()
+
+
+def host_bytes() -> int:
+  """Returns the memory of this machine in bytes."""
+  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def split(mesh: Mesh) -> NamedSharding:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -240,9 +241,10 @@ def digest(config: ConfigDict, without: Iterable[str], younger: Mapping[str, Any
   """
   fields = {name: value for name, value in config.to_dict().items() if name not in without}
   for name, value in younger.items():
-    group, _, field = name.partition(".")
-    if field in fields.get(group, ()) and fields[group][field] == value:
-      del fields[group][field]
+    *groups, field = name.split(".")
+    group = functools.reduce(lambda group, part: group.get(part, {}), groups, fields)
+    if field in group and group[field] == value:
+      del group[field]
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 

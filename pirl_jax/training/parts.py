@@ -11,7 +11,11 @@ import optax
 from ml_collections import ConfigDict
 
 from pirl_jax import system
-from pirl_jax.data import batches, sources
+from pirl_jax.choosing.arranging import arrange
+from pirl_jax.choosing.choices import Choice, choose_settings, open_fields, table
+from pirl_jax.choosing.facts import facts_of
+from pirl_jax.data import batches, overlap, sources
+from pirl_jax.data.kept import keep
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images
 from pirl_jax.method import losses, memory_bank, products
@@ -30,7 +34,10 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """The parts of a run, built before anything compiles or is written."""
+  """The parts of a run, built before anything compiles or is written.
+
+  `choices` are the fields of `config` that the program has chosen.
+  """
 
   config: ConfigDict
   workdir: Path
@@ -42,6 +49,7 @@ class Parts:
   optimizer: Optimizer
   views_fn: Callable
   steps_per_epoch: int
+  choices: tuple[Choice, ...] = ()
 
   @property
   def total_steps(self) -> int:
@@ -84,6 +92,8 @@ RULES = (
    "it lies in [0, 1]"),
   (("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.end_factor", "optimizer.warmup_epochs",
     "optimizer.warmup_factor"), lambda value: 0 <= value < float("inf"), "a finite number from 0 is needed"),
+  (("data.holdout",), lambda value: 0 <= value < 1, "it lies in [0, 1)"),
+  (("data.kept_side",), lambda value: value >= 0, "0 (not kept) or more is needed"),
   (("evaluate.temperature",), lambda value: 0 < value < float("inf"), "a number above 0 is needed"),
   (("evaluate.crop_fraction", "optimizer.decay_factor"), lambda value: 0 < value <= 1, "it lies in (0, 1]"),
   (("data.image_scale", "jigsaw.crop_scale"), lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
@@ -103,14 +113,17 @@ RULES = (
 
 
 def check_config(config: ConfigDict) -> None:
-  """Raises UserError for a value that is wrong whatever the data are."""
+  """Raises UserError for a value that is wrong whatever the data are. An open field has no value yet."""
   for fields, holds, rule in RULES:
     for field in fields:
-      if not holds(_get(config, field)):
+      if _get(config, field) is not None and not holds(_get(config, field)):
         raise UserError(f"{field}={_get(config, field)!r} is not possible: {rule}")
-  if not config.num_negatives and config.negative_sampling != "shared":
+  if config.num_negatives == 0 and config.negative_sampling != "shared":
     raise UserError(f"negative_sampling={config.negative_sampling!r} is not possible: num_negatives=0 takes every row "
                     "for every image, there is nothing to draw")
+  if config.data.holdout and config.evaluate.split:
+    raise UserError(f"data.holdout={config.data.holdout} and evaluate.split={config.evaluate.split!r} are not possible "
+                    "together: both say which images are held out")
 
 
 def _get(config: ConfigDict, field: str) -> Any:
@@ -122,13 +135,25 @@ def _get(config: ConfigDict, field: str) -> Any:
 def build(config: ConfigDict, workdir: Path) -> Parts:
   """Returns the parts of the run. The data are opened and everything is checked; nothing is compiled or written.
 
+  The fields that the config leaves open are chosen, and the choices are printed.
+
   Raises:
     UserError: the settings do not fit each other, the data or the devices.
   """
   mesh = mesh_lib.create_mesh()
+  if not open_fields(config):
+    check_shares(config, mesh.size)
+    views_fn = system.views_of(config)  # what is wrong with the views needs no data to be said
+    return assemble(config, workdir, mesh, views_fn, *open_data(config), device_bytes=mesh_lib.device_bytes())
+  config, made = arrange(config)
+  train, test = open_data(config)
+  config, more = choose_settings(config, facts_of(mesh, train))
+  made = (*made, *more)
+  print(table(made))
+  check_config(config)
   check_shares(config, mesh.size)
-  views_fn = system.views_of(config)  # what is wrong with the views needs no data to be said
-  return assemble(config, workdir, mesh, views_fn, *open_data(config), device_bytes=mesh_lib.device_bytes())
+  parts = assemble(config, workdir, mesh, system.views_of(config), train, test, device_bytes=mesh_lib.device_bytes())
+  return dataclasses.replace(parts, choices=made)
 
 
 def check_shares(config: ConfigDict, num_devices: int) -> None:
@@ -179,6 +204,7 @@ def assemble(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, views_f
   optimizer = create_optimizer(
     make_schedule(config, steps_per_epoch), momentum=config.optimizer.momentum,
     weight_decay=config.optimizer.weight_decay, decay_biases=config.optimizer.decay_biases)
+  train, test = keep(train, config.data.kept_side), test and keep(test, config.data.kept_side)
   return Parts(config, workdir, mesh, train, test, layout, network, optimizer, views_fn, steps_per_epoch)
 
 
@@ -206,15 +232,22 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
 
 
 def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source | None]:
-  """Returns the training images and the held-out images (None without `evaluate.split`); prints their descriptions."""
+  """Returns the training images and the held-out images; prints their descriptions.
+
+  The held-out images are those of `evaluate.split` or, without it, those that `data.holdout` keeps out of the training;
+  None without both.
+  """
   data = sources.DataSettings.of(config.data)
+  split = config.evaluate.split
   train = sources.open_source(data)
   print(f"training images: {train.description}")
-  if not config.evaluate.split:
+  if not split and not data.holdout:
     return train, None
-  held_out = dataclasses.replace(data, split=config.evaluate.split, num_images=config.evaluate.num_images)
-  test = sources.open_source(held_out, class_names=train.class_names)
-  print(f"held-out images: {test.description}")
+  held_out = dataclasses.replace(data, split=split or data.split, num_images=config.evaluate.num_images)
+  test = sources.open_source(held_out, class_names=train.class_names, held_out=not split)
+  print(f"held-out images: {test.description.splitlines()[0] if not split else test.description}")
+  if warning := overlap.warning(train, test):
+    print(warning)
   return train, test
 
 

@@ -19,17 +19,18 @@ from pirl_jax.figures import plots
 from pirl_jax.method.health import NOT_FINITE, NUM_USABLE
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import TrainState
-from pirl_jax.runtime import caching, processes
+from pirl_jax.runtime import caching, devices, out_of_memory, processes
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import write_json
 from pirl_jax.storage.formats import FORMAT
 from pirl_jax.storage.logbook import Logbook
 from pirl_jax.storage.settings import flatten
+from pirl_jax.training.describing import ExpectedTime, describe, dry_run, way_out
 from pirl_jax.training.guards import Broken, Guard
 from pirl_jax.training.in_flight import InFlight
 from pirl_jax.training.measuring import calibrate, learning_of, make_evaluation, unlabelled
 from pirl_jax.training.parts import Parts, build, check_config, make_step
-from pirl_jax.training.resuming import begin, check_new, check_same_config, hold, restore, save
+from pirl_jax.training.resuming import begin, check_new, hold, restore, save, with_stored_choices
 from pirl_jax.training.stopping import Stopped, Stopping
 from pirl_jax.views.normalisation import denormalise
 
@@ -53,7 +54,21 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 def pretrain_with(config: ConfigDict, workdir: Path, stopping: Stopping) -> None:
   """Pre-trains as `run` does, until the run is finished or `stopping` asks it to stop."""
+  for line in devices.lines():
+    print(line)
   parts = processes.together(prepare, config, workdir)
+  for line in describe(parts):
+    print(line)
+  if parts.config.dry_run:
+    print(dry_run(parts))
+    return
+  with out_of_memory.told(lambda: way_out(parts)):
+    _pretrain(parts, stopping)
+
+
+def _pretrain(parts: Parts, stopping: Stopping) -> None:
+  """Pre-trains, or resumes, the run of which these are the parts."""
+  config, workdir = parts.config, parts.workdir
   processes.check_alike({
     "the folder of the run": str(workdir), **flatten(config.to_dict()),
     "the training images": parts.train.fingerprint,
@@ -88,11 +103,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Parts:
   """Returns the parts of the run, see `build`, after all checks that a process can make by itself.
 
   Raises:
-    UserError: see `check_config`, `check_same_config` and `build`.
+    UserError: see `check_config`, `with_stored_choices` and `build`.
   """
   check_config(config)
-  check_same_config(config, workdir)
-  return build(config, workdir)
+  return build(with_stored_choices(config, workdir), workdir)
 
 
 def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbook, stopping: Stopping) -> TrainState:
@@ -122,10 +136,11 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
     with stopping.held(False), book.paused():
       measure(start_step)
   guard = Guard(parts.workdir, image_name=parts.train.image_name, say=book.say)
-  broken, waited = Broken(parts, book), 0.0
+  broken, expected, waited = Broken(parts, book), ExpectedTime(parts.total_steps, book.say), 0.0
 
   def over(step: int, index: np.ndarray, metrics: dict[str, jax.Array]) -> None:
     nonlocal waited
+    expected.note(step)
     guard.note(step, index, metrics.pop(NOT_FINITE))
     num_usable = metrics.pop(NUM_USABLE)
     if step % config.log.every_steps and step != parts.total_steps:

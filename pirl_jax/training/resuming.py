@@ -1,6 +1,7 @@
 """The folder of a run: which process may train in it, and how a run resumes from the folder."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from pirl_jax.choosing.choices import recalled
 from pirl_jax.data import contents
 from pirl_jax.errors import UserError
 from pirl_jax.method.state import TrainState
@@ -19,7 +21,8 @@ from pirl_jax.storage.logbook import METRICS, read_rows
 from pirl_jax.storage.settings import difference
 from pirl_jax.training.parts import Parts
 
-FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "data.num_threads", "data.max_bad_fraction")
+FREE_ON_RESUME = ("num_epochs", "dry_run", "checkpoint.", "evaluate.", "log.", "data.num_threads",
+                  "data.max_bad_fraction")
 """Fields that may change when a run resumes; a name that ends with a dot stands for its whole group."""
 
 HANDOVER_SECONDS = 20
@@ -71,22 +74,46 @@ def begin(parts: Parts) -> None:
     return
   try:
     write_json(parts.workdir / "config.json", parts.config.to_dict())
+    if parts.choices:
+      write_json(parts.workdir / "chosen.json", [dataclasses.asdict(choice) for choice in parts.choices])
     contents.remember(parts.train, parts.workdir)
   except OSError as error:
     raise _unwritable(parts.workdir, error) from error
 
 
-def check_same_config(config: ConfigDict, workdir: Path) -> None:
-  """Raises UserError if `workdir` holds a run whose config differs in a field that may not change."""
-  path = workdir / "config.json"
-  if not path.exists():
-    return
-  try:
-    stored = upgrade_config(json.loads(path.read_text()))
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it to resume the run, because the "
-                    "checkpoints hold the config, too; or choose another --workdir") from error
+def with_stored_choices(config: ConfigDict, workdir: Path) -> ConfigDict:
+  """Returns the config of a run in `workdir`: if there is a run already, its values fill the open fields.
+
+  Raises:
+    UserError: `workdir` holds a run whose config differs in a field that may not change.
+  """
+  stored = stored_config(workdir)
+  if stored is None:
+    return config
+  config = recalled(config, stored)
   compare_configs(config, stored, workdir)
+  return config
+
+
+def stored_config(workdir: Path) -> dict[str, Any] | None:
+  """Returns the config of the run in `workdir` in the current format, or None if there is none.
+
+  Raises:
+    UserError: its config.json is damaged.
+  """
+  path = workdir / "config.json"
+  if path.exists():
+    try:
+      return upgrade_config(json.loads(path.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it to resume the run, because the "
+                      "checkpoints hold the config, too; or choose another --workdir") from error
+  if (workdir / "checkpoints").is_dir():
+    with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
+      for step in reversed(checkpoints.steps()):
+        with contextlib.suppress(Exception):  # a damaged one; the restore says so
+          return upgrade_config(checkpoints.read_meta(step)["config"])
+  return None
 
 
 def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -> None:

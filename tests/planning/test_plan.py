@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import pytest
 
+from pirl_jax.choosing.estimate import PASSING
 from pirl_jax.configs import plan as plan_config
 from pirl_jax.errors import UserError
 from pirl_jax.planning import plan as plan_lib
-from pirl_jax.planning.estimate import PASSING
 from pirl_jax.planning.lowering import PARTS, lower_part
 from pirl_jax.runtime import chips, mesh
 

@@ -232,7 +232,7 @@ def _measure(evaluation: Evaluation) -> Outcome:
   settings, data = evaluation.settings, evaluation.data
   known = {data["split"]: evaluation.train}
   if evaluation.test is not None:  # if there is no held-out split, its name is "", which would mean a whole folder
-    known[data["test_split"]] = evaluation.test
+    known[data["test_split"] or "held_out"] = evaluation.test
   splits = tuple(settings.splits) or tuple(known)
   images = {split: known.get(split) or evaluation.open_split(split) for split in splits}
   found = {

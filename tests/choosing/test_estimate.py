@@ -2,8 +2,8 @@
 
 import pytest
 
+from pirl_jax.choosing.estimate import PASSING, count, estimate
 from pirl_jax.configs import pirl, supervised
-from pirl_jax.planning.estimate import PASSING, count, estimate
 
 SMALL = ("data.image_size", 64), ("jigsaw.crop_size", 72), ("jigsaw.patch_size", 20)
 COMPILED = {

@@ -1,7 +1,7 @@
 """What a step needs, estimated from the network's layers in seconds, without a compiler.
 
 The layers are counted exactly. How often XLA passes their values through memory, and how much of them it has at once,
-are constants, found by comparing with programs that were compiled for an H100: tests/planning/test_estimate.py has the
+are constants, found by comparing with programs that were compiled for an H100: tests/choosing/test_estimate.py has the
 figures. Letters: B images of a batch, K negatives, D embedding, P patches.
 """
 

@@ -1,0 +1,38 @@
+"""Chooses which images of a folder are for training, which are held out, and whether they have classes."""
+
+from ml_collections import ConfigDict
+
+from pirl_jax.choosing.choices import Choice, with_values
+from pirl_jax.data.arrangement import Arrangement, arrangement_of
+
+HOLDOUT = 0.1
+"""Share of the images that is held out where the folder has no split for it."""
+
+
+AS_A_SET = Arrangement("train", "", "none", "the images bring their labels")
+"""Of a source that is no folder, or of a folder that is not there yet."""
+
+
+def arrange(config: ConfigDict) -> tuple[ConfigDict, list[Choice]]:
+  """Returns the config with its open fields that say which images are read, and what was chosen.
+
+  Raises:
+    UserError: the folder cannot be listed.
+  """
+  data = config.data
+  found = arrangement_of(data.root, data.formats, data.split) if data.source == "folder" and data.root else AS_A_SET
+  split = found.test_split if config.evaluate.split is None else config.evaluate.split
+  named = f"the folder has {split}" if split else "the folder has no train and test"
+  possible = [
+    Choice("data.split", found.split, named if split else "the whole folder"),
+    Choice("data.labels", found.labels, found.why),
+    Choice("evaluate.split", found.test_split, named),
+    Choice("data.holdout", 0.0 if split else HOLDOUT,
+           f"{split} is held out" if split else "for kNN or the verdict; the names of the images decide")]
+  made = [choice for choice in possible if _get(config, choice.field) is None]
+  return with_values(config, {choice.field: choice.value for choice in made}), made
+
+
+def _get(config: ConfigDict, field: str) -> object:
+  group, _, name = field.partition(".")
+  return config[group][name]
