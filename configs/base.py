@@ -21,6 +21,7 @@ def get_base() -> ConfigDict:
   # "covariant" and "supervised" do not use the fields num_negatives, negative_sampling, temperature, loss,
   # pretext_weight and bank.
   config.objective = "invariant"
+  config.init_from = ""  # folder of a run: its trunk and, where they fit, heads are the first weights; "": random ones
   config.num_epochs = 800  # 0: the untrained network
   config.batch_size = 1024  # images in a step, over all devices
   # Number of parts of a batch that pass through the network one after the other. More parts need less memory. The
@@ -56,6 +57,9 @@ def _add_images(config: ConfigDict) -> None:
   data.holdout = 0.0
   # pixels; not 0: each image is decoded once and stays in memory, with a shorter side of at most this size.
   data.kept_side = 0
+  # folder: True goes on with a run whose folder has changed: images of the same name and size keep their rows of the
+  # bank, new ones get new rows.
+  data.grown = False
   # True: a JPEG is decoded at a half, a quarter or an eighth of its size, where the crops of a sample are no larger. A
   # photograph of 12 megapixels then costs a third of the time; images of ImageNet's size are read as before.
   data.reduced_decoding = False

@@ -40,7 +40,7 @@ def get_base() -> ConfigDict:
   data.batch_size = placeholder(int)  # test images at a time, over all devices
   data.num_threads = placeholder(int)  # threads that decode
   for name, value in get_run_base().data.items():  # further fields of configs/base.py, which a single source uses
-    if name not in data and name not in ("image_scale", "max_bad_fraction"):  # these two are for training only
+    if name not in data and name not in ("image_scale", "max_bad_fraction", "grown"):  # for training only
       data[name] = placeholder(type(value))
   return config
 

@@ -67,7 +67,7 @@ def open_fields(config: ConfigDict) -> list[str]:
 
 def recalled(config: ConfigDict, stored: Mapping[str, Any]) -> ConfigDict:
   """Returns the config with the values of a stored run in its open fields: a run that resumes does not choose again."""
-  values = flatten(stored)
+  values = flatten(dict(stored))
   return with_values(config, {name: values[name] for name in open_fields(config) if values.get(name) is not None})
 
 

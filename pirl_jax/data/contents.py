@@ -1,6 +1,7 @@
 """A list of the images at the start of a run; when the run resumes, the list shows which images have changed."""
 
 import gzip
+import hashlib
 from pathlib import Path
 
 from pirl_jax.data.records import Source
@@ -17,11 +18,34 @@ def remember(source: Source, folder: Path) -> None:
     write_file(path, gzip.compress("\n".join(lines).encode(), mtime=0))
 
 
-def changes_since(source: Source, folder: Path) -> str:
-  """Returns in words which images are gone, new or of another size since `remember`; "" if there is no list."""
-  try:
-    before = gzip.decompress((folder / FILE).read_bytes()).decode().split("\n")
-  except (OSError, EOFError, ValueError):  # missing or damaged: the list only serves this message
+def remember_grown(source: Source, folder: Path) -> None:
+  """Writes the list of the images of a set that has grown, beside the list of the images at the start."""
+  lines = source.listing()
+  assert lines is not None  # see `remembered`
+  write_file(folder / _grown_file(source.fingerprint), gzip.compress("\n".join(lines).encode(), mtime=0))
+
+
+def remembered(folder: Path, fingerprint: str) -> list[str]:
+  """Returns the lines "SIZE PATH" of the images that had this fingerprint, in their order; [] if there is no list."""
+  for name in (_grown_file(fingerprint), FILE):
+    try:
+      return gzip.decompress((folder / name).read_bytes()).decode().split("\n")
+    except (OSError, EOFError, ValueError):  # missing or damaged
+      continue
+  return []
+
+
+def _grown_file(fingerprint: str) -> str:
+  return f"images-{hashlib.sha256(fingerprint.encode()).hexdigest()[:12]}.txt.gz"
+
+
+def changes_since(source: Source, folder: Path, fingerprint: str) -> str:
+  """Returns in words which images are gone, new or of another size since the set had this fingerprint.
+
+  Returns "" if there is no list of the images of that time.
+  """
+  before = remembered(folder, fingerprint)
+  if not before:
     return ""
   before, now = ({path: size for size, path in (line.split(" ", 1) for line in lines)}
                  for lines in (before, source.listing() or []))

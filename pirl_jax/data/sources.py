@@ -35,6 +35,7 @@ class DataSettings:
       in every run, or 0 for all.
     holdout: share of the images that is held out; every source of names is cut by the names alone, see `open_source`.
     kept_side: see `kept.keep`.
+    grown: folder: whether a run may go on with other images than before.
     formats: folder: "common" reads files ending in .jpg, .jpeg, .png, .webp and .bmp; "all" reads every ending of a
       format that can be decoded.
     reduced_decoding, full_range, upright: see `Decoding`.
@@ -52,6 +53,7 @@ class DataSettings:
   num_images: int = 0
   holdout: float = 0.0
   kept_side: int = 0
+  grown: bool = False
   formats: str = "common"
   reduced_decoding: bool = False
   full_range: bool = False
@@ -77,7 +79,7 @@ class DataSettings:
 DECODING = ("reduced_decoding", "full_range", "upright")
 """The fields that say how an image is decoded, see `Decoding`."""
 
-READING = ("image_size", "image_scale", "kept_side", *DECODING, "num_threads", "max_bad_fraction")
+READING = ("image_size", "image_scale", "kept_side", "grown", *DECODING, "num_threads", "max_bad_fraction")
 """The fields that say how images are read; all other fields say which images are read."""
 
 

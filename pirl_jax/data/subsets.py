@@ -36,8 +36,9 @@ class Subset(Source):
     return self._source.image_name(int(self._index[index]))
 
   def listing(self) -> list[str] | None:
-    """Returns the listing of the whole source."""
-    return self._source.listing()
+    """Returns a line for each record of the subset, see `Source.listing`."""
+    lines = self._source.listing()
+    return None if lines is None else [lines[index] for index in self._index]
 
   def sizes(self) -> np.ndarray | None:
     """Returns i64[n], see `Source.sizes`."""
@@ -73,6 +74,8 @@ def held_out_of(source: Source, share: float, *, held_out: bool) -> Subset:
     raise UserError(f"data.holdout={share} of {len(source)} images leaves no image "
                     f"{'to train on' if chosen.all() else 'to hold out'}; choose another share, or 0")
   part = Subset(source, np.flatnonzero(chosen == held_out))
+  if (lines := part.listing()) is not None:  # an image that comes to the other part changes nothing here
+    part.fingerprint = f"{source.fingerprint.partition(':')[0]}:{len(part)}:{_digest(chr(10).join(lines)).hex()[:32]}"
   part.description = f"{len(part)} {'held out' if held_out else 'kept for training'} of: {source.description}"
   return part
 

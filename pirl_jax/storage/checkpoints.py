@@ -228,7 +228,7 @@ class Checkpoints:
     return UserError(f"checkpoint {self._folder / str(step)} cannot be read ({reason_of(error)})"
                      + (f"; choose another step, there are {others}" if others else ""))
 
-  def restore_newest(self, check_meta: Callable[[dict[str, Any]], None], like: TrainState, mesh: jax.sharding.Mesh, *,
+  def restore_newest(self, expect: Callable[[dict[str, Any]], TrainState], mesh: jax.sharding.Mesh, *,
                      say: Callable[[str], None]) -> TrainState:
     """Returns the state of the newest checkpoint that can be read and whose checksums are right.
 
@@ -236,27 +236,28 @@ class Checkpoints:
     place, Orbax would silently skip every later save up to their step.
 
     Args:
-      check_meta: raises a UserError if a checkpoint belongs to another run.
-      like: see `restore`.
+      expect: expect(meta) returns the argument `like` of `restore` for the checkpoint with this `meta`. It raises a
+        UserError if the checkpoint belongs to another run.
       mesh: see `restore`.
       say: prints a line.
 
     Raises:
-      UserError: from `check_meta`, or because no checkpoint can be read. In both cases nothing on disk has changed.
+      UserError: from `expect`, or because no checkpoint can be read. In both cases nothing on disk has changed.
     """
     unreadable = {}
     for step in reversed(self.steps()):
-      failure, meta, state = "", {}, like
+      failure, meta, items = "", {}, {}
+      state: Any = None
       try:
         meta = self.read_meta(step)
-        check_meta(meta)
-        state = self.restore(step, like, mesh)
+        state = self.restore(step, expect(meta), mesh)
+        items = _items(state)
       except UserError:
         raise
       except Exception as error:  # Orbax raises Exception itself for a damaged data file
         failure = reason_of(error)
       # All processes compute the checksums together. So first every process must have read its part.
-      if failure := first_failure(failure) or _changed(meta, _items(state)):
+      if failure := first_failure(failure) or _changed(meta, items):
         unreadable[step] = failure
         continue
       self.close()

@@ -30,7 +30,8 @@ from pirl_jax.training.guards import Broken, Guard
 from pirl_jax.training.in_flight import InFlight
 from pirl_jax.training.measuring import calibrate, learning_of, make_evaluation, unlabelled
 from pirl_jax.training.parts import Parts, build, check_config, make_step
-from pirl_jax.training.resuming import begin, check_new, hold, restore, save, with_stored_choices
+from pirl_jax.training.resuming import begin, changed_schedule, check_new, hold, restore, save, with_stored_choices
+from pirl_jax.training.starting import first_state
 from pirl_jax.training.stopping import Stopped, Stopping
 from pirl_jax.views.normalisation import denormalise
 
@@ -80,8 +81,9 @@ def _pretrain(parts: Parts, stopping: Stopping) -> None:
       state = restore(parts, checkpoints)
     else:
       processes.together(check_new, parts)
-      state = parts.initial_state()
+      state = first_state(parts)
     start_step = int(state.step)
+    schedule = changed_schedule(parts, start_step) if start_step else ""
     processes.together(begin, parts)
     print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
     with Logbook(workdir, start_step=start_step, total_steps=parts.total_steps,
@@ -89,6 +91,8 @@ def _pretrain(parts: Parts, stopping: Stopping) -> None:
                  enabled=jax.process_index() == 0) as book:
       if start_step:
         book.say(f"resumes from step {start_step} of {parts.total_steps}")
+      if schedule:
+        book.say(schedule)
       if config.num_epochs:
         with stopping.held():
           state = train(parts, state, checkpoints, book, stopping)

@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from pirl_jax.choosing.choices import recalled
+from pirl_jax.choosing.choices import recalled, with_values
 from pirl_jax.data import contents
 from pirl_jax.errors import UserError
+from pirl_jax.method.memory_bank import Layout
 from pirl_jax.method.state import TrainState
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import locked, read_json, write_json
 from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, upgrade_config
 from pirl_jax.storage.logbook import METRICS, read_rows
-from pirl_jax.storage.settings import difference
-from pirl_jax.training.parts import Parts
+from pirl_jax.storage.settings import difference, flatten
+from pirl_jax.training import growing
+from pirl_jax.training.parts import Parts, make_schedule
 
-FREE_ON_RESUME = ("num_epochs", "dry_run", "checkpoint.", "evaluate.", "log.", "data.num_threads",
+FREE_ON_RESUME = ("num_epochs", "dry_run", "data.root", "data.grown", "checkpoint.", "evaluate.", "log.", "data.num_threads",
                   "data.max_bad_fraction")
 """Fields that may change when a run resumes; a name that ends with a dot stands for its whole group."""
 
@@ -77,6 +80,8 @@ def begin(parts: Parts) -> None:
     if parts.choices:
       write_json(parts.workdir / "chosen.json", [dataclasses.asdict(choice) for choice in parts.choices])
     contents.remember(parts.train, parts.workdir)
+    if parts.config.data.grown:
+      contents.remember_grown(parts.train, parts.workdir)
   except OSError as error:
     raise _unwritable(parts.workdir, error) from error
 
@@ -90,7 +95,9 @@ def with_stored_choices(config: ConfigDict, workdir: Path) -> ConfigDict:
   stored = stored_config(workdir)
   if stored is None:
     return config
-  config = recalled(config, stored)
+  # A set that has grown may have another number of negatives, if the program chooses it.
+  chosen_anew = ("num_negatives",) if config.data.grown else ()
+  config = recalled(config, {name: value for name, value in flatten(stored).items() if name not in chosen_anew})
   compare_configs(config, stored, workdir)
   return config
 
@@ -118,7 +125,8 @@ def stored_config(workdir: Path) -> dict[str, Any] | None:
 
 def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -> None:
   """Raises UserError if the config stored with the run in `workdir` differs in a field that may not change."""
-  if found := difference(stored, json.loads(json.dumps(config.to_dict())), free=FREE_ON_RESUME):
+  free = (*FREE_ON_RESUME, "num_negatives") if config.data.grown else FREE_ON_RESUME
+  if found := difference(stored, json.loads(json.dumps(config.to_dict())), free=free):
     field, before, now = found
     raise UserError(f"{workdir} holds a run with {field}={before!r}, and now it is {now!r}; choose another --workdir, "
                     "or give the old value to resume the run")
@@ -131,28 +139,52 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
     UserError: the checkpoint belongs to another data set, network or bank, is past the end of the run, or no checkpoint
       can be read.
   """
-  expected = run_meta(parts)
+  expected, grown_from = run_meta(parts), None
+  grown = parts.config.data.grown
 
-  def check(meta: Mapping[str, Any]) -> None:
+  def expect(meta: Mapping[str, Any]) -> TrainState:
+    nonlocal grown_from
     if meta["format"] < FIRST_RESUMED:
       raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a part of the state is "
                       "missing: the run can be evaluated, but not resumed; choose another --workdir")
     if meta["format"] < FIRST_BITS and parts.config.bank.dtype == "bfloat16":
       raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a bfloat16 bank is "
                       "stored in another way: the run can be evaluated, but not resumed; choose another --workdir")
+    grown_from = meta if grown and meta.get("data") != expected["data"] else None
     for name, now in expected.items():
-      if meta.get(name) != now:
-        if name == "data" and (changes := contents.changes_since(parts.train, parts.workdir)):
+      if meta.get(name) != now and not (grown_from and name in ("data", "num_images", "num_strata")):
+        if name == "data" and (changes := contents.changes_since(parts.train, parts.workdir, meta["data"])):
           raise UserError(f"the training images are not those with which the run in {parts.workdir} started; "
-                          f"{changes}; restore them, or choose another --workdir")
+                          f"{changes}; restore them, or go on with these images, --config.data.grown=True, or choose "
+                          "another --workdir")
         raise UserError(f"the checkpoint in {parts.workdir} has {name} {meta.get(name)!r}, and this run {now!r}; "
                         "choose another --workdir")
     compare_configs(parts.config, meta["config"], parts.workdir)
     if meta["step"] > parts.total_steps:
       raise UserError(f"{parts.workdir} has already done {meta['step']} steps, and num_epochs="
                       f"{parts.config.num_epochs} are {parts.total_steps} steps; raise num_epochs")
+    layout = Layout(meta["num_images"], meta["num_strata"])
+    return jax.eval_shape(dataclasses.replace(parts, layout=layout).initial_state)
 
-  return checkpoints.restore_newest(check, jax.eval_shape(parts.initial_state), parts.mesh, say=print)
+  state = checkpoints.restore_newest(expect, parts.mesh, say=print)
+  return growing.carry_over(parts, state, grown_from) if grown_from else state
+
+
+def changed_schedule(parts: Parts, step: int) -> str:
+  """Returns in words what another `num_epochs` than before does to the learning rate; "" if it is the same.
+
+  Args:
+    parts: of the run.
+    step: number of steps done.
+  """
+  before = stored_config(parts.workdir)
+  if before is None or before["num_epochs"] == parts.config.num_epochs or not before["num_epochs"]:
+    return ""
+  older = with_values(parts.config, {"num_epochs": before["num_epochs"]})
+  was, now = (np.asarray(make_schedule(config, parts.steps_per_epoch)(step)) for config in (older, parts.config))
+  return (f"num_epochs is {parts.config.num_epochs}, and was {before['num_epochs']}: the schedule of the learning rate "
+          f"({parts.config.optimizer.schedule}) is laid over the new length, so at step {step:,} the rate is {now:.3g} "
+          f"instead of {was:.3g}")
 
 
 def run_meta(parts: Parts) -> dict[str, Any]:

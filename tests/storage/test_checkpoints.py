@@ -36,8 +36,9 @@ def state():
   return make_state(4).replace(step=jnp.int32(7), normaliser=jnp.float32(123.5))
 
 
-def nothing(_):
-  pass
+def shapes_of(seed):
+  """Returns expect(meta), which gives the shapes of a state."""
+  return lambda meta: jax.eval_shape(partial(make_state, seed))
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 8])
@@ -47,7 +48,7 @@ def test_restores_on_another_number_of_devices(tmp_path, state, num_devices):
   mesh = mesh_lib.create_mesh(num_devices)
   with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
     like = jax.eval_shape(partial(make_state, num_devices))
-    restored = checkpoints.restore_newest(nothing, like, mesh, say=print)
+    restored = checkpoints.restore_newest(lambda meta: like, mesh, say=print)
     meta = checkpoints.read_meta(7)
     assert meta["note"] == "x" and meta["format"] == FORMAT and set(meta["checksums"]) == {"model", "train", "bank"}
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
@@ -113,7 +114,7 @@ def test_falls_back_to_the_newest_whole_one_and_can_save_again(tmp_path, state, 
         path.write_bytes(path.read_bytes()[:100])
   said = []
   with Checkpoints(folder, keep=3) as checkpoints:
-    restored = checkpoints.restore_newest(nothing, jax.eval_shape(partial(make_state, 1)), mesh_lib.create_mesh(1),
+    restored = checkpoints.restore_newest(shapes_of(1), mesh_lib.create_mesh(1),
                                           say=said.append)
     assert restored.step == 1
     assert len(said) == 1 and "unreadable-2" in said[0]
@@ -130,7 +131,7 @@ def test_says_so_when_none_can_be_read_and_leaves_them(tmp_path, state):
   shutil.rmtree(folder / "1" / "model")
   before = sorted(folder.rglob("*"))
   with Checkpoints(folder, keep=3) as checkpoints, pytest.raises(UserError, match="none of the checkpoints"):
-    checkpoints.restore_newest(nothing, jax.eval_shape(partial(make_state, 1)), mesh_lib.create_mesh(1), say=print)
+    checkpoints.restore_newest(shapes_of(1), mesh_lib.create_mesh(1), say=print)
   assert sorted(folder.rglob("*")) == before
 
 

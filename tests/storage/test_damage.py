@@ -1,13 +1,12 @@
 """Checkpoints whose files were damaged: found out, set aside, and the newest whole one taken in their place."""
 
 import shutil
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_checkpoints import make_state, nothing
+from test_checkpoints import make_state, shapes_of
 
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
@@ -54,7 +53,7 @@ def restore(folder):
   """Returns the state that a run would go on with, and what it says."""
   said = []
   with Checkpoints(folder, keep=3) as checkpoints:
-    state = checkpoints.restore_newest(nothing, jax.eval_shape(partial(make_state, 2)), mesh_lib.create_mesh(2),
+    state = checkpoints.restore_newest(shapes_of(2), mesh_lib.create_mesh(2),
                                        say=said.append)
   return jax.device_get(state), said
 

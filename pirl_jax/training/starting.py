@@ -1,0 +1,61 @@
+"""The state of a run that starts from the weights of another run: `config.init_from`."""
+
+from typing import Any
+
+import jax
+
+from pirl_jax.errors import UserError
+from pirl_jax.method.state import TrainState
+from pirl_jax.runs import open_run, run_folder
+from pirl_jax.runtime import mesh as mesh_lib
+from pirl_jax.training.parts import Parts
+
+
+def first_state(parts: Parts) -> TrainState:
+  """Returns the state before the first step: a new one or, with `init_from`, one with the weights of another run.
+
+  The trunk is taken, and each head whose parameters have the same names and shapes; what was taken is printed. The
+  memory bank and the momentum are new.
+
+  Raises:
+    UserError: `init_from` is no run, or its trunk does not fit.
+  """
+  given = parts.config.init_from
+  if not given:
+    return parts.initial_state()
+  folder = run_folder(given, field="--config.init_from")
+  run = open_run(folder, given, 0, parts.mesh)
+  theirs: Any = run.model.variables
+  expected = jax.eval_shape(parts.initial_state)
+  check_trunk(given, _shapes(expected.params["trunk"]), _shapes(theirs["params"]["trunk"]))
+  taken = [name for name, own in expected.params.items() if _shapes(own) == _shapes(theirs["params"].get(name, {}))]
+  state = parts.initial_state()
+  whole = mesh_lib.whole(parts.mesh)
+
+  def mixed(own: Any, other: Any) -> Any:
+    return {name: jax.device_put(other[name], whole) if name in taken and name in other else value
+            for name, value in own.items()}
+
+  left = [name for name in expected.params if name not in taken]
+  print(f"starts from {folder}, step {run.step}: takes {', '.join(taken)}"
+        + (f"; new, because their shapes differ or they are missing there: {', '.join(left)}" if left else ""))
+  return state.replace(params=mixed(state.params, theirs["params"]),
+                       batch_stats=mixed(state.batch_stats, theirs["batch_stats"]))
+
+
+def check_trunk(given: str, own: dict[str, Any], theirs: dict[str, Any]) -> None:
+  """Raises UserError unless both trunks, given as shapes by name, have the same parameters; `given` is the run."""
+  missing = sorted(own.keys() - theirs.keys())
+  other = sorted(name for name in own.keys() & theirs.keys() if own[name] != theirs[name])
+  over = sorted(theirs.keys() - own.keys())
+  if missing or other or over:
+    found = [(len(names), f"{what} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})") for names, what in (
+      (missing, "missing"), (other, "of another shape"), (over, "left over"))]
+    raise UserError(f"--config.init_from={given}: its trunk does not fit this network: "
+                    + "; ".join(f"{count} {text}" for count, text in found if count)
+                    + "; take model.arch, model.width and model.stem of that run")
+
+
+def _shapes(tree: Any) -> dict[str, Any]:
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): value.shape
+          for path, value in jax.tree_util.tree_leaves_with_path(tree)}
