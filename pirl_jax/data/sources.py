@@ -13,7 +13,8 @@ from pirl_jax.errors import UserError
 __all__ = ["DataSettings", "Record", "Source", "kind_of", "open_source"]
 
 SOURCES = {"embedded": "pirl_jax.data.embedded:TextureSource", "folder": "pirl_jax.data.folder:FolderSource",
-           "tfds": "pirl_jax.data.tfds_source:TfdsSource"}
+           "tfds": "pirl_jax.data.tfds_source:TfdsSource",
+           "webdataset": "pirl_jax.data.webdataset:WebDatasetSource"}
 """MODULE:CLASS for each value of `data.source`. The classes are named, not imported, because importing TFDS takes half
 a second; the other sources do not need it."""
 
