@@ -28,14 +28,16 @@ class DataSettings:
   Attributes:
     source: a name of `SOURCES`.
     name: tfds: name of the data set, with config and version if wanted ("imagenet2012", "cifar10:3.0.2").
-    root: folder: the folder of images; tfds: TFDS's data directory, "" for TFDS's default.
-    split: embedded: any name; folder: a sub-folder, "" for the whole folder; tfds: a split ("train", "train[:10%]").
-    labels: folder: "folder" (the first sub-folder is the class) or "none". The sources embedded and tfds have their own
-      labels.
-    num_images: embedded: number of images to draw; folder and tfds: number of images to take at random, the same ones
-      in every run, or 0 for all.
-    formats: folder: "common" reads files ending in .jpg, .jpeg, .png, .webp and .bmp; "all" reads every ending of a
-      format that can be decoded.
+    root: folder: the folder of images; tfds: TFDS's data directory, "" for TFDS's default; webdataset: a folder of
+      shards or a pattern of their paths.
+    split: embedded: any name; folder: a sub-folder, "" for the whole folder; tfds: a split ("train", "train[:10%]");
+      webdataset: a sub-folder, a pattern of shards, or "".
+    labels: folder and webdataset: "folder" (the first sub-folder is the class, or the label beside the image) or
+      "none". The sources embedded and tfds have their own labels.
+    num_images: embedded: number of images to draw; others: number of images to take at random, the same ones in every
+      run, or 0 for all.
+    formats: folder and webdataset: "common" reads files ending in .jpg, .jpeg, .png, .webp and .bmp; "all" reads every
+      ending of a format that can be decoded.
     reduced_decoding, full_range, upright: see `Decoding`.
     image_size: side in pixels of the image view, and of the embedded images.
     image_scale: range of the share of the image's area that the image crop covers.
