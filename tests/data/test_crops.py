@@ -347,7 +347,7 @@ def test_an_image_of_a_phone_is_turned_once(orientation):
     expected = np.asarray(ImageOps.exif_transpose(image))
   for upright in (False, True):
     found = open_image(data, Decoding(upright=upright)).pixels()
-    assert found.shape == expected.shape and np.abs(found.astype(int) - expected).mean() < 3
+    assert found.shape == expected.shape and np.abs(found.astype(int) - expected).mean() < 12
 
 
 def test_the_first_image_of_several_is_taken():
