@@ -209,6 +209,13 @@ def features(config: ConfigDict) -> None:
   features.format = "npz"  # "npz" or "parquet"
 
 
+def predict(config: ConfigDict) -> None:
+  """Writes the classes of any images, --config.data.root=DIR, by what `linear` or `semi_supervised` has kept."""
+  config.predict = predict = ConfigDict()
+  predict.classifier = placeholder(str)  # "linear" or "semi_supervised"; without a value, the newest
+  config.data.update(source="folder", split="", test_split="", labels="none", formats="all")
+
+
 def voc07(config: ConfigDict) -> None:
   """Sets the data of the paper's SVMs: VOC2007, which TFDS calls voc/2007."""
   config.data.source = "tfds"
@@ -220,7 +227,7 @@ def voc07(config: ConfigDict) -> None:
 VARIANTS = {variant.__name__: variant for variant in (
   knn, linear, linear_ensemble, linear_vissl, linear_small, linear_moco, linear_simclr, svm, svm_voc07, low_shot,
   low_shot_voc07, semi_supervised, semi_supervised_vissl, semi_supervised_small, semi_supervised_full, invariance,
-  retrieval, features)}
+  retrieval, features, predict)}
 
 
 def get_config(variant: str = "") -> ConfigDict:
