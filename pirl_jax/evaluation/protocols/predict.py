@@ -56,7 +56,7 @@ class PredictSettings:
       raise UserError(f"predict.classifier={self.classifier!r} is unknown; choose one of: {', '.join(_LOGITS)}")
 
 
-def predict(model: Model, images: Images, kept: Kept, *, mesh: Mesh, path: Path) -> Outcome:
+def write_predictions(model: Model, images: Images, kept: Kept, *, mesh: Mesh, path: Path) -> Outcome:
   """Writes a line for each image that can be read, in the order of their index, and returns what was written.
 
   The columns: `name`; `class` and `probability` of the most likely class; `label`, if the images have labels;
@@ -187,7 +187,7 @@ def _measure(evaluation: Evaluation) -> Outcome:
   print(f"classifier: {kept.path}, {len(kept.about['class_names'])} classes, "
         f"{kept.about['top1']:.1%} of its held-out images")
   path = beside(evaluation, "classes", "csv")
-  return predict(evaluation.subject.model, evaluation.train, kept, mesh=evaluation.mesh, path=path)
+  return write_predictions(evaluation.subject.model, evaluation.train, kept, mesh=evaluation.mesh, path=path)
 
 
 PROTOCOL = Protocol(PredictSettings, _measure, _chosen)

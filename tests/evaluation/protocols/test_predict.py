@@ -21,7 +21,7 @@ from pirl_jax.runtime import mesh as mesh_lib
 
 TRAINED = {
   "linear": {"linear__num_epochs": 2, "linear__batch_size": 32, "linear__layers": "res4,pooled"},
-  "semi_supervised": {"semi_supervised__fractions": (0.25, 0.5), "semi_supervised__num_epochs": 2}}
+  "semi_supervised": {"semi_supervised__fractions": (0.5,), "semi_supervised__num_epochs": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def judged(tmp_path_factory):
       logits[name] = found
       patch.undo()
   best = result_of(run, "linear")["figures"]["best_layer"]
-  by_batch = logits["linear"]  # of the layers in turn, for each batch
-  return run, {"linear": np.concatenate(by_batch[("res4", "pooled").index(best)::2]),
+  by_batch = logits["linear"]  # for each batch of the layers in the order of their names
+  return run, {"linear": np.concatenate(by_batch[("pooled", "res4").index(best)::2]),
                "semi_supervised": logits["semi_supervised"][-1]}
 
 
