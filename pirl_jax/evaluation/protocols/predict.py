@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from pirl_jax.data.batches import why_broken
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import stream_features
 from pirl_jax.evaluation.inputs import Images
@@ -35,7 +36,7 @@ MOST_COLUMNS = 100
 """If there are no more classes, each has a column with its probability."""
 
 NAMES_SHOWN = 10
-"""Number of images that cannot be read whose names the figures hold."""
+"""Number of images that cannot be read whose names are told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,8 @@ def write_predictions(model: Model, images: Images, kept: Kept, *, mesh: Mesh, p
       raise UserError(f"nothing to predict: none of the {len(images)} images can be read")
     text.detach()
   broken = np.flatnonzero(~seen)
+  for index in broken[:NAMES_SHOWN].tolist():
+    print(f"left out, cannot be read: {source.image_name(index)} ({why_broken(source, index)})")
   accuracy = {"num_labelled": len(hits), "top1": float(np.mean(hits))} if hits else {}
   return Outcome(
     figures={
@@ -185,7 +188,7 @@ def _chosen(evaluation: Evaluation) -> Kept:
 def _measure(evaluation: Evaluation) -> Outcome:
   kept = _chosen(evaluation)
   print(f"classifier: {kept.path}, {len(kept.about['class_names'])} classes, "
-        f"{kept.about['top1']:.1%} of its held-out images")
+        f"right for {kept.about['top1']:.1%} of its held-out images")
   path = beside(evaluation, "classes", "csv")
   return write_predictions(evaluation.subject.model, evaluation.train, kept, mesh=evaluation.mesh, path=path)
 

@@ -90,7 +90,9 @@ def test_the_file_says_what_the_protocol_has_predicted(judged, run, folder, monk
   assert found["top1"] == top1 == np.mean([line["class"] == line["label"] for line in lines])
   assert (found["num_images"], found["num_broken"], found["num_labelled"], found["num_classes"]) == (48, 1, 48, 10)
   assert found["broken"] == [f"{classes[0]}/99.png"] and sum(found["counts"].values()) == 48
-  assert f"classifier: {run}/results/{name}-classifier.npz, 10 classes, {top1:.1%} of its" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert f"classifier: {run}/results/{name}-classifier.npz, 10 classes, right for {top1:.1%} of its" in said
+  assert f"left out, cannot be read: {classes[0]}/99.png (none of the formats" in said
 
 
 def test_a_flat_folder_needs_nothing_but_its_name_and_the_newest_classifier_is_taken(run, folder, tmp_path):
