@@ -45,12 +45,17 @@ def get_base() -> ConfigDict:
 def _add_images(config: ConfigDict) -> None:
   """Adds where the images come from, and how they are read and cropped."""
   config.data = data = ConfigDict()
-  data.source = "tfds"  # "embedded" (textures, no download), "folder" or "tfds"
+  data.source = "tfds"  # "embedded" (textures, no download), "folder", "tfds" or "webdataset" (tar shards)
   data.name = ""  # tfds: name of the data set in TFDS's catalog
-  data.root = ""  # folder: the folder of images; tfds: folder of prepared sets ("": TFDS's default)
-  data.split = "train"  # tfds: a split; folder: a sub-folder ("": the whole folder)
-  data.labels = "none"  # folder: "folder" takes the sub-folders as classes, for kNN and objective=supervised only
-  # embedded: number of images to draw. folder, tfds: number of images to take at random, 0 for all.
+  # folder: the folder of images; tfds: folder of prepared sets ("": TFDS's default); webdataset: the folder of shards,
+  # or a pattern of their paths, such as DIR/train-{000..099}.tar.
+  data.root = ""
+  # tfds: a split; folder: a sub-folder ("": the whole folder); webdataset: a sub-folder or a pattern of shards in root.
+  data.split = "train"
+  # "folder" takes the sub-folders as classes; webdataset: .cls, or "label" in .json, beside the image. For kNN and
+  # objective=supervised only. The other sources always have their own labels.
+  data.labels = "none"
+  # embedded: number of images to draw. Others: number of images to take at random, 0 for all.
   data.num_images = 0
   # Share of the images that is held out for evaluations, in [0, 1), where the data have no split for it. The name of an
   # image alone decides.
@@ -68,8 +73,8 @@ def _add_images(config: ConfigDict) -> None:
   data.upright = False
   # True: an image of 16 bits is scaled by its own largest value; False: the upper 8 bits are kept.
   data.full_range = False
-  # folder: "common" reads .jpg, .jpeg, .png, .webp and .bmp; "all" also .jfif, .jpe, .tif, .tiff, .gif and .avif, and
-  # .heic and .heif if pillow-heif is installed.
+  # folder, webdataset: "common" reads .jpg, .jpeg, .png, .webp and .bmp; "all" also .jfif, .jpe, .tif, .tiff, .gif and
+  # .avif, and .heic and .heif if pillow-heif is installed.
   data.formats = "common"
   data.image_size = 224  # pixels, side of the image view
   data.image_scale = (0.08, 1.0)  # range of the share of the image's area that the image crop covers

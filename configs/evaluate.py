@@ -26,13 +26,13 @@ def get_base() -> ConfigDict:
   # A field without a value is taken from the run. If data.source is given, only sizes, threads and how images are
   # decoded (reduced_decoding, full_range, upright) are taken from the run; the other fields have the source's defaults.
   config.data = data = ConfigDict()
-  data.source = placeholder(str)  # "embedded", "folder" or "tfds"
+  data.source = placeholder(str)  # "embedded", "folder", "tfds" or "webdataset"
   data.name = placeholder(str)  # tfds: name of the data set
-  data.root = placeholder(str)  # folder: the folder of images; tfds: folder of prepared sets
+  data.root = placeholder(str)  # folder: the folder of images; tfds: folder of prepared sets; webdataset: of shards
   data.split = placeholder(str)  # of the training images
   data.test_split = placeholder(str)  # of the held-out images
-  data.labels = placeholder(str)  # folder: "folder" takes the sub-folders as classes
-  # Training images. embedded: number to draw. folder, tfds: number to take at random, 0 for all.
+  data.labels = placeholder(str)  # "folder": the classes are the sub-folders; webdataset: they lie beside the images
+  # Training images. embedded: number to draw. Others: number to take at random, 0 for all.
   data.num_images = placeholder(int)
   data.test_num_images = placeholder(int)  # the same for held-out images
   data.image_size = placeholder(int)  # pixels, side of the images as the network sees them
@@ -209,6 +209,13 @@ def features(config: ConfigDict) -> None:
   features.format = "npz"  # "npz" or "parquet"
 
 
+def predict(config: ConfigDict) -> None:
+  """Writes the classes of any images, --config.data.root=DIR, by what `linear` or `semi_supervised` has kept."""
+  config.predict = predict = ConfigDict()
+  predict.classifier = placeholder(str)  # "linear" or "semi_supervised"; without a value, the newest
+  config.data.update(source="folder", split="", test_split="", labels="none", formats="all")
+
+
 def voc07(config: ConfigDict) -> None:
   """Sets the data of the paper's SVMs: VOC2007, which TFDS calls voc/2007."""
   config.data.source = "tfds"
@@ -220,7 +227,7 @@ def voc07(config: ConfigDict) -> None:
 VARIANTS = {variant.__name__: variant for variant in (
   knn, linear, linear_ensemble, linear_vissl, linear_small, linear_moco, linear_simclr, svm, svm_voc07, low_shot,
   low_shot_voc07, semi_supervised, semi_supervised_vissl, semi_supervised_small, semi_supervised_full, invariance,
-  retrieval, features)}
+  retrieval, features, predict)}
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
   config.quality = 95  # of the JPEG files, 1 to 100
 
   config.data = data = ConfigDict()
-  data.source = "folder"  # "folder" or "tfds": where the images come from
+  data.source = "folder"  # "folder", "tfds" or "webdataset": where the images come from
   data.name = ""  # tfds: name of the data set in TFDS's catalog
   data.root = ""  # folder: the folder of images; tfds: folder of prepared sets ("": TFDS's default)
   data.labels = "none"  # folder: "folder" takes the sub-folders as classes

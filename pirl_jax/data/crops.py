@@ -68,7 +68,7 @@ class Decoding:
     full_range: True scales an image of 16 bits by its own largest value, because many cameras and microscopes fill only
       10 to 14 of the bits. False keeps the upper 8 bits.
     upright: True turns an image as its EXIF orientation says. False keeps the stored orientation, as PIL's usual loader
-      does: the method was tuned on images loaded in that way.
+      does: the method was tuned on images loaded in that way. HEIF is always turned: its decoder does it.
   """
 
   reduced: bool = False

@@ -27,7 +27,7 @@ _NAMES_SHOWN = 3  # names in a message, of the files that were left out for one 
 
 _BY_ENDING = "not an image by its ending"
 
-_MANY = 0.05
+MANY = 0.05
 """If more than this share of the files is left out, the description says so as a warning."""
 
 
@@ -82,7 +82,7 @@ class FolderSource(Source):
       f"folder {shown}: {len(found)} images{classes}{_left_out_text(left_out, separator=chr(10) + '  ')}"
     )
     number = sum(len(paths) for reason, paths in left_out.items() if reason != "hidden")
-    if number > _MANY * (number + len(found)):
+    if number > MANY * (number + len(found)):
       self.description += f"\n  warning: {number / (number + len(found)):.0%} of the files were left out"
 
   def __len__(self) -> int:

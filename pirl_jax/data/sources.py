@@ -13,7 +13,8 @@ from pirl_jax.errors import UserError
 __all__ = ["DataSettings", "Record", "Source", "kind_of", "open_source"]
 
 SOURCES = {"embedded": "pirl_jax.data.embedded:TextureSource", "folder": "pirl_jax.data.folder:FolderSource",
-           "tfds": "pirl_jax.data.tfds_source:TfdsSource"}
+           "tfds": "pirl_jax.data.tfds_source:TfdsSource",
+           "webdataset": "pirl_jax.data.webdataset:WebDatasetSource"}
 """MODULE:CLASS for each value of `data.source`. The classes are named, not imported, because importing TFDS takes half
 a second; the other sources do not need it."""
 
@@ -27,17 +28,19 @@ class DataSettings:
   Attributes:
     source: a name of `SOURCES`.
     name: tfds: name of the data set, with config and version if wanted ("imagenet2012", "cifar10:3.0.2").
-    root: folder: the folder of images; tfds: TFDS's data directory, "" for TFDS's default.
-    split: embedded: any name; folder: a sub-folder, "" for the whole folder; tfds: a split ("train", "train[:10%]").
-    labels: folder: "folder" (the first sub-folder is the class) or "none". The sources embedded and tfds have their own
-      labels.
-    num_images: embedded: number of images to draw; folder and tfds: number of images to take at random, the same ones
-      in every run, or 0 for all.
-    holdout: share of the images that is held out; every source of names is cut by the names alone, see `open_source`.
+    root: folder: the folder of images; tfds: TFDS's data directory, "" for TFDS's default; webdataset: a folder of
+      shards or a pattern of their paths.
+    split: embedded: any name; folder: a sub-folder, "" for the whole folder; tfds: a split ("train", "train[:10%]");
+      webdataset: a sub-folder, a pattern of shards, or "".
+    labels: folder and webdataset: "folder" (the first sub-folder is the class, or the label beside the image) or
+      "none". The sources embedded and tfds have their own labels.
+    num_images: embedded: number of images to draw; others: number of images to take at random, the same ones in every
+      run, or 0 for all.
+    holdout: share of the images that is held out; the names of the images decide, see `open_source`.
     kept_side: see `kept.keep`.
     grown: folder: whether a run may go on with other images than before.
-    formats: folder: "common" reads files ending in .jpg, .jpeg, .png, .webp and .bmp; "all" reads every ending of a
-      format that can be decoded.
+    formats: folder and webdataset: "common" reads files ending in .jpg, .jpeg, .png, .webp and .bmp; "all" reads every
+      ending of a format that can be decoded.
     reduced_decoding, full_range, upright: see `Decoding`.
     image_size: side in pixels of the image view, and of the embedded images.
     image_scale: range of the share of the image's area that the image crop covers.

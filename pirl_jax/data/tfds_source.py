@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from pirl_jax.data.builders import OWN_BUILDERS
+from pirl_jax.data.builders.downloads import bounded_downloads
 from pirl_jax.data.crops import BrokenImage, decode
 from pirl_jax.data.records import Record, Source, printable
 from pirl_jax.data.sources import DataSettings
@@ -162,7 +163,8 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
       if left:
         print(f"unfinished preparations, which can be deleted, lie in {printable(str(folder))}: {', '.join(left)}")
       if not os.path.exists(builder.data_dir):
-        builder.download_and_prepare(file_format="array_record")
+        with bounded_downloads():
+          builder.download_and_prepare(file_format="array_record")
   except UserError:
     raise
   except ImportError as error:

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,8 +20,8 @@ GAP = 4
 MARGIN = 16
 TEXT_HEIGHT = 20
 COLUMNS = 2
-NEIGHBOUR_SIDE = 128
-"""The same for plots with many images in a row."""
+NEIGHBOUR_SIDE = 160
+"""Longest side in pixels of an image in a plot of neighbours."""
 
 FRAME = 3
 RIGHT, WRONG = (0, 140, 60), (205, 40, 40)
@@ -106,54 +106,72 @@ def save_curves(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> N
     figure.savefig(file, dpi=120, format=Path(path).suffix[1:])
 
 
-def save_neighbours(path: str | os.PathLike, queries: np.ndarray, neighbours: np.ndarray, *, title: str,
-                    similarity: Sequence[Sequence[float]], query_classes: Sequence[str | None],
-                    classes: Sequence[Sequence[str | None]]) -> None:
-  """Writes a PNG with a row for each query: the query, a gap, and its neighbours with similarity and class below.
+class Shown(NamedTuple):
+  """An image in a plot of neighbours.
 
+  Attributes:
+    image: u8[H, W, 3], of any size.
+    name: of the image.
+    class_name: or None for an image without a class.
+    similarity: with the query; None for a query.
+  """
+
+  image: np.ndarray
+  name: str
+  class_name: str | None
+  similarity: float | None = None
+
+
+def save_neighbours(path: str | os.PathLike, rows: Sequence[Sequence[Shown]], *, title: str) -> None:
+  """Writes a PNG with a row for each query and its neighbours; below each image its similarity, class and name.
+
+  Images keep their shape. Small ones are enlarged by a whole factor, and large ones shrunk, to `NEIGHBOUR_SIDE` pixels.
   A neighbour has a green frame if it has the class of the query, and a red frame if it has another class.
-
-  Letters: R rows, n neighbours, H W sides in pixels.
 
   Args:
     path: the file; its folder is created.
-    queries: u8[R, H, W, 3].
-    neighbours: u8[R, n, H, W, 3], the nearest first.
+    rows: the query and its neighbours, the nearest first; all rows have the same length.
     title: above the rows.
-    similarity: R rows of n numbers.
-    query_classes: R names, or None for a query without a class.
-    classes: R rows of n names or None.
   """
-  height, width = _enlarge(queries[0], NEIGHBOUR_SIDE).shape[:2]
+  fitted = [[_fitted(shown.image) for shown in row] for row in rows]
+  cell = max(max(image.size) for row in fitted for image in row)
   font = ImageFont.load_default()
   top = MARGIN + 2 * TEXT_HEIGHT
-  step_x, step_y = width + MARGIN, height + 2 * TEXT_HEIGHT + MARGIN
-  lefts = [MARGIN, *(3 * MARGIN + step_x * (1 + i) for i in range(neighbours.shape[1]))]
+  step_x, step_y = cell + MARGIN, cell + 3 * TEXT_HEIGHT + MARGIN
+  lefts = [MARGIN, *(3 * MARGIN + step_x * (1 + i) for i in range(len(rows[0]) - 1))]
   canvas = Image.new("RGB", (max(lefts[-1] + step_x, 2 * MARGIN + math.ceil(font.getlength(title))),
-                             top + step_y * len(queries)), "white")
+                             top + step_y * len(rows)), "white")
   draw = ImageDraw.Draw(canvas)
   draw.text((MARGIN, MARGIN), title, fill="black", font=font)
   draw.text((MARGIN, MARGIN + TEXT_HEIGHT), "query", fill="black", font=font)
   draw.text((lefts[1], MARGIN + TEXT_HEIGHT), "nearest first", fill="black", font=font)
-  for row, name in enumerate(query_classes):
-    y = top + row * step_y
-    tiles = [(queries[row], name, ""), *(
-      (image, other, f"{value:.3f}") for image, other, value in
-      zip(neighbours[row], classes[row], similarity[row], strict=True))]
-    for i, (x, (image, other, value)) in enumerate(zip(lefts, tiles, strict=True)):
-      if i and name and other:
-        draw.rectangle((x - FRAME, y - FRAME, x + width + FRAME - 1, y + height + FRAME - 1),
-                       fill=RIGHT if name == other else WRONG)
-      canvas.paste(Image.fromarray(_enlarge(image, NEIGHBOUR_SIDE)), (x, y))
-      lines = [line for line in (value, other) if line]
-      for line, text in enumerate(lines):
-        draw.text((x, y + height + FRAME + line * (TEXT_HEIGHT - GAP)), _fitting(text, font, width), fill="black",
-                  font=font)
+  for number, (row, images) in enumerate(zip(rows, fitted, strict=True)):
+    y, wanted = top + number * step_y, row[0].class_name
+    for i, (left, shown, image) in enumerate(zip(lefts, row, images, strict=True)):
+      place = (left + (cell - image.width) // 2, y + (cell - image.height) // 2)
+      if i and wanted and shown.class_name:
+        draw.rectangle((place[0] - FRAME, place[1] - FRAME, place[0] + image.width + FRAME - 1,
+                        place[1] + image.height + FRAME - 1), fill=RIGHT if wanted == shown.class_name else WRONG)
+      canvas.paste(image, place)
+      lines = ["" if shown.similarity is None else f"{shown.similarity:.3f}",
+               _fitting(shown.class_name or "", font, cell), _fitting(shown.name[::-1], font, cell)[::-1]]
+      for line, text in enumerate(filter(None, lines)):
+        draw.text((left, y + cell + FRAME + line * (TEXT_HEIGHT - GAP)), text, fill="black", font=font)
   with replacing(path) as file:
     canvas.save(file, format="PNG")
 
 
+def _fitted(image: np.ndarray) -> Image.Image:
+  """Returns the image with a longer side of `NEIGHBOUR_SIDE` pixels, or a little less if it is enlarged."""
+  longer = max(image.shape[:2])
+  if longer <= NEIGHBOUR_SIDE:
+    return Image.fromarray(_enlarge(image, NEIGHBOUR_SIDE))
+  height, width = (max(1, round(NEIGHBOUR_SIDE * side / longer)) for side in image.shape[:2])
+  return Image.fromarray(image).resize((width, height), Image.Resampling.BOX)
+
+
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+  """Returns the text, or its beginning and three dots if it is wider than `width` pixels."""
   if font.getlength(text) <= width:
     return text
   while text and font.getlength(text + "...") > width:

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from pirl_jax.data import crops
 from pirl_jax.data.crops import (
+  FORMATS,
   BrokenImage,
   Decoding,
   centre_crop,
@@ -332,6 +333,21 @@ def test_more_formats_equal_pillow(file_format, options):
     expected = np.asarray(image.convert("RGB"))
   np.testing.assert_array_equal(decode(data), expected)
   assert np.abs(expected.astype(int) - np.asarray(RGB)).mean() < 12
+
+
+@pytest.mark.skipif("HEIF" not in FORMATS, reason="pillow-heif is not installed")
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_of_a_phone_is_turned_once(orientation):
+  """HEIF has a turn of its own, which its decoder applies; phones write the same turn into the EXIF data once more."""
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  data = encoded(RGB, "HEIF", exif=exif.tobytes(), quality=-1)
+  assert orientation == 1 or b"irot" in data or b"imir" in data
+  with Image.open(io.BytesIO(turned("PNG", orientation))) as image:
+    expected = np.asarray(ImageOps.exif_transpose(image))
+  for upright in (False, True):
+    found = open_image(data, Decoding(upright=upright)).pixels()
+    assert found.shape == expected.shape and np.abs(found.astype(int) - expected).mean() < 12
 
 
 def test_the_first_image_of_several_is_taken():

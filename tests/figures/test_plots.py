@@ -73,15 +73,17 @@ def test_curves_of_a_run_without_rows_are_a_plot_too(tmp_path):
   assert Image.open(tmp_path / "plots" / "curves.png").width > 300
 
 
-@pytest.mark.parametrize(("side", "factor"), [(16, 8), (32, 4), (150, 1)])
+@pytest.mark.parametrize(("side", "factor"), [(16, 10), (32, 5), (150, 1)])
 def test_neighbours_stand_beside_their_query(tmp_path, side, factor):
   rng = np.random.default_rng(1)
   queries = rng.integers(0, 256, (2, side, side, 3), np.uint8)
   neighbours = rng.integers(0, 256, (2, 3, side, side, 3), np.uint8)
   path = tmp_path / "plots" / "neighbours.png"
-  plots.save_neighbours(path, queries, neighbours, title="2 queries", similarity=[[0.9, 0.8, 0.7]] * 2,
-                        query_classes=["dots", None],
-                        classes=[["dots", "a class with a very long name indeed", None], ["dots", "rings", None]])
+  classes = [["dots", "dots", "a class with a very long name indeed", None], [None, "dots", "rings", None]]
+  plots.save_neighbours(path, [
+    [plots.Shown(image, "a folder with a very long name/1.png", name, value) for image, name, value in
+     zip((queries[row], *neighbours[row]), classes[row], (None, 0.9, 0.8, 0.7), strict=True)] for row in range(2)],
+    title="2 queries")
   canvas = np.asarray(Image.open(path))
   shown = side * factor
   corners = []
@@ -107,3 +109,14 @@ def test_neighbours_stand_beside_their_query(tmp_path, side, factor):
   y, x = corners[0][2]
   assert (canvas[y + shown + plots.FRAME:corners[1][0][0] - plots.FRAME, x + shown + 1:corners[0][3][1] - 1]
           == 255).all()
+
+
+def test_large_and_long_images_are_shrunk_whole(tmp_path):
+  wide, tall = np.zeros((300, 1200, 3), np.uint8), np.zeros((900, 90, 3), np.uint8)
+  wide[:, 600:], tall[450:] = 255, (255, 0, 0)
+  plots.save_neighbours(tmp_path / "neighbours.png", [[plots.Shown(wide, "", None), plots.Shown(tall, "", None, 1.0)]],
+                        title="")
+  canvas = np.asarray(Image.open(tmp_path / "neighbours.png"))
+  left, right = canvas[60:, :200], canvas[60:, 200:]
+  assert np.count_nonzero((left[:160] == 0).all(-1)) == 40 * 80
+  assert np.count_nonzero((right[:160] == (255, 0, 0)).all(-1)) == 80 * 16

@@ -14,6 +14,7 @@ PROTOCOLS = {
   "invariance": "invariance",
   "retrieval": "retrieval",
   "features": "export",
+  "predict": "predict",
 }
 """The file of each protocol, by its name, which is also the name of its config group. `learning` is not listed, because
 it does not evaluate a stored run."""

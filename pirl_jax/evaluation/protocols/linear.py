@@ -35,6 +35,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation import classification, training
 from pirl_jax.evaluation.features import stream_features
 from pirl_jax.evaluation.inputs import Images
+from pirl_jax.evaluation.kept import keeping
 from pirl_jax.evaluation.layers import EMBEDDING, layer_features, layer_names, named_layers
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
@@ -98,7 +99,7 @@ class LinearSettings(training.TrainingSettings):
 
 
 def measure_linear(model: Model, train: Images, test: Images, settings: LinearSettings, *, mesh: Mesh, seed: int,
-                   snapshot_folder: str | os.PathLike) -> Outcome:
+                   snapshot_folder: str | os.PathLike, keep: Callable[..., Any] = lambda *_: None) -> Outcome:
   """Returns top-1 and top-5 accuracy on the test images of a linear classifier on each layer.
 
   The classifiers after the last epoch are tested. The test images are used for a single choice, that of the best layer,
@@ -124,6 +125,7 @@ def measure_linear(model: Model, train: Images, test: Images, settings: LinearSe
     mesh: the devices. Their number must divide the batch size; it changes nothing except rounding.
     seed: of the initial kernels, the order of the images and the crops.
     snapshot_folder: holds unfinished work. No call with other arguments may use it; the caller deletes it.
+    keep: called once as keep({"params", "stats"} of the best layer's classifier, {"layer", "top1"}).
 
   Raises:
     UserError: a layer is unknown, labels are missing or of other classes, the devices cannot share the batch, the batch
@@ -154,13 +156,14 @@ def measure_linear(model: Model, train: Images, test: Images, settings: LinearSe
   losses, num_read = training.epoch_means(state)
   num_broken = num_labelled - num_images if settings.cached else steps_per_epoch * settings.batch_size - num_read
   variables = {"frozen": frozen, "params": state["params"], "stats": state["stats"]}
-  ranks, num_broken_test = _judge(_logits_fn(model.network, layers), variables, test, mesh)
+  ranks, num_broken_test = _judge(linear_logits(model.network, layers), variables, test, mesh)
 
   found = {
     layer: {"top1": float(np.mean(ranks[layer] < 1)), "top5": float(np.mean(ranks[layer] < 5)),
             "dim": math.prod(shapes[layer]), "loss": losses[layer]}
     for layer in layers}
   best = max(layers, key=lambda layer: (found[layer]["top1"], layers.index(layer)))
+  keep({name: state[name][best] for name in ("params", "stats")}, {"layer": best, "top1": found[best]["top1"]})
   return Outcome(
     figures={
       "layers": found, "best_layer": best, "top1": found[best]["top1"], "top5": found[best]["top5"],
@@ -343,9 +346,12 @@ def _cached_maps(layers: Iterable[str]) -> Callable:
 
 # Cached, so that several runs of the same network share one compiled program for the test images.
 @functools.cache
-def _logits_fn(network: Network | Ensemble, layers: tuple[str, ...]) -> Callable[
+def linear_logits(network: Network | Ensemble, layers: tuple[str, ...]) -> Callable[
     [Any, jax.Array], dict[str, jax.Array]]:
-  """Returns forward_fn(variables, image) -> {layer: f32[B, L]} with running statistics, see `stream_features`."""
+  """Returns forward_fn(variables, image) -> {layer: f32[B, L]} with running statistics, see `stream_features`.
+
+  `variables` are {"frozen": those of the network, "params" and "stats": by layer, see `create_classifiers`}.
+  """
   maps_fn = layer_features(network, layers, flat=False)
 
   def forward(variables: Mapping[str, Any], image: jax.Array) -> dict[str, jax.Array]:
@@ -449,8 +455,9 @@ def _check_batch(settings: LinearSettings, num_images: int, mesh: Mesh) -> None:
 
 
 def _measure(evaluation: Evaluation) -> Outcome:
-  return measure_linear(evaluation.subject.model, evaluation.train, evaluation.labelled_test(), evaluation.settings,
-                        mesh=evaluation.mesh, seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots)
+  return keeping(evaluation, functools.partial(
+    measure_linear, evaluation.subject.model, evaluation.train, evaluation.labelled_test(), evaluation.settings,
+    mesh=evaluation.mesh, seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots))
 
 
 def _check(evaluation: Evaluation) -> None:

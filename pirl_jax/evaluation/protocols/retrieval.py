@@ -6,6 +6,7 @@ Letters: Q queries, N gallery images, m M images of a part or block, D numbers o
 image in pixels.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -20,6 +21,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from pirl_jax.data.batches import read_image
+from pirl_jax.data.crops import shrink
 from pirl_jax.data.records import Source
 from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
@@ -119,7 +122,7 @@ def measure_retrieval(model: Model, gallery: Images, queries: Images, settings: 
                       plot_path: str | os.PathLike) -> Outcome:
   """Searches the gallery for the images most similar to each query, and returns how good the results are.
 
-  Similarity is the cosine similarity of the vectors. A PNG shows some queries with their nearest neighbours.
+  Similarity is the cosine similarity of the vectors. A PNG shows whole images with names.
 
   The outcome's figures:
 
@@ -398,22 +401,26 @@ def _describe(gallery: Source, queries: Source, asked: Vectors, found: Found, *,
 
 def _save_plot(path: str | os.PathLike, gallery: Images, queries: Images, figures: Mapping[str, Any]) -> None:
   asked = figures["queries"]
-  found = [query["neighbours"] for query in asked]
-  image = _read_images(queries, [query["index"] for query in asked])
-  others = _read_images(gallery, [other["index"] for row in found for other in row])
+  originals = iter(_originals([(queries.source, query["index"]) for query in asked]
+                              + [(gallery.source, other["index"]) for query in asked for other in query["neighbours"]],
+                              max(1, gallery.num_threads)))
+  first = [plots.Shown(next(originals), query["name"], query["class"]) for query in asked]
+  rows = [[shown, *(plots.Shown(next(originals), other["name"], other["class"], other["similarity"])
+                    for other in query["neighbours"])] for shown, query in zip(first, asked, strict=True)]
   vectors = "the memory bank" if figures["gallery"] == "bank" else f"features ({figures['layer']})"
   plots.save_neighbours(
-    path, image, np.reshape(others, (len(asked), -1, *image.shape[1:])),
-    title=f"Queries and their nearest of {figures['num_gallery']:,} images, cosine similarity by {vectors}",
-    similarity=[[other["similarity"] for other in row] for row in found],
-    query_classes=[query["class"] for query in asked],
-    classes=[[other["class"] for other in row] for row in found])
+    path, rows, title=f"Queries and their nearest of {figures['num_gallery']:,} images, cosine similarity by {vectors}")
 
 
-def _read_images(of: Images, index: Sequence[int]) -> np.ndarray:
-  """Returns u8[len(index), H, H, 3], the images under the test transform; an image that cannot be read is black."""
-  batches = dataclasses.replace(of, source=Subset(of.source, index), batch_size=len(index)).test_batches()
-  return np.concatenate([batch["image"] for batch in batches])
+def _originals(which: Sequence[tuple[Source, int]], num_threads: int) -> list[np.ndarray]:
+  """Returns the whole images u8[H, W, 3], not the crop that the network sees; one that cannot be read is black."""
+  def read(one: tuple[Source, int]) -> np.ndarray:
+    source, index = one
+    pixels, _ = read_image(source, index, lambda image: shrink(image, plots.NEIGHBOUR_SIDE))
+    return np.zeros((plots.NEIGHBOUR_SIDE, plots.NEIGHBOUR_SIDE, 3), np.uint8) if pixels is None else pixels
+
+  with concurrent.futures.ThreadPoolExecutor(num_threads) as threads:
+    return list(threads.map(read, which))
 
 
 def _measure(evaluation: Evaluation) -> Outcome:

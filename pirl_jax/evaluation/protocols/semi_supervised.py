@@ -32,6 +32,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation import classification, training
 from pirl_jax.evaluation.features import extract_features
 from pirl_jax.evaluation.inputs import Images
+from pirl_jax.evaluation.kept import keeping
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
 from pirl_jax.figures.curves import Curve
@@ -71,7 +72,8 @@ class SemiSupervisedSettings(training.TrainingSettings):
 
 
 def measure_semi_supervised(model: Model, train: Images, test: Images, settings: SemiSupervisedSettings, *,
-                            mesh: Mesh, seed: int, snapshot_folder: str | os.PathLike) -> Outcome:
+                            mesh: Mesh, seed: int, snapshot_folder: str | os.PathLike,
+                            keep: Callable[..., Any] = lambda *_: None) -> Outcome:
   """Returns top-1 and top-5 accuracy on the test images after fine-tuning on each share of the labels.
 
   Every share starts from `model`, which is not changed. The network after the last epoch is tested; nothing is chosen
@@ -97,6 +99,8 @@ def measure_semi_supervised(model: Model, train: Images, test: Images, settings:
     mesh: the devices; their number must divide every batch size.
     seed: of the subsets, the new layer's initial values, the order of the images and the crops.
     snapshot_folder: holds unfinished work. No call with other arguments may use it; the caller deletes it.
+    keep: called as keep({"params", "batch_stats"}, {"fraction", "top1"}) with the whole network that was fine-tuned on
+      the largest share, unless that share was finished by an earlier call.
 
   Raises:
     UserError: labels are missing or of other classes, a share leaves no image, the devices cannot share a batch (all
@@ -120,8 +124,11 @@ def measure_semi_supervised(model: Model, train: Images, test: Images, settings:
     variables, figures = _fine_tune(
       model, train, indices, own[fraction], mesh=mesh, seed=seed, folder=folder,
       title=f"fine-tuning on {_share(fraction)}")
+    judged = _judge(model.single.trunk, variables, test, num_classes, mesh)
+    if fraction == fractions[-1]:
+      keep(variables, {"fraction": fraction, "top1": judged["top1"]})
     found[str(fraction)] = {
-      **_judge(model.single.trunk, variables, test, num_classes, mesh),
+      **judged,
       "num_images": len(indices), "num_classes_seen": num_seen, **figures, "digest": subset_digest(indices),
       "indices": indices.tolist() if fraction < 1 else None,
       "files": [train.source.image_name(i) for i in indices.tolist()] if fraction < 1 else None}
@@ -208,7 +215,8 @@ def _fine_tune(model: Model, train: Images, indices: np.ndarray, settings: SemiS
 def _judge(trunk: ResNet, variables: dict[str, Any], test: Images, num_classes: int, mesh: Mesh) -> dict[str, Any]:
   """Returns `top1`, `top5`, `num_test` (labelled images that could be read) and `num_broken_test`."""
   with Progress("judging", len(test)) as progress:
-    found = extract_features(_forward_fn(trunk, num_classes), variables, test.test_batches(), mesh, progress.update)
+    found = extract_features(fine_tuned_logits(trunk, num_classes), variables, test.test_batches(), mesh,
+                             progress.update)
   labelled = found.labels >= 0
   if not labelled.any():
     raise UserError(f"none of the {len(test)} test images has a label and can be read: {found.num_broken} are broken")
@@ -219,7 +227,8 @@ def _judge(trunk: ResNet, variables: dict[str, Any], test: Images, num_classes: 
 
 # Cached, so that all shares use one compiled program for the test images.
 @functools.cache
-def _forward_fn(trunk: ResNet, num_classes: int) -> Callable[[Any, jax.Array], Any]:
+def fine_tuned_logits(trunk: ResNet, num_classes: int) -> Callable[[Any, jax.Array], Any]:
+  """Returns forward_fn({"params", "batch_stats"} of a `Classifier`, image) -> f32[B, L], see `stream_features`."""
   classifier = Classifier(trunk, num_classes)
   return lambda variables, image: classifier.apply(variables, image, train=False)
 
@@ -247,9 +256,9 @@ def _with_batches(settings: SemiSupervisedSettings, num_images: int, fraction: f
 
 
 def _measure(evaluation: Evaluation) -> Outcome:
-  return measure_semi_supervised(
-    evaluation.single_run().model, evaluation.train, evaluation.labelled_test(), evaluation.settings,
-    mesh=evaluation.mesh, seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots)
+  return keeping(evaluation, functools.partial(
+    measure_semi_supervised, evaluation.single_run().model, evaluation.train, evaluation.labelled_test(),
+    evaluation.settings, mesh=evaluation.mesh, seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots))
 
 
 PROTOCOL = Protocol(

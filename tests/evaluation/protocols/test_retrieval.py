@@ -14,6 +14,7 @@ from sklearn.metrics import average_precision_score
 from test_knn import EXACT, Arrays
 
 from pirl_jax.data.embedded import TextureSource
+from pirl_jax.data.sources import DataSettings, open_source
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.protocols import knn, retrieval
@@ -199,6 +200,16 @@ def test_without_labels_there_are_neighbours_and_a_plot(tmp_path, unlabelled):
   plot = np.asarray(Image.open(tmp_path / "neighbours.png"))
   assert not (plot == (0, 140, 60)).all(-1).any() and not (plot == (205, 40, 40)).all(-1).any()
   assert (np.asarray(Image.open(tmp_path / "labelled" / "neighbours.png")) == (0, 140, 60)).all(-1).any()
+
+
+def test_the_plot_shows_whole_images_and_black_for_one_that_cannot_be_read(tmp_path):
+  photograph = np.repeat(np.arange(0, 240, dtype=np.uint8)[None], 80, axis=0)  # 3 to 1: a centre crop would lose most
+  Image.fromarray(photograph).save(tmp_path / "0.png")
+  (tmp_path / "1.png").write_bytes(b"no image")
+  source = open_source(DataSettings("folder", root=str(tmp_path), split=""))
+  whole, broken = retrieval._originals([(source, 0), (source, 1)], 2)
+  np.testing.assert_array_equal(whole, np.repeat(photograph[..., None], 3, axis=2))
+  assert broken.shape[0] == broken.shape[1] and not broken.any()
 
 
 def test_classes_that_never_meet_are_said(tmp_path):

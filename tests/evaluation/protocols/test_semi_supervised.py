@@ -212,18 +212,28 @@ def test_optimizer_is_pytorchs_rule(nesterov):
     np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-6)
 
 
-def measure(folder, *, num_devices=8, train=TRAIN, test=TEST, num_threads=1, model=None, **changes):
+def measure(folder, *, num_devices=8, train=TRAIN, test=TEST, num_threads=1, model=None, keep=lambda *_: None,
+            **changes):
   images = [Images(source, SIZE, 1.0, 16, num_threads) for source in (train, test)]
   return semi_supervised.measure_semi_supervised(
     model or pretrained(), *images, dataclasses.replace(SETTINGS, **changes), mesh=create_mesh(num_devices),
-    seed=SEED, snapshot_folder=folder)
+    seed=SEED, snapshot_folder=folder, keep=keep)
+
+
+KEPT = []
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
   """What an uninterrupted evaluation of two shares found, and its folder."""
   folder = tmp_path_factory.mktemp("uninterrupted")
-  return measure(folder), folder
+  return measure(folder, keep=lambda *given: KEPT.append(given)), folder
+
+
+def test_the_network_of_the_largest_share_is_kept(measured):
+  (variables, about), = KEPT
+  assert about == {"fraction": 0.5, "top1": measured[0].figures["fractions"]["0.5"]["top1"]}
+  assert set(variables) == {"params", "batch_stats"} and set(variables["params"]) == {"trunk", "linear"}
 
 
 def test_outcome(measured):
