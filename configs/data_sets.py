@@ -83,7 +83,7 @@ def folder_small(config: ConfigDict) -> None:
 
 
 def imagenet(config: ConfigDict) -> None:
-  """ImageNet by TFDS, with the settings of the paper's main run."""
+  """ImageNet by TFDS, the paper's main run."""
   config.model.batch_norm = "groups"
   config.data.name = "imagenet2012"
   config.evaluate.split = "validation"
@@ -152,10 +152,11 @@ LABELLED = {"": embedded, "cifar10": cifar10, "folder": folder, "folder_small": 
 
 
 def compose(*settings: Callable[[ConfigDict], None]) -> Callable[[ConfigDict], None]:
-  """Returns a function of a config that applies the settings one after the other."""
+  """Returns a function of a config that applies the settings one after the other; `--help` shows their docstrings."""
   def apply(config: ConfigDict) -> None:
     for setting in settings:
       setting(config)
+  apply.__doc__ = " ".join(doc.splitlines()[0] for setting in settings if (doc := setting.__doc__))
   return apply
 
 
