@@ -29,6 +29,8 @@ def get_base() -> ConfigDict:
   config.pretext = "jigsaw"  # the transform: "jigsaw", "rotation", "rotation_jigsaw"
   config.pretext_weight = 0.5  # lambda: weight of the pretext term; the image term has 1 - lambda; 0: no pretext view
 
+  config.report = False  # True: at the end, report.html is written, one file that shows everything about the run
+
   _add_images(config)
   _add_views(config)
   _add_network(config)

@@ -19,7 +19,8 @@ from pirl_jax.storage.logbook import METRICS, read_rows
 from pirl_jax.storage.settings import difference
 from pirl_jax.training.parts import Parts
 
-FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "data.num_threads", "data.max_bad_fraction")
+FREE_ON_RESUME = ("num_epochs", "checkpoint.", "evaluate.", "log.", "report", "data.num_threads",
+                  "data.max_bad_fraction")
 """Fields that may change when a run resumes; a name that ends with a dot stands for its whole group."""
 
 HANDOVER_SECONDS = 20
