@@ -67,7 +67,11 @@ td.n { font-variant-numeric:tabular-nums; white-space:nowrap }
 .swatch { display:inline-block; width:10px; height:10px; border-radius:5px; margin:0 5px 0 12px; background:var(--c) }
 .problem { border:1px solid var(--warn); border-radius:8px; padding:8px 12px; color:var(--warn) }
 details { margin:8px 0 } summary { cursor:pointer; color:var(--link) }
-@media (max-width:700px) { .row { grid-template-columns:repeat(4,1fr) } h1 { font-size:1.35rem } }
+.map circle { stroke:var(--ink); stroke-opacity:.3 }
+@media (max-width:700px) { .row { grid-template-columns:repeat(4,1fr) } h1 { font-size:1.35rem }
+  .stack thead { display:none } .stack table, .stack tbody, .stack tr, .stack td { display:block; text-align:left }
+  .stack td { border:0; padding:0 } .stack td:first-child { font-weight:600 } .stack td:empty { display:none }
+  .stack tr { border-bottom:1px solid var(--rule); padding:6px 0 } .stack td:last-child { color:var(--soft) } }
 @media print { nav { display:none } }
 """
 
@@ -108,8 +112,14 @@ def document(title: str, subtitle: str, sections: Sequence[tuple[str, str, str]]
 """
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-  """Returns a table; numbers stand on the right. A wide table scrolls by itself, so the page need not."""
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, stack: bool = False) -> str:
+  """Returns a table; numbers stand on the right. A wide table scrolls by itself, so the page need not.
+
+  Args:
+    header: the names of the columns.
+    rows: as many values each; None leaves a cell empty.
+    stack: True shows the cells of a row below each other on a phone, for columns with sentences.
+  """
   def cell(value: object, tag: str, numeric: bool) -> str:
     return f'<{tag}{" class=n" if numeric else ""}>{_shown(value)}</{tag}>'
 
@@ -118,7 +128,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
   head = "".join(cell(name, "th", right) for name, right in zip(header, numeric, strict=True))
   lines = "".join(f"<tr>{''.join(cell(value, 'td', right) for value, right in zip(row, numeric, strict=True))}</tr>"
                   for row in rows)
-  return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+  return (f'<div class="scroll{" stack" if stack else ""}" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+          f"<tbody>{lines}</tbody></table></div>")
 
 
 def _shown(value: object) -> str:
@@ -138,7 +149,8 @@ def tree(figures: Mapping[str, Any], meanings: Mapping[str, str]) -> str:
   parts = []
   if single:
     rows = [[name, _brief(value), *([meanings.get(name, "")] if meanings else [])] for name, value in single.items()]
-    parts.append(table(["figure", "value", *(["meaning"] if meanings else [])], rows))
+    header = ["figure", "value", *(["meaning"] if meanings else [])]
+    parts.append(table(header, rows, stack=bool(meanings)))
   for name, group in figures.items():
     if not isinstance(group, dict) or not group:
       continue

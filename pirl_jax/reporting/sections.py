@@ -283,18 +283,17 @@ def settings(run: RunFiles) -> str:
   with contextlib.suppress(OSError, ValueError):  # a run whose settings were all given has no such file
     chosen = json.loads((run.folder / "chosen.json").read_text())
   parts = [page.table(["field", "chosen", "why"], [[str(entry.get(name)) for name in ("field", "value", "why")]
-                                                   for entry in chosen])] if chosen else []
+                                                   for entry in chosen], stack=True)] if chosen else []
   folder, = configs.__path__
   meanings, base = field_meanings(Path(folder) / "base.py"), flatten(get_base().to_dict())
   fields = flatten(run.config)
   if not fields:
     return "".join(parts) + '<p class="soft">config.json cannot be read.</p>'
-  changed = [[name, str(value), meanings.get(name, "")] for name, value in fields.items()
-             if str(value) != str(_as_json(base.get(name)))]
-  parts += ["<h3>Fields that differ from configs/base.py</h3>", page.table(["field", "value", "meaning"], changed),
-            f"<details><summary>all {len(fields)} fields</summary>",
-            page.table(["field", "value", "meaning"],
-                       [[name, str(value), meanings.get(name, "")] for name, value in fields.items()]), "</details>"]
+  every = [[name, str(value), meanings.get(name, "")] for name, value in fields.items()]
+  changed = [row for row in every if row[1] != str(_as_json(base.get(row[0])))]
+  header = ["field", "value", "meaning"]
+  parts += ["<h3>Fields that differ from configs/base.py</h3>", page.table(header, changed, stack=True),
+            f"<details><summary>all {len(every)} fields</summary>{page.table(header, every, stack=True)}</details>"]
   return "".join(parts)
 
 
@@ -313,7 +312,7 @@ def broken(run: RunFiles) -> str:
     rows.append([entry["name"], reason])
   more = stored["count"] - len(rows)
   return (f"<p>{stored['count']:,} images cannot be read and have no weight (until step {stored['step']:,}).</p>"
-          + page.table(["image", "reason"], rows)
+          + page.table(["image", "reason"], rows, stack=True)
           + (f"<p>{more:,} more are listed in broken_images.json.</p>" if more > 0 else ""))
 
 
