@@ -23,6 +23,7 @@ def embedded(config: ConfigDict) -> None:
   config.evaluate.every_epochs = 5
   config.checkpoint.every_steps = 500
   config.log.every_steps = 16
+  config.report = True
 
 
 def cifar10(config: ConfigDict) -> None:
@@ -72,6 +73,7 @@ def folder(config: ConfigDict) -> None:
   config.data.update(formats="all", reduced_decoding=True, upright=True, full_range=True)
   config.data.split = ""
   config.optimizer.update_interval = "step"
+  config.report = True
 
 
 def folder_small(config: ConfigDict) -> None:

@@ -118,6 +118,8 @@ def test_folder_of_images_with_a_broken_one_trains_and_names_it_without_tensorfl
   assert not (tmp_path / "imported").exists()
   assert "dogs/broken.jpg" in first.stdout
   assert (tmp_path / "run" / "views.png").exists()
+  page = (tmp_path / "run" / "report.html").read_text()
+  assert "dogs/broken.jpg" in page and "could not be made" not in page
   refused = launch(*arguments, "--config.num_epochs=3", "--config.seed=5")
   assert refused.returncode == 2
   assert "seed=0" in refused.stderr and "5" in refused.stderr and "--workdir" in refused.stderr

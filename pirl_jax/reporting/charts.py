@@ -25,7 +25,7 @@ LOG_FROM = 50
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class Series:
   """One line of a chart.
 
   Attributes:
@@ -38,7 +38,7 @@ class Line:
   y: Sequence[float | None]
 
 
-def line_chart(title: str, lines: Sequence[Line], *, low: float | None = None, high: float | None = None,
+def line_chart(title: str, lines: Sequence[Series], *, low: float | None = None, high: float | None = None,
                level: float | None = None, may_be_log: bool = False) -> str:
   """Returns an SVG element with the lines over epochs, or "" if no line has a point.
 
@@ -162,7 +162,7 @@ def _near(value: float, ys: Sequence[float]) -> bool:
   return min(ys) - width <= value <= max(ys) + width
 
 
-def _thinned(line: Line) -> Line:
+def _thinned(line: Series) -> Series:
   """Returns the line, or a line through the means of `MOST_POINTS` parts if it has more points."""
   if len(line.x) <= MOST_POINTS:
     return line
@@ -171,10 +171,10 @@ def _thinned(line: Line) -> Line:
     known = [value for place in part if (value := line.y[place]) is not None]
     x.append(float(np.mean([line.x[place] for place in part])))
     y.append(float(np.mean(known)) if known else None)
-  return Line(line.name, x, y)
+  return Series(line.name, x, y)
 
 
-def _path(line: Line, across: _Axis, up: _Axis) -> str:
+def _path(line: Series, across: _Axis, up: _Axis) -> str:
   pieces, pen_down = [], False
   for x, y in zip(line.x, line.y, strict=True):
     if y is not None:

@@ -34,7 +34,7 @@ FIGURES_START = """## Figures of the results
 """
 
 
-def text() -> str:
+def glossary_page() -> str:
   """Returns the whole page, in Markdown."""
   return "\n".join([START, *_fields(), "",
                     METRICS_START, *_figures(METRICS), "", FIGURES_START, *_figures(FIGURES), ""])

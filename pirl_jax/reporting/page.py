@@ -1,6 +1,6 @@
 """One HTML page without anything from outside: its style sheet, its tables, and images as data URIs.
 
-The functions return HTML. Texts are escaped by `text`; an argument named `body` is HTML already.
+The functions return HTML. Texts are escaped by `escaped`; an argument named `body` is HTML already.
 """
 
 import base64
@@ -76,7 +76,7 @@ details { margin:8px 0 } summary { cursor:pointer; color:var(--link) }
 """
 
 
-def text(value: object) -> str:
+def escaped(value: object) -> str:
   """Returns the value as text, escaped for HTML, also within attributes."""
   return html.escape(str(value), quote=True)
 
@@ -88,8 +88,8 @@ def document(title: str, subtitle: str, sections: Sequence[tuple[str, str, str]]
     title, subtitle: the heading, as plain text.
     sections: (id, heading as plain text, body) of each section.
   """
-  links = "".join(f'<a href="#{name}">{text(heading)}</a>' for name, heading, _ in sections)
-  bodies = "\n".join(f'<section id="{name}"><h2>{text(heading)}</h2>\n{body}\n</section>'
+  links = "".join(f'<a href="#{name}">{escaped(heading)}</a>' for name, heading, _ in sections)
+  bodies = "\n".join(f'<section id="{name}"><h2>{escaped(heading)}</h2>\n{body}\n</section>'
                      for name, heading, body in sections)
   return f"""<!DOCTYPE html>
 <html lang="en">
@@ -97,12 +97,12 @@ def document(title: str, subtitle: str, sections: Sequence[tuple[str, str, str]]
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{text(title)}</title>
+<title>{escaped(title)}</title>
 <link rel="icon" href="data:,">
 <style>{STYLE}</style>
 </head>
 <body>
-<header><h1>{text(title)}</h1><p class="soft">{text(subtitle)}</p></header>
+<header><h1>{escaped(title)}</h1><p class="soft">{escaped(subtitle)}</p></header>
 <nav aria-label="Sections"><div>{links}</div></nav>
 <main>
 {bodies}
@@ -134,7 +134,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, stack: boo
 
 def _shown(value: object) -> str:
   if isinstance(value, bool) or not isinstance(value, int | float):
-    return "" if value is None else text(value)
+    return "" if value is None else escaped(value)
   return f"{value:,}" if isinstance(value, int) else number(value)
 
 
@@ -154,8 +154,8 @@ def tree(figures: Mapping[str, Any], meanings: Mapping[str, str]) -> str:
   for name, group in figures.items():
     if not isinstance(group, dict) or not group:
       continue
-    note = f' <span class="soft">{text(meanings[name])}</span>' if name in meanings else ""
-    parts.append(f"<h3>{text(name)}{note}</h3>")
+    note = f' <span class="soft">{escaped(meanings[name])}</span>' if name in meanings else ""
+    parts.append(f"<h3>{escaped(name)}{note}</h3>")
     if all(isinstance(inner, dict) for inner in group.values()):
       columns = list(dict.fromkeys(key for inner in group.values() for key in inner))
       parts.append(table(["", *columns], [[key, *(_brief(inner.get(column)) for column in columns)]
@@ -176,8 +176,9 @@ def _brief(value: Any) -> Any:
 
 def tiles(figures: Sequence[tuple[str, str]]) -> str:
   """Returns a row of tiles with (label, value)."""
-  return '<div class="tiles">' + "".join(
-    f'<div class="tile"><b>{text(value)}</b><span>{text(label)}</span></div>' for label, value in figures) + "</div>"
+  shown = "".join(f'<div class="tile"><b>{escaped(value)}</b><span>{escaped(label)}</span></div>'
+                  for label, value in figures)
+  return f'<div class="tiles">{shown}</div>'
 
 
 def data_uri(image: Image.Image, *, longest: int, quality: int = 80) -> str:
@@ -198,4 +199,4 @@ def data_uri(image: Image.Image, *, longest: int, quality: int = 80) -> str:
 
 def picture(uri: str, alt: str, css: str) -> str:
   """Returns an image element of a data URI."""
-  return f'<img class="{css}" src="{uri}" alt="{text(alt)}">'
+  return f'<img class="{css}" src="{uri}" alt="{escaped(alt)}">'

@@ -106,10 +106,10 @@ def make(runs: Sequence[RunFiles]) -> str:
     parts = [(key, heading, _guarded(make_fn)) for key, heading, make_fn in _of_run(found, several=False)]
   else:
     title = f"{len(runs)} runs"
-    parts = [("overview", "Overview", _guarded(lambda: overview(runs))),
+    parts = [("overview", "Overview", _guarded(lambda: comparison(runs))),
              ("curves", "Curves", _guarded(lambda: sections.curves(runs)))]
     for place, found in enumerate(runs):
-      bodies = [f"<h3>{page.text(heading)}</h3>{_guarded(make_fn)}" for _, heading, make_fn in
+      bodies = [f"<h3>{page.escaped(heading)}</h3>{_guarded(make_fn)}" for _, heading, make_fn in
                 _of_run(found, several=True)]
       parts.append((f"run-{place}", found.label, "".join(bodies)))
   parts.append(("machine", "Machine and versions", _guarded(sections.machine)))
@@ -119,7 +119,7 @@ def make(runs: Sequence[RunFiles]) -> str:
 def _of_run(found: RunFiles, *, several: bool) -> list[tuple[str, str, Callable[[], str]]]:
   """Returns (id, heading, function that returns the body) of the sections of a run."""
   parts = [
-    ("verdict", "Verdict", lambda: sections.verdict(found)),
+    ("verdict", "Verdict", lambda: sections.judgement(found)),
     ("curves", "Curves", lambda: sections.curves([found])),
     ("views", "Views", lambda: sections.views(found)),
     ("neighbours", "Neighbours", lambda: sections.neighbours(found, num_queries=3 if several else 8)),
@@ -131,7 +131,7 @@ def _of_run(found: RunFiles, *, several: bool) -> list[tuple[str, str, Callable[
   return [part for part in parts if not several or part[0] != "curves"]  # the curves are drawn together
 
 
-def overview(runs: Sequence[RunFiles]) -> str:
+def comparison(runs: Sequence[RunFiles]) -> str:
   """Returns a table with a column for each run: verdict, last figures, and the fields in which the runs differ."""
   labels_of = [found.label for found in runs]
   verdicts = [(read_json(found.folder / "results" / "verdict.json") or {}).get("verdict", "") for found in runs]
@@ -155,7 +155,7 @@ def _guarded(make_fn: Callable[[], str]) -> str:
   try:
     return make_fn()
   except Exception as error:  # one section must not take the others away
-    return f'<p class="problem">This section could not be made: {page.text(_in_words(error))}</p>'
+    return f'<p class="problem">This section could not be made: {page.escaped(_in_words(error))}</p>'
 
 
 def _in_words(error: Exception) -> str:

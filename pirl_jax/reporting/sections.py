@@ -92,13 +92,14 @@ def summary(run: RunFiles) -> str:
   return page.tiles(figures)
 
 
-def verdict(run: RunFiles) -> str:
+def judgement(run: RunFiles) -> str:
   """Returns the verdict without labels and, if measured, the kNN of raw pixels, untrained and trained network."""
   parts = [summary(run)]
   if found := read_json(run.folder / "results" / "verdict.json"):
     word = str(found.get("verdict", ""))
     kind = "good" if word == "has learnt" else "open" if word == "has not learnt" else "bad"
-    parts.append(f'<div class="verdict {kind}"><b>{page.text(word)}</b>{page.text(found.get("sentence", ""))}</div>')
+    sentence = page.escaped(found.get("sentence", ""))
+    parts.append(f'<div class="verdict {kind}"><b>{page.escaped(word)}</b>{sentence}</div>')
     figures, untrained = found.get("figures") or {}, found.get("untrained") or {}
     rows = [[name, value, untrained.get(name), METRICS[name].healthy if name in METRICS else ""]
             for name, value in figures.items() if not isinstance(value, dict | list)]
@@ -123,13 +124,14 @@ def curves(runs: Sequence[RunFiles]) -> str:
     return '<p class="soft">There is no row in metrics.jsonl yet.</p>'
   present = {name for run in runs for row in run.rows for name in row} - {"step", "epoch"}
   order = [*METRICS, *sorted(present - METRICS.keys())]
-  panels = [(title, [name for name in names if name in present]) for title, names in TOGETHER] if len(runs) == 1 else []
+  panels = [(title, [name for name in names if name in present]) for title, names in TOGETHER
+            if len(runs) == 1 and present & set(names)]
   shown = {name for _, names in panels for name in names}
   panels += [(name, [name]) for name in order if name in present - shown]
-  panels.sort(key=lambda panel: order.index(panel[1][0]) if panel[1] else -1)
+  panels.sort(key=lambda panel: order.index(panel[1][0]))
   figures = []
   for title, names in panels:
-    lines = [charts.Line(run.label if len(runs) > 1 else name, *zip(*found, strict=True))
+    lines = [charts.Series(run.label if len(runs) > 1 else name, *zip(*found, strict=True))
              for run in runs for name in names
              if (found := [(row["epoch"], row[name]) for row in run.rows if name in row and "epoch" in row])]
     meaning = METRICS.get(names[0]) if len(names) == 1 else None
@@ -140,7 +142,7 @@ def curves(runs: Sequence[RunFiles]) -> str:
     if drawn:
       keys = f"<div>{charts.legend([line.name for line in lines])}</div>" if len(lines) > 1 else ""
       notes = "".join(_reading(runs, name) for name in names)
-      figures.append(f"<figure><h3>{page.text(title)}</h3>{drawn}<figcaption>{keys}{notes}</figcaption></figure>")
+      figures.append(f"<figure><h3>{page.escaped(title)}</h3>{drawn}<figcaption>{keys}{notes}</figcaption></figure>")
   return ('<p class="soft">A green band is the healthy range at the end of a run. A dashed line is the loss of '
           f'a network that guesses.</p><div class="charts">{"".join(figures)}</div>')
 
@@ -148,7 +150,7 @@ def curves(runs: Sequence[RunFiles]) -> str:
 def _reading(runs: Sequence[RunFiles], name: str) -> str:
   """Returns the meaning of a column, its last value, and whether the last value is healthy."""
   meaning = METRICS.get(name)
-  lines = [f"<b>{page.text(name)}</b>: {page.text(meaning.text)}." if meaning else f"<b>{page.text(name)}</b>"]
+  lines = [f"<b>{page.escaped(name)}</b>: {page.escaped(meaning.text)}." if meaning else f"<b>{page.escaped(name)}</b>"]
   for run in runs:
     value = run.last(name)
     if value is None:
@@ -157,9 +159,9 @@ def _reading(runs: Sequence[RunFiles], name: str) -> str:
     if meaning and (meaning.low is not None or meaning.high is not None):
       inside = (meaning.low is None or value >= meaning.low) and (meaning.high is None or value <= meaning.high)
       state = ' <span class="in">healthy</span>' if inside else ' <span class="out">outside the healthy range</span>'
-    lines.append(f"{page.text(run.label) if len(runs) > 1 else 'Last'}: {charts.number(value)}{state}.")
+    lines.append(f"{page.escaped(run.label) if len(runs) > 1 else 'Last'}: {charts.number(value)}{state}.")
   if meaning and meaning.healthy:
-    lines.append(f"Healthy: {page.text(meaning.healthy)}.")
+    lines.append(f"Healthy: {page.escaped(meaning.healthy)}.")
   return f"<p>{' '.join(lines)}</p>"
 
 
@@ -206,8 +208,8 @@ def _tile(images: looking.Sample, place: int, note: str, frame: str) -> str:
   small = " small" if original is not None and max(original.size) <= 64 else ""
   shown = page.picture(page.data_uri(original, longest=320, quality=75), name, "") if original is not None else (
     '<p class="soft">cannot be read</p>')
-  about = "<br>".join(page.text(line) for line in (note, class_name, name) if line)
-  return f'<figure class="{frame}{small}" title="{page.text(name)}">{shown}<figcaption>{about}</figcaption></figure>'
+  about = "<br>".join(page.escaped(line) for line in (note, class_name, name) if line)
+  return f'<figure class="{frame}{small}" title="{page.escaped(name)}">{shown}<figcaption>{about}</figcaption></figure>'
 
 
 def feature_map(run: RunFiles, *, side: int) -> str:
@@ -229,7 +231,7 @@ def feature_map(run: RunFiles, *, side: int) -> str:
                              len(classes))]
     if len(classes) <= COLOURED:
       parts.append("<p>" + "".join(
-        f'<span class="swatch" style="--c:{charts.group_colour(group, len(classes))}"></span>{page.text(name)}'
+        f'<span class="swatch" style="--c:{charts.group_colour(group, len(classes))}"></span>{page.escaped(name)}'
         for group, name in enumerate(classes)) + "</p>")
   return "".join(parts)
 
@@ -262,19 +264,19 @@ def results(run: RunFiles) -> str:
   for name, stored in run.results().items():
     figures = stored.get("figures", stored)
     step = f' <span class="soft">step {stored["step"]:,}</span>' if isinstance(stored.get("step"), int) else ""
-    main = [f"<b>{page.text(figure)}</b> {figures[figure]:.1%}" for figure in MAIN
+    main = [f"<b>{page.escaped(figure)}</b> {figures[figure]:.1%}" for figure in MAIN
             if isinstance(figures.get(figure), float)]
     plot, drawn = run.folder / "results" / f"{name}.png", ""
     if plot.exists():
       with Image.open(plot) as opened:
         drawn = page.picture(page.data_uri(opened.convert("RGB"), longest=720), f"plot of {name}", "wide plot")
     shown = {key: value for key, value in figures.items() if key not in ("queries", "settings", "written", "splits")}
-    parts.append(f"<figure><h3>{page.text(name)}{step}</h3>{drawn}<figcaption>{', '.join(main)}</figcaption>"
+    parts.append(f"<figure><h3>{page.escaped(name)}{step}</h3>{drawn}<figcaption>{', '.join(main)}</figcaption>"
                  f"<details><summary>all figures</summary>{page.tree(shown, _texts(FIGURES))}</details></figure>")
   if parts:
     return f'<div class="charts">{"".join(parts)}</div>'
   return ('<p class="soft">There are no results yet; for example <code>python launch.py '
-          f"--config=configs/evaluate.py:retrieval --config.checkpoint={page.text(run.folder)}</code> makes some.</p>")
+          f"--config=configs/evaluate.py:retrieval --config.checkpoint={page.escaped(run.folder)}</code>.</p>")
 
 
 def settings(run: RunFiles) -> str:
