@@ -22,17 +22,19 @@ def get_base() -> ConfigDict:
   # pretext_weight and bank.
   config.objective = "invariant"
   config.init_from = ""  # folder of a run: its trunk and, where they fit, heads are the first weights; "": random ones
-  config.num_epochs = 800  # 0: the untrained network
+  config.num_epochs = 800  # passes over the training images; 0: the untrained network
   config.batch_size = 1024  # images in a step, over all devices
   # Number of parts of a batch that pass through the network one after the other. More parts need less memory. The
   # gradient is that of the whole batch, but batch norm uses the statistics of each part (not with "groups").
   config.micro_batches = 1
   config.num_negatives = 32_000  # for each term, a multiple of the bank's strata (256 or fewer); 0: every row
   config.negative_sampling = "shared"  # one draw for the batch; "per_image": one draw for each image, many times slower
-  config.temperature = 0.07  # tau
+  config.temperature = 0.07  # tau: cosine similarities are divided by it
   config.loss = "nce"  # "nce" (official code), "infonce" (softmax), "eq4" (the paper's equations as written)
   config.pretext = "jigsaw"  # the transform: "jigsaw", "rotation", "rotation_jigsaw"
   config.pretext_weight = 0.5  # lambda: weight of the pretext term; the image term has 1 - lambda; 0: no pretext view
+
+  config.report = False  # True: at the end, report.html is written, one file that shows everything about the run
 
   _add_images(config)
   _add_views(config)
@@ -98,16 +100,16 @@ def _add_views(config: ConfigDict) -> None:
   # The photometric augmentations of the official run (vissl pirl_jigsaw_4node_resnet50.yaml), drawn independently for
   # the image and for each patch. A strength or probability of 0 switches an operation off.
   config.photometric = photometric = ConfigDict()
-  photometric.brightness = 0.4  # factor uniform in [1 - b, 1 + b]; the same for contrast and saturation
-  photometric.contrast = 0.4
-  photometric.saturation = 0.4
+  photometric.brightness = 0.4  # factor uniform in [1 - b, 1 + b]
+  photometric.contrast = 0.4  # factor uniform in [1 - c, 1 + c]
+  photometric.saturation = 0.4  # factor uniform in [1 - s, 1 + s]
   photometric.hue = 0.2  # shift uniform in [-h, h], in turns of the colour circle, at most 0.5
-  photometric.jitter_probability = 1.0  # of the four operations above together, in random order
-  photometric.group_probability = 0.66  # of posterize, sharpness, solarize and autocontrast together
-  photometric.grayscale_probability = 0.2
-  photometric.blur_probability = 0.0  # Gaussian
-  photometric.blur_radius = (0.1, 2.0)  # pixels, standard deviation
-  photometric.flip_probability = 0.5  # horizontal
+  photometric.jitter_probability = 1.0  # probability of the four operations above together, in random order
+  photometric.group_probability = 0.66  # probability of posterize, sharpness, solarize and autocontrast together
+  photometric.grayscale_probability = 0.2  # probability that the colours are taken away
+  photometric.blur_probability = 0.0  # probability of a Gaussian blur
+  photometric.blur_radius = (0.1, 2.0)  # pixels, range of the standard deviation of the blur
+  photometric.flip_probability = 0.5  # probability of a horizontal flip
 
   # The photometric augmentations of the pretext views: those of the image, except for fields that are set here.
   config.pretext_photometric = ConfigDict({name: photometric.get_oneway_ref(name) for name in photometric})
@@ -116,7 +118,7 @@ def _add_views(config: ConfigDict) -> None:
 def _add_network(config: ConfigDict) -> None:
   """Adds the trunk, the heads and the memory bank."""
   config.model = model = ConfigDict()
-  model.arch = "resnet50"
+  model.arch = "resnet50"  # the trunk: "resnet8", "resnet18", "resnet34", "resnet50" or "resnet101"
   model.width = 1  # factor for the number of channels
   model.stem = "imagenet"  # "imagenet" (7x7, pooling), "3x3", "3x3s2" (stride 2, for CPUs)
   model.head = "linear"  # "linear", or "mlp" (vissl resnet50_mlphead.yaml)
@@ -141,14 +143,14 @@ def _add_optimizer(config: ConfigDict) -> None:
   """Adds SGD and the schedule of its learning rate."""
   config.optimizer = optimizer = ConfigDict()
   optimizer.learning_rate = 0.12  # for a batch of 1,024; scaled in proportion to the batch size
-  optimizer.warmup_epochs = 0
+  optimizer.warmup_epochs = 0  # epochs in which the learning rate rises to its full value
   optimizer.warmup_factor = 0.0  # share of the learning rate at which the warm-up starts
   optimizer.schedule = "cosine"  # "cosine", or "steps": constant between milestones, multiplied by a factor at each
   optimizer.end_factor = 0.001  # cosine: share of the learning rate at the end
   optimizer.update_interval = "epoch"  # cosine: the rate changes every "epoch", as in the official runs, or "step"
   optimizer.milestones = (0.6, 0.8)  # steps: shares of the run
   optimizer.decay_factor = 0.1  # steps: factor at each milestone
-  optimizer.momentum = 0.9
+  optimizer.momentum = 0.9  # of SGD
   optimizer.weight_decay = 1e-4  # on kernels, not on batch norm
   optimizer.decay_biases = False  # True: weight decay on the biases of linear layers, too
 
@@ -165,7 +167,7 @@ def _add_evaluation(config: ConfigDict) -> None:
   # embedded: number of held-out images to draw. folder, tfds: number to take at random, 0 for all.
   evaluate.num_images = 0
   evaluate.k = 200  # number of neighbours; if there are fewer images, all of them vote
-  evaluate.temperature = 0.07
+  evaluate.temperature = 0.07  # tau of the neighbours' votes
   evaluate.crop_fraction = 0.875  # share of the shorter side that the centre crop keeps
   evaluate.batch_size = 1024  # images, over all devices
   evaluate.learning = False  # True: at the end, kNN on raw pixels, the untrained and the trained network

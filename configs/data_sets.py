@@ -24,6 +24,7 @@ def embedded(config: ConfigDict) -> None:
   config.evaluate.every_epochs = 5
   config.checkpoint.every_steps = 500
   config.log.every_steps = 16
+  config.report = True
 
 
 def cifar10(config: ConfigDict) -> None:
@@ -85,6 +86,7 @@ def own_images(config: ConfigDict) -> None:
   config.data.source = "folder"
   config.data.update(formats="all", reduced_decoding=True, upright=True, full_range=True)
   config.optimizer.update_interval = "step"
+  config.report = True
 
 
 CHOSEN = (
@@ -108,7 +110,7 @@ def leave_open(config: ConfigDict, fields: Iterable[str]) -> None:
 
 
 def imagenet(config: ConfigDict) -> None:
-  """ImageNet by TFDS, with the settings of the paper's main run."""
+  """ImageNet by TFDS, the paper's main run."""
   config.model.batch_norm = "groups"
   config.data.name = "imagenet2012"
   config.evaluate.split = "validation"
@@ -177,10 +179,11 @@ LABELLED = {"": embedded, "cifar10": cifar10, "folder": folder, "folder_small": 
 
 
 def compose(*settings: Callable[[ConfigDict], None]) -> Callable[[ConfigDict], None]:
-  """Returns a function of a config that applies the settings one after the other."""
+  """Returns a function of a config that applies the settings one after the other; `--help` shows their docstrings."""
   def apply(config: ConfigDict) -> None:
     for setting in settings:
       setting(config)
+  apply.__doc__ = " ".join(doc.splitlines()[0] for setting in settings if (doc := setting.__doc__))
   return apply
 
 

@@ -16,7 +16,10 @@ from pirl_jax.views.recipe import GBLUR
 
 def epochs(number: int) -> Callable[[ConfigDict], None]:
   """Returns a function of a config that sets the number of epochs."""
-  return lambda config: config.update(num_epochs=number)
+  def apply(config: ConfigDict) -> None:
+    config.num_epochs = number
+  apply.__doc__ = f"{number} epochs."
+  return apply
 
 
 def analysis(config: ConfigDict) -> None:
@@ -62,6 +65,7 @@ def wide(width: int) -> Callable[[ConfigDict], None]:
     config.num_epochs = 400
     config.model.width = width
     config.model.dtype = "bfloat16"
+  apply.__doc__ = f"ResNet-50 with {width} times as many channels, 400 epochs, bfloat16."
   return apply
 
 

@@ -18,7 +18,7 @@ from pirl_jax import configs
 from pirl_jax.configs import base, evaluate
 from pirl_jax.errors import UserError
 
-NO_SYSTEMS = ("__init__", "base", "checkpoints", "data_sets", "evaluate", "plan", "study")
+NO_SYSTEMS = ("__init__", "base", "checkpoints", "data_sets", "evaluate", "plan", "report", "study")
 """Files of configs/ that do not describe a pre-training."""
 
 OWN_FIELDS = ("job", "name", "seed")
@@ -53,7 +53,7 @@ def get_base() -> ConfigDict:
   # rates are the best ones for seed 100, which no study uses: tried were 0.025 to 0.2 for PIRL and up to 1.6 for the
   # covariant systems. NPID's learning rate is the best one for seeds 0 to 2, because seed 100 was misleading: at 0.2 it
   # got 46 %, but seeds 0 to 2 got 29 % on average (43 % at 0.1).
-  embedded.settings.update(num_negatives=1024, batch_size=64, num_epochs=24)
+  embedded.settings.update(num_negatives=1024, batch_size=64, num_epochs=24, report=False)
   embedded.settings.data.num_images = 1024
   embedded.settings.optimizer.learning_rate = 0.2
   embedded.settings.evaluate.update(num_images=2048, every_epochs=0, learning=False)

@@ -171,6 +171,7 @@ def test_the_table_of_systems_names_every_imagenet_config():
 @pytest.mark.parametrize("name, rooms", [
   ("evaluate", ["evaluation/evaluate.py", "evaluation/protocol.py"]),
   ("study", ["studies/study.py", "studies/points.py", "studies/report.py"]), ("checkpoints", ["runs.py"]),
+  ("report", ["reporting/report.py"]),
   ("plan", ["planning/plan.py"])])
 def test_every_field_of_any_other_job_is_read_by_its_job(name, rooms):
   """By its name in the job's files; tests/evaluation/test_protocols.py looks at the group of a protocol."""

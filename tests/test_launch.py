@@ -32,7 +32,14 @@ def launch(*arguments, timeout=120, **environment):
   (["--config", "configs/pirl.py", "--config.learning_rate", "2"], "did you mean optimizer.learning_rate?"),
   (["--config=configs/pirl.py", "--config.seed=1", "--config.zzz.q=2"], "there is no config field zzz.q"),
   (["--config=configs/pirl.py", "--config.batch_size=many"], "many"),
-  (["--config=configs/pirl.py", "--confg.batch_size=2"], "confg"),
+  (["--config=configs/pirl.py", "--confg.batch_size=2"], "--confg.batch_size; did you mean --config.batch_size?"),
+  (["--config=configs/pirl.py", "--num_epochs=3"], "did you mean --config.num_epochs?"),
+  (["--num_epochs=3"], "did you mean --config.num_epochs?"),
+  (["--config=configs/pirl.py", "--learning_rat", "3"], "did you mean --config.optimizer.learning_rate?"),
+  (["--config=configs/pirl.py", "--workdr=x"], "did you mean --workdir?"),
+  (["--config=configs/pirl.py", "--zzzz"], "there is no flag --zzzz; --help lists the flags"),
+  (["--config=configs/none.py", "--help"], "configs/none.py"),
+  (["--config=configs/pirl.py", "--config.num_epocs=3", "--help"], "did you mean num_epochs?"),
   (["--config=configs/pirl.py", "again"], "again"),
   (["--config=configs/pirl.py", "--config.job=dance"], "dance"),
 ])
@@ -111,6 +118,8 @@ def test_folder_of_images_with_a_broken_one_trains_and_names_it_without_tensorfl
   assert not (tmp_path / "imported").exists()
   assert "dogs/broken.jpg" in first.stdout
   assert (tmp_path / "run" / "views.png").exists()
+  page = (tmp_path / "run" / "report.html").read_text()
+  assert "dogs/broken.jpg" in page and "could not be made" not in page
   refused = launch(*arguments, "--config.num_epochs=3", "--config.seed=5")
   assert refused.returncode == 2
   assert "seed=0" in refused.stderr and "5" in refused.stderr and "--workdir" in refused.stderr

@@ -126,3 +126,21 @@ def open_source(settings: DataSettings, *, class_names: tuple[str, ...] | None =
   if number > len(images):
     raise UserError(f"num_images={number}, but there are only {len(images)} images; 0 takes all of them")
   return Subset(images, sorted(shuffled(range(len(images)), seed=0)[:number]))
+
+
+def open_both(settings: DataSettings, *, split: str, num_images: int) -> tuple[Source, Source | None]:
+  """Returns the training images and the held-out images, None if there are none.
+
+  Args:
+    settings: of the training images.
+    split: of the held-out images; "" for those that `settings.holdout` keeps out of the training.
+    num_images: see `DataSettings.num_images`, for the held-out images.
+
+  Raises:
+    UserError: see `open_source`.
+  """
+  train = open_source(settings)
+  if not split and not settings.holdout:
+    return train, None
+  held_out = dataclasses.replace(settings, split=split or settings.split, num_images=num_images)
+  return train, open_source(held_out, class_names=train.class_names or None, held_out=not split)

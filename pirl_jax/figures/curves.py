@@ -47,7 +47,9 @@ def save_plot(path: str | os.PathLike, title: str, curves: Mapping[str, Curve]) 
     (line,) = axes.plot(curve.x, curve.y, label=name, marker="." if len(curve.x) < 40 else None)
     if curve.low is not None and curve.high is not None:
       axes.fill_between(curve.x, curve.low, curve.high, alpha=0.2, color=line.get_color())
-  axes.set(xlabel=curve.x_label, ylabel=curve.y_label, xscale="log" if curve.log_x else "linear")
+  axes.set(xlabel=curve.x_label, ylabel=curve.y_label)
+  if curve.log_x:  # to set the scale to "linear" would put numbers in place of the names of layers or classes
+    axes.set_xscale("log")
   # A dollar sign in the name of a data set or run must not start a formula.
   axes.set_title(title, parse_math=False)
   axes.grid(alpha=0.3)

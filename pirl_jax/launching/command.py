@@ -3,15 +3,19 @@
 Reads the flags and the config, and runs the job that the config names (`jobs`).
 """
 
+import difflib
+import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags
 
+from pirl_jax.configs.base import get_base
 from pirl_jax.errors import UserError
-from pirl_jax.launching import config_files, jobs
+from pirl_jax.launching import config_files, jobs, usage
 from pirl_jax.runtime import memory
-from pirl_jax.storage.settings import field_problem
+from pirl_jax.storage.settings import field_problem, flatten
 
 CONFIG = config_files.define_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; each job has a default of its own.")
@@ -23,6 +27,11 @@ KEEP_MEMORY = flags.DEFINE_bool("keep_memory", True, "Linux: the process keeps m
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes; 1: this one alone.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
 
+FLAGS = (CONFIG, WORKDIR, COMPILATION_CACHE, KEEP_MEMORY, COORDINATOR, NUM_PROCESSES, PROCESS_ID)
+
+WRONG = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError)
+"""What absl and ml_collections raise for a misspelt field, a value of another type or an unknown file."""
+
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Returns the arguments that are not flags: the program's name and nothing else.
@@ -30,12 +39,18 @@ def parse_flags(argv: list[str]) -> list[str]:
   Raises:
     UserError: the flags, the config file or an override is wrong; the message is one line.
   """
+  if any(argument in usage.ASKED for argument in argv[1:]):
+    text = _help([argument for argument in argv if argument not in usage.ASKED])
+    try:
+      print(text, flush=True)
+    except BrokenPipeError:  # the reader, for example `head`, wants no more; Python must not write again at its end
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
   try:
     rest = flags.FLAGS(argv)
     # If the config file could not be loaded, the error is raised here, at the first access to the config.
     named = CONFIG.value is not None and "job" in CONFIG.value
-  # absl and ml_collections raise all of these for a misspelt field, a value of another type or an unknown file.
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+  except WRONG as error:
     raise _one_line(error, argv) from error
   if not named:
     raise UserError("no config; for a first run: python launch.py --config=configs/pirl.py")
@@ -44,21 +59,78 @@ def parse_flags(argv: list[str]) -> list[str]:
   return rest
 
 
+def _help(argv: list[str]) -> str:
+  """Returns the text of --help, for the config that `argv` names if it names one.
+
+  Raises:
+    UserError: the flags, the config file or an override is wrong.
+  """
+  given = _config_argument(argv)
+  if not given:
+    return usage.overview(tuple(flag.name for flag in FLAGS))
+  try:
+    flags.FLAGS(argv)
+    settings = CONFIG.value.to_dict()
+  except WRONG as error:
+    problem = _one_line(error, argv)
+    # A config file that needs a variant says so itself; its variants are listed then.
+    if ":" in given or problem is not _root(error):
+      raise problem from error
+    settings = None
+  return usage.of_config(given, settings)
+
+
+def _config_argument(argv: list[str]) -> str:
+  """Returns the value of the flag --config, or "" if it is not given."""
+  for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    name, equals, value = argument.partition("=")
+    if name in ("--config", "-config"):
+      return value if equals else following
+  return ""
+
+
+def _root(error: Exception) -> BaseException:
+  """Returns the first error; the libraries wrap it and add its traceback."""
+  root: BaseException = error
+  while following := root.__cause__ or root.__context__:
+    root = following
+  return root
+
+
 def _one_line(error: Exception, argv: list[str]) -> UserError:
-  """Returns a UserError with the message of the first error; the libraries wrap it and add its traceback."""
-  chain: list[BaseException] = [error]
-  while following := chain[-1].__cause__ or chain[-1].__context__:
-    chain.append(following)
-  if isinstance(chain[-1], UserError):
-    return chain[-1]
+  """Returns a UserError with the message of the first error, and the nearest right name for a misspelt one."""
+  root = _root(error)
+  if isinstance(root, UserError):
+    return root
+  if isinstance(error, flags.UnrecognizedFlagError):
+    return _unknown_flag(error.flagname, argv)
   problems = []
-  if any(isinstance(part, KeyError) for part in chain):  # the libraries' message has only the last part of the name
-    config = config_files.define_flag(alone := flags.FlagValues(), sys_argv=argv[:1])
-    alone(argv, known_only=True)
+  if isinstance(root, KeyError):  # the libraries' message has only the last part of the name
     given = [argument.partition("=")[0].lstrip("-").removeprefix("no") for argument in argv if argument.startswith("-")]
     fields = [name.removeprefix("config.") for name in given if name.startswith("config.")]
-    problems = [problem for field in fields if (problem := field_problem(field, config.value.to_dict()))]
+    problems = [problem for field in fields if (problem := field_problem(field, _settings(argv)))]
   return UserError(problems[0] if problems else " ".join(str(error).split()))
+
+
+def _unknown_flag(name: str, argv: list[str]) -> UserError:
+  """Returns the error for a flag that does not exist; the fields of the config are candidates for what was meant."""
+  settings = _settings(argv) if _config_argument(argv) else get_base().to_dict()
+  candidates = [*(flag.name for flag in FLAGS), *(f"config.{field}" for field in flatten(settings))]
+  last = {candidate: candidate.rpartition(".")[2] for candidate in candidates}
+  near = [candidate for candidate in candidates if last[candidate] == name]
+  near = near or difflib.get_close_matches(name, candidates, n=1) or [
+    candidate for match in difflib.get_close_matches(name, last.values(), n=1)
+    for candidate in candidates if last[candidate] == match]
+  meant = f"; did you mean {' or '.join(f'--{candidate}' for candidate in near)}?" if near else (
+    "; --help lists the flags, and with --config=CONFIG the fields")
+  return UserError(f"there is no flag --{name}{meant}")
+
+
+def _settings(argv: list[str]) -> dict[str, Any]:
+  """Returns the config that `argv` names, without overrides."""
+  config = config_files.define_flag(alone := flags.FlagValues(), sys_argv=argv[:1])
+  alone(argv, known_only=True)
+  return config.value.to_dict()
 
 
 def main(_: list[str]) -> None:
@@ -75,9 +147,6 @@ def start(main: Callable[[list[str]], None] = main) -> None:
   A UserError is printed in one line and ends the program with exit code 2. Ctrl-C ends it with 130. A job that trains
   ends with 0 after SIGTERM.
   """
-  # --help shows the flags of the program that was called.
-  for flag in (CONFIG, WORKDIR, COMPILATION_CACHE, KEEP_MEMORY, COORDINATOR, NUM_PROCESSES, PROCESS_ID):
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
   try:
     app.run(main, flags_parser=parse_flags)
   except UserError as error:

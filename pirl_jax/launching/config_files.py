@@ -54,9 +54,14 @@ def locate(argument: str) -> str:
     return argument
   name = re.fullmatch(r"configs/(\w+)\.py|(\w+)", path)
   if name and (name[1] or name[2]) in names():
-    return f"{_folder() / (name[1] or name[2])}.py{colon}{variant}"
+    return f"{package_file(name[1] or name[2])}{colon}{variant}"
   raise UserError(f"--config={argument}: {path!r} is no config's name and no Python file; choose from "
                   f"{', '.join(names())}, or give the path of a file of your own")
+
+
+def package_file(name: str) -> Path:
+  """Returns the path of NAME.py among the configs of the package, whether there is such a file or not."""
+  return _folder() / f"{name}.py"
 
 
 def _folder() -> Path:

@@ -132,10 +132,17 @@ def _get(config: ConfigDict, field: str) -> Any:
   return config
 
 
-def build(config: ConfigDict, workdir: Path) -> Parts:
+def build(config: ConfigDict, workdir: Path,
+          check_images: Callable[[sources.Source], None] = lambda train: None) -> Parts:
   """Returns the parts of the run. The data are opened and everything is checked; nothing is compiled or written.
 
   The fields that the config leaves open are chosen, and the choices are printed.
+
+  Args:
+    config: of the run.
+    workdir: its folder.
+    check_images: is called with the training images before anything that depends on their number; it raises UserError
+      if they are not those of the run in `workdir`.
 
   Raises:
     UserError: the settings do not fit each other, the data or the devices.
@@ -144,9 +151,12 @@ def build(config: ConfigDict, workdir: Path) -> Parts:
   if not open_fields(config):
     check_shares(config, mesh.size)
     views_fn = system.views_of(config)  # what is wrong with the views needs no data to be said
-    return assemble(config, workdir, mesh, views_fn, *open_data(config), device_bytes=mesh_lib.device_bytes())
+    train, test = open_data(config)
+    check_images(train)
+    return assemble(config, workdir, mesh, views_fn, train, test, device_bytes=mesh_lib.device_bytes())
   config, made = arrange(config)
   train, test = open_data(config)
+  check_images(train)
   config, more = choose_settings(config, facts_of(mesh, train))
   made = (*made, *more)
   print(table(made))
@@ -237,15 +247,13 @@ def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source | None
   The held-out images are those of `evaluate.split` or, without it, those that `data.holdout` keeps out of the training;
   None without both.
   """
-  data = sources.DataSettings.of(config.data)
   split = config.evaluate.split
-  train = sources.open_source(data)
+  train, test = sources.open_both(sources.DataSettings.of(config.data), split=split,
+                                  num_images=config.evaluate.num_images)
   print(f"training images: {train.description}")
-  if not split and not data.holdout:
+  if test is None:
     return train, None
-  held_out = dataclasses.replace(data, split=split or data.split, num_images=config.evaluate.num_images)
-  test = sources.open_source(held_out, class_names=train.class_names, held_out=not split)
-  print(f"held-out images: {test.description.splitlines()[0] if not split else test.description}")
+  print(f"held-out images: {test.description if split else test.description.splitlines()[0]}")
   if warning := overlap.warning(train, test):
     print(warning)
   return train, test

@@ -14,11 +14,15 @@ from ml_collections import ConfigDict
 
 from pirl_jax import system
 from pirl_jax.data import batches
+from pirl_jax.errors import UserError
 from pirl_jax.evaluation.protocols import learning
 from pirl_jax.figures import plots
 from pirl_jax.method.health import NOT_FINITE, NUM_USABLE
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import TrainState
+from pirl_jax.models.network import Model
+from pirl_jax.reporting import report
+from pirl_jax.reporting.looking import Sight, look
 from pirl_jax.runtime import caching, devices, out_of_memory, processes
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import write_json
@@ -29,8 +33,17 @@ from pirl_jax.training.describing import ExpectedTime, describe, dry_run, way_ou
 from pirl_jax.training.guards import Broken, Guard
 from pirl_jax.training.in_flight import InFlight
 from pirl_jax.training.measuring import calibrate, learning_of, make_evaluation, unlabelled
-from pirl_jax.training.parts import Parts, build, check_config, make_step
-from pirl_jax.training.resuming import begin, changed_schedule, check_new, hold, restore, save, with_stored_choices
+from pirl_jax.training.parts import Parts, build, check_config, make_step, test_images
+from pirl_jax.training.resuming import (
+  begin,
+  changed_schedule,
+  check_images,
+  check_new,
+  hold,
+  restore,
+  save,
+  with_stored_choices,
+)
 from pirl_jax.training.starting import first_state
 from pirl_jax.training.stopping import Stopped, Stopping
 from pirl_jax.views.normalisation import denormalise
@@ -110,7 +123,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Parts:
     UserError: see `check_config`, `with_stored_choices` and `build`.
   """
   check_config(config)
-  return build(with_stored_choices(config, workdir), workdir)
+  config = with_stored_choices(config, workdir)
+  return build(config, workdir, lambda train: None if config.data.grown else check_images(train, workdir))
 
 
 def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbook, stopping: Stopping) -> TrainState:
@@ -203,6 +217,19 @@ def save_views(parts: Parts, batch: dict[str, np.ndarray]) -> None:
     None if view is None else denormalise(view) for view in (image, pretext)))
 
 
+def sight_of(parts: Parts, state: TrainState) -> Sight:
+  """Returns what the network makes of some images, for the report.
+
+  Raises:
+    UserError: the run has several processes, of which only the first one writes a report.
+  """
+  if not processes.alone():
+    raise UserError("the run has several processes; the command with --config=configs/report.py makes this section")
+  model = Model(parts.network, {"params": state.params, "batch_stats": state.batch_stats})
+  test = None if parts.test is None else test_images(parts, parts.test)
+  return look(model, test_images(parts, parts.train), test, mesh=parts.mesh)
+
+
 def finish(parts: Parts, state: TrainState, book: Logbook) -> None:
   """Ends the run: plots the curves, prints the summary and the table of `learning`, and lists everything written."""
   config = parts.config
@@ -217,6 +244,10 @@ def finish(parts: Parts, state: TrainState, book: Logbook) -> None:
     if first:
       with book.tolerant("learning.json"):
         write_json(parts.workdir / "results" / "learning.json", table)
+  if first and config.report:
+    with book.tolerant(report.NAME):
+      found = report.read_run(parts.workdir.name, parts.workdir, lambda: sight_of(parts, state))
+      report.write(parts.workdir / report.NAME, [found])
   book.say("written:")
   for path in sorted(parts.workdir.iterdir()):
     names = ", ".join(sorted(child.name for child in path.iterdir())) if path.is_dir() else ""

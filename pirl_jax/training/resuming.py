@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from pirl_jax.choosing.choices import recalled, with_values
 from pirl_jax.data import contents
+from pirl_jax.data.records import Source
 from pirl_jax.errors import UserError
 from pirl_jax.method.memory_bank import Layout
 from pirl_jax.method.state import TrainState
@@ -24,8 +25,8 @@ from pirl_jax.storage.settings import difference, flatten
 from pirl_jax.training import growing
 from pirl_jax.training.parts import Parts, make_schedule
 
-FREE_ON_RESUME = ("num_epochs", "dry_run", "data.root", "data.grown", "checkpoint.", "evaluate.", "log.", "data.num_threads",
-                  "data.max_bad_fraction")
+FREE_ON_RESUME = ("num_epochs", "dry_run", "data.root", "data.grown", "checkpoint.", "evaluate.", "log.", "report",
+                  "data.num_threads", "data.max_bad_fraction")
 """Fields that may change when a run resumes; a name that ends with a dot stands for its whole group."""
 
 HANDOVER_SECONDS = 20
@@ -132,6 +133,25 @@ def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -
                     "or give the old value to resume the run")
 
 
+def check_images(train: Source, workdir: Path) -> None:
+  """Raises UserError if the images are not those of the newest checkpoint in `workdir`, and says what has changed.
+
+  A set without a list of its images passes: `restore` compares the fingerprints.
+  """
+  if not (workdir / "checkpoints").is_dir():
+    return
+  with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
+    for step in reversed(checkpoints.steps()):
+      with contextlib.suppress(Exception):  # a damaged one; the restore says so
+        before = checkpoints.read_meta(step)["data"]
+        break
+    else:
+      return
+  if before != train.fingerprint and (changes := contents.changes_since(train, workdir, before)):
+    raise UserError(f"the training images are not those with which the run in {workdir} started; {changes}; restore "
+                    "them, or go on with these images, --config.data.grown=True, or choose another --workdir")
+
+
 def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
   """Returns the state of the newest checkpoint of this run.
 
@@ -153,10 +173,6 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
     grown_from = meta if grown and meta.get("data") != expected["data"] else None
     for name, now in expected.items():
       if meta.get(name) != now and not (grown_from and name in ("data", "num_images", "num_strata")):
-        if name == "data" and (changes := contents.changes_since(parts.train, parts.workdir, meta["data"])):
-          raise UserError(f"the training images are not those with which the run in {parts.workdir} started; "
-                          f"{changes}; restore them, or go on with these images, --config.data.grown=True, or choose "
-                          "another --workdir")
         raise UserError(f"the checkpoint in {parts.workdir} has {name} {meta.get(name)!r}, and this run {now!r}; "
                         "choose another --workdir")
     compare_configs(parts.config, meta["config"], parts.workdir)

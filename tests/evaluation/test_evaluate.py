@@ -19,6 +19,7 @@ from pirl_jax.evaluation.protocols import PROTOCOLS, knn
 from pirl_jax.evaluation.subjects import Subject, check_same_layers, open_subjects
 from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
+from pirl_jax.reporting.meanings import FIGURES
 from pirl_jax.runs import Run
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
@@ -36,6 +37,7 @@ def small_run(folder, *, seed=0, num_epochs=2, **data):
   config.optimizer.learning_rate = 0.1
   config.checkpoint.every_steps = 4
   config.evaluate.update(num_images=48, every_epochs=0, batch_size=32, learning=False)
+  config.report = False
   pretrain.run(config, str(folder))
   return folder
 
@@ -82,6 +84,7 @@ def test_every_protocol_writes_its_result_and_gives_the_same_on_one_device(run, 
   evaluate.run(config_of(protocol, run, **QUICK[protocol]), "")
   result = result_of(run, protocol)
   assert result["protocol"] == protocol and result["step"] == 8 and result["seed"] == 0
+  assert result["figures"].keys() - FIGURES.keys() == set()  # the glossary has all of them
   assert result["settings"]["run_config"]["num_epochs"] == 2
   assert not (run / "results" / "unfinished").exists()
   assert f"written: {run / 'results' / protocol}.json" in capsys.readouterr().out

@@ -21,6 +21,7 @@ def test_names_with_dollars_are_no_formulas(tmp_path):
 
 
 def test_plot_over_names(tmp_path):
-  layers = Curve("layer", "top-1", ["conv1", "res2"], [0.1, 0.2])
-  save_plot(tmp_path / "layers.png", "linear", {"a": layers})
-  assert (tmp_path / "layers.png").stat().st_size > 1_000
+  save_plot(tmp_path / "layers.png", "linear", {"a": Curve("layer", "top-1", ["conv1", "res2"], [0.1, 0.2])})
+  save_plot(tmp_path / "numbers.png", "linear", {"a": Curve("layer", "top-1", [0, 1], [0.1, 0.2])})
+  layers, numbers = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("layers", "numbers"))
+  assert (layers != numbers).any()  # the names stand below the axis, not their numbers

@@ -11,9 +11,11 @@ import pytest
 
 from pirl_jax.configs import pirl
 from pirl_jax.errors import UserError
+from pirl_jax.reporting.meanings import METRICS
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import locked
+from pirl_jax.storage.logbook import read_rows
 from pirl_jax.training import guards, pretrain, resuming
 from pirl_jax.training import parts as parts_lib
 
@@ -26,7 +28,8 @@ def tiny(**changes):
     "num_epochs": 3, "batch_size": 16, "num_negatives": 16, "loss": "nce", "data.num_images": 72,
     "data.image_size": 16, "jigsaw.crop_size": 18, "jigsaw.patch_size": 5, "data.num_threads": 2,
     "optimizer.warmup_epochs": 0, "evaluate.num_images": 40, "evaluate.every_epochs": 1, "evaluate.batch_size": 16,
-    "checkpoint.every_steps": 3, "checkpoint.keep": 20, "log.every_steps": 1, "evaluate.learning": False, **changes})
+    "checkpoint.every_steps": 3, "checkpoint.keep": 20, "log.every_steps": 1, "evaluate.learning": False,
+    "report": False, **changes})
   return config
 
 
@@ -50,6 +53,11 @@ def whole_run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("whole") / "run"
   pretrain.run(tiny(), str(workdir))
   return workdir
+
+
+def test_every_column_of_the_metrics_is_in_the_glossary(whole_run):
+  columns = {name for row in read_rows(whole_run / "metrics.jsonl") for name in row}
+  assert {"loss", "knn_top1", "data_wait"} <= columns and columns - METRICS.keys() == set()
 
 
 class Killed(BaseException):

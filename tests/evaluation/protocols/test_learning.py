@@ -11,6 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import calibrate_batch_stats
 from pirl_jax.evaluation.protocols.learning import LearningSettings, format_learning, measure_learning
+from pirl_jax.reporting.meanings import FIGURES
 from pirl_jax.runtime.mesh import create_mesh
 from pirl_jax.views.normalisation import normalise_image
 
@@ -90,6 +91,7 @@ def test_the_table_holds_the_three_figures_and_how_they_came_about():
               "num_test": 38, "num_broken_train": 2, "num_broken_test": 1, "seed": 3, "checkpoint_step": 50}
   assert settings.items() <= table.items()
   assert json.loads(json.dumps(table)) == table
+  assert table.keys() - FIGURES.keys() - settings.keys() == {"protocol"}  # the glossary has all figures
 
 
 def test_the_device_count_changes_nothing():
