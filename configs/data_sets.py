@@ -71,6 +71,7 @@ def folder(config: ConfigDict) -> None:
   config.data.source = "folder"
   config.data.update(formats="all", reduced_decoding=True, upright=True, full_range=True)
   config.data.split = ""
+  config.evaluate.views = 512
   config.optimizer.update_interval = "step"
 
 

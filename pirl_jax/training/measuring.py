@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -24,11 +24,17 @@ from pirl_jax.training.parts import Parts, test_images
 from pirl_jax.training.stopping import Stopping
 
 
-def calibrate(parts: Parts, state: TrainState) -> TrainState:
-  """Returns the randomly initialised state with the trunk's batch statistics measured on the training images."""
+def calibrate(parts: Parts, state: TrainState, images: Iterable[Mapping[str, np.ndarray]]) -> TrainState:
+  """Returns the randomly initialised state with the trunk's batch statistics measured on images.
+
+  Args:
+    parts: of the run.
+    state: see `Parts.initial_state`.
+    images: batches of image u8[B, H, W, 3] and valid bool[B].
+  """
   variables = features.calibrate_batch_stats(
     batch_stats_fn(parts), {"params": state.params, "batch_stats": state.batch_stats},
-    test_images(parts, parts.train).test_batches(), parts.mesh, momentum=batch_norm.MOMENTUM)
+    images, parts.mesh, momentum=batch_norm.MOMENTUM)
   trunk = jax.device_put(variables["batch_stats"]["trunk"], mesh_lib.whole(parts.mesh))
   return state.replace(batch_stats={**state.batch_stats, "trunk": trunk})
 
@@ -116,7 +122,7 @@ def learning_of(parts: Parts, state: TrainState) -> dict[str, Any]:
     return found["pooled"]
 
   untrained, trained = ({"params": s.params, "batch_stats": s.batch_stats}
-                        for s in (calibrate(parts, parts.initial_state()), state))
+                        for s in (calibrate(parts, parts.initial_state(), train_set.test_batches()), state))
   return learning.measure_learning(
     train_set.test_batches(), test_set.test_batches(), forward_fn=pooled, untrained=untrained, trained=trained,
     mesh=parts.mesh, settings=learning.LearningSettings(config.evaluate.k, config.evaluate.temperature),

@@ -76,7 +76,7 @@ RULES = (
   (("model.dim",), lambda value: value <= 65_536, "at most 65,536 is possible"),
   (("num_epochs",), lambda value: value >= 0, "0 (the untrained network) or more is needed"),
   (("model.batch_norm_group",), lambda value: value >= 2, "statistics need 2 images or more"),
-  (("evaluate.every_epochs",), lambda value: value >= 0, "0 (never) or more is needed"),
+  (("evaluate.every_epochs", "evaluate.views"), lambda value: value >= 0, "0 (never) or more is needed"),
   (("num_negatives",), lambda value: value >= 0, "0 (every row) or more is needed"),
   (("data.num_images", "evaluate.num_images", "jigsaw.num_permutations"), lambda value: value >= 0,
    "0 (all) or more is needed"),

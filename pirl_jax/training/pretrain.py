@@ -28,7 +28,7 @@ from pirl_jax.storage.settings import flatten
 from pirl_jax.training.guards import Broken, Guard
 from pirl_jax.training.in_flight import InFlight
 from pirl_jax.training.measuring import calibrate, learning_of, make_evaluation, unlabelled
-from pirl_jax.training.parts import Parts, build, check_config, make_step
+from pirl_jax.training.parts import Parts, build, check_config, make_step, test_images
 from pirl_jax.training.resuming import begin, check_new, check_same_config, hold, restore, save
 from pirl_jax.training.stopping import Stopped, Stopping
 from pirl_jax.views.normalisation import denormalise
@@ -79,7 +79,7 @@ def pretrain_with(config: ConfigDict, workdir: Path, stopping: Stopping) -> None
           state = train(parts, state, checkpoints, book, stopping)
         stopping.check()
       elif not checkpoints.steps():
-        state = calibrate(parts, state)
+        state = calibrate(parts, state, test_images(parts, parts.train).test_batches())
         save(parts, state, checkpoints, knn_top1=None, surely=True, say=book.say)
       finish(parts, state, book)
 
