@@ -55,12 +55,17 @@ class Parts:
     return self.network.with_batch_norm(axis=mesh_lib.AXIS if model.batch_norm == "global" else None,
                                         group=model.batch_norm_group if model.batch_norm == "groups" else None)
 
-  def initial_state(self) -> TrainState:
-    """Returns the state before the first step; every call returns the same values."""
+  def initial_state(self, *, with_bank: bool = True) -> TrainState:
+    """Returns the state before the first step; every call returns the same values.
+
+    Args:
+      with_bank: False leaves out the bank, which may be large.
+    """
     config = self.config
     return create_state(
       config.seed, self.network, self.optimizer, self.layout, mesh=self.mesh, dim=config.model.dim,
-      bank_dtype=DTYPES[config.bank.dtype], inputs=system.network_inputs(config), with_bank=system.has_bank(config))
+      bank_dtype=DTYPES[config.bank.dtype], inputs=system.network_inputs(config),
+      with_bank=with_bank and system.has_bank(config))
 
 
 def _one_of(choices: Iterable[str]) -> tuple[Callable[[Any], bool], str]:

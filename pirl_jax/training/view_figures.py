@@ -104,9 +104,12 @@ class ViewFigures:
     """Returns the figures of a network in test mode, {} if fewer than two images can be read.
 
     - feature_rank: RankMe of the pooled features, a view of each image.
-    - nearest_view: share, in [0, 1], of the images of which another view is the nearest in the gallery, by the cosine of
-      the pooled features. The gallery holds a view of each of the N + O images.
-    - lidar, alignment, uniformity: of the embeddings, see `representation`; left out for a network without embeddings.
+    - nearest_view: share, in [0, 1], of the images of which another view is the nearest in the gallery, by the cosine
+      of the pooled features. The gallery holds a view of each of the N + O images.
+    - embedding_rank: RankMe of the embeddings, a view of each image.
+    - lidar, alignment, uniformity: of the embeddings, see `representation`.
+
+    A network without embeddings has the first two alone.
 
     Raises:
       Stopped: the run is asked to stop.
@@ -120,7 +123,8 @@ class ViewFigures:
     figures = {"feature_rank": representation.rank_me(pooled[:, 0]), "nearest_view": float(np.mean(nearest))}
     if "embedding" in found:
       embeddings, _ = found["embedding"]
-      figures |= {"lidar": representation.lidar(embeddings), "alignment": representation.alignment(embeddings),
+      figures |= {"embedding_rank": representation.rank_me(embeddings[:, 0]),
+                  "lidar": representation.lidar(embeddings), "alignment": representation.alignment(embeddings),
                   "uniformity": representation.uniformity(embeddings[:, 0])}
     return figures
 
@@ -221,17 +225,15 @@ def _make_forward(parts: Parts) -> Callable:
   return jax.jit(mapped, out_shardings=whole(parts.mesh))
 
 
-def make_bank_rows(parts: Parts) -> Callable[[TrainState], tuple[jax.Array, jax.Array]]:
-  """Returns bank_rows(state) -> (f32[R, D], bool[R]): a fixed choice of rows, and which of them are usable."""
+def make_bank_rows(parts: Parts) -> Callable[[TrainState], jax.Array]:
+  """Returns bank_rows(state) -> f32[R, D], a fixed choice of rows; rows that are not usable are zero.
+
+  Rows of zeros do not change RankMe.
+  """
   rows = parts.layout.row_of(spaced(parts.layout.num_images, NUM_BANK_ROWS).astype(np.int32))
 
-  def bank_rows(bank: jax.Array, usable: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return memory_bank.vectors(bank[rows]).astype(jnp.float32), usable[rows]
+  def bank_rows(bank: jax.Array, usable: jax.Array) -> jax.Array:
+    return jnp.where(usable[rows][:, None], memory_bank.vectors(bank[rows]).astype(jnp.float32), 0)
 
   compiled = jax.jit(bank_rows, out_shardings=whole(parts.mesh))
   return lambda state: compiled(state.bank, state.usable)
-
-
-def bank_rank(rows: np.ndarray, usable: np.ndarray) -> float:
-  """Returns RankMe, in [1, D], of the usable ones of rows f32[R, D]; `usable` is bool[R]."""
-  return representation.rank_me(rows[usable])
