@@ -170,6 +170,9 @@ def _add_evaluation(config: ConfigDict) -> None:
   evaluate.temperature = 0.07  # tau of the neighbours' votes
   evaluate.crop_fraction = 0.875  # share of the shorter side that the centre crop keeps
   evaluate.batch_size = 1024  # images, over all devices
+  # Number of images (held-out ones if there are enough) of which augmented views are compared at every evaluation and
+  # at the end, without labels, for the verdict on the run; 0: never.
+  evaluate.views = 0
   evaluate.learning = False  # True: at the end, kNN on raw pixels, the untrained and the trained network
 
   config.log = log = ConfigDict()

@@ -24,6 +24,7 @@ def embedded(config: ConfigDict) -> None:
   config.evaluate.every_epochs = 5
   config.checkpoint.every_steps = 500
   config.log.every_steps = 16
+  config.evaluate.views = 512
   config.report = True
 
 

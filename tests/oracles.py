@@ -81,3 +81,49 @@ def grouped_batch_norm(x, scale, bias, slope, *, group):
       means[c] += mean / num_groups
       variances[c] += variance / num_groups
   return out, means, variances, x_slope, scale_slope, bias_slope
+
+
+def entropy_rank(strengths):
+  p = np.asarray(strengths, np.float64) / sum(strengths)
+  return math.exp(-sum(x * math.log(x) for x in p if x > 0))
+
+
+def rank_me(features):
+  return entropy_rank(np.linalg.svd(np.asarray(features, np.float64), compute_uv=False))
+
+
+def lidar(views, *, floor):
+  views = np.asarray(views, np.float64)
+  num_images, num_views, dim = views.shape
+  means = [sum(image) / num_views for image in views]
+  middle = sum(means) / num_images
+  between, within = np.zeros((dim, dim)), floor * np.eye(dim)
+  for image, mean in zip(views, means, strict=True):
+    between += np.outer(mean - middle, mean - middle) / num_images
+    for view in image:
+      within += np.outer(view - mean, view - mean) / (num_images * num_views)
+  # The eigenvalues of Sw^-1/2 Sb Sw^-1/2 are those of Sw^-1 Sb.
+  return entropy_rank(np.maximum(np.linalg.eigvals(np.linalg.solve(within, between)).real, 0))
+
+
+def alignment(views):
+  distances = []
+  for image in np.asarray(views, np.float64):
+    for i in range(len(image)):
+      distances += [sum((image[i] - image[j]) ** 2) for j in range(len(image)) if j != i]
+  return sum(distances) / len(distances)
+
+
+def uniformity(embeddings):
+  embeddings, terms = np.asarray(embeddings, np.float64), []
+  for i in range(len(embeddings)):
+    terms += [math.exp(-2 * sum((embeddings[i] - embeddings[j]) ** 2)) for j in range(len(embeddings)) if j != i]
+  return math.log(sum(terms) / len(terms))
+
+
+def nearest_is_own(queries, gallery):
+  right = 0
+  for i, query in enumerate(np.asarray(queries, np.float64)):
+    cosines = [query @ entry / math.sqrt(query @ query * (entry @ entry)) for entry in np.asarray(gallery, np.float64)]
+    right += all(cosines[i] > cosine for j, cosine in enumerate(cosines) if j != i)
+  return right / len(queries)

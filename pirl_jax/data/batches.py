@@ -177,6 +177,42 @@ def eval_batches(
   return _start(parts, batch_size // size, num_threads)
 
 
+def view_batches(
+  source: Source, index: np.ndarray, *, num_views: int, batch_size: int, crop: tuple[int, tuple[float, float]],
+  seed: int, num_threads: int,
+) -> Batches:
+  """Yields several random crops of each of some images, in order. A crop depends on the seed and the image alone.
+
+  Args:
+    source: the images.
+    index: i[N], the records of `source` to read.
+    num_views: V, number of crops of each image, which is decoded once.
+    batch_size: B, number of images of a batch.
+    crop: side H of the crops in pixels, and the range of the share of the image's area that a crop covers.
+    seed: any integer.
+    num_threads: threads that decode; with 0 the caller's thread decodes.
+
+  Returns:
+    Iterator of {"crops": u8[B, V, H, H, 3], "index": i32[B], "valid": bool[B]}. If an image cannot be read, its `valid`
+    is False. The last batch is padded with rows whose `valid` is False and whose index is -1.
+  """
+  size, scale = crop
+  crops = {str(view): (size, scale) for view in range(num_views)}
+  padding = {"crops": np.zeros((1, num_views, size, size, 3), np.uint8), "index": np.full(1, -1, np.int32),
+             "valid": np.zeros(1, bool)}
+
+  def read(position: int) -> Batch:
+    if position >= len(index):
+      return padding
+    rng = np.random.default_rng((seed % 2**64, int(index[position])))
+    example = _crops(source, int(index[position]), rng, crops=crops)
+    return {"crops": np.stack([example[name] for name in crops])[np.newaxis],
+            **{name: np.asarray(example[name])[np.newaxis] for name in ("index", "valid")}}
+
+  num_batches = -(-len(index) // batch_size)
+  return _start(grain.MapDataset.range(0, num_batches * batch_size).map(read), batch_size, num_threads)
+
+
 def why_broken(source: Source, index: int) -> str:
   """Returns the reason why an image cannot be read, "" if it can be read now."""
   try:

@@ -80,7 +80,7 @@ def look_at(folder: Path, mesh: jax.sharding.Mesh) -> Sight:
   sizes, held_out = own_sizes(config, num_devices=mesh.size), config["evaluate"]
   train, test = sources.open_both(sources.DataSettings.of(config["data"]), split=held_out["split"],
                                   num_images=held_out["num_images"])
-  return look(opened.model, Images(train, **sizes), test and Images(test, **sizes), mesh=mesh)
+  return look(opened.model, Images(train, **sizes), None if test is None else Images(test, **sizes), mesh=mesh)
 
 
 def write(path: Path, runs: Sequence[RunFiles]) -> str:

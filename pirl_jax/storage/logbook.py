@@ -166,11 +166,14 @@ class Logbook:
     finally:
       self._paused_seconds += self._working_seconds() - before
 
-  def summary(self) -> str:
+  def summary(self, *, chance_loss: float | None = None) -> str:
     """Returns a few lines about the run so far: time, last loss and its mean over the last epoch, speed, kNN.
 
     The mean speed and the waiting time leave out the first interval of this session, which includes the compilation. If
     it is the only interval, it is used.
+
+    Args:
+      chance_loss: of a network that tells nothing apart, shown beside the loss; None leaves it out.
     """
     total = perf_counter() - self._started
     pause = f", {_clock(self._paused_seconds)} of it in pauses (evaluation, checkpoints)"
@@ -181,7 +184,8 @@ class Logbook:
     if losses:
       last_step, last = losses[-1]
       epoch = [loss for step, loss in losses if step > last_step - self._steps_per_epoch]
-      lines.append(f"loss {last:.4g} at step {last_step}, {np.mean(epoch):.4g} in the mean of the last epoch")
+      lines.append(f"loss {last:.4g} at step {last_step}, {np.mean(epoch):.4g} in the mean of the last epoch"
+                   + ("" if chance_loss is None else f"; chance {chance_loss:.4g}"))
     if self._rates:
       images, seconds, wait = np.sum(self._rates[1:] or self._rates, axis=0)
       lines.append(f"{images / seconds:,.0f} images/s in the mean, "
@@ -288,9 +292,13 @@ class Logbook:
     knn = self._last("knn_top1")
     if knn is not None:
       parts.append(f"kNN {knn:.1%}")
+    if (rank := self._last("bank_rank")) is not None:
+      parts.append(f"bank rank {rank:.0f}")
     left = self._seconds_left(step)
     if left is not None:
       parts.append(f"{_clock(left)} left")
+    if (rank := self._last("feature_rank")) is not None:
+      parts.append(f"feature rank {rank:.0f}")
     if self._rates:
       images, seconds, wait = self._rates[-1]
       parts += [f"{images / seconds:,.0f} images/s", f"data wait {wait / seconds:.0%}"]

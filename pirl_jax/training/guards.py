@@ -14,6 +14,7 @@ from pirl_jax.method.state import TrainState
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.files import write_json
 from pirl_jax.storage.logbook import Logbook
+from pirl_jax.training import verdict
 from pirl_jax.training.parts import Parts
 
 COLLAPSED_SPREAD = 0.05
@@ -58,15 +59,17 @@ class Guard:
     for (step, index, _), found in zip(unseen, jax.device_get([found for *_, found in unseen]), strict=True):
       if found.any():
         bad = [name for name, is_bad in zip(QUANTITIES, found, strict=True) if is_bad]
+        said = f"in step {step}, {bad[0]} held numbers that are not finite{_also(bad[1:])}"
         process = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self._folder / f"not_finite{process}.json"
         with contextlib.suppress(OSError):  # a full disk must not hide the error of the step
           write_json(path, {"step": step, "not_finite": bad, "images": [
             {"index": int(number), "name": self._image_name(int(number))} for number in index]})
+          if jax.process_index() == 0:
+            verdict.write_broken_off(self._folder, said)
         raise UserError(
-          f"in step {step}, {bad[0]} held numbers that are not finite{_also(bad[1:])}; the earlier checkpoints in "
-          f"{self._folder / 'checkpoints'} are whole; the images of this step are listed in {path}; a lower "
-          "optimizer.learning_rate may help, in another --workdir")
+          f"{said}; the earlier checkpoints in {self._folder / 'checkpoints'} are whole; the images of this step are "
+          f"listed in {path}; a lower optimizer.learning_rate may help, in another --workdir")
 
   def warn_of_collapse(self, step: int, figures: Mapping[str, float]) -> None:
     """Prints a warning, once in a run, if all embeddings are nearly equal; `figures` are the metrics of a step."""

@@ -1,9 +1,9 @@
-"""Measurements of a run during training and at its end: kNN accuracy, by the protocols of the evaluations."""
+"""Measurements of a run during training and at its end, by the protocols of the evaluations and by `view_figures`."""
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -22,13 +22,20 @@ from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.logbook import Logbook
 from pirl_jax.training.parts import Parts, test_images
 from pirl_jax.training.stopping import Stopping
+from pirl_jax.training.view_figures import ViewFigures
 
 
-def calibrate(parts: Parts, state: TrainState) -> TrainState:
-  """Returns the randomly initialised state with the trunk's batch statistics measured on the training images."""
+def calibrate(parts: Parts, state: TrainState, images: Iterable[Mapping[str, np.ndarray]]) -> TrainState:
+  """Returns the randomly initialised state with the trunk's batch statistics measured on images.
+
+  Args:
+    parts: of the run.
+    state: see `Parts.initial_state`.
+    images: batches of image u8[B, H, W, 3] and valid bool[B].
+  """
   variables = features.calibrate_batch_stats(
     batch_stats_fn(parts), {"params": state.params, "batch_stats": state.batch_stats},
-    test_images(parts, parts.train).test_batches(), parts.mesh, momentum=batch_norm.MOMENTUM)
+    images, parts.mesh, momentum=batch_norm.MOMENTUM)
   trunk = jax.device_put(variables["batch_stats"]["trunk"], mesh_lib.whole(parts.mesh))
   return state.replace(batch_stats={**state.batch_stats, "trunk": trunk})
 
@@ -106,6 +113,43 @@ def make_evaluation(parts: Parts, book: Logbook, stopping: Stopping) -> Callable
   return evaluate
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluations:
+  """The evaluations of a run while it trains: every `evaluate.every_epochs`, and after the last step.
+
+  Attributes:
+    parts: of the run.
+    book: the log, which gets the figures.
+    knn: evaluate(state) -> kNN figures, see `make_evaluation`, or None.
+    views: evaluate(state) -> figures without labels, see `ViewFigures`, or None.
+  """
+
+  parts: Parts
+  book: Logbook
+  knn: Callable | None
+  views: ViewFigures | None
+
+  def due(self, step: int) -> bool:
+    """Returns whether to evaluate after a step."""
+    every_steps = self.parts.config.evaluate.every_epochs * self.parts.steps_per_epoch
+    return bool(self.knn or self.views) and (
+      step == self.parts.total_steps or (every_steps > 0 and step % every_steps == 0))
+
+  def missing(self, step: int) -> bool:
+    """Returns whether the evaluation after a step was interrupted, or has not been made for another reason."""
+    return self.due(step) and not self.book.has(step, "nearest_view" if self.views else "knn_top1")
+
+  def measure(self, step: int, state: TrainState) -> float | None:
+    """Adds the figures to the row of the step; returns the kNN accuracy in [0, 1], None if it is not measured.
+
+    Raises:
+      Stopped: the run is asked to stop.
+    """
+    knn = {} if self.knn is None else {"knn_top1": self.knn(state)["top1"]}
+    self.book.record(step, knn | ({} if self.views is None else self.views(state)))
+    return knn.get("knn_top1")
+
+
 def learning_of(parts: Parts, state: TrainState) -> dict[str, Any]:
   """Returns the kNN accuracy on raw pixels, the untrained and the trained network, see `learning.measure_learning`."""
   config = parts.config
@@ -116,7 +160,7 @@ def learning_of(parts: Parts, state: TrainState) -> dict[str, Any]:
     return found["pooled"]
 
   untrained, trained = ({"params": s.params, "batch_stats": s.batch_stats}
-                        for s in (calibrate(parts, parts.initial_state()), state))
+                        for s in (calibrate(parts, parts.initial_state(), train_set.test_batches()), state))
   return learning.measure_learning(
     train_set.test_batches(), test_set.test_batches(), forward_fn=pooled, untrained=untrained, trained=trained,
     mesh=parts.mesh, settings=learning.LearningSettings(config.evaluate.k, config.evaluate.temperature),

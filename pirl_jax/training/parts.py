@@ -63,12 +63,17 @@ class Parts:
     return self.network.with_batch_norm(axis=mesh_lib.AXIS if model.batch_norm == "global" else None,
                                         group=model.batch_norm_group if model.batch_norm == "groups" else None)
 
-  def initial_state(self) -> TrainState:
-    """Returns the state before the first step; every call returns the same values."""
+  def initial_state(self, *, with_bank: bool = True) -> TrainState:
+    """Returns the state before the first step; every call returns the same values.
+
+    Args:
+      with_bank: False leaves out the bank, which may be large.
+    """
     config = self.config
     return create_state(
       config.seed, self.network, self.optimizer, self.layout, mesh=self.mesh, dim=config.model.dim,
-      bank_dtype=DTYPES[config.bank.dtype], inputs=system.network_inputs(config), with_bank=system.has_bank(config))
+      bank_dtype=DTYPES[config.bank.dtype], inputs=system.network_inputs(config),
+      with_bank=with_bank and system.has_bank(config))
 
 
 def _one_of(choices: Iterable[str]) -> tuple[Callable[[Any], bool], str]:
@@ -84,7 +89,7 @@ RULES = (
   (("model.dim",), lambda value: value <= 65_536, "at most 65,536 is possible"),
   (("num_epochs",), lambda value: value >= 0, "0 (the untrained network) or more is needed"),
   (("model.batch_norm_group",), lambda value: value >= 2, "statistics need 2 images or more"),
-  (("evaluate.every_epochs",), lambda value: value >= 0, "0 (never) or more is needed"),
+  (("evaluate.every_epochs", "evaluate.views"), lambda value: value >= 0, "0 (never) or more is needed"),
   (("num_negatives",), lambda value: value >= 0, "0 (every row) or more is needed"),
   (("data.num_images", "evaluate.num_images", "jigsaw.num_permutations"), lambda value: value >= 0,
    "0 (all) or more is needed"),

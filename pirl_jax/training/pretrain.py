@@ -16,6 +16,7 @@ from pirl_jax import system
 from pirl_jax.data import batches
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.protocols import learning
+from pirl_jax.evaluation.representation import rank_me
 from pirl_jax.figures import plots
 from pirl_jax.method.health import NOT_FINITE, NUM_USABLE
 from pirl_jax.method.randomness import view_keys
@@ -29,10 +30,11 @@ from pirl_jax.storage.files import write_json
 from pirl_jax.storage.formats import FORMAT
 from pirl_jax.storage.logbook import Logbook
 from pirl_jax.storage.settings import flatten
+from pirl_jax.training import verdict
 from pirl_jax.training.describing import ExpectedTime, describe, dry_run, way_out
 from pirl_jax.training.guards import Broken, Guard
 from pirl_jax.training.in_flight import InFlight
-from pirl_jax.training.measuring import calibrate, learning_of, make_evaluation, unlabelled
+from pirl_jax.training.measuring import Evaluations, calibrate, learning_of, make_evaluation, unlabelled
 from pirl_jax.training.parts import Parts, build, check_config, make_step, test_images
 from pirl_jax.training.resuming import (
   begin,
@@ -46,7 +48,11 @@ from pirl_jax.training.resuming import (
 )
 from pirl_jax.training.starting import first_state
 from pirl_jax.training.stopping import Stopped, Stopping
+from pirl_jax.training.view_figures import ViewFigures, make_bank_rows
 from pirl_jax.views.normalisation import denormalise
+
+BANK_ROWS = "bank_rows"
+"""Name of the result of `make_bank_rows` among the metrics of a step that is logged."""
 
 TRAINS = True
 """If this job is asked to stop, it saves its state and ends with exit code 0, see `launching.jobs`."""
@@ -106,14 +112,16 @@ def _pretrain(parts: Parts, stopping: Stopping) -> None:
         book.say(f"resumes from step {start_step} of {parts.total_steps}")
       if schedule:
         book.say(schedule)
+      views = ViewFigures(parts, stopping) if config.evaluate.views and config.num_epochs else None
       if config.num_epochs:
+        evaluations = Evaluations(parts, book, make_evaluation(parts, book, stopping), views)
         with stopping.held():
-          state = train(parts, state, checkpoints, book, stopping)
+          state = train(parts, state, checkpoints, book, stopping, evaluations)
         stopping.check()
       elif not checkpoints.steps():
-        state = calibrate(parts, state)
+        state = calibrate(parts, state, test_images(parts, parts.train).test_batches())
         save(parts, state, checkpoints, knn_top1=None, surely=True, say=book.say)
-      finish(parts, state, book)
+      finish(parts, state, book, views)
 
 
 def prepare(config: ConfigDict, workdir: Path) -> Parts:
@@ -127,7 +135,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Parts:
   return build(config, workdir, lambda train: None if config.data.grown else check_images(train, workdir))
 
 
-def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbook, stopping: Stopping) -> TrainState:
+def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbook, stopping: Stopping,
+          evaluations: Evaluations) -> TrainState:
   """Returns the state after the last step.
 
   Raises:
@@ -135,35 +144,30 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
   """
   config, start_step = parts.config, int(state.step)
   train_step = make_step(parts)
-  evaluate = make_evaluation(parts, book, stopping)
+  bank_rows = make_bank_rows(parts) if system.has_bank(config) else None
   stream = batches.train_batches(
     parts.train, crops=system.crops_of(config), batch_size=config.batch_size, seed=config.seed, start_step=start_step,
     process_index=jax.process_index(), process_count=jax.process_count(), num_threads=config.data.num_threads)
 
-  def evaluates(step: int) -> bool:
-    every_steps = config.evaluate.every_epochs * parts.steps_per_epoch
-    return evaluate is not None and (step == parts.total_steps or step % every_steps == 0)
-
-  def measure(step: int) -> float:
-    assert evaluate is not None  # see `evaluates`
-    knn_top1 = evaluate(state)["top1"]
-    book.record(step, {"knn_top1": knn_top1})
-    return knn_top1
-
-  if start_step and evaluates(start_step) and not book.has(start_step, "knn_top1"):
+  if start_step and evaluations.missing(start_step):
     with stopping.held(False), book.paused():
-      measure(start_step)
+      evaluations.measure(start_step, state)
   guard = Guard(parts.workdir, image_name=parts.train.image_name, say=book.say)
   broken, expected, waited = Broken(parts, book), ExpectedTime(parts.total_steps, book.say), 0.0
+
+  def logs(step: int) -> bool:
+    return step % config.log.every_steps == 0 or step == parts.total_steps
 
   def over(step: int, index: np.ndarray, metrics: dict[str, jax.Array]) -> None:
     nonlocal waited
     expected.note(step)
     guard.note(step, index, metrics.pop(NOT_FINITE))
-    num_usable = metrics.pop(NUM_USABLE)
-    if step % config.log.every_steps and step != parts.total_steps:
+    num_usable, rows = metrics.pop(NUM_USABLE), metrics.pop(BANK_ROWS, None)
+    if not logs(step):
       return
     figures = jax.device_get(metrics)
+    if rows is not None:
+      figures["bank_rank"] = rank_me(np.asarray(rows))
     book.log(step, figures, data_wait_seconds=waited)
     waited = 0.0
     guard.check()
@@ -183,20 +187,22 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
     state, metrics = train_step(state, batches.place(batch, parts.mesh))
     if step == start_step + 1 and (compiled := caching.compile_report()):
       book.say(compiled)
+    if bank_rows and logs(step):
+      metrics[BANK_ROWS] = bank_rows(state)  # now: the next step takes the memory of this state
     in_flight.submit(step, batch["index"], metrics)
     last = step == parts.total_steps
     stop = stopping.requested()
-    if evaluates(step) or last or stop or step % config.checkpoint.every_steps == 0:
+    if evaluations.due(step) or last or stop or step % config.checkpoint.every_steps == 0:
       in_flight.drain()
       with book.paused():
         guard.check()  # a bad state must never be saved in place of a good checkpoint
         knn_top1 = None
-        if evaluates(step) and not stop:
+        if evaluations.due(step) and not stop:
           # An evaluation may take minutes, but after a signal there may be only seconds. Therefore a signal interrupts
           # the evaluation; when the run resumes, the evaluation is made up for.
           try:
             with stopping.held(False):
-              knn_top1 = measure(step)
+              knn_top1 = evaluations.measure(step, state)
           except Stopped:
             stop = True
         save(parts, state, checkpoints, knn_top1=knn_top1, surely=stop or last, say=book.say)
@@ -230,20 +236,22 @@ def sight_of(parts: Parts, state: TrainState) -> Sight:
   return look(model, test_images(parts, parts.train), test, mesh=parts.mesh)
 
 
-def finish(parts: Parts, state: TrainState, book: Logbook) -> None:
-  """Ends the run: plots the curves, prints the summary and the table of `learning`, and lists everything written."""
+def finish(parts: Parts, state: TrainState, book: Logbook, views: ViewFigures | None) -> None:
+  """Ends the run: plots the curves, prints summary, table of `learning` and verdict, and lists everything written."""
   config = parts.config
   first = jax.process_index() == 0
   if first:
     with book.tolerant("curves.png"):
       plots.save_curves(parts.workdir / "curves.png", book.rows)
-  book.say(book.summary())
+  book.say(book.summary(chance_loss=verdict.chance_loss(parts)))
   if config.evaluate.learning and not unlabelled(parts):
     table = learning_of(parts, state)
     book.say(learning.format_learning(table))
     if first:
       with book.tolerant("learning.json"):
         write_json(parts.workdir / "results" / "learning.json", table)
+  if views:
+    verdict.give(parts, book, views)
   if first and config.report:
     with book.tolerant(report.NAME):
       found = report.read_run(parts.workdir.name, parts.workdir, lambda: sight_of(parts, state))
