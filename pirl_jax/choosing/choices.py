@@ -257,7 +257,7 @@ RULES: Sequence[Callable[[_Choosing], None]] = (
 """The rules in their order; a later one sees what the earlier ones have chosen."""
 
 
-def table(choices: Sequence[Choice]) -> str:
+def format_choices(choices: Sequence[Choice]) -> str:
   """Returns the choices as lines of text: field, value, why."""
   values = [f"{choice.value:,}" if isinstance(choice.value, int) and not isinstance(choice.value, bool)
             else str(choice.value) or '""' for choice in choices]

@@ -37,7 +37,7 @@ class DataSettings:
     num_images: embedded: number of images to draw; others: number of images to take at random, the same ones in every
       run, or 0 for all.
     holdout: share of the images that is held out; the names of the images decide, see `open_source`.
-    kept_side: see `kept.keep`.
+    kept_side: see `in_memory.keep`.
     grown: folder: whether a run may go on with other images than before.
     formats: folder and webdataset: "common" reads files ending in .jpg, .jpeg, .png, .webp and .bmp; "all" reads every
       ending of a format that can be decoded.

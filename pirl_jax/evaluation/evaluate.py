@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from pirl_jax.choosing.arranging import HOLDOUT
 from pirl_jax.configs.evaluate import get_config
 from pirl_jax.data import arrangement, overlap, sources
-from pirl_jax.data.kept import Kept, keep
+from pirl_jax.data.in_memory import InMemory, keep
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images, own_sizes
 from pirl_jax.evaluation.outcome import Outcome, format_table
@@ -278,7 +278,7 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
   }
   # Results from before these fields existed do not have them.
   settings |= {name: value for name, value in dataclasses.asdict(evaluation.train.source.decoding).items() if value}
-  if isinstance(evaluation.train.source, Kept):
+  if isinstance(evaluation.train.source, InMemory):
     settings["kept_side"] = evaluation.train.source.shorter_side
   if evaluation.subject.is_ensemble:
     settings["ensemble"] = [run.label for run in evaluation.subject.runs]

@@ -40,7 +40,7 @@ THUMBNAIL = 48
 """Side in pixels of an image on the map."""
 
 
-class Sample(NamedTuple):
+class Seen(NamedTuple):
   """Images of one source with their features.
 
   Attributes:
@@ -88,8 +88,8 @@ class Sight(NamedTuple):
     points: f32[M, 2], the map: the first M images of the sample.
   """
 
-  images: Sample
-  queries: Sample
+  images: Seen
+  queries: Seen
   held_out: bool
   total: int
   nearest: np.ndarray
@@ -115,7 +115,7 @@ def look(model: Model, train: Images, test: Images | None, *, mesh: Mesh) -> Sig
     queries, places = _sample(model, averages, test, QUERIES, mesh), None
   else:
     places = _spread(len(images.index), QUERIES)
-    queries = Sample(images.source, images.index[places], images.labels[places],
+    queries = Seen(images.source, images.index[places], images.labels[places],
                      {name: layer[places] for name, layer in images.layers.items()},
                      [images.thumbnails[place] for place in places])
   similarity = unit_norm(queries.layers["pooled"]) @ unit_norm(images.layers["pooled"]).T
@@ -187,7 +187,7 @@ def _averages(model: Model) -> Any:
   return forward
 
 
-def _sample(model: Model, forward_fn: Any, images: Images, most: int, mesh: Mesh) -> Sample:
+def _sample(model: Model, forward_fn: Any, images: Images, most: int, mesh: Mesh) -> Seen:
   """Returns at most `most` images with their features, as many as `MOST_SECONDS` allow."""
   order = _spread(len(images), most)
   # Mixed, so that the images are spread over the whole set if there is no time for all of them.
@@ -205,7 +205,7 @@ def _sample(model: Model, forward_fn: Any, images: Images, most: int, mesh: Mesh
     raise UserError("none of the images can be read")
   layers, labels, places = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(part[:3] for part in parts))
   layers = {name: layers[name] for name in layer_names(model.network)}  # JAX has sorted the names
-  return Sample(images.source, order[places], labels, layers, [thumbnails[int(place)] for place in places])
+  return Seen(images.source, order[places], labels, layers, [thumbnails[int(place)] for place in places])
 
 
 def _noted(batches: Batches, thumbnails: dict[int, np.ndarray]) -> Iterator[Mapping[str, np.ndarray]]:

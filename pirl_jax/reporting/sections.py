@@ -202,7 +202,7 @@ def neighbours(run: RunFiles, *, num_queries: int) -> str:
   return "".join(parts)
 
 
-def _tile(images: looking.Sample, place: int, note: str, frame: str) -> str:
+def _tile(images: looking.Seen, place: int, note: str, frame: str) -> str:
   name, class_name = images.name(place), images.class_name(place)
   original = images.original(place, 160)
   small = " small" if original is not None and max(original.size) <= 64 else ""

@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 
 from pirl_jax import system
 from pirl_jax.choosing.arranging import arrange
-from pirl_jax.choosing.choices import Choice, choose_settings, open_fields, table
+from pirl_jax.choosing.choices import Choice, choose_settings, format_choices, open_fields
 from pirl_jax.choosing.facts import facts_of
 from pirl_jax.data import batches, overlap, sources
-from pirl_jax.data.kept import keep
+from pirl_jax.data.in_memory import keep
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images
 from pirl_jax.method import losses, memory_bank, products
@@ -164,7 +164,7 @@ def build(config: ConfigDict, workdir: Path,
   check_images(train)
   config, more = choose_settings(config, facts_of(mesh, train))
   made = (*made, *more)
-  print(table(made))
+  print(format_choices(made))
   check_config(config)
   check_shares(config, mesh.size)
   parts = assemble(config, workdir, mesh, system.views_of(config), train, test, device_bytes=mesh_lib.device_bytes())

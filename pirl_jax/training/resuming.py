@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from pirl_jax import system
 from pirl_jax.choosing.choices import recalled, with_values
 from pirl_jax.data import contents
 from pirl_jax.data.records import Source
@@ -171,8 +172,10 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
       raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a bfloat16 bank is "
                       "stored in another way: the run can be evaluated, but not resumed; choose another --workdir")
     grown_from = meta if grown and meta.get("data") != expected["data"] else None
+    # Only a supervised network depends on the number of classes.
+    free = ("data", "num_images", "num_strata", *(["num_classes"] if system.has_bank(parts.config) else []))
     for name, now in expected.items():
-      if meta.get(name) != now and not (grown_from and name in ("data", "num_images", "num_strata")):
+      if meta.get(name) != now and not (grown_from and name in free):
         raise UserError(f"the checkpoint in {parts.workdir} has {name} {meta.get(name)!r}, and this run {now!r}; "
                         "choose another --workdir")
     compare_configs(parts.config, meta["config"], parts.workdir)

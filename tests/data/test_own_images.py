@@ -10,7 +10,7 @@ import pytest
 
 from pirl_jax.data import arrangement, overlap
 from pirl_jax.data.batches import read_image, why_broken
-from pirl_jax.data.kept import Kept, keep
+from pirl_jax.data.in_memory import InMemory, keep
 from pirl_jax.data.sources import DataSettings, open_source
 from pirl_jax.errors import UserError
 
@@ -81,7 +81,7 @@ def test_a_kept_image_is_decoded_once_and_is_the_image_that_is_read(tmp_path, mo
   (tmp_path / "c.jpg").write_bytes(b"no image")
   source = open_source(DataSettings("folder", root=str(tmp_path), split="", upright=True))
   kept = keep(source, 32)
-  assert keep(source, 0) is source and isinstance(kept, Kept)
+  assert keep(source, 0) is source and isinstance(kept, InMemory)
   for index in range(4):
     (plain, _), (found, label) = (read_image(one, index, lambda image: image.pixels()) for one in (source, kept))
     if source.image_name(index) == "large.png":
@@ -90,7 +90,7 @@ def test_a_kept_image_is_decoded_once_and_is_the_image_that_is_read(tmp_path, mo
       np.testing.assert_array_equal(found, plain)
     assert why_broken(source, index) == why_broken(kept, index) and label == -1
   again = pickle.loads(pickle.dumps(kept))
-  monkeypatch.setattr("pirl_jax.data.kept.open_image", lambda *_: pytest.fail("decoded again"))
+  monkeypatch.setattr("pirl_jax.data.in_memory.open_image", lambda *_: pytest.fail("decoded again"))
   whole = [index for index in range(4) if source.image_name(index) != "c.jpg"]
   with ThreadPoolExecutor(4) as threads:
     list(threads.map(kept.__getitem__, whole * 10))

@@ -11,10 +11,10 @@ from pirl_jax.data.records import Record, Source
 
 def keep(source: Source, kept_side: int) -> Source:
   """Returns the images of a source, kept in memory with a shorter side of `kept_side` pixels; 0 does not keep them."""
-  return Kept(source, kept_side) if kept_side else source
+  return InMemory(source, kept_side) if kept_side else source
 
 
-class Kept(Source):
+class InMemory(Source):
   """The images of a source. The first access decodes an image; later ones find its pixels u8[H, W, 3] in memory.
 
   Args:
