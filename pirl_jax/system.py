@@ -52,9 +52,13 @@ def pretext_of(config: Config) -> Pretext:
 
 def views_of(config: Config) -> Callable:
   """Returns the views_fn of `make_views` for the training images of a run."""
-  recipes = {name: Recipe(**config[group]) for name, group in (("recipe", "photometric"),
-                                                               ("pretext_recipe", "pretext_photometric"))}
+  recipes = {"recipe": recipe_of(config, "photometric"), "pretext_recipe": recipe_of(config, "pretext_photometric")}
   return make_views(pretext_of(config) if uses_pretext(config) else None, **recipes)
+
+
+def recipe_of(config: Config, group: str) -> Recipe:
+  """Returns the photometric augmentations of a group of the config, "photometric" or "pretext_photometric"."""
+  return Recipe(**config[group])
 
 
 def crops_of(config: Config) -> dict[str, tuple[int, tuple[float, float]]]:

@@ -45,7 +45,7 @@ def test_help_of_a_config_has_every_field_with_its_value_and_its_comment():
   found = [line.split("=")[0].strip() for line in lines if line.startswith("  --config.")]
   assert sorted(found) == sorted(f"--config.{field}" for field in expected)
   assert lines[lines.index("  --config.batch_size=48") + 1].strip() == "images in a step, over all devices"
-  assert "  --config.data.image_scale='(0.08, 1.0)'" in lines and "  --config.data.root=''" in lines
+  assert "  --config.jigsaw.crop_scale='(0.6, 1.0)'" in lines and "  --config.num_epochs=auto" in lines and "  --config.data.root=''" in lines
   assert any(line.startswith("    :folder_small ") for line in lines)
 
 
@@ -83,3 +83,10 @@ def test_comments_are_read_beside_their_fields(tmp_path, source, expected):
   path = tmp_path / "base.py"
   path.write_text(source)
   assert field_meanings(path) == expected
+
+
+def test_auto_leaves_a_field_open_and_is_refused_where_nothing_chooses():
+  lines = helped("--config=configs/pirl.py:imagenet", "--config.micro_batches=auto", "--help").stdout.splitlines()
+  assert "  --config.micro_batches=auto" in lines and "  --config.num_epochs=800" in lines
+  refused = helped("--config=configs/pirl.py", "--config.seed=auto")
+  assert refused.returncode == 2 and "seed=auto is not possible; the program chooses these fields: " in refused.stderr

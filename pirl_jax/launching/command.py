@@ -5,6 +5,7 @@ Reads the flags and the config, and runs the job that the config names (`jobs`).
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from absl import app, flags
 
 from pirl_jax.configs.base import get_base
+from pirl_jax.configs.data_sets import CHOSEN, leave_open
 from pirl_jax.errors import UserError
 from pirl_jax.launching import config_files, jobs, usage
 from pirl_jax.runtime import memory
@@ -46,6 +48,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     except BrokenPipeError:  # the reader, for example `head`, wants no more; Python must not write again at its end
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
+  argv, left_open = _without_auto(argv)
   try:
     rest = flags.FLAGS(argv)
     # If the config file could not be loaded, the error is raised here, at the first access to the config.
@@ -54,9 +57,23 @@ def parse_flags(argv: list[str]) -> list[str]:
     raise _one_line(error, argv) from error
   if not named:
     raise UserError("no config; for a first run: python launch.py --config=configs/pirl.py")
+  leave_open(CONFIG.value, left_open)
   if rest[1:]:
     raise UserError(f"unexpected argument {rest[1]!r}; overrides look like --config.batch_size=256")
   return rest
+
+
+def _without_auto(argv: list[str]) -> tuple[list[str], list[str]]:
+  """Returns the arguments but for those of the form --config.FIELD=auto, and the FIELDs of these.
+
+  Raises:
+    UserError: the program cannot choose such a field.
+  """
+  found = {argument: match[1] for argument in argv if (match := re.fullmatch(r"--?config\.([\w.]+)=auto", argument))}
+  for field in found.values():
+    if field not in CHOSEN:
+      raise UserError(f"{field}=auto is not possible; the program chooses these fields: {', '.join(CHOSEN)}")
+  return [argument for argument in argv if argument not in found], list(found.values())
 
 
 def _help(argv: list[str]) -> str:
@@ -69,7 +86,9 @@ def _help(argv: list[str]) -> str:
   if not given:
     return usage.overview(tuple(flag.name for flag in FLAGS))
   try:
+    argv, left_open = _without_auto(argv)
     flags.FLAGS(argv)
+    leave_open(CONFIG.value, left_open)
     settings = CONFIG.value.to_dict()
   except WRONG as error:
     problem = _one_line(error, argv)

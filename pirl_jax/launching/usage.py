@@ -61,7 +61,7 @@ def of_config(argument: str, settings: Mapping[str, Any] | None) -> str:
   base = field_meanings(config_files.package_file("base"))
   meanings = base | {f"run.{field}": meaning for field, meaning in base.items()} | field_meanings(path)
   lines += ["", f"fields of {argument}, with the values that they have for this command:"]
-  fields, group = flatten(settings), ""
+  fields, group, chooses = flatten(settings), "", settings["job"] in ("pretrain", "plan")
   for field in _in_order(fields, meanings):
     value, meaning = fields[field], meanings.get(field, "")
     if value is None and (not meaning or field.count(".") > 1):
@@ -69,7 +69,9 @@ def of_config(argument: str, settings: Mapping[str, Any] | None) -> str:
     if field.rpartition(".")[0] != group:
       group = field.rpartition(".")[0]
       lines += ["", *textwrap.wrap(f"{group}: {meanings[group]}" if meanings.get(group) else f"{group}:", _columns())]
-    typed = "  (without a value)" if value is None else f"={shlex.quote(str(value))}"
+    typed = f"={shlex.quote(str(value))}"
+    if value is None:
+      typed = "=auto" if chooses else "  (without a value)"
     lines += [f"  --config.{field}{typed}", *_below(meaning)]
   return "\n".join(lines)
 

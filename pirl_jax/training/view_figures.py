@@ -189,13 +189,13 @@ def crop_of(config: ConfigDict) -> tuple[int, tuple[float, float]]:
   return config.data.image_size, (max(low, SMALLEST_SHARE * high), high)
 
 
-def recipe_of(config: ConfigDict) -> Recipe:
+def half_recipe(config: ConfigDict) -> Recipe:
   """Returns the photometric augmentations of a view: flip and half of the colour jitter of the run's image view.
 
   The views of the training itself would be too hard: a ResNet-8 at 32 pixels that has learnt finds 8 % of them again,
   and half-strength views 68 %. An untrained network finds 13 % of the latter.
   """
-  own = Recipe(**config.photometric)
+  own = system.recipe_of(config, "photometric")
   strengths = {name: COLOUR_SHARE * getattr(own, name) for name in ("brightness", "contrast", "saturation", "hue")}
   return dataclasses.replace(own, **strengths, group_probability=0, grayscale_probability=0, blur_probability=0)
 
@@ -203,10 +203,10 @@ def recipe_of(config: ConfigDict) -> Recipe:
 def _make_forward(parts: Parts) -> Callable:
   """Returns forward(variables, image u8[B, H, H, 3], number i32[B]) -> {"pooled": f32[B, C], "embedding": f32[B, D]}.
 
-  Each view gets the augmentations of `recipe_of`, drawn for its number. Embeddings have unit norm; a network without
+  Each view gets the augmentations of `half_recipe`, drawn for its number. Embeddings have unit norm; a network without
   embeddings has pooled features alone.
   """
-  network, recipe = parts.network, recipe_of(parts.config)
+  network, recipe = parts.network, half_recipe(parts.config)
   views_fn = make_views(None, recipe=recipe, pretext_recipe=recipe)
 
   def both(network: Network, image: jax.Array) -> dict[str, jax.Array]:
