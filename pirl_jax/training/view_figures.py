@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from pirl_jax import system
 from pirl_jax.data import batches
 from pirl_jax.data.records import Source
 from pirl_jax.evaluation import representation
