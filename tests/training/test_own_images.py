@@ -205,6 +205,6 @@ def test_an_unlabelled_run_is_judged_on_another_set_with_labels(images, tmp_path
   with Checkpoints(tmp_path / "run" / "checkpoints", keep=5) as checkpoints:
     assert checkpoints.best_metric(checkpoints.steps()[-1]) == rows[-1]["other_knn_top1"]
   assert not (tmp_path / "run" / "unfinished-other").exists()
-  with pytest.raises(UserError, match="need one label for each image"):
+  with pytest.raises(UserError, match="lie in no sub-folders; sort them"):
     pretrain.run(own(images, **{**changes, "evaluate.root": str(tmp_path / "flat")}), str(tmp_path / "run2"))
   assert not (tmp_path / "run2").exists()
