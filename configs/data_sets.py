@@ -24,7 +24,6 @@ def embedded(config: ConfigDict) -> None:
   config.evaluate.every_epochs = 5
   config.checkpoint.every_steps = 500
   config.log.every_steps = 16
-  config.evaluate.views = 512
   config.report = True
 
 
@@ -87,6 +86,7 @@ def own_images(config: ConfigDict) -> None:
   config.data.source = "folder"
   config.data.update(formats="all", reduced_decoding=True, upright=True, full_range=True)
   config.optimizer.update_interval = "step"
+  config.evaluate.views = 512
   config.report = True
 
 
