@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib
 import json
@@ -139,6 +138,7 @@ def create_trial(config: ConfigDict, point: Point, seed: int, root: Path) -> Tri
     UserError: the system or the variant is unknown, or the config does not accept a field or a value.
   """
   run_config = system_config(point.system, config.variant)
+  run_config.report = False  # the study has its own; settings.report=True writes one of each run, too
   evaluation = evaluations.get_config(config.evaluation)
   embedded = [] if config.variant else [("embedded.", config.embedded)]
   for where, groups in [*embedded, ("", config)]:
@@ -241,10 +241,10 @@ def digest(config: ConfigDict, without: Iterable[str], younger: Mapping[str, Any
   """
   fields = {name: value for name, value in config.to_dict().items() if name not in without}
   for name, value in younger.items():
-    *groups, field = name.split(".")
-    group = functools.reduce(lambda group, part: group.get(part, {}), groups, fields)
-    if field in group and group[field] == value:
-      del group[field]
+    group, _, field = name.rpartition(".")
+    holder = fields.get(group, {}) if group else fields
+    if field in holder and holder[field] == value:
+      del holder[field]
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 
