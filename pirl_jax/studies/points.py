@@ -138,7 +138,8 @@ def create_trial(config: ConfigDict, point: Point, seed: int, root: Path) -> Tri
     UserError: the system or the variant is unknown, or the config does not accept a field or a value.
   """
   run_config = system_config(point.system, config.variant)
-  run_config.report = False  # the study has its own; settings.report=True writes one of each run, too
+  # A study measures its runs itself. A variant's report and verdict would only take time, and change the digest.
+  run_config.update_from_flattened_dict({"report": False, "evaluate.views": 0})
   evaluation = evaluations.get_config(config.evaluation)
   embedded = [] if config.variant else [("embedded.", config.embedded)]
   for where, groups in [*embedded, ("", config)]:
