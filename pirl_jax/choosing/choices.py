@@ -18,7 +18,7 @@ from pirl_jax.storage.settings import flatten
 
 NCE_IMAGES = 1_000_000
 """From this number of images on the loss is the paper's `nce`. The paper shows that `nce` learns with sets of 1.0 and
-1.3 million images. On 689 and 4,096 images `nce` diverges: docs/own_images.md has the figures."""
+1.3 million images. On 689, 4,096 and 50,000 images it diverges: docs/own_images.md has the figures."""
 
 NEGATIVES = 4_096
 """For GPUs and TPUs, as in the paper's section 4."""
@@ -210,7 +210,8 @@ def _loss(choosing: _Choosing) -> None:
   choosing.take("usual for this network" if negatives == usual else f"there are {number:,} images to choose from",
                 num_negatives=negatives)
   small = number < NCE_IMAGES
-  choosing.take(f"nce was seen to learn well from {NCE_IMAGES:,} images on" if small else "the paper's loss",
+  choosing.take(f"nce diverges on small sets; the paper shows it from {NCE_IMAGES:,} images on" if small
+                else "the paper's loss",
                 loss="infonce" if small else "nce")
   choosing.take(f"goes with {choosing.config.loss}", temperature=0.07 if choosing.config.loss == "nce" else 0.1)
 

@@ -42,6 +42,9 @@ METRICS = {
   "images_per_second": Meaning("training images per second since the last row, without pauses"),
   "data_wait": Meaning("share of the time in which the step waits for images, in [0, 1]",
                        "below 0.1; more threads or smaller copies of the images help", 0.0, 0.1),
+  "other_knn_top1": Meaning("kNN top-1, by pooled features, on the set that evaluate.source and evaluate.root name, in "
+                            "[0, 1]", "rises"),
+  "other_linear_top1": Meaning("top-1 of a linear classifier on pooled features of that set, in [0, 1]", "rises"),
   "knn_top1": Meaning("share of the held-out images whose class is that of a vote of the nearest training images, in "
                       "[0, 1]; needs labels", "rises above 1 / number of classes"),
   "bank_rank": Meaning("RankMe of 2,048 rows of the bank: the number of directions that they fill, from 1 to dim",

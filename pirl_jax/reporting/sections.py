@@ -143,8 +143,10 @@ def curves(runs: Sequence[RunFiles]) -> str:
       keys = f"<div>{charts.legend([line.name for line in lines])}</div>" if len(lines) > 1 else ""
       notes = "".join(_reading(runs, name) for name in names)
       figures.append(f"<figure><h3>{page.escaped(title)}</h3>{drawn}<figcaption>{keys}{notes}</figcaption></figure>")
-  return ('<p class="soft">A green band is the healthy range at the end of a run. A dashed line is the loss of '
-          f'a network that guesses.</p><div class="charts">{"".join(figures)}</div>')
+  about = "A green band is the healthy range at the end of a run."
+  if len(runs) == 1 and _chance(runs[0].config):
+    about += " The dashed line is the loss of a network that guesses."
+  return f'<p class="soft">{about}</p><div class="charts">{"".join(figures)}</div>'
 
 
 def _reading(runs: Sequence[RunFiles], name: str) -> str:

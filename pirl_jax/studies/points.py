@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib
 import json
@@ -243,10 +242,10 @@ def digest(config: ConfigDict, without: Iterable[str], younger: Mapping[str, Any
   """
   fields = {name: value for name, value in config.to_dict().items() if name not in without}
   for name, value in younger.items():
-    *groups, field = name.split(".")
-    group = functools.reduce(lambda group, part: group.get(part, {}), groups, fields)
-    if field in group and group[field] == value:
-      del group[field]
+    group, _, field = name.rpartition(".")
+    holder = fields.get(group, {}) if group else fields
+    if field in holder and holder[field] == value:
+      del holder[field]
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 
