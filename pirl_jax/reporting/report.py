@@ -38,7 +38,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   both folders. A run may still be training; then its newest checkpoint is shown.
 
   Raises:
-    UserError: nothing is named, or a name is not the folder of a run.
+    UserError: nothing is named, a name is not the folder of a run, or the file cannot be written.
   """
   folders = [run_folder(name.strip()) for name in config.checkpoint.split(",") if name.strip()]
   if not folders:
@@ -53,7 +53,10 @@ def run(config: ConfigDict, workdir: str) -> None:
     if found.problem:
       print(f"{found.label}: no neighbours and no map, because {found.problem}")
   output = Path(workdir) if workdir else folders[0] if len(folders) == 1 else Path("runs/compare")
-  print(f"written: {write(output / NAME, runs)}, in {time.perf_counter() - started:.0f} s")
+  try:
+    print(f"written: {write(output / NAME, runs)}, in {time.perf_counter() - started:.0f} s")
+  except OSError as error:
+    raise UserError(f"{output / NAME} cannot be written ({error.strerror}); choose another --workdir") from error
 
 
 def read_run(label: str, folder: Path, look_fn: Callable[[], Sight]) -> RunFiles:

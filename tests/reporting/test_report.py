@@ -145,6 +145,12 @@ def test_verdict_chosen_settings_and_results_are_shown(run, tmp_path):
   assert "top-1 of linear" in text and "7 held-out images" in text and "could not be made" not in text
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(run, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="report.html cannot be written .File exists.; choose another --workdir"):
+    reported(run, workdir=tmp_path / "file")
+
+
 @pytest.mark.parametrize("checkpoint, said", [
   ("", "config.checkpoint is empty"), ("{run},{run}", "names a run twice"), ("{run}/none", "there is no such folder")])
 def test_wrong_names_are_one_line(run, checkpoint, said):
