@@ -145,8 +145,8 @@ def small_network(config: ConfigDict) -> None:
   loss was 300 to 2,400 instead of 9, and kNN was at chance. The presumed reason: The embeddings of a new network are
   nearly equal, and after an epoch of 32 steps the rows of the bank are nearly equal, too. In `nce` the sum over the
   negatives is unbounded. It seems to drive the embeddings around the sphere, and the bank follows: an image's own row,
-  the oldest, is less similar to the image than the other rows are. On 50,000 images the loss fell slowly over the 3.6
-  epochs that were tried.
+  the oldest, is less similar to the image than the other rows are. On 50,000 images the loss rises, too:
+  docs/own_images.md has the figures.
   """
   small_images(config, image_size=32, cell=12, patch_size=10)
   config.batch_size = 128
