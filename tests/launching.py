@@ -54,7 +54,8 @@ class Launch:
     compiling = QUICK if quick and not double else ""
     for process in range(processes):
       flags, environment = [], os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiling}", "JAX_ENABLE_X64": str(int(double)),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiling}",
+        "JAX_ENABLE_X64": str(int(double)),
         # Without optimisations a program compiles sooner, and in float64 runs a hundred times as long.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not double))}
       if slurm:
