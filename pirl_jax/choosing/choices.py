@@ -235,8 +235,8 @@ def _reports(choosing: _Choosing) -> None:
   config = choosing.config
   total = config.num_epochs * choosing.steps_per_epoch
   choosing.take("about a hundred rows", log__every_steps=max(1, min(50, total // 100)))
-  choosing.take("ten or more in a run", checkpoint__every_steps=max(100, min(2_500, total // 10)))
-  choosing.take("three in a run", evaluate__every_epochs=max(1, config.num_epochs // 3))
+  choosing.take("ten or more in a run", checkpoint__every_steps=max(100, min(2_500, -(-total // 10))))
+  choosing.take("three in a run", evaluate__every_epochs=max(1, -(-config.num_epochs // 3)))
   labelled = choosing.facts.num_classes > 0 and bool(config.evaluate.split or config.data.holdout)
   small = choosing.facts.num_images <= LEARNING_IMAGES and config.data.image_size <= 64
   choosing.take("there are labels and held-out images" if labelled else "needs labels and held-out images",
