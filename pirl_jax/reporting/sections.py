@@ -19,6 +19,7 @@ from pirl_jax import configs
 from pirl_jax.configs.base import get_base
 from pirl_jax.data.batches import why_broken
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation.representation import rank_me
 from pirl_jax.reporting import charts, looking, page
 from pirl_jax.reporting.looking import Sight
 from pirl_jax.reporting.meanings import FIGURES, METRICS
@@ -249,7 +250,7 @@ def layers(run: RunFiles) -> str:
   rows = []
   for name, features in sight.images.layers.items():
     share = looking.same_class(features, labels)
-    rows.append([name, features.shape[1], round(looking.rank(features), 1), None if share is None else round(share, 3),
+    rows.append([name, features.shape[1], round(rank_me(features), 1), None if share is None else round(share, 3),
                  *(of_layer.get(name) for of_layer in linear.values())])
   header = ["layer", "channels", "rank", "nearest of same class", *linear]
   if (labels < 0).all():
