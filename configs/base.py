@@ -13,7 +13,8 @@ def get_base() -> ConfigDict:
   """Returns the settings of the paper's main run (section 3; vissl pirl_jigsaw_4node_resnet50.yaml), without data."""
   config = ConfigDict()
   config.job = "pretrain"  # the job that launch.py runs
-  config.dry_run = False  # True: the run is described, with its memory and its steps, and not started
+  # True: the run is described, with its memory and its steps, and not started. A TFDS set that is missing is prepared.
+  config.dry_run = False
   config.name = ""  # of the run; without --workdir the folder of the run is runs/NAME
   config.seed = 0  # of everything random: weights, bank, order, crops, views, negatives
   # "invariant": the image and the transformed image are compared with the memory bank (PIRL, NPID). "covariant": the

@@ -13,7 +13,7 @@ HOLDOUT = 0.1
 """Share of the images that is held out where the folder has no split for it."""
 
 
-AS_A_SET = Arrangement("train", "", "none", "the images bring their labels")
+AS_A_SET = Arrangement("train", "", "none", "labels that are stored with the images are read in any case")
 """Of a source that is no folder, or of a folder that is not there yet."""
 
 
@@ -29,9 +29,9 @@ def arrange(config: ConfigDict) -> tuple[ConfigDict, list[Choice]]:
   elif data.source == "webdataset" and data.root:
     found = arrangement_of_shards(data.root)
   split = found.test_split if config.evaluate.split is None else config.evaluate.split
-  named = f"the folder has {split}" if split else "the folder has no train and test"
+  named = f"there is {split}" if split else "there are no train and test"
   possible = [
-    Choice("data.split", found.split, named if split else "the whole folder"),
+    Choice("data.split", found.split, named if split else "all images" if not found.split else "the usual name"),
     Choice("data.labels", found.labels, found.why),
     Choice("evaluate.split", found.test_split, named),
     Choice("data.holdout", 0.0 if split else HOLDOUT,

@@ -129,7 +129,9 @@ def _network(choosing: _Choosing) -> None:
   facts, config = choosing.facts, choosing.config
   if choosing.on_cpu:
     why = f"a CPU of {facts.num_cores} cores trains this network and size in minutes"
-    choosing.take(why, model__arch="resnet8", model__stem="3x3s2", data__image_size=32)
+    choosing.take(why, model__arch="resnet8", data__image_size=32)
+    small = config.data.image_size <= 64
+    choosing.take(f"views of {config.data.image_size} pixels on a CPU", model__stem="3x3s2" if small else "imagenet")
     return
   size = next((size for limit, size in LARGEST if facts.shorter_side < limit), 224)
   choosing.take(f"the images' shorter side is {facts.shorter_side} pixels in the median", data__image_size=size)
@@ -157,7 +159,8 @@ def _batch(choosing: _Choosing) -> None:
   usual = 128 if choosing.config.data.image_size < 160 else 256
   half = 1 << max(1, facts.num_images // 2).bit_length() - 1
   size = max(1, min(usual, half) // devices) * devices
-  choosing.take(f"{usual}, or half of a smaller set" if half < usual else f"usual for {choosing.config.model.arch}",
+  choosing.take("the largest power of two up to half of the images" if half < usual
+                else f"usual for {choosing.config.model.arch}",
                 batch_size=size)
   choosing.take("as many as pass through memory easily", evaluate__batch_size=-(-256 // devices) * devices)
   small_network = choosing.config.model.arch == "resnet8"
@@ -227,8 +230,8 @@ def _length(choosing: _Choosing) -> None:
     epochs = min(EPOCHS[1], max(EPOCHS[0], GPU_IMAGES[0] // number))
   else:
     epochs = max(1, min(EPOCHS[0], GPU_IMAGES[1] // number))
-  choosing.take(f"{epochs * steps:,} steps of {choosing.config.batch_size}, {epochs * number:,} images in all",
-                num_epochs=epochs)
+  total, size = epochs * steps, choosing.config.batch_size
+  choosing.take(f"{total:,} steps of {size} are {total * size:,} images in all", num_epochs=epochs)
 
 
 def _reports(choosing: _Choosing) -> None:
@@ -239,7 +242,8 @@ def _reports(choosing: _Choosing) -> None:
   choosing.take("three in a run", evaluate__every_epochs=max(1, -(-config.num_epochs // 3)))
   labelled = choosing.facts.num_classes > 0 and bool(config.evaluate.split or config.data.holdout)
   small = choosing.facts.num_images <= LEARNING_IMAGES and config.data.image_size <= 64
-  choosing.take("there are labels and held-out images" if labelled else "needs labels and held-out images",
+  why = "there are labels and held-out images" if labelled else "needs labels and held-out images"
+  choosing.take(why if small else "raw pixels of so many or so large images need too much memory",
                 evaluate__learning=labelled and small)
 
 

@@ -43,17 +43,25 @@ def arrangement_of(root: str, formats: str = "all", split: str | None = None) ->
     UserError: there is no such folder, or it cannot be listed.
   """
   root = os.path.abspath(os.path.expanduser(root))
-  _, names = _listed(root, formats)
+  has_images, names = _listed(root, formats)
   by_name = {name.lower(): name for name in names}
   train = split if split is not None else next((by_name[name] for name in TRAIN if name in by_name), "")
   test = next((by_name[name] for name in TEST if name in by_name and by_name[name] != train), "")
-  if not (train and test):
-    train, test = split or "", "" if not split else test
+  if split is None and train and not test and (has_images or _filled(root, names, formats) != [train]):
+    train = ""
+  if not train:
+    test = ""
   inside = os.path.join(root, train)
-  has_images, classes = _listed(inside, formats)
+  has_images, names = _listed(inside, formats)
+  classes = _filled(inside, names, formats)
   if not has_images and len(classes) >= 2 and all(_listed(os.path.join(inside, name), formats)[0] for name in classes):
     return Arrangement(train, test, "folder", f"{len(classes)} sub-folders with images are the classes")
-  return Arrangement(train, test, "none", "there is no sub-folder for each class")
+  return Arrangement(train, test, "none", "the images are not sorted into one sub-folder for each class")
+
+
+def _filled(folder: str, names: Iterable[str], formats: str) -> list[str]:
+  """Returns those of the sub-folders that hold an image or a folder."""
+  return [name for name in names if any(_listed(os.path.join(folder, name), formats))]
 
 
 def arrangement_of_shards(root: str) -> Arrangement:

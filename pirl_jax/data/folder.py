@@ -130,7 +130,7 @@ def _split_folder(root: str, split: str) -> str:
   root = os.path.abspath(os.path.expanduser(root))
   if not os.path.isdir(root):
     raise UserError(f"data.root={printable(root)} is not a folder; give the folder of images")
-  folder = os.path.join(root, split)
+  folder = os.path.join(root, split) if split else root
   if not os.path.isdir(folder):
     names = sorted(
       name for name in _listed(root) if os.path.isdir(os.path.join(root, name)) and name[0] != "."
@@ -230,7 +230,7 @@ def _label(paths: Sequence[str], shown: str, class_names: tuple[str, ...] | None
       raise UserError(
         f"class {printable(name)!r} of {shown} is not among the {len(class_names)} classes of the training "
         f"images ({', '.join(class_names[:10])}{', ...' if len(class_names) > 10 else ''}); "
-        "both splits need the same sub-folders"
+        "both splits need the same sub-folders, or no labels, --config.data.labels=none"
       )
   number = {name: number[printable(name)] for name in found} | {None: -1}
   return np.array([number[name] for name in classes], np.int32), tuple(class_names)

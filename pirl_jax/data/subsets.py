@@ -65,14 +65,15 @@ def held_out_of(source: Source, share: float, *, held_out: bool) -> Subset:
     held_out: True returns the images that are held out, False the others.
 
   Raises:
-    UserError: one of the two parts has no image.
+    UserError: there are fewer than two images.
   """
-  limit = int(share * 2**64)
-  chosen = np.fromiter((int.from_bytes(_digest(source.image_name(index))[:8], "big") < limit
-                        for index in range(len(source))), bool, len(source))
-  if chosen.all() or not chosen.any():
-    raise UserError(f"data.holdout={share} of {len(source)} images leaves no image "
-                    f"{'to train on' if chosen.all() else 'to hold out'}; choose another share, or 0")
+  digests = np.fromiter((int.from_bytes(_digest(source.image_name(index))[:8], "big")
+                         for index in range(len(source))), np.uint64, len(source))
+  if len(source) < 2:
+    raise UserError(f"data.holdout={share} of {len(source)} image(s) is not possible; give more images, or "
+                    "--config.data.holdout=0")
+  chosen = digests < np.uint64(share * 2**64)
+  chosen[digests.argmin()], chosen[digests.argmax()] = True, False  # each part of a small set has an image
   part = Subset(source, np.flatnonzero(chosen == held_out))
   if (lines := part.listing()) is not None:  # an image that comes to the other part changes nothing here
     part.fingerprint = f"{source.fingerprint.partition(':')[0]}:{len(part)}:{_digest(chr(10).join(lines)).hex()[:32]}"

@@ -133,6 +133,8 @@ def _one_line(error: Exception, argv: list[str]) -> UserError:
 
 def _unknown_flag(name: str, argv: list[str]) -> UserError:
   """Returns the error for a flag that does not exist; the fields of the config are candidates for what was meant."""
+  if name.startswith("config.") and not _config_argument(argv):
+    return UserError(f"--{name} needs a config before it; for example --config=configs/pirl.py")
   settings = _settings(argv) if _config_argument(argv) else get_base().to_dict()
   candidates = [*(flag.name for flag in FLAGS), *(f"config.{field}" for field in flatten(settings))]
   last = {candidate: candidate.rpartition(".")[2] for candidate in candidates}

@@ -15,7 +15,7 @@ BY_XLA = re.compile(r"RESOURCE_EXHAUSTED|out of memory|hbm capacity", re.IGNOREC
 ON_HOST = re.compile(r"Insufficient memory|Unable to allocate|Cannot allocate memory|std::bad_alloc", re.IGNORECASE)
 """What NumPy, OpenCV, the system and C++ say."""
 
-SIZE = re.compile(r"(\d[\d,.]*\s*(?:[KMGT]i?B|bytes))", re.IGNORECASE)
+SIZE = re.compile(r"(\d[\d,.]*\s*[KMGT]i?B)|(\d+) bytes", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def told(way_out: Callable[[], str]) -> Iterator[None]:
     if not where:
       raise
     size = SIZE.search(str(error))
-    asked = f" (asked for {size[1]})" if size else ""
+    asked = f" (asked for {size[1] or f'{int(size[2]) / 2**30:.2f} GiB'})" if size else ""
     raise UserError(f"out of memory on the {where}{asked}; {way_out()}") from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import logging as absl_logging
 
-LOGGERS = ("absl", "asyncio")
+LOGGERS = ("absl", "asyncio", "urllib3")
 """Loggers of the libraries that are suppressed; Orbax writes to that of absl. Warnings of JAX stay visible."""
 
 

@@ -289,9 +289,9 @@ class Logbook:
       # If the last row has a loss that is not finite, the line says so instead of showing an older, finite loss.
       now = self._rows[-1].get("loss", loss)
       parts.append("loss not finite" if now is None else f"loss {now:.3f}")
-    knn = self._last("knn_top1")
-    if knn is not None:
-      parts.append(f"kNN {knn:.1%}")
+    for name, text in (("knn_top1", "kNN"), ("other_knn_top1", "other kNN")):
+      if (knn := self._last(name)) is not None:
+        parts.append(f"{text} {knn:.1%}")
     if (rank := self._last("bank_rank")) is not None:
       parts.append(f"bank rank {rank:.0f}")
     left = self._seconds_left(step)
@@ -299,7 +299,7 @@ class Logbook:
       parts.append(f"{_clock(left)} left")
     if (rank := self._last("feature_rank")) is not None:
       parts.append(f"feature rank {rank:.0f}")
-    if self._rates:
+    if len(self._rates) > 1:
       images, seconds, wait = self._rates[-1]
       parts += [f"{images / seconds:,.0f} images/s", f"data wait {wait / seconds:.0%}"]
     return "  ".join(parts)
@@ -309,14 +309,10 @@ class Logbook:
 
   def _seconds_left(self, step: int) -> float | None:
     """Returns an estimate from the wall time since the first log, including evaluations and checkpoints."""
-    remaining = self._total_steps - step
     if self._rate_mark is not None and step > self._rate_mark[0]:
       mark_step, mark_time = self._rate_mark
-      return remaining * (perf_counter() - mark_time) / (step - mark_step)
-    if self._rates:
-      images, seconds, _ = self._rates[-1]
-      return remaining * self._batch_size * seconds / images
-    return None
+      return (self._total_steps - step) * (perf_counter() - mark_time) / (step - mark_step)
+    return None  # the first interval includes the compilation
 
 
 def _clock(seconds: float) -> str:

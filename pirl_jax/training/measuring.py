@@ -48,6 +48,8 @@ def unlabelled(parts: Parts) -> str:
       return f"there are no {name} images (--config.evaluate.split)"
     if not source.class_names:
       return f"the {name} images have no labels (for folders of classes: --config.data.labels=folder)"
+    if len(source.class_names) < 2:
+      return f"the {name} images are all of one class"
     if source.multi_label:
       return f"the {name} images may show several classes each"
   return ""

@@ -31,7 +31,7 @@ from pirl_jax.storage.files import write_json
 from pirl_jax.storage.formats import FORMAT
 from pirl_jax.storage.logbook import Logbook
 from pirl_jax.storage.settings import flatten
-from pirl_jax.training import verdict
+from pirl_jax.training import resuming, verdict
 from pirl_jax.training.describing import ExpectedTime, describe, dry_run, way_out
 from pirl_jax.training.guards import Broken, Guard
 from pirl_jax.training.in_flight import InFlight
@@ -44,6 +44,7 @@ from pirl_jax.training.resuming import (
   check_images,
   check_new,
   hold,
+  other_root,
   restore,
   save,
   with_stored_choices,
@@ -106,8 +107,9 @@ def _pretrain(parts: Parts, stopping: Stopping, other: Callable | None) -> None:
       state = first_state(parts)
     start_step = int(state.step)
     schedule = changed_schedule(parts, start_step) if start_step else ""
-    processes.together(begin, parts)
-    print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    processes.together(begin, parts, parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    number = parameter_overview.count_parameters(state.params)
+    print(f"parameters: {number:,}, listed in {workdir / resuming.PARAMETERS}")
     with Logbook(workdir, start_step=start_step, total_steps=parts.total_steps,
                  steps_per_epoch=parts.steps_per_epoch, batch_size=config.batch_size,
                  enabled=jax.process_index() == 0) as book:
@@ -118,6 +120,7 @@ def _pretrain(parts: Parts, stopping: Stopping, other: Callable | None) -> None:
       views = ViewFigures(parts, stopping) if config.evaluate.views and config.num_epochs else None
       if config.num_epochs:
         evaluations = Evaluations(parts, book, make_evaluation(parts, book, stopping), views, other)
+        book.say("compiles the step, which takes a minute or more on a CPU; later starts take it from the cache")
         with stopping.held():
           state = train(parts, state, checkpoints, book, stopping, evaluations)
         stopping.check()
@@ -135,7 +138,13 @@ def prepare(config: ConfigDict, workdir: Path) -> Parts:
   """
   check_config(config)
   config = with_stored_choices(config, workdir)
-  return build(config, workdir, lambda train: None if config.data.grown else check_images(train, workdir))
+  try:
+    return build(config, workdir, lambda train: None if config.data.grown else check_images(train, workdir))
+  except UserError as error:
+    if root := other_root(config, workdir):
+      raise UserError(f"{workdir} holds a run on the images in {root}; give those in {config.data.root} another place, "
+                      f"--workdir=runs/NAME ({error})") from error
+    raise
 
 
 def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbook, stopping: Stopping,

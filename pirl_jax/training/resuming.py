@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.method.memory_bank import Layout
 from pirl_jax.method.state import TrainState
 from pirl_jax.storage.checkpoints import Checkpoints
-from pirl_jax.storage.files import locked, read_json, write_json
+from pirl_jax.storage.files import locked, read_json, write_file, write_json
 from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, upgrade_config
 from pirl_jax.storage.logbook import METRICS, read_rows
 from pirl_jax.storage.settings import difference, flatten
@@ -29,6 +30,12 @@ from pirl_jax.training.parts import Parts, make_schedule
 FREE_ON_RESUME = ("num_epochs", "dry_run", "data.root", "data.grown", "checkpoint.", "evaluate.", "log.", "report",
                   "data.num_threads", "data.max_bad_fraction")
 """Fields that may change when a run resumes; a name that ends with a dot stands for its whole group."""
+
+CHOSEN = "chosen.json"
+"""The file with the fields that the program has chosen, and why."""
+
+PARAMETERS = "parameters.txt"
+"""The file with the table of the network's parameters."""
 
 HANDOVER_SECONDS = 20
 """How long to wait for another run in the same folder that is about to end."""
@@ -69,8 +76,16 @@ def check_new(parts: Parts) -> None:
                     "to start from the beginning")
 
 
-def begin(parts: Parts) -> None:
-  """Writes the run's config and the list of its images into the run's folder.
+def _chosen(workdir: Path) -> list[dict[str, Any]]:
+  """Returns the choices that are stored with a run: field, value and why."""
+  try:
+    return json.loads((workdir / CHOSEN).read_text()) if _saved(workdir) else []
+  except (OSError, ValueError):
+    return []
+
+
+def begin(parts: Parts, parameters: str) -> None:
+  """Writes the run's config, the list of its images and the table of its parameters into the run's folder.
 
   Raises:
     UserError: the folder cannot be written to.
@@ -79,8 +94,11 @@ def begin(parts: Parts) -> None:
     return
   try:
     write_json(parts.workdir / "config.json", parts.config.to_dict())
+    write_file(parts.workdir / PARAMETERS, f"{parameters}\n".encode())
     if parts.choices:
-      write_json(parts.workdir / "chosen.json", [dataclasses.asdict(choice) for choice in parts.choices])
+      made = [dataclasses.asdict(choice) for choice in parts.choices]
+      anew = {choice.field for choice in parts.choices}
+      write_json(parts.workdir / CHOSEN, [each for each in _chosen(parts.workdir) if each["field"] not in anew] + made)
     contents.remember(parts.train, parts.workdir)
     if parts.config.data.grown:
       contents.remember_grown(parts.train, parts.workdir)
@@ -91,17 +109,34 @@ def begin(parts: Parts) -> None:
 def with_stored_choices(config: ConfigDict, workdir: Path) -> ConfigDict:
   """Returns the config of a run in `workdir`: if there is a run already, its values fill the open fields.
 
+  A run that has saved nothing yet, for example because memory ran out in its first step, may start with other
+  settings.
+
   Raises:
     UserError: `workdir` holds a run whose config differs in a field that may not change.
   """
   stored = stored_config(workdir)
-  if stored is None:
+  if stored is None or not (_saved(workdir) or read_rows(workdir / METRICS)):
     return config
   # A set that has grown may have another number of negatives, if the program chooses it.
   chosen_anew = ("num_negatives",) if config.data.grown else ()
   config = recalled(config, {name: value for name, value in flatten(stored).items() if name not in chosen_anew})
   compare_configs(config, stored, workdir)
   return config
+
+
+def _saved(workdir: Path) -> bool:
+  """Returns whether there is a checkpoint in the folder of a run, whole or not."""
+  folder = workdir / "checkpoints"
+  return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+
+
+def other_root(config: ConfigDict, workdir: Path) -> str:
+  """Returns the root of the images of the run in `workdir`, if it is not that of the config, else ""."""
+  stored = read_json(workdir / "config.json") or {}
+  root = stored.get("data", {}).get("root", "")
+  same = os.path.abspath(os.path.expanduser(root)) == os.path.abspath(os.path.expanduser(config.data.root))
+  return "" if same or not root or not _saved(workdir) else root
 
 
 def stored_config(workdir: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 docs/verdict.md explains the figures and shows runs of each kind.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pirl_jax import system
+from pirl_jax.errors import UserError
 from pirl_jax.method.negatives import Scores
 from pirl_jax.storage.files import write_json
 from pirl_jax.storage.logbook import Logbook
 from pirl_jax.training.measuring import calibrate
 from pirl_jax.training.parts import Parts, loss_of
+from pirl_jax.training.starting import first_state
 from pirl_jax.training.view_figures import ViewFigures
 
 LEARNT, NOT_LEARNT, DIVERGED, COLLAPSED = "has learnt", "has not learnt", "diverged", "collapsed"
@@ -114,6 +117,10 @@ def give(parts: Parts, book: Logbook, view_figures: ViewFigures) -> None:
   figures = {name: last[name] for name in ("bank_rank", *untrained) if name in last}
   loss, chance = last_loss(book.rows, num_steps=parts.steps_per_epoch), chance_loss(parts)
   word, sentence = judge(figures, untrained, loss=loss, chance=chance)
+  if parts.config.init_from:
+    with contextlib.suppress(UserError):  # the other run may be gone when this one ends
+      start = view_figures(first_state(parts))["nearest_view"]
+      sentence += f"; with the first weights, of {parts.config.init_from}, it was {start:.1%}"
   about = view_figures.about
   book.say(f"{'' if word == LEARNT else 'WARNING: '}{sentence} ({about['num_images']:,} {about['images']} among "
            f"{about['num_gallery']:,})")

@@ -79,6 +79,12 @@ def test_what_is_chosen_is_stored_and_a_resumed_run_does_not_choose_again(images
     pretrain.run(own(images, loss="nce"), str(first))
 
 
+def test_another_folder_in_the_place_of_a_run_is_told_so(first, tmp_path):
+  write(tmp_path / "other", ["train/x/1.png", "train/y/2.png"])
+  with pytest.raises(UserError, match=r"holds a run on the images in .*images0; give those in .*--workdir=runs/NAME"):
+    pretrain.run(own(tmp_path / "other"), str(first))
+
+
 def test_a_dry_run_writes_nothing(images, tmp_path, capsys):
   pretrain.run(own(images, dry_run=True), str(tmp_path / "run"))
   out = capsys.readouterr().out
@@ -88,14 +94,18 @@ def test_a_dry_run_writes_nothing(images, tmp_path, capsys):
   assert not (tmp_path / "run").exists()
 
 
-def test_out_of_memory_in_a_step_is_one_line_with_flags(images, tmp_path, monkeypatch):
+def test_out_of_memory_in_a_step_is_one_line_with_flags_that_are_taken(images, tmp_path, monkeypatch):
   def make_step(parts):
+    if parts.config.micro_batches > 1:
+      raise KeyError("the flag was taken")
     def step(state, batch):
       raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3.1GiB.")
     return step
   monkeypatch.setattr(pretrain, "make_step", make_step)
   with pytest.raises(UserError, match=r"out of memory on the .*asked for 3.1GiB.*--config.micro_batches=2.*remat=True"):
     pretrain.run(own(images), str(tmp_path / "run"))
+  with pytest.raises(KeyError, match="the flag was taken"):
+    pretrain.run(own(images, micro_batches=2), str(tmp_path / "run"))
 
 
 def test_the_time_that_is_left_is_said_once(monkeypatch):
@@ -142,6 +152,8 @@ def test_a_folder_that_grew_goes_on_with_the_rows_of_its_images(grown, capsys):
   pretrain.run(own(images, num_epochs=2, **{"data.grown": True}), str(workdir))
   after, meta = bank_of(workdir)
   assert set(after) == set(names) and meta["step"] > step
+  kept = [each["field"] for each in json.loads((workdir / "chosen.json").read_text())]
+  assert {"loss", "num_negatives"} <= set(kept) and len(kept) == len(set(kept))
   pretrain.run(own(images, num_epochs=2), str(workdir))  # from now on it is an ordinary run
 
 

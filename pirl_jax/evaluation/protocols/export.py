@@ -233,12 +233,12 @@ def _measure(evaluation: Evaluation) -> Outcome:
   known = {data["split"]: evaluation.train}
   if evaluation.test is not None:  # if there is no held-out split, its name is "", which would mean a whole folder
     known[data["test_split"] or "held_out"] = evaluation.test
-  splits = tuple(settings.splits) or tuple(known)
+  splits, whole = tuple(settings.splits) or tuple(known), "train" if data["holdout"] else "all"
   images = {split: known.get(split) or evaluation.open_split(split) for split in splits}
   found = {
     split: export_features(
       evaluation.subject.model, part, settings, mesh=evaluation.mesh,
-      path=beside(evaluation, re.sub(r"[^A-Za-z0-9_.]+", "_", split) or "all", settings.format))
+      path=beside(evaluation, re.sub(r"[^A-Za-z0-9_.]+", "_", split) or whole, settings.format))
     for split, part in images.items()}
   return Outcome(
     figures={"splits": {split: outcome.figures for split, outcome in found.items()},

@@ -455,8 +455,14 @@ def _check_batch(settings: LinearSettings, num_images: int, mesh: Mesh) -> None:
 
 
 def _measure(evaluation: Evaluation) -> Outcome:
+  settings, devices, train = evaluation.settings, evaluation.mesh.size, evaluation.train
+  number = int(np.count_nonzero(train.labels() >= 0)) if train.source.class_names else 0
+  if devices <= number < settings.batch_size:
+    settings = dataclasses.replace(settings, batch_size=number // devices * devices)
+    print(f"linear.batch_size is {settings.batch_size}, because {number} training images have a label; the learning "
+          "rate is scaled to it")
   return keeping(evaluation, functools.partial(
-    measure_linear, evaluation.subject.model, evaluation.train, evaluation.labelled_test(), evaluation.settings,
+    measure_linear, evaluation.subject.model, evaluation.train, evaluation.labelled_test(), settings,
     mesh=evaluation.mesh, seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots))
 
 

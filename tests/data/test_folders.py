@@ -31,12 +31,15 @@ def write(folder, *names, size=(20, 24)):
   (["train/a.png", "test/b.png"], ("train", "test", "none")),
   (["train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png"], ("train", "val", "folder")),
   (["Training/cat/a.png", "Training/dog/b.png", "Validation/cat/c.png"], ("Training", "Validation", "folder")),
-  (["train/cat/a.png", "train/dog/b.png"], ("", "", "none")),
+  (["train/cat/a.png", "train/dog/b.png"], ("train", "", "folder")),
+  (["train/a.png", "train/b.png", "other/c.png"], ("", "", "folder")),
+  (["train/a.png", "b.png"], ("", "", "none")),
   (["train/a.png", "val/b.png", "test/c.png"], ("train", "test", "none")),
 ])
 def test_what_lies_in_a_folder_says_how_the_folder_is_arranged(names, expected, tmp_path):
   write(tmp_path, *names)
   (tmp_path / ".hidden").mkdir()
+  (tmp_path / "empty").mkdir()
   (tmp_path / "notes.txt").write_text("no image")
   found = arrangement.arrangement_of(str(tmp_path))
   assert (found.split, found.test_split, found.labels) == expected
@@ -84,9 +87,17 @@ def test_a_new_image_moves_no_other_to_the_other_side(tmp_path):
   assert opened(tmp_path).fingerprint != train.fingerprint != test.fingerprint
 
 
-@pytest.mark.parametrize("share, problem", [(1.0, "lies in"), (-0.1, "lies in"), (1e-9, "leaves no image to hold out")])
-def test_a_share_that_is_impossible_is_refused(share, problem, tmp_path):
+def test_each_part_of_a_small_set_has_an_image(tmp_path):
   write(tmp_path, "a.png", "b.png")
+  for share in (1e-9, 0.999999):
+    parts = [open_source(DataSettings("folder", root=str(tmp_path), split="", holdout=share), held_out=held_out)
+             for held_out in (False, True)]
+    assert sorted(name for part in parts for name in names_of(part)) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("share, problem", [(1.0, "lies in"), (-0.1, "lies in"), (0.5, "of 1 image.* not possible")])
+def test_a_share_that_is_impossible_is_refused(share, problem, tmp_path):
+  write(tmp_path, "a.png")
   with pytest.raises(UserError, match=problem):
     open_source(DataSettings("folder", root=str(tmp_path), split="", holdout=share))
 
