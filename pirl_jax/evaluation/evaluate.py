@@ -30,6 +30,7 @@ from pirl_jax.evaluation.protocols import protocol_of
 from pirl_jax.evaluation.subjects import Subject, open_subjects
 from pirl_jax.figures.curves import save_plot
 from pirl_jax.runs import Run
+from pirl_jax.runtime import devices, out_of_memory
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.files import read_json, write_json
 from pirl_jax.storage.formats import upgrade_config
@@ -60,6 +61,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
   started = time.perf_counter()
   if not re.fullmatch(r"[A-Za-z0-9_.\-]+", config.name):
     raise UserError(f"config.name={config.name!r} becomes part of file names: letters, digits, _ . - only")
+  for line in devices.lines():
+    print(line)
   mesh = mesh_lib.create_mesh()
   subjects = open_subjects(config.checkpoint, config.step, mesh)
   check_same_images({run.label: data_of(config, run) for subject in subjects for run in subject.runs})
@@ -73,7 +76,10 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
   outcomes = {}
   for evaluation in evaluations:
     print(f"{config.protocol} of {evaluation.subject.checkpoint}, step {evaluation.subject.step}")
-    outcomes[evaluation.subject.label] = measure(evaluation)
+    smaller = max(mesh.size, evaluation.train.batch_size // 4 // mesh.size * mesh.size)
+    with out_of_memory.told(lambda smaller=smaller: "smaller batches need less, --config.data.batch_size="
+                            f"{smaller}, and on the host fewer threads, --config.data.num_threads=1"):
+      outcomes[evaluation.subject.label] = measure(evaluation)
   if older_step is not None and jax.process_index() == 0:
     older = result_path.with_name(f"{dated_name(config, first.data, older_step)}.json")
     for ending in (".json", ".png"):

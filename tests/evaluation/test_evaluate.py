@@ -249,6 +249,14 @@ def test_a_run_without_heads_f_and_g_is_refused_before_another_is_judged(runs, t
   assert {label: result["figures"]["representation"] for label, result in found.items()} == {"a": "trunk", "b": "trunk"}
 
 
+def test_running_out_of_memory_is_one_line_with_flags(run, monkeypatch):
+  def exhausted(_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.")
+  monkeypatch.setattr(evaluate, "measure", exhausted)
+  with pytest.raises(UserError, match=r"out of memory .*asked for 8.00 GiB.*--config.data.batch_size=8.*num_threads=1"):
+    evaluate.run(config_of("knn", run), "")
+
+
 def test_an_interrupted_comparison_does_not_judge_the_first_run_again(runs, tmp_path, monkeypatch):
   judged, real = [], knn.PROTOCOL.measure
 
