@@ -26,6 +26,7 @@ def embedded(config: ConfigDict) -> None:
   config.log.every_steps = 16
   config.evaluate.views = 512
   config.report = True
+  config.export = True
 
 
 def cifar10(config: ConfigDict) -> None:
@@ -88,6 +89,7 @@ def own_images(config: ConfigDict) -> None:
   config.data.update(formats="all", reduced_decoding=True, upright=True, full_range=True)
   config.optimizer.update_interval = "step"
   config.report = True
+  config.export = True
 
 
 CHOSEN = (
