@@ -24,7 +24,7 @@ from pirl_jax.evaluation.layers import EMBEDDING, check_layers, has_embedding, l
 from pirl_jax.models.network import Model
 from pirl_jax.runtime.mesh import create_mesh
 from pirl_jax.runtime.quieting import hushed
-from pirl_jax.weights.opening import locate, open_any
+from pirl_jax.weights.opening import locate_weights, open_any
 
 
 def load(path: str | PathLike[str], step: int | None = None, *, batch_size: int | None = None) -> "Encoder":
@@ -42,7 +42,7 @@ def load(path: str | PathLike[str], step: int | None = None, *, batch_size: int 
     UserError: there is no such run, checkpoint or file, it is damaged, or the weights in a file do not fit.
   """
   mesh = create_mesh()
-  folder = locate(fspath(path), field="path")
+  folder = locate_weights(fspath(path), field="path")
   if batch_size is not None and batch_size < 1:
     raise UserError(f"batch_size={batch_size} is not possible: a whole number from 1 is needed")
   with hushed():

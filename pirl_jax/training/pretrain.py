@@ -52,7 +52,7 @@ from pirl_jax.training.starting import first_state
 from pirl_jax.training.stopping import Stopped, Stopping
 from pirl_jax.training.view_figures import ViewFigures, make_bank_rows
 from pirl_jax.views.normalisation import denormalise
-from pirl_jax.weights.export import ExportSettings, export
+from pirl_jax.weights.export import WeightsSettings, export
 
 BANK_ROWS = "bank_rows"
 """Name of the result of `make_bank_rows` among the metrics of a step that is logged."""
@@ -245,7 +245,7 @@ def export_end(parts: Parts, state: TrainState, book: Logbook) -> None:
   step, meta = int(state.step), {**run_meta(parts), "config": parts.config.to_dict()}
   try:
     lines = export(Run(parts.workdir.name, parts.workdir, step, True, meta, model), parts.workdir / "export",
-                   ExportSettings())
+                   WeightsSettings())
   except UserError as error:
     lines = [f"WARNING: {error}"]
   for line in lines[:2]:

@@ -8,7 +8,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.method.state import TrainState
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.training.parts import Parts
-from pirl_jax.weights.opening import locate, open_any
+from pirl_jax.weights.opening import locate_weights, open_any
 
 
 def first_state(parts: Parts) -> TrainState:
@@ -23,7 +23,7 @@ def first_state(parts: Parts) -> TrainState:
   given = parts.config.init_from
   if not given:
     return parts.initial_state()
-  path = locate(given, field="--config.init_from")
+  path = locate_weights(given, field="--config.init_from")
   run = open_any(path, given, 0, parts.mesh, stem=parts.config.model.stem)
   theirs: Any = run.model.variables
   expected = jax.eval_shape(parts.initial_state)

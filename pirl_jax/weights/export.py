@@ -27,7 +27,7 @@ from pirl_jax.weights import hub, onnx_graph, peers
 from pirl_jax.weights.card import CARD, card_of, readme
 from pirl_jax.weights.equality import check_equal, largest_differences
 from pirl_jax.weights.names import COUNTER, to_torch
-from pirl_jax.weights.opening import HEADS, WEIGHTS, locate, open_any
+from pirl_jax.weights.opening import HEADS, WEIGHTS, locate_weights, open_any
 
 BANK = "bank.safetensors"
 
@@ -36,7 +36,7 @@ METADATA = {"format": "pt"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportSettings:
+class WeightsSettings:
   """What is exported; the fields are those of configs/export.py.
 
   Attributes:
@@ -67,10 +67,10 @@ def run(config: ConfigDict, workdir: str) -> None:
   """
   if not config.checkpoint:
     raise UserError("config.checkpoint is empty; give the folder of a run, --config.checkpoint=runs/pirl")
-  settings = ExportSettings(format=config.format, heads=config.heads, bank=config.bank, licence=config.license)
+  settings = WeightsSettings(format=config.format, heads=config.heads, bank=config.bank, licence=config.license)
   if config.push:
     hub.check_target(config.push, settings.format)
-  path = locate(config.checkpoint)
+  path = locate_weights(config.checkpoint)
   opened = open_any(path, path.name, config.step, mesh_lib.create_mesh())
   name = "export" if settings.format == "timm" else f"export-{settings.format}"
   folder = Path(workdir) if workdir else (Path("runs", path.name) if path.is_file() else path) / name
@@ -80,7 +80,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(hub.push(folder, config.push))
 
 
-def export(run: Run, folder: Path, settings: ExportSettings) -> list[str]:
+def export(run: Run, folder: Path, settings: WeightsSettings) -> list[str]:
   """Writes the network of a run into `folder`. Returns lines that say what was written and how equal it is.
 
   Args:

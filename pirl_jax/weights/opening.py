@@ -27,7 +27,7 @@ WEIGHTS, HEADS = "model.safetensors", "heads.safetensors"
 """The files of an exported folder that hold the trunk and, if they were asked for, the heads."""
 
 
-def locate(name: str, *, field: str = "--config.checkpoint") -> Path:
+def locate_weights(name: str, *, field: str = "--config.checkpoint") -> Path:
   """Returns the absolute path of a file of weights, of an exported folder or of the folder of a run.
 
   Args:
@@ -47,7 +47,7 @@ def is_exported(path: Path) -> bool:
 
 
 def open_any(path: Path, label: str, step: int, mesh: jax.sharding.Mesh, *, stem: str = "") -> Run:
-  """Returns the network that `path` (see `locate`) holds, replicated on every device of `mesh`.
+  """Returns the network that `path` (see `locate_weights`) holds, replicated on every device of `mesh`.
 
   What was read from a file is printed. Weights that are not of a run of this program get the config of the paper's
   main run, with 0 epochs and their file as `init_from`.

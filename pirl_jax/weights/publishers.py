@@ -44,7 +44,7 @@ PATCHES = 9
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class HeadNames:
   """Heads as a publisher names them.
 
   Attributes:
@@ -67,7 +67,7 @@ def _patches(*, mlp: bool = False) -> Callable[[Mapping[str, int]], nn.Module]:
   return lambda outputs: PatchesHead(outputs["pretext_head.embedding"], mlp=mlp)
 
 
-def _layouts() -> tuple[Layout, ...]:
+def _layouts() -> tuple[HeadNames, ...]:
   """Returns all known heads."""
   pirl = {"pretext_head.patch": "0.0.clf.0", "pretext_head.embedding": "0.2.clf.0", "image_head.embedding": "1.0.clf.0"}
   pirl_mlp = {"pretext_head.hidden": "0.0.clf.0", "pretext_head.patch": "0.0.clf.2",
@@ -81,24 +81,24 @@ def _layouts() -> tuple[Layout, ...]:
     return PatchesClassHead(outputs["pretext_head.logits"])
 
   return (
-    Layout(pirl, _image(), _patches()),
-    Layout(pirl_mlp | {"image_head.embedding": "1.0.clf.2"}, _image(mlp=True), _patches(mlp=True), mlp),
+    HeadNames(pirl, _image(), _patches()),
+    HeadNames(pirl_mlp | {"image_head.embedding": "1.0.clf.2"}, _image(mlp=True), _patches(mlp=True), mlp),
     # vissl's wide networks: nothing between the two linear layers of the image head, see `_folded`.
-    Layout(pirl_mlp | {"image_head.embedding": "1.0.clf.1"}, _image(), _patches(mlp=True), mlp),
-    Layout({"image_head.embedding": "0.clf.0"}, _image(), settings=npid),
-    Layout({"pretext_head.logits": "0.clf.0"}, pretext=lambda outputs: ClassHead(outputs["pretext_head.logits"]),
+    HeadNames(pirl_mlp | {"image_head.embedding": "1.0.clf.1"}, _image(), _patches(mlp=True), mlp),
+    HeadNames({"image_head.embedding": "0.clf.0"}, _image(), settings=npid),
+    HeadNames({"pretext_head.logits": "0.clf.0"}, pretext=lambda outputs: ClassHead(outputs["pretext_head.logits"]),
            settings={"objective": "covariant", "pretext": "rotation"}),
-    Layout(jigsaw, pretext=classes, settings={"objective": "covariant", "jigsaw.num_permutations": 2_000}),
-    Layout(pycontrast | {"image_head.embedding": "head.0"}, _image(), _patches()),
-    Layout({"image_head.embedding": "head.0"}, _image(), settings=npid),
-    Layout({"image_head.hidden": "head.0", "image_head.embedding": "head.2"}, _image(mlp=True), settings=npid | mlp),
-    Layout({"image_head.embedding": "fc"}, _image(), settings=npid),
-    Layout({"image_head.hidden": "fc.0", "image_head.embedding": "fc.2"}, _image(mlp=True), settings=npid | mlp),
+    HeadNames(jigsaw, pretext=classes, settings={"objective": "covariant", "jigsaw.num_permutations": 2_000}),
+    HeadNames(pycontrast | {"image_head.embedding": "head.0"}, _image(), _patches()),
+    HeadNames({"image_head.embedding": "head.0"}, _image(), settings=npid),
+    HeadNames({"image_head.hidden": "head.0", "image_head.embedding": "head.2"}, _image(mlp=True), settings=npid | mlp),
+    HeadNames({"image_head.embedding": "fc"}, _image(), settings=npid),
+    HeadNames({"image_head.hidden": "fc.0", "image_head.embedding": "fc.2"}, _image(mlp=True), settings=npid | mlp),
   )
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Imported:
   """A network of ours, made of the arrays of a file.
 
   Attributes:
@@ -119,7 +119,7 @@ class Found:
   remarks: tuple[str, ...]
 
 
-def network_of_tree(tree: Mapping[str, Any], what: str, *, stem: str = "", dtype: Any = jnp.float32) -> Found:
+def network_of_tree(tree: Mapping[str, Any], what: str, *, stem: str = "", dtype: Any = jnp.float32) -> Imported:
   """Returns the network that a file holds.
 
   Args:
@@ -158,7 +158,7 @@ def network_of_tree(tree: Mapping[str, Any], what: str, *, stem: str = "", dtype
     network, variables, extra, remarks = _with_heads(network, variables, others, publisher, what, num_features)
     settings |= extra
   bank, normaliser = _memory(memory)
-  return Found(publisher, network, variables, settings, bank, normaliser, remarks)
+  return Imported(publisher, network, variables, settings, bank, normaliser, remarks)
 
 
 def _state_dict(tree: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -272,7 +272,7 @@ def _with_heads(network: Network, variables: dict[str, Any], others: Mapping[str
   return network, merged, layout.settings | dim, ()
 
 
-def _fits(layout: Layout, modules: set[str], others: Mapping[str, Stored], publisher: str) -> bool:
+def _fits(layout: HeadNames, modules: set[str], others: Mapping[str, Stored], publisher: str) -> bool:
   """Returns whether the names are those of a layout; one name alone is not enough to know the kind of a head."""
   if modules != set(layout.layers.values()):
     return False
@@ -316,7 +316,7 @@ def _folded(own: dict[str, Stored]) -> dict[str, Stored]:
   return rest | {names[2]: Stored(weight.shape, lambda: weight), names[3]: Stored(bias.shape, lambda: bias)}
 
 
-def remark_on(found: Found, path: Path) -> str:
+def remark_on(found: Imported, path: Path) -> str:
   """Returns a line on what was read from a file."""
   heads = [name.removesuffix("_head") for name in ("image_head", "pretext_head")
            if getattr(found.network, name) is not None]
