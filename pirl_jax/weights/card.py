@@ -105,7 +105,8 @@ def readme(card: Mapping[str, Any], lines: Sequence[str], *, licence: str) -> st
     f"| training | {config['num_epochs']} epochs, {steps}, batch {config['batch_size']}, seed {config['seed']} |",
     f"| method | pretext {config['pretext']}, loss {config['loss']}, temperature "
     f"{config['temperature']:g}, {config['num_negatives']:,} negatives |",
-    f"| network | {model['arch']}, stem {model['stem']}, {peers.num_features(model)} pooled features |",
+    f"| network | {model['arch']}, stem {model['stem']}, "
+    f"{peers.num_features(model['arch'], model['width'])} pooled features |",
     f"| images | RGB; the shorter side is resized to {round(data['image_size'] / config['evaluate']['crop_fraction'])} "
     f"pixels (bilinear), the central {data['image_size']} x {data['image_size']} are cut out; levels / 255, minus "
     f"{card['preprocessing']['mean']}, divided by {card['preprocessing']['std']} |",

@@ -110,7 +110,8 @@ def _open_foreign(path: Path, label: str, stem: str) -> Run:
     digest = hashlib.file_digest(opened, "sha256").hexdigest()[:12]
   config = get_base()
   config.update_from_flattened_dict({
-    "name": f"{path.name}-{digest}", "init_from": str(path), "num_epochs": 0, **found.settings, **sizes})
+    "name": f"{path.name}-{digest}", "init_from": str(path), "num_epochs": 0, "data.source": "",
+    **found.settings, **sizes})
   meta = {"config": json.loads(json.dumps(config.to_dict())), "num_classes": 0, "data": None}
   return Run(label, path, 0, True, meta, Model(found.network, found.variables))
 

@@ -15,10 +15,10 @@ def is_plain(model: Mapping[str, Any]) -> bool:
   return model["arch"] in TIMM and model["width"] == 1 and model["stem"] == "imagenet"
 
 
-def num_features(model: Mapping[str, Any]) -> int:
-  """Returns the number of pooled features of the trunk; `model` is the group of a run's config."""
-  bottleneck, blocks, channels = ARCHITECTURES[model["arch"]]
-  return channels * model["width"] * 2 ** (len(blocks) - 1) * (4 if bottleneck else 1)
+def num_features(arch: str, width: int) -> int:
+  """Returns the number of pooled features of a trunk, see `create_resnet`."""
+  bottleneck, blocks, channels = ARCHITECTURES[arch]
+  return channels * width * 2 ** (len(blocks) - 1) * (4 if bottleneck else 1)
 
 
 def torchvision_code(model: Mapping[str, Any]) -> list[str]:
@@ -58,7 +58,8 @@ def timm_config(model: Mapping[str, Any], *, image_size: int, crop_fraction: flo
   """
   points = -(-image_size // 32)
   return {
-    "architecture": model["arch"], "num_classes": 0, "num_features": num_features(model), "global_pool": "avg",
+    "architecture": model["arch"], "num_classes": 0, "num_features": num_features(model["arch"], model["width"]),
+    "global_pool": "avg",
     "pretrained_cfg": {
       "tag": "pirl", "custom_load": False, "input_size": [3, image_size, image_size], "fixed_input_size": False,
       "interpolation": "bilinear", "crop_pct": crop_fraction, "crop_mode": "center",

@@ -23,6 +23,7 @@ from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ARCHITECTURES, create_resnet
 from pirl_jax.weights.containers import Stored, leaves_of
 from pirl_jax.weights.names import COUNTER, from_torch, shapes_in_torch
+from pirl_jax.weights.peers import num_features
 
 WRAPPERS = ("model_state_dict", "state_dict", "model")
 """Entries of a file beside which training programs keep their optimizer."""
@@ -152,10 +153,10 @@ def network_of_tree(tree: Mapping[str, Any], what: str, *, stem: str = "", dtype
   like = jax.eval_shape(lambda: resnet.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False))
   arrays = fitting(trunk, shapes_in_torch(like), what, f"the trunk {settings['model.arch']}")
   variables = {kind: {"trunk": tree} for kind, tree in from_torch(arrays, like).items()}
-  num_features = jax.eval_shape(lambda: resnet.apply(like, jnp.zeros((1, 64, 64, 3)), train=False))["pooled"].shape[1]
   network, remarks = Network(resnet), ()
   if others:
-    network, variables, extra, remarks = _with_heads(network, variables, others, publisher, what, num_features)
+    network, variables, extra, remarks = _with_heads(network, variables, others, publisher, what,
+                                                     num_features(settings["model.arch"], settings["model.width"]))
     settings |= extra
   bank, normaliser = _memory(memory)
   return Imported(publisher, network, variables, settings, bank, normaliser, remarks)
@@ -244,8 +245,8 @@ def fitting(arrays: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]],
 
 
 def _with_heads(network: Network, variables: dict[str, Any], others: Mapping[str, Stored], publisher: str, what: str,
-                num_features: int) -> tuple[Network, dict[str, Any], dict[str, Any], tuple[str, ...]]:
-  """Returns (network with its heads, variables, settings, remarks)."""
+                channels: int) -> tuple[Network, dict[str, Any], dict[str, Any], tuple[str, ...]]:
+  """Returns (network with its heads, variables, settings, remarks); `channels` is C."""
   modules = {name.rpartition(".")[0] for name in others}
   layout = next((layout for layout in _layouts() if _fits(layout, modules, others, publisher)), None)
   if layout is None:
@@ -264,7 +265,7 @@ def _with_heads(network: Network, variables: dict[str, Any], others: Mapping[str
              for ours in layout.layers if f"{ours}.weight" in own or ours not in own}
   network = Network(network.trunk, layout.image(outputs) if layout.image else None,
                     layout.pretext(outputs) if layout.pretext else None)
-  like = head_shapes(network, num_features)
+  like = head_shapes(network, channels)
   arrays = fitting(own, shapes_in_torch(like), what, "the heads")
   heads = from_torch(arrays, like)
   merged = {kind: variables[kind] | heads.get(kind, {}) for kind in variables}
@@ -284,18 +285,18 @@ def _fits(layout: HeadNames, modules: set[str], others: Mapping[str, Stored], pu
   return True
 
 
-def head_shapes(network: Network, num_features: int) -> dict[str, Any]:
+def head_shapes(network: Network, channels: int) -> dict[str, Any]:
   """Returns the variables of the heads alone, as shapes: {"params": {"image_head": ...}, "batch_stats": ...}.
 
   Args:
     network: with one head or two.
-    num_features: C.
+    channels: C.
   """
   like: dict[str, Any] = {"params": {}, "batch_stats": {}}
-  for name, shape in (("image_head", (1, num_features)), ("pretext_head", (1, PATCHES, num_features))):
+  for name, shape in (("image_head", (1, channels)), ("pretext_head", (1, PATCHES, channels))):
     head = getattr(network, name)
     if isinstance(head, ImageHead | ClassHead):
-      shape = (1, num_features)
+      shape = (1, channels)
     if head is not None:
       made = jax.eval_shape(lambda head=head, shape=shape: head.init(
         jax.random.key(0), jnp.zeros(shape), train=False))
