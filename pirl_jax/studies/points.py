@@ -139,6 +139,7 @@ def create_trial(config: ConfigDict, point: Point, seed: int, root: Path) -> Tri
     UserError: the system or the variant is unknown, or the config does not accept a field or a value.
   """
   run_config = system_config(point.system, config.variant)
+  run_config.export = False  # the runs of a study are compared; the settings may ask for exports
   evaluation = evaluations.get_config(config.evaluation)
   embedded = [] if config.variant else [("embedded.", config.embedded)]
   for where, groups in [*embedded, ("", config)]:
