@@ -167,6 +167,11 @@ def _add_evaluation(config: ConfigDict) -> None:
   config.evaluate = evaluate = ConfigDict()
   evaluate.every_epochs = 10  # kNN of held-out images against the bank; 0: never
   evaluate.split = ""  # of the held-out images; "": no held-out images and no kNN
+  # Another set, with labels, on whose images kNN and a linear classifier are measured during the run: its source as in
+  # data.source; "": a folder if there is evaluate.root, else there is no other set.
+  evaluate.source = ""
+  evaluate.root = ""  # folder or root of the other set, see data.root
+  evaluate.name = ""  # name of the other set, if it is one of TFDS
   # embedded: number of held-out images to draw. folder, tfds: number to take at random, 0 for all.
   evaluate.num_images = 0
   evaluate.k = 200  # number of neighbours; if there are fewer images, all of them vote

@@ -24,7 +24,6 @@ def embedded(config: ConfigDict) -> None:
   config.evaluate.every_epochs = 5
   config.checkpoint.every_steps = 500
   config.log.every_steps = 16
-  config.evaluate.views = 512
   config.report = True
   config.export = True
 
@@ -88,6 +87,7 @@ def own_images(config: ConfigDict) -> None:
   config.data.source = "folder"
   config.data.update(formats="all", reduced_decoding=True, upright=True, full_range=True)
   config.optimizer.update_interval = "step"
+  config.evaluate.views = 512
   config.report = True
   config.export = True
 
@@ -147,8 +147,8 @@ def small_network(config: ConfigDict) -> None:
   loss was 300 to 2,400 instead of 9, and kNN was at chance. The presumed reason: The embeddings of a new network are
   nearly equal, and after an epoch of 32 steps the rows of the bank are nearly equal, too. In `nce` the sum over the
   negatives is unbounded. It seems to drive the embeddings around the sphere, and the bank follows: an image's own row,
-  the oldest, is less similar to the image than the other rows are. On 50,000 images the loss fell slowly over the 3.6
-  epochs that were tried.
+  the oldest, is less similar to the image than the other rows are. On 50,000 images the loss rises, too:
+  docs/own_images.md has the figures.
   """
   small_images(config, image_size=32, cell=12, patch_size=10)
   config.batch_size = 128

@@ -32,6 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
   config.job = "plan"  # the job that launch.py runs
   config.run = importlib.import_module(f"pirl_jax.configs.{name}").get_config(of_system)  # every field of the run
   config.chip = "h100"  # with the number of chips: h100-8, v5e-8; the names are in pirl_jax/runtime/chips.py
+  config.memory = 0.0  # GiB of a device, for a smaller card of the same kind; 0: the chip's own memory
   config.images = 0  # training images; 0: as many as the data set of the run is known to have
   config.classes = 1_000  # of the training images, for objective=supervised
   # True: the step is compiled with the chip's own compiler, in one to five minutes, if the compiler is installed.

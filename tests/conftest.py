@@ -4,6 +4,7 @@ import os
 
 import jax
 import pytest
+from launching import QUICK
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -17,6 +18,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 # XLA takes most of the time of most tests. Without its optimisations it takes half of it, and the small programs of the
 # tests are as fast.
 jax.config.update("jax_disable_most_optimizations", True)
+# XLA reads the flags when the first device is asked for.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 
 @pytest.fixture
@@ -25,3 +28,5 @@ def full_compile():
   jax.config.update("jax_disable_most_optimizations", False)
   yield
   jax.config.update("jax_disable_most_optimizations", True)
+# XLA reads the flags when the first device is asked for.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()

@@ -16,6 +16,9 @@ from orbax.checkpoint import PyTreeCheckpointer, RestoreArgs
 from orbax.checkpoint.args import PyTreeRestore
 
 ROOT = Path(__file__).parents[1]
+QUICK = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+"""XLA's flag with which programs for the CPU compile in half of the time; XLA refuses flags that it does not know."""
+
 LIMIT = 400  # seconds, for processes that share two cores with other tests
 CLOCKS = {"images_per_second", "data_wait"}  # of the fields of metrics.jsonl
 STEPS = 20  # of the run that `TRAINING` asks for
@@ -31,7 +34,7 @@ class Launch:
   """launch.py in one or several processes, as started; a context manager that leaves none of them behind."""
 
   def __init__(self, *arguments, processes=1, devices=1, other=None, slurm=False, double=False, largest_file=None,
-               changed=None):
+               changed=None, quick=True):
     """Starts them.
 
     Args:
@@ -43,14 +46,17 @@ class Launch:
       double: JAX may compute in float64.
       largest_file: in bytes; a longer one meets what it would on a full disk.
       changed: {module: {constant: value}} to set before.
+      quick: programs compile with `QUICK`, which changes last bits; never in float64.
     """
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       port = free.getsockname()[1]
     self._started = []
+    compiling = QUICK if quick and not double else ""
     for process in range(processes):
       flags, environment = [], os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_ENABLE_X64": str(int(double)),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {compiling}",
+        "JAX_ENABLE_X64": str(int(double)),
         # Without optimisations a program compiles sooner, and in float64 runs a hundred times as long.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(not double))}
       if slurm:

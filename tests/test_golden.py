@@ -27,7 +27,7 @@ def machine():
 
 
 def losses(folder, devices=1):
-  launch(*RUN, f"--workdir={folder}", devices=devices)
+  launch(*RUN, f"--workdir={folder}", devices=devices, quick=False)
   return [row["loss"] for row in rows(folder)]
 
 

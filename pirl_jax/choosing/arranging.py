@@ -5,7 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from pirl_jax.choosing.choices import Choice, with_values
-from pirl_jax.data.arrangement import Arrangement, arrangement_of
+from pirl_jax.data.arrangement import Arrangement, arrangement_of, arrangement_of_shards
 from pirl_jax.storage.files import read_json
 from pirl_jax.storage.formats import upgrade_config
 
@@ -23,8 +23,11 @@ def arrange(config: ConfigDict) -> tuple[ConfigDict, list[Choice]]:
   Raises:
     UserError: the folder cannot be listed.
   """
-  data = config.data
-  found = arrangement_of(data.root, data.formats, data.split) if data.source == "folder" and data.root else AS_A_SET
+  data, found = config.data, AS_A_SET
+  if data.source == "folder" and data.root:
+    found = arrangement_of(data.root, data.formats, data.split)
+  elif data.source == "webdataset" and data.root:
+    found = arrangement_of_shards(data.root)
   split = found.test_split if config.evaluate.split is None else config.evaluate.split
   named = f"the folder has {split}" if split else "the folder has no train and test"
   possible = [

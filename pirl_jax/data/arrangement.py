@@ -56,6 +56,28 @@ def arrangement_of(root: str, formats: str = "all", split: str | None = None) ->
   return Arrangement(train, test, "none", "there is no sub-folder for each class")
 
 
+def arrangement_of_shards(root: str) -> Arrangement:
+  """Returns how the tar shards below `root` are arranged: in sub-folders or, by their names, in one folder.
+
+  Args:
+    root: the folder of shards, or a pattern of their paths, which is taken as it is.
+  """
+  why = "the labels that lie beside the images, if there are any"
+  folder = os.path.expanduser(root)
+  if not os.path.isdir(folder):
+    return Arrangement("", "", "folder", why)
+  names = sorted(os.listdir(folder))
+  shards = [name.lower() for name in names if name.lower().endswith(".tar")]
+  by_name = {name.lower(): name for name in names if os.path.isdir(os.path.join(folder, name))}
+  for train in TRAIN:
+    for test in TEST:
+      if train in by_name and test in by_name:
+        return Arrangement(by_name[train], by_name[test], "folder", why)
+      if any(train in name for name in shards) and any(test in name for name in shards):
+        return Arrangement(f"*{train}*.tar", f"*{test}*.tar", "folder", why)
+  return Arrangement("", "", "folder", why)
+
+
 def holds_images(root: str, formats: str = "all") -> bool:
   """Returns whether one of the first ten thousand files below `root` is an image by its ending."""
   number = 0

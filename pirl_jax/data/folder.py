@@ -64,7 +64,10 @@ class FolderSource(Source):
     left_out = collections.defaultdict(list)
     found = sorted(_walk(self._root, endings, left_out), key=lambda item: os.fsencode(item[0]))
     if not found:
+      shards = any(path.lower().endswith(".tar") for paths in left_out.values() for path in paths)
       raise UserError(
+        f"no images in {shown}, but tar files; WebDataset shards are read with --config.data.source=webdataset"
+        if shards else
         f"no images in {shown}{_left_out_text(left_out, separator='; ')}: "
         f"files ending in {', '.join(endings)} are read; point data.root (and data.split) at them"
       )

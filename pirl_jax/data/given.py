@@ -61,7 +61,7 @@ def is_one(images: Any) -> bool:
 def pixels_of(image: Any, name: str, *, decoding: Decoding, shorter_side: int) -> np.ndarray:
   """Returns u8[H, W, 3], RGB, of one image.
 
-  - A path of a JPEG, PNG, WebP or BMP file: `crops.open_image` opens the file, as every other image of the program.
+  - A path of a file of one of `crops.FORMATS`: `crops.open_image` opens the file, as every other image of the program.
   - A PIL image: the image is converted by convert("RGB"); modes without 8-bit levels (I, I;16, F) are refused.
   - An array, of numpy or of a library whose arrays numpy can read: u8[H, W, 3] RGB, or u8[H, W] grey, or floating
     point of one of these shapes in [0, 1], rounded to the nearest of 256 levels.

@@ -111,6 +111,11 @@ def open_source(settings: DataSettings, *, class_names: tuple[str, ...] | None =
   Raises:
     UserError: a setting is wrong, or the images cannot be read; the message says what to do.
   """
+  return _part(_whole(settings, class_names), settings, held_out=held_out)
+
+
+def _whole(settings: DataSettings, class_names: tuple[str, ...] | None) -> Source:
+  """Returns all images of the split, after the settings have been checked."""
   kind = kind_of(settings.source)
   if settings.labels not in LABELS:
     raise UserError(f"data.labels={settings.labels!r} is unknown; choose one of: {', '.join(LABELS)}")
@@ -118,10 +123,15 @@ def open_source(settings: DataSettings, *, class_names: tuple[str, ...] | None =
     raise UserError(f"data.holdout={settings.holdout} is not possible: it lies in [0, 1)")
   images = kind.open(settings, class_names)
   images.decoding = settings.decoding
+  return images
+
+
+def _part(images: Source, settings: DataSettings, *, held_out: bool) -> Source:
+  """Returns the images that are held out, or those that are not, and as many of them as are asked for."""
   if settings.holdout:
     images = held_out_of(images, settings.holdout, held_out=held_out)
   number = settings.num_images
-  if not number or kind.draws:
+  if not number or kind_of(settings.source).draws:
     return images
   if number > len(images):
     raise UserError(f"num_images={number}, but there are only {len(images)} images; 0 takes all of them")
@@ -139,8 +149,8 @@ def open_both(settings: DataSettings, *, split: str, num_images: int) -> tuple[S
   Raises:
     UserError: see `open_source`.
   """
-  train = open_source(settings)
-  if not split and not settings.holdout:
-    return train, None
-  held_out = dataclasses.replace(settings, split=split or settings.split, num_images=num_images)
-  return train, open_source(held_out, class_names=train.class_names or None, held_out=not split)
+  whole = _whole(settings, None)  # opened once for both parts, because listing millions of files takes minutes
+  train, held_out = _part(whole, settings, held_out=False), dataclasses.replace(settings, num_images=num_images)
+  if split:
+    return train, open_source(dataclasses.replace(held_out, split=split), class_names=train.class_names)
+  return train, _part(whole, held_out, held_out=True) if settings.holdout else None

@@ -36,7 +36,10 @@ def rank_me(features: np.ndarray) -> float:
   """Returns RankMe (2210.02885) of f[N, D], in [1, min(N, D)]: the effective rank of the singular values.
 
   The features are not centred: without their mean, features that have collapsed to a point are noise of full rank.
+  If a number is not finite, the rank is NaN.
   """
+  if not np.isfinite(features).all():
+    return float("nan")
   return effective_rank(np.sqrt(_squared_singular_values(np.asarray(features, np.float64))))
 
 

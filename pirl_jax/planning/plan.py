@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pirl_jax.choosing.arranging import arrange
-from pirl_jax.choosing.choices import choose_settings, open_fields
+from pirl_jax.choosing.choices import choose_settings, format_choices, open_fields
 from pirl_jax.choosing.estimate import PASSING, Needs, estimate
 from pirl_jax.choosing.facts import facts_of_chips
 from pirl_jax.data.batches import steps_per_epoch
@@ -101,12 +101,17 @@ def make_plan(config: ConfigDict) -> tuple[RunPlan, str]:
   """
   given = config.run
   chip, num_devices = chips.read_name(config.chip)
+  if config.memory:
+    if config.memory < 0:
+      raise UserError(f"memory={config.memory} is not possible: GiB of a device, or 0 for the chip's own")
+    chip = dataclasses.replace(chip, memory=config.memory * 2**30)
   num_images = config.images or given.data.num_images or NUM_IMAGES.get(given.data.name, 0)
   if num_images < 1:
     raise UserError("the run does not say how many images it has; give --config.images=NUMBER")
   if open_fields(given):
     facts = facts_of_chips(chip, num_devices, num_images=num_images, num_classes=config.classes)
-    given, _ = choose_settings(arrange(given)[0], facts)
+    given, made = choose_settings(arrange(given)[0], facts)
+    print(format_choices(made))
   if not 0 < config.efficiency <= 1:
     raise UserError(f"efficiency={config.efficiency} is not possible: it lies in (0, 1]")
   check_config(given)

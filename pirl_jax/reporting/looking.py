@@ -150,15 +150,6 @@ def plane(features: np.ndarray) -> np.ndarray:
                 random_state=0).fit_transform(components)
 
 
-def rank(features: np.ndarray) -> float:
-  """Returns RankMe (2210.02885) of f32[N, C]: exp of the entropy of the singular values, of features not centred."""
-  wide = features.astype(np.float64)
-  gram = wide.T @ wide if len(wide) > wide.shape[1] else wide @ wide.T
-  strengths = np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0))
-  p = strengths[strengths > 0] / max(strengths.sum(), np.finfo(np.float64).tiny)
-  return float(np.exp(-np.sum(p * np.log(p)))) if len(p) else 0.0
-
-
 def same_class(features: np.ndarray, labels: np.ndarray) -> float | None:
   """Returns the share, in [0, 1], of labelled images whose nearest labelled other image has the same class.
 

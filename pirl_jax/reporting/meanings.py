@@ -42,20 +42,26 @@ METRICS = {
   "images_per_second": Meaning("training images per second since the last row, without pauses"),
   "data_wait": Meaning("share of the time in which the step waits for images, in [0, 1]",
                        "below 0.1; more threads or smaller copies of the images help", 0.0, 0.1),
+  "other_knn_top1": Meaning("kNN top-1, by pooled features, on the set that evaluate.source and evaluate.root name, in "
+                            "[0, 1]", "rises"),
+  "other_linear_top1": Meaning("top-1 of a linear classifier on pooled features of that set, in [0, 1]", "rises"),
   "knn_top1": Meaning("share of the held-out images whose class is that of a vote of the nearest training images, in "
                       "[0, 1]; needs labels", "rises above 1 / number of classes"),
-  "bank_rank": Meaning("RankMe of the rows of the bank: the number of directions that they fill, from 1 to dim",
-                       "rises from its start; near 1 the rows have collapsed"),
-  "feature_rank": Meaning("RankMe of the pooled features, from 1 to their number; compares checkpoints of one method",
-                          "rises during the run"),
+  "bank_rank": Meaning("RankMe of 2,048 rows of the bank: the number of directions that they fill, from 1 to dim",
+                       "falls at first, because new rows are random, then rises; below 5 the rows have collapsed",
+                       5.0, None),
+  "feature_rank": Meaning("RankMe of the pooled features of views, from 1 to their number; compares checkpoints of one "
+                          "method", "rises after the first epochs"),
+  "embedding_rank": Meaning("RankMe of the embeddings of views, from 1 to dim",
+                            "rises after the first epochs; below 5 the embeddings have collapsed", 5.0, None),
   "lidar": Meaning("LiDAR: the number of directions in which images differ more than their own views do",
-                   "rises during the run; never read it alone"),
+                   "rises after the first epochs; never read it alone"),
   "alignment": Meaning("mean squared distance of the embeddings of two views of an image, in [0, 4]",
-                       "falls, while uniformity stays low"),
+                       "well below 2, the distance of two images, while uniformity is low"),
   "uniformity": Meaning("log of the mean of exp(-2 x squared distance) over pairs of images, from about -4 (spread "
                         "over the sphere) to 0 (a point)", "below -1"),
   "nearest_view": Meaning("share of the images of which another augmented view is the nearest neighbour, in [0, 1]",
-                          "at least 0.2 above the untrained network, or above 0.95"),
+                          "a quarter or more of the untrained network's mistakes are gone"),
 }
 """The columns of metrics.jsonl."""
 

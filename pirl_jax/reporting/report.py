@@ -17,7 +17,7 @@ from pirl_jax.data import sources
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images, own_sizes
 from pirl_jax.evaluation.subjects import labels
-from pirl_jax.reporting import page, sections
+from pirl_jax.reporting import meanings, page, sections
 from pirl_jax.reporting.charts import number
 from pirl_jax.reporting.looking import Sight, look
 from pirl_jax.reporting.sections import RunFiles
@@ -38,7 +38,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   both folders. A run may still be training; then its newest checkpoint is shown.
 
   Raises:
-    UserError: nothing is named, or a name is not the folder of a run.
+    UserError: nothing is named, a name is not the folder of a run, or the file cannot be written.
   """
   folders = [run_folder(name.strip()) for name in config.checkpoint.split(",") if name.strip()]
   if not folders:
@@ -53,7 +53,10 @@ def run(config: ConfigDict, workdir: str) -> None:
     if found.problem:
       print(f"{found.label}: no neighbours and no map, because {found.problem}")
   output = Path(workdir) if workdir else folders[0] if len(folders) == 1 else Path("runs/compare")
-  print(f"written: {write(output / NAME, runs)}, in {time.perf_counter() - started:.0f} s")
+  try:
+    print(f"written: {write(output / NAME, runs)}, in {time.perf_counter() - started:.0f} s")
+  except OSError as error:
+    raise UserError(f"{output / NAME} cannot be written ({error.strerror}); choose another --workdir") from error
 
 
 def read_run(label: str, folder: Path, look_fn: Callable[[], Sight]) -> RunFiles:
@@ -132,7 +135,8 @@ def comparison(runs: Sequence[RunFiles]) -> str:
   """Returns a table with a column for each run: verdict, last figures, and the fields in which the runs differ."""
   labels_of = [found.label for found in runs]
   verdicts = [(read_json(found.folder / "results" / "verdict.json") or {}).get("verdict", "") for found in runs]
-  names = list(dict.fromkeys(name for found in runs for row in found.rows for name in row))
+  present = {name for found in runs for row in found.rows for name in row}
+  names = [*(name for name in meanings.METRICS if name in present), *sorted(present - meanings.METRICS.keys())]
   rows: list[list[Any]] = [["verdict", *verdicts]] if any(verdicts) else []
   rows += [[name, *(_text_of(found.last(name)) for found in runs)] for name in names]
   flat = [flatten(found.config) for found in runs]

@@ -19,6 +19,7 @@ from pirl_jax import configs
 from pirl_jax.configs.base import get_base
 from pirl_jax.data.batches import why_broken
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation.representation import rank_me
 from pirl_jax.reporting import charts, looking, page
 from pirl_jax.reporting.looking import Sight
 from pirl_jax.reporting.meanings import FIGURES, METRICS
@@ -143,8 +144,10 @@ def curves(runs: Sequence[RunFiles]) -> str:
       keys = f"<div>{charts.legend([line.name for line in lines])}</div>" if len(lines) > 1 else ""
       notes = "".join(_reading(runs, name) for name in names)
       figures.append(f"<figure><h3>{page.escaped(title)}</h3>{drawn}<figcaption>{keys}{notes}</figcaption></figure>")
-  return ('<p class="soft">A green band is the healthy range at the end of a run. A dashed line is the loss of '
-          f'a network that guesses.</p><div class="charts">{"".join(figures)}</div>')
+  about = "A green band is the healthy range at the end of a run."
+  if len(runs) == 1 and _chance(runs[0].config):
+    about += " The dashed line is the loss of a network that guesses."
+  return f'<p class="soft">{about}</p><div class="charts">{"".join(figures)}</div>'
 
 
 def _reading(runs: Sequence[RunFiles], name: str) -> str:
@@ -247,7 +250,7 @@ def layers(run: RunFiles) -> str:
   rows = []
   for name, features in sight.images.layers.items():
     share = looking.same_class(features, labels)
-    rows.append([name, features.shape[1], round(looking.rank(features), 1), None if share is None else round(share, 3),
+    rows.append([name, features.shape[1], round(rank_me(features), 1), None if share is None else round(share, 3),
                  *(of_layer.get(name) for of_layer in linear.values())])
   header = ["layer", "channels", "rank", "nearest of same class", *linear]
   if (labels < 0).all():

@@ -1,6 +1,8 @@
 """The mesh of devices, and the two ways to lay out an array on the mesh."""
 
+import contextlib
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -37,9 +39,17 @@ def device_bytes() -> int:
   return host_bytes() // jax.local_device_count()
 
 
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Files with the memory that a container may use, of both versions of Linux's control groups."""
+
+
 def host_bytes() -> int:
-  """Returns the memory of this machine in bytes."""
-  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  """Returns the memory of this machine in bytes, or of the container in which the program runs if that is less."""
+  found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+  for path in LIMITS:
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+      found.append(int(path.read_text()))
+  return min(found)
 
 
 def split(mesh: Mesh) -> NamedSharding:

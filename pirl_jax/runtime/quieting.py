@@ -9,6 +9,9 @@ from typing import Any
 
 from absl import logging as absl_logging
 
+LOGGERS = ("absl", "asyncio")
+"""Loggers of the libraries that are suppressed; Orbax writes to that of absl. Warnings of JAX stay visible."""
+
 
 def quiet() -> None:
   """Suppresses log messages of the libraries for the rest of the program.
@@ -16,8 +19,9 @@ def quiet() -> None:
   If a disk is full, Orbax logs a thousand lines of tracebacks for each checkpoint, and so does TensorStore. The error
   that is raised gives the same information.
   """
-  absl_logging.set_verbosity(absl_logging.FATAL)
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  for name in LOGGERS:
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
   shown = sys.unraisablehook
 

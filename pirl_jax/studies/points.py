@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib
 import json
@@ -139,7 +138,9 @@ def create_trial(config: ConfigDict, point: Point, seed: int, root: Path) -> Tri
     UserError: the system or the variant is unknown, or the config does not accept a field or a value.
   """
   run_config = system_config(point.system, config.variant)
-  run_config.export = False  # the runs of a study are compared; the settings may ask for exports
+  # A study measures its runs itself. A variant's report, export and verdict would only take time, and change the
+  # digest.
+  run_config.update_from_flattened_dict({"report": False, "export": False, "evaluate.views": 0})
   evaluation = evaluations.get_config(config.evaluation)
   embedded = [] if config.variant else [("embedded.", config.embedded)]
   for where, groups in [*embedded, ("", config)]:
@@ -242,10 +243,10 @@ def digest(config: ConfigDict, without: Iterable[str], younger: Mapping[str, Any
   """
   fields = {name: value for name, value in config.to_dict().items() if name not in without}
   for name, value in younger.items():
-    *groups, field = name.split(".")
-    group = functools.reduce(lambda group, part: group.get(part, {}), groups, fields)
-    if field in group and group[field] == value:
-      del group[field]
+    group, _, field = name.rpartition(".")
+    holder = fields.get(group, {}) if group else fields
+    if field in holder and holder[field] == value:
+      del holder[field]
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
 
 

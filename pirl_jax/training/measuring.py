@@ -20,6 +20,7 @@ from pirl_jax.models import batch_norm
 from pirl_jax.models.network import Model
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.logbook import Logbook
+from pirl_jax.training import other_set
 from pirl_jax.training.parts import Parts, test_images
 from pirl_jax.training.stopping import Stopping
 from pirl_jax.training.view_figures import ViewFigures
@@ -122,32 +123,41 @@ class Evaluations:
     book: the log, which gets the figures.
     knn: evaluate(state) -> kNN figures, see `make_evaluation`, or None.
     views: evaluate(state) -> figures without labels, see `ViewFigures`, or None.
+    other: evaluate(state) -> figures of another set, see `make_other_evaluation`, or None.
   """
 
   parts: Parts
   book: Logbook
   knn: Callable | None
   views: ViewFigures | None
+  other: Callable | None
 
   def due(self, step: int) -> bool:
     """Returns whether to evaluate after a step."""
     every_steps = self.parts.config.evaluate.every_epochs * self.parts.steps_per_epoch
-    return bool(self.knn or self.views) and (
+    return bool(self.knn or self.views or self.other) and (
       step == self.parts.total_steps or (every_steps > 0 and step % every_steps == 0))
 
   def missing(self, step: int) -> bool:
     """Returns whether the evaluation after a step was interrupted, or has not been made for another reason."""
-    return self.due(step) and not self.book.has(step, "nearest_view" if self.views else "knn_top1")
+    last = other_set.KNN if self.other else "nearest_view" if self.views else "knn_top1"
+    return self.due(step) and not self.book.has(step, last)
 
   def measure(self, step: int, state: TrainState) -> float | None:
     """Adds the figures to the row of the step; returns the kNN accuracy in [0, 1], None if it is not measured.
+
+    If the run's own images have no labels, the accuracy is that on the other set.
 
     Raises:
       Stopped: the run is asked to stop.
     """
     knn = {} if self.knn is None else {"knn_top1": self.knn(state)["top1"]}
     self.book.record(step, knn | ({} if self.views is None else self.views(state)))
-    return knn.get("knn_top1")
+    if self.other is None:
+      return knn.get("knn_top1")
+    other = self.other(state)
+    self.book.record(step, other)
+    return knn.get("knn_top1", other[other_set.KNN])
 
 
 def learning_of(parts: Parts, state: TrainState) -> dict[str, Any]:

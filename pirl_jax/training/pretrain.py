@@ -4,6 +4,7 @@ Only the files of this folder read the config; the packages below get plain valu
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -36,6 +37,7 @@ from pirl_jax.training.describing import ExpectedTime, describe, dry_run, way_ou
 from pirl_jax.training.guards import Broken, Guard
 from pirl_jax.training.in_flight import InFlight
 from pirl_jax.training.measuring import Evaluations, calibrate, learning_of, make_evaluation, unlabelled
+from pirl_jax.training.other_set import make_other_evaluation
 from pirl_jax.training.parts import Parts, build, check_config, make_step, test_images
 from pirl_jax.training.resuming import (
   begin,
@@ -85,12 +87,13 @@ def pretrain_with(config: ConfigDict, workdir: Path, stopping: Stopping) -> None
   if parts.config.dry_run:
     print(dry_run(parts))
     return
+  other = processes.together(make_other_evaluation, parts)
   with out_of_memory.told(lambda: way_out(parts)):
-    _pretrain(parts, stopping)
+    _pretrain(parts, stopping, other)
 
 
-def _pretrain(parts: Parts, stopping: Stopping) -> None:
-  """Pre-trains, or resumes, the run of which these are the parts."""
+def _pretrain(parts: Parts, stopping: Stopping, other: Callable | None) -> None:
+  """Pre-trains, or resumes, the run of which these are the parts; `other` judges it on another set."""
   config, workdir = parts.config, parts.workdir
   processes.check_alike({
     "the folder of the run": str(workdir), **flatten(config.to_dict()),
@@ -117,7 +120,7 @@ def _pretrain(parts: Parts, stopping: Stopping) -> None:
         book.say(schedule)
       views = ViewFigures(parts, stopping) if config.evaluate.views and config.num_epochs else None
       if config.num_epochs:
-        evaluations = Evaluations(parts, book, make_evaluation(parts, book, stopping), views)
+        evaluations = Evaluations(parts, book, make_evaluation(parts, book, stopping), views, other)
         with stopping.held():
           state = train(parts, state, checkpoints, book, stopping, evaluations)
         stopping.check()

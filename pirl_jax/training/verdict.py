@@ -39,8 +39,11 @@ SHARE_OF_UNTRAINED = 0.25
 """A network has collapsed only if the rank is also below this share of the untrained network's rank. Few images may
 have a low rank from the start. Collapsed runs had 0.1, and sound runs 0.4 or more."""
 
+NEARLY_ONE = 1.2
+"""A network has collapsed in any case if the rank is below this value: its vectors are nearly a point."""
+
 THRESHOLDS = {"mistakes_removed": MISTAKES_REMOVED, "worse_than_chance": WORSE_THAN_CHANCE, "least_rank": LEAST_RANK,
-              "share_of_untrained": SHARE_OF_UNTRAINED}
+              "share_of_untrained": SHARE_OF_UNTRAINED, "nearly_one": NEARLY_ONE}
 """The thresholds by name, as verdict.json has them."""
 
 
@@ -89,7 +92,7 @@ def judge(figures: Mapping[str, float], untrained: Mapping[str, float], *, loss:
                       "--config.loss=infonce or a lower optimizer.learning_rate may help")
   if found >= asked:
     return LEARNT, f"the network has learnt: {views}"
-  if rank < min(LEAST_RANK, SHARE_OF_UNTRAINED * rank_before):
+  if rank < max(NEARLY_ONE, min(LEAST_RANK, SHARE_OF_UNTRAINED * rank_before)):
     return COLLAPSED, (f"the network has collapsed: its vectors have rank {rank:.1f}, untrained {rank_before:.1f}, and "
                        f"{views}; a lower optimizer.learning_rate or more negatives may help")
   return NOT_LEARNT, (f"the network has not learnt: {views}, and {asked:.1%} or more is asked; more num_epochs help "

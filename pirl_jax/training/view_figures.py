@@ -22,6 +22,7 @@ from pirl_jax.method import memory_bank
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import TrainState
 from pirl_jax.models.network import Network
+from pirl_jax.runtime import processes
 from pirl_jax.runtime.mesh import SPLIT, WHOLE, split, whole
 from pirl_jax.training.parts import Parts
 from pirl_jax.training.stopping import Stopping
@@ -237,4 +238,10 @@ def make_bank_rows(parts: Parts) -> Callable[[TrainState], jax.Array]:
     return jnp.where(usable[rows][:, None], memory_bank.vectors(bank[rows]).astype(jnp.float32), 0)
 
   compiled = jax.jit(bank_rows, out_shardings=whole(parts.mesh))
-  return lambda state: compiled(state.bank, state.usable)
+
+  def of_state(state: TrainState) -> jax.Array:
+    found = compiled(state.bank, state.usable)
+    # The next step does not wait for these rows. Between processes gloo would then confuse the messages of the two.
+    return found if processes.alone() else jax.block_until_ready(found)
+
+  return of_state

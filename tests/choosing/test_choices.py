@@ -81,7 +81,7 @@ def test_given_fields_stay_and_the_others_follow():
   assert given.items() <= flatten(config.to_dict()).items()
   assert not {choice.field for choice in made} & set(given)
   assert config.model.arch == "resnet18" and config.jigsaw.crop_size == 63 and config.temperature == 0.07
-  assert config.data.holdout == 0 and config.evaluate.every_epochs == 2
+  assert config.data.holdout == 0 and config.evaluate.every_epochs == 3
 
 
 def test_small_images_get_small_views_and_a_small_network_on_a_card():

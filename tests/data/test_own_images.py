@@ -43,6 +43,22 @@ def test_what_lies_in_a_folder_says_how_the_folder_is_arranged(names, expected, 
   assert arrangement.holds_images(str(tmp_path))
 
 
+@pytest.mark.parametrize("names, expected", [
+  (["0.tar", "1.tar"], ("", "")),
+  (["train/0.tar", "val/0.tar"], ("train", "val")),
+  (["imagenet-train-000.tar", "imagenet-train-001.tar", "imagenet-val-000.tar"], ("*train*.tar", "*val*.tar")),
+])
+def test_shards_are_arranged_in_folders_or_by_their_names(names, expected, tmp_path):
+  for name in names:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"")
+  found = arrangement.arrangement_of_shards(str(tmp_path))
+  assert (found.split, found.test_split) == expected
+  assert arrangement.arrangement_of_shards(f"{tmp_path}/*.tar").split == ""
+  with pytest.raises(UserError, match="no images in .*, but tar files; .*--config.data.source=webdataset"):
+    open_source(DataSettings("folder", root=str(tmp_path), split=""))
+
+
 def test_a_split_that_is_named_is_taken(tmp_path):
   write(tmp_path, "mine/cat/a.png", "mine/dog/b.png", "test/cat/c.png", "train/x.png")
   found = arrangement.arrangement_of(str(tmp_path), split="mine")

@@ -61,4 +61,5 @@ def test_equal_vectors_are_nobodys_nearest():
   assert representation.nearest_is_own(np.ones((5, 3)), np.ones((6, 3))) == 0
   assert representation.nearest_is_own(np.zeros((2, 3)), np.zeros((2, 3))) == 0
   assert representation.rank_me(np.zeros((5, 3))) == 0
+  assert np.isnan(representation.rank_me(np.array([[1.0, np.inf], [0.0, 1.0]])))
   assert representation.uniformity(np.ones((5, 3)) / 3**0.5) == 0

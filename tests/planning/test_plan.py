@@ -1,6 +1,9 @@
 """The plan of a run: what it prints, that it uses the compiled step if there is a compiler, and what it refuses."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -19,8 +22,8 @@ def config_of(variant="pirl:imagenet", **fields):
   return config
 
 
-def plan_of(**fields):
-  return plan_lib.make_plan(config_of(compile=False, **fields))[0]
+def plan_of(variant="pirl:imagenet", **fields):
+  return plan_lib.make_plan(config_of(variant, compile=False, **fields))[0]
 
 
 def test_the_plan_of_a_small_run_on_the_chips_of_a_machine(monkeypatch, capsys):
@@ -50,6 +53,24 @@ def test_the_flags_for_a_run_that_does_not_fit_by_default():
   assert plan_lib.verdict(plan_of(run__model__dtype="bfloat16", chip="h100-8", images=10**9)).endswith(
     "XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 in the environment, or --config.bank.dtype=bfloat16")
   assert plan_lib.verdict(sized(9_000)).endswith("take more devices or a smaller batch")
+
+
+@pytest.mark.parametrize("memory", [16, 24, 40, 80])
+def test_what_is_chosen_for_a_folder_fits_a_card_of_any_memory(memory, capsys):
+  plan = plan_of(variant="pirl:folder", images=2_000, memory=float(memory))
+  assert plan_lib.verdict(plan).startswith(f"yes, into the {0.75 * memory:.1f} GiB")
+  assert "micro_batches" in capsys.readouterr().out and plan.run.model.arch == "resnet50"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(chips.way_to_compile("h100")), reason="the compiler for the chip is not installed")
+@pytest.mark.parametrize("memory", [16, 24, 40, 80])
+def test_what_is_chosen_fits_by_the_compiled_program(memory):
+  """In a process of its own, because a compiler for a chip has to be there before JAX looks for devices."""
+  found = subprocess.run([
+    sys.executable, "launch.py", "--config=configs/plan.py:pirl:folder", "--config.images=2000", "--config.chip=h100",
+    f"--config.memory={memory}"], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+  assert "read from the step" in found.stdout and "does it fit: yes" in found.stdout
 
 
 def test_the_time_of_a_step_follows_its_longest_part():

@@ -145,6 +145,12 @@ def test_verdict_chosen_settings_and_results_are_shown(run, tmp_path):
   assert "top-1 of linear" in text and "7 held-out images" in text and "could not be made" not in text
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(run, tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="report.html cannot be written .File exists.; choose another --workdir"):
+    reported(run, workdir=tmp_path / "file")
+
+
 @pytest.mark.parametrize("checkpoint, said", [
   ("", "config.checkpoint is empty"), ("{run},{run}", "names a run twice"), ("{run}/none", "there is no such folder")])
 def test_wrong_names_are_one_line(run, checkpoint, said):
@@ -183,10 +189,8 @@ def test_the_nearest_neighbours_are_those_of_plain_loops(run):
   assert list(sight.images.layers) == ["conv1", "res2", "res3", "res4", "pooled"]
 
 
-def test_rank_and_nearest_of_same_class():
-  axes = np.repeat(np.eye(4), [4, 4, 2, 2], axis=0).astype(np.float32)  # recipes: 12 unit vectors on four axes
-  assert looking.rank(axes) == pytest.approx(3.941269, abs=1e-5)
-  assert looking.rank(np.zeros((3, 2), np.float32)) == 0
+def test_nearest_of_same_class():
+  axes = np.repeat(np.eye(4), [4, 4, 2, 2], axis=0).astype(np.float32)
   labels = np.repeat([0, 1, 2, 2], [4, 4, 2, 2])
   assert looking.same_class(axes, labels.astype(np.int32)) == 1
   assert looking.same_class(axes, np.arange(12)) == 0

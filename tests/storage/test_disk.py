@@ -12,7 +12,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from launching import LIMIT, ROOT, STEPS, TRAINING, Launch, assert_same, launch, rows, wait_for
+from launching import LIMIT, QUICK, ROOT, STEPS, TRAINING, Launch, assert_same, launch, rows, wait_for
 from test_checkpoints import make_state
 
 from pirl_jax.configs import pirl
@@ -169,7 +169,7 @@ def test_a_disk_that_is_full_until_the_end_changes_nothing(tmp_path):
   launch(*TRAINING, f"--workdir={tmp_path / 'expected'}")
   (tmp_path / "disk").mkdir()
   (tmp_path / "output").touch()
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+  environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {QUICK}",
                               "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
   ended = subprocess.run(["unshare", "-rm", "bash", "-c", SMALL_DISK, tmp_path, sys.executable, "launch.py", *TRAINING],
                          cwd=ROOT, env=environment, timeout=LIMIT)

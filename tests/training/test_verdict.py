@@ -34,7 +34,7 @@ def tiny(system=pirl, **changes):
     "num_epochs": 2, "batch_size": 16, "num_negatives": 16, "data.num_images": 72, "data.image_size": 16,
     "jigsaw.crop_size": 18, "jigsaw.patch_size": 5, "model.arch": "resnet4", "model.dim": 8,
     "optimizer.warmup_epochs": 0, "evaluate.split": "", "evaluate.every_epochs": 1, "evaluate.batch_size": 16,
-    "evaluate.learning": False, "evaluate.views": 40, "log.every_steps": 1,
+    "evaluate.learning": False, "report": False, "evaluate.views": 40, "log.every_steps": 1,
     **{f"photometric.{field}": 0.0 for field in ("saturation", "hue", "group_probability", "grayscale_probability")},
     **changes})
   return config
@@ -161,7 +161,19 @@ def test_embeddings_that_are_one_point_are_called_collapsed(tmp_path):
   figures = figures_of(parts, state.replace(params={**state.params, "image_head": head}))
   assert figures["embedding_rank"] == pytest.approx(1, abs=1e-3) and figures["uniformity"] == pytest.approx(0, abs=1e-6)
   assert figures["nearest_view"] == untrained["nearest_view"]  # the features are as they were
-  assert verdict.judge(figures, {**untrained, "embedding_rank": 20}, loss=6.0, chance=6.0)[0] == verdict.COLLAPSED
+  assert verdict.judge(figures, untrained, loss=6.0, chance=6.0)[0] == verdict.COLLAPSED
+
+
+@pytest.mark.parametrize("changes, expected", [
+  ({"num_epochs": 250, "seed": 1, "photometric.brightness": 0.0, "photometric.contrast": 0.0}, verdict.LEARNT),
+  ({"num_epochs": 40, "loss": "nce"}, verdict.DIVERGED)])
+def test_a_run_is_called_what_it_is(tmp_path, monkeypatch, changes, expected):
+  monkeypatch.setattr(mesh_lib, "create_mesh", functools.partial(mesh_lib.create_mesh, 1))
+  config = tiny(**{"batch_size": 32, "num_negatives": 64, "model.dim": 16, "evaluate.views": 72, "log.every_steps": 100,
+                   "evaluate.every_epochs": 0, "evaluate.batch_size": 288, **changes})
+  pretrain.run(config, str(tmp_path / "run"))
+  found = json.loads((tmp_path / "run" / "results" / "verdict.json").read_text())
+  assert found["verdict"] == expected, found["sentence"]
 
 
 def test_a_step_that_is_not_finite_is_a_verdict(tmp_path):
