@@ -37,12 +37,12 @@ def card_of(run: Run) -> dict[str, Any]:
   rows = [row for row in read_rows(folder / METRICS) if row["step"] <= run.step] if folder.is_dir() else []
   results = {path.stem: found for path in sorted((folder / "results").glob("*.json"))
              if (found := read_json(path)) is not None}
-  data = config["data"] | {"root": Path(config["data"]["root"]).name}
+  data, test = ({**config[group], "root": Path(config[group]["root"]).name} for group in ("data", "evaluate"))
   return strict({
     "format": CARD_FORMAT,
     "name": config["name"] or run.label,
     "step": run.step,
-    "config": {**config, "data": data, "init_from": Path(config["init_from"]).name},
+    "config": {**config, "data": data, "evaluate": test, "init_from": Path(config["init_from"]).name},
     "num_classes": run.meta["num_classes"],
     "seeds": {"run": config["seed"]},
     "data": {"fingerprint": run.meta.get("data"), "num_images": run.meta.get("num_images")},
