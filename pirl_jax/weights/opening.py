@@ -21,7 +21,13 @@ from pirl_jax.views.normalisation import MEAN, STD
 from pirl_jax.weights.card import CARD, CARD_FORMAT
 from pirl_jax.weights.containers import leaves_of, read_tree
 from pirl_jax.weights.names import from_torch, shapes_in_torch
-from pirl_jax.weights.publishers import fitting, network_of_tree, remark_on
+from pirl_jax.weights.publishers import (
+  arrays_in,
+  fitting,
+  network_of_tree,
+  remark_on,
+  trunk_settings,
+)
 
 WEIGHTS, HEADS = "model.safetensors", "heads.safetensors"
 """The files of an exported folder that hold the trunk and, if they were asked for, the heads."""
@@ -44,6 +50,25 @@ def locate_weights(name: str, *, field: str = "--config.checkpoint") -> Path:
 def is_exported(path: Path) -> bool:
   """Returns whether `path` is a folder with weights that was exported, by this program or for timm."""
   return (path / WEIGHTS).is_file() and not (path / "checkpoints").is_dir()
+
+
+def model_in(name: str, *, stem: str = "") -> dict[str, str]:
+  """Returns `arch` and `stem` of the network in a run, an exported folder or a file; {} if there is none of them.
+
+  Args:
+    name: the path that the user gave.
+    stem: of the trunk, if it is known; a file does not say the stride of a 3 x 3 stem.
+
+  Raises:
+    UserError: the file cannot be read, or holds no ResNet of this program.
+  """
+  path = Path(name).expanduser()
+  if path.is_file() or is_exported(path) and not (path / CARD).is_file():
+    file = path if path.is_file() else path / WEIGHTS
+    found = trunk_settings(arrays_in(read_tree(file), str(file))[1], str(file), stem=stem)
+    return {part: found[f"model.{part}"] for part in ("arch", "stem")}
+  config = (read_json(path / CARD) or {}).get("config") if is_exported(path) else read_json(path / "config.json")
+  return {part: upgrade_config(config)["model"][part] for part in ("arch", "stem")} if config else {}
 
 
 def open_any(path: Path, label: str, step: int, mesh: jax.sharding.Mesh, *, stem: str = "") -> Run:

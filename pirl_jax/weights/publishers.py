@@ -133,7 +133,32 @@ def network_of_tree(tree: Mapping[str, Any], what: str, *, stem: str = "", dtype
     UserError: the trunk is not complete, holds arrays that no trunk of ours has, or is of an unknown architecture; or a
       known head is not complete.
   """
-  memory = tree.get("loss")
+  publisher, trunk, others = arrays_in(tree, what)
+  settings = trunk_settings(trunk, what, stem=stem)
+  resnet = create_resnet(settings["model.arch"], width=settings["model.width"], stem=settings["model.stem"],
+                         dtype=dtype)
+  like = jax.eval_shape(lambda: resnet.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False))
+  arrays = fitting(trunk, shapes_in_torch(like), what, f"the trunk {settings['model.arch']}")
+  variables = {kind: {"trunk": tree} for kind, tree in from_torch(arrays, like).items()}
+  network, remarks = Network(resnet), ()
+  if others:
+    network, variables, extra, remarks = _with_heads(network, variables, others, publisher, what,
+                                                     num_features(settings["model.arch"], settings["model.width"]))
+    settings |= extra
+  bank, normaliser = _memory(tree.get("loss"))
+  return Imported(publisher, network, variables, settings, bank, normaliser, remarks)
+
+
+def arrays_in(tree: Mapping[str, Any], what: str) -> tuple[str, dict[str, Stored], dict[str, Stored]]:
+  """Returns (publisher, arrays of the trunk by torchvision's names, other arrays that belong to heads).
+
+  Args:
+    tree: see `containers.read_tree`.
+    what: the file, for messages.
+
+  Raises:
+    UserError: there is no ResNet under the names of a known publisher.
+  """
   leaves = dict(leaves_of(_state_dict(tree)))
   prefix, publisher, head_prefix, unread = next(
     entry for entry in PREFIXES if not entry[0] or any(name.startswith(f"{entry[0]}layer1.") for name in leaves))
@@ -147,19 +172,7 @@ def network_of_tree(tree: Mapping[str, Any], what: str, *, stem: str = "", dtype
       trunk[own] = array
     elif not (unread and re.match(unread, name)):
       others[name.removeprefix(head_prefix)] = array
-  settings = trunk_settings(trunk, what, stem=stem)
-  resnet = create_resnet(settings["model.arch"], width=settings["model.width"], stem=settings["model.stem"],
-                         dtype=dtype)
-  like = jax.eval_shape(lambda: resnet.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False))
-  arrays = fitting(trunk, shapes_in_torch(like), what, f"the trunk {settings['model.arch']}")
-  variables = {kind: {"trunk": tree} for kind, tree in from_torch(arrays, like).items()}
-  network, remarks = Network(resnet), ()
-  if others:
-    network, variables, extra, remarks = _with_heads(network, variables, others, publisher, what,
-                                                     num_features(settings["model.arch"], settings["model.width"]))
-    settings |= extra
-  bank, normaliser = _memory(memory)
-  return Imported(publisher, network, variables, settings, bank, normaliser, remarks)
+  return publisher, trunk, others
 
 
 def _state_dict(tree: Mapping[str, Any]) -> Mapping[str, Any]:

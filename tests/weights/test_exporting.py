@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from torch_files import write_zip
 
 import pirl_jax
+from pirl_jax.choosing.arranging import arrange
 from pirl_jax.configs import evaluate as evaluate_configs
 from pirl_jax.configs import export as export_configs
 from pirl_jax.configs import pirl
@@ -290,6 +291,18 @@ def test_a_run_starts_from_a_file(images, run, tmp_path, capsys):
                pirl_jax.load(run).model.variables["params"]["trunk"])
 
 
+def test_open_fields_are_those_of_the_first_weights(images, run, tmp_path):
+  path = tmp_path / "x.pth"
+  write_zip(path, arrays_of(pirl_model()))
+  config = pirl.get_config("folder")
+  config.data.root = str(images)
+  for given, stem in ((path, "imagenet"), (run / "export", "3x3s2"), (run, "3x3s2")):
+    config.init_from = str(given)
+    chosen, made = arrange(config)
+    assert (chosen.model.arch, chosen.model.stem) == ("resnet8", stem)
+    assert [choice.why for choice in made if choice.field == "model.stem"] == [f"as in {given}"]
+
+
 def evaluated(checkpoint, workdir, **changes):
   config = evaluate_configs.get_config("knn")
   config.update_from_flattened_dict({"checkpoint": str(checkpoint), **changes})
@@ -333,3 +346,22 @@ def test_the_export_of_published_weights(tmp_path):
   assert max(largest_differences(back.model, load_file(tmp_path / "out" / "model.safetensors")).values()) < 1e-12
   assert not any(name.endswith(COUNTER) and value.any() for name, value in load_file(
     tmp_path / "out" / "model.safetensors").items())
+
+
+def test_torchvisions_detector_takes_the_trunk(tmp_path):
+  torch = pytest.importorskip("torch")
+  torchvision = pytest.importorskip("torchvision")
+  load = pytest.importorskip("safetensors.torch").load_file
+  model = trunk_model(create_resnet("resnet50"))
+  save_file(arrays_of(model), tmp_path / "model.safetensors")
+  detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
+  found = detector.backbone.body.load_state_dict(load(tmp_path / "model.safetensors"), strict=False)
+  assert not found.missing_keys and not found.unexpected_keys
+  image = np.random.default_rng(0).normal(size=(1, 3, 97, 129)).astype(np.float32)
+  ours = jax.jit(lambda variables, x: model.network.apply(variables, x, method="features"))(
+    model.variables, image.transpose(0, 2, 3, 1))
+  with torch.no_grad():
+    for place, features in detector.backbone.body(torch.tensor(image)).items():
+      own = np.moveaxis(np.asarray(ours[f"res{int(place) + 2}"]), -1, 1)
+      assert relative_difference(own, features.numpy()) < 1e-5, place
+    assert detector([torch.rand(3, 97, 129)])[0].keys() == {"boxes", "labels", "scores"}
