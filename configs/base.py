@@ -22,7 +22,9 @@ def get_base() -> ConfigDict:
   # "covariant" and "supervised" do not use the fields num_negatives, negative_sampling, temperature, loss,
   # pretext_weight and bank.
   config.objective = "invariant"
-  config.init_from = ""  # folder of a run: its trunk and, where they fit, heads are the first weights; "": random ones
+  # Folder of a run, or file of published weights (docs/weights.md): its trunk and, where they fit, heads are the first
+  # weights; "": random ones.
+  config.init_from = ""
   config.num_epochs = 800  # passes over the training images; 0: the untrained network
   config.batch_size = 1024  # images in a step, over all devices
   # Number of parts of a batch that pass through the network one after the other. More parts need less memory. The
@@ -36,6 +38,7 @@ def get_base() -> ConfigDict:
   config.pretext_weight = 0.5  # lambda: weight of the pretext term; the image term has 1 - lambda; 0: no pretext view
 
   config.report = False  # True: at the end, report.html is written, one file that shows everything about the run
+  config.export = False  # True: at the end, the trunk is written into the folder export, for timm and torchvision
 
   _add_images(config)
   _add_views(config)

@@ -25,6 +25,7 @@ def embedded(config: ConfigDict) -> None:
   config.checkpoint.every_steps = 500
   config.log.every_steps = 16
   config.report = True
+  config.export = True
 
 
 def cifar10(config: ConfigDict) -> None:
@@ -88,6 +89,7 @@ def own_images(config: ConfigDict) -> None:
   config.optimizer.update_interval = "step"
   config.evaluate.views = 512
   config.report = True
+  config.export = True
 
 
 CHOSEN = (

@@ -68,6 +68,8 @@ def linear(config: ConfigDict) -> None:
   linear.weight_decay = 5e-4
   linear.head = "bn"  # before the linear layer: "bn" (no scale or shift), "bn_affine", "plain" (none)
   linear.image_scale = (0.08, 1.0)  # range of the share of the image's area that the random crop covers
+  # Folders of further test images, separated by commas: their sub-folders are some of the training images' classes.
+  linear.further = ""
   linear.cached = False  # True: features are computed once, without augmentation; for small data sets
 
 

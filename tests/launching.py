@@ -26,7 +26,8 @@ TRAINING = (
   "--config=configs/pirl.py", "--config.data.image_size=16", "--config.jigsaw.crop_size=18",
   "--config.jigsaw.patch_size=5", "--config.data.num_images=128", "--config.num_negatives=64", "--config.batch_size=32",
   "--config.num_epochs=5", "--config.log.every_steps=1", "--config.checkpoint.every_steps=10",
-  "--config.evaluate.split=", "--config.evaluate.learning=False", "--config.report=False")
+  "--config.evaluate.split=", "--config.evaluate.learning=False", "--config.report=False",
+  "--config.export=False")
 
 
 class Launch:

@@ -1,13 +1,10 @@
 """Chooses which images of a folder are for training, which are held out, whether they have classes."""
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from pirl_jax.choosing.choices import Choice, with_values
 from pirl_jax.data.arrangement import Arrangement, arrangement_of, arrangement_of_shards
-from pirl_jax.storage.files import read_json
-from pirl_jax.storage.formats import upgrade_config
+from pirl_jax.weights.opening import model_in
 
 HOLDOUT = 0.1
 """Share of the images that is held out where the folder has no split for it."""
@@ -21,7 +18,7 @@ def arrange(config: ConfigDict) -> tuple[ConfigDict, list[Choice]]:
   """Returns the config with its open fields that say which images are read, and what was chosen.
 
   Raises:
-    UserError: the folder cannot be listed.
+    UserError: the folder cannot be listed, or `init_from` is a file that cannot be read.
   """
   data, found = config.data, AS_A_SET
   if data.source == "folder" and data.root:
@@ -37,15 +34,10 @@ def arrange(config: ConfigDict) -> tuple[ConfigDict, list[Choice]]:
     Choice("data.holdout", 0.0 if split else HOLDOUT,
            f"{split} is held out" if split else "for kNN or the verdict; the names of the images decide")]
   made = [choice for choice in possible if _get(config, choice.field) is None]
-  made += [Choice(f"model.{name}", value, f"as in {config.init_from}") for name, value in _first_model(config).items()
+  first = model_in(config.init_from, stem=config.model.stem or "") if config.init_from else {}
+  made += [Choice(f"model.{name}", value, f"as in {config.init_from}") for name, value in first.items()
            if config.model[name] is None]
   return with_values(config, {choice.field: choice.value for choice in made}), made
-
-
-def _first_model(config: ConfigDict) -> dict[str, str]:
-  """Returns what the network must have in common with that of the run `init_from`; {} without such a run."""
-  stored = read_json(Path(config.init_from).expanduser() / "config.json") if config.init_from else None
-  return {name: upgrade_config(stored)["model"][name] for name in ("arch", "stem")} if stored else {}
 
 
 def _get(config: ConfigDict, field: str) -> object:

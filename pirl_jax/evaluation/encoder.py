@@ -22,16 +22,16 @@ from pirl_jax.evaluation.features import stream_features, unit_norm
 from pirl_jax.evaluation.inputs import Images, own_sizes
 from pirl_jax.evaluation.layers import EMBEDDING, check_layers, has_embedding, layer_features, layer_names
 from pirl_jax.models.network import Model
-from pirl_jax.runs import open_run, run_folder
 from pirl_jax.runtime.mesh import create_mesh
 from pirl_jax.runtime.quieting import hushed
+from pirl_jax.weights.opening import locate_weights, open_any
 
 
 def load(path: str | PathLike[str], step: int | None = None, *, batch_size: int | None = None) -> "Encoder":
   """Returns the encoder of a run: its network with the weights of one checkpoint, on all devices that JAX sees.
 
   Args:
-    path: the run's folder.
+    path: the run's folder, an exported folder, or a file of weights that others have published (docs/weights.md).
     step: of the checkpoint; None takes the newest checkpoint.
     batch_size: number of images that pass through the network at a time, rounded up to a multiple of the number of
       devices. Fewer images are padded to a full batch. None takes the batch size of the run's own evaluation; then the
@@ -39,14 +39,14 @@ def load(path: str | PathLike[str], step: int | None = None, *, batch_size: int 
       batch is faster, and the features may differ in the last bits.
 
   Raises:
-    UserError: there is no such run or checkpoint, or the checkpoint is damaged.
+    UserError: there is no such run, checkpoint or file, it is damaged, or the weights in a file do not fit.
   """
   mesh = create_mesh()
-  folder = run_folder(fspath(path), field="path")
+  folder = locate_weights(fspath(path), field="path")
   if batch_size is not None and batch_size < 1:
     raise UserError(f"batch_size={batch_size} is not possible: a whole number from 1 is needed")
   with hushed():
-    run = open_run(folder, folder.name, step or 0, mesh)
+    run = open_any(folder, folder.name, step or 0, mesh)
   sizes = own_sizes(run.meta["config"], num_devices=mesh.size)
   if batch_size is not None:
     sizes["batch_size"] = -(-batch_size // mesh.size) * mesh.size
@@ -58,7 +58,7 @@ class Encoder:
   """A frozen network that turns images into features; `load` creates it.
 
   Attributes:
-    folder: of the run.
+    folder: of the run, or the file of weights.
     step: of the checkpoint.
     config: the whole config of the run.
     model: the restored network.

@@ -95,6 +95,9 @@ def data_of(config: ConfigDict, run: Run) -> dict[str, Any]:
 
   Fields that the config gives have its values. The others come from the run or, if the config names another source,
   from the defaults of that source.
+
+  Raises:
+    UserError: `run` is a file of weights, which has no images, and the config names none.
   """
   given = {name: config.data[name] for name in DATA_FIELDS if config.data[name] is not None}
   if config.data.source is not None:
@@ -103,6 +106,9 @@ def data_of(config: ConfigDict, run: Run) -> dict[str, Any]:
     found = arranged
   else:
     found = own_data(run) | given
+    if not found["source"]:
+      raise UserError(f"{run.folder} holds weights, and no word about images; name the images, --config.data.root=DIR, "
+                      "or --config.data.source=... and the other fields of data")
   if found["test_split"] and "holdout" not in given:
     found["holdout"] = 0.0
   return _full_root(found)

@@ -10,7 +10,8 @@ import jax
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.layers import layer_names
 from pirl_jax.models.network import Ensemble, Model
-from pirl_jax.runs import Run, open_run, run_folder
+from pirl_jax.runs import Run
+from pirl_jax.weights.opening import is_exported, locate_weights, open_any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Subject:
 
   @property
   def folder(self) -> Path:
-    """Returns the folder for results: the run's folder, or runs/LABEL for an ensemble."""
-    return Path("runs", self.label.replace("/", "_")) if self.is_ensemble else self.runs[0].folder
+    """Returns the folder for results: the run's folder, or runs/LABEL for an ensemble or a file of weights."""
+    first = self.runs[0].folder
+    return Path("runs", self.label.replace("/", "_")) if self.is_ensemble or first.is_file() else first
 
   @property
   def step(self) -> int | str:
@@ -69,7 +71,7 @@ class Subject:
 
 
 def open_subjects(names: str, step: int, mesh: jax.sharding.Mesh) -> list[Subject]:
-  """Returns the subjects that `names` lists: folders of runs, or ensembles A+B of them, separated by commas.
+  """Returns the subjects that `names` lists, separated by commas: runs, exported folders, files, or ensembles A+B.
 
   Every run is opened once, at its checkpoint `step` (0: the newest).
 
@@ -77,7 +79,7 @@ def open_subjects(names: str, step: int, mesh: jax.sharding.Mesh) -> list[Subjec
     UserError: nothing is named, a run is named twice, a folder holds no run whose parameters fit its config, or the
       networks of an ensemble do not have the same layers.
   """
-  wanted = [[run_folder(part) for part in run_names(name.strip())] for name in names.split(",") if name.strip()]
+  wanted = [[locate_weights(part) for part in run_names(name.strip())] for name in names.split(",") if name.strip()]
   if not wanted:
     raise UserError("config.checkpoint is empty; give the folder of a run, --config.checkpoint=runs/pirl")
   folders = list(dict.fromkeys(folder for group in wanted for folder in group))
@@ -85,7 +87,7 @@ def open_subjects(names: str, step: int, mesh: jax.sharding.Mesh) -> list[Subjec
   subject_labels = ["+".join(short[folder] for folder in group) for group in wanted]
   if len(set(subject_labels)) < len(wanted) or any(len(set(group)) < len(group) for group in wanted):
     raise UserError(f"--config.checkpoint={names} names a run twice")
-  runs = {folder: open_run(folder, label, step, mesh) for folder, label in short.items()}
+  runs = {folder: open_any(folder, label, step, mesh) for folder, label in short.items()}
   subjects = [Subject(tuple(runs[folder] for folder in group)) for group in wanted]
   for subject in subjects:
     check_same_layers(subject)
@@ -95,13 +97,14 @@ def open_subjects(names: str, step: int, mesh: jax.sharding.Mesh) -> list[Subjec
 def run_names(name: str) -> list[str]:
   """Returns the names of the runs in A+B.
 
-  A folder's name may contain a plus: if the whole `name` is the folder of a run, it is returned as a single name.
+  A name may contain a plus: if the whole `name` is a run, an exported folder or a file, it is returned as it is.
 
   Raises:
     UserError: a name is missing before or after a plus.
   """
   whole = Path(name).expanduser()
-  if (whole / "checkpoints").is_dir() or whole.name == "checkpoints" and whole.is_dir():
+  if (whole / "checkpoints").is_dir() or whole.is_file() or is_exported(whole) or (
+      whole.name == "checkpoints" and whole.is_dir()):
     return [name]
   parts = [part.strip() for part in name.split("+")]
   if not all(parts):

@@ -14,7 +14,8 @@ from pirl_jax.training import stopping
 
 JOBS = {"pretrain": "pirl_jax.training.pretrain", "evaluate": "pirl_jax.evaluation.evaluate",
         "study": "pirl_jax.studies.study", "prepare": "pirl_jax.data.prepare", "plan": "pirl_jax.planning.plan",
-        "checkpoints": "pirl_jax.runs", "report": "pirl_jax.reporting.report"}
+        "checkpoints": "pirl_jax.runs", "report": "pirl_jax.reporting.report",
+        "export": "pirl_jax.weights.export"}
 """The module of each `job` of a config. Modules are named, not imported, so that errors in the flags are reported
 before JAX is loaded."""
 

@@ -82,6 +82,7 @@ FIGURES = {
                    "of the draws"),
   "fractions": Meaning("semi_supervised: the figures after fine-tuning on each share of the labels"),
   "layers": Meaning("the figures of each layer"),
+  "further": Meaning("linear: the figures of the best layer on further sets, among the classes of each"),
   "best_layer": Meaning("the layer with the best figure"),
   "raw_pixels": Meaning("learning: kNN top-1 on the pixels themselves, in [0, 1]"),
   "untrained": Meaning("learning: kNN top-1 of the network before its first step, in [0, 1]"),

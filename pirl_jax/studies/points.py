@@ -26,6 +26,10 @@ MARK = "trained.json"
 EXAMPLE = '''--config.points='[("PIRL", 0.5, "pirl", {"pretext_weight": 0.5}), ...]\''''
 
 
+YOUNGER_OF_EVALUATIONS = {**dict.fromkeys(YOUNGER_FIELDS), "linear.further": ""}
+"""What `YOUNGER_FIELDS` are for the config of an evaluation: the values with which a digest leaves a field out."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Point:
   """A point of the study: one setting of one system.
@@ -138,8 +142,9 @@ def create_trial(config: ConfigDict, point: Point, seed: int, root: Path) -> Tri
     UserError: the system or the variant is unknown, or the config does not accept a field or a value.
   """
   run_config = system_config(point.system, config.variant)
-  # A study measures its runs itself. A variant's report and verdict would only take time, and change the digest.
-  run_config.update_from_flattened_dict({"report": False, "evaluate.views": 0})
+  # A study measures its runs itself. A variant's report, export and verdict would only take time, and change the
+  # digest.
+  run_config.update_from_flattened_dict({"report": False, "export": False, "evaluate.views": 0})
   evaluation = evaluations.get_config(config.evaluation)
   embedded = [] if config.variant else [("embedded.", config.embedded)]
   for where, groups in [*embedded, ("", config)]:
@@ -154,7 +159,7 @@ def create_trial(config: ConfigDict, point: Point, seed: int, root: Path) -> Tri
   folder = root / "runs" / run_config.name
   if not folder.is_dir() and (older := older_folder(root / "runs", f"{point.system}-*-{seed}", run_config)):
     folder, run_config.name = older, older.name
-  evaluation.name = f"{config.evaluation}-{digest(evaluation, OWN_EVALUATION_FIELDS, dict.fromkeys(YOUNGER_FIELDS))}"
+  evaluation.name = f"{config.evaluation}-{digest(evaluation, OWN_EVALUATION_FIELDS, YOUNGER_OF_EVALUATIONS)}"
   evaluation.checkpoint = str(folder)
   return Trial(point, run_config, evaluation, folder)
 

@@ -25,6 +25,7 @@ from pirl_jax.method.state import TrainState
 from pirl_jax.models.network import Model
 from pirl_jax.reporting import report
 from pirl_jax.reporting.looking import Sight, look
+from pirl_jax.runs import Run
 from pirl_jax.runtime import caching, devices, out_of_memory, processes
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import write_json
@@ -46,6 +47,7 @@ from pirl_jax.training.resuming import (
   hold,
   other_root,
   restore,
+  run_meta,
   save,
   with_stored_choices,
 )
@@ -53,6 +55,7 @@ from pirl_jax.training.starting import first_state
 from pirl_jax.training.stopping import Stopped, Stopping
 from pirl_jax.training.view_figures import ViewFigures, make_bank_rows
 from pirl_jax.views.normalisation import denormalise
+from pirl_jax.weights.export import WeightsSettings, export
 
 BANK_ROWS = "bank_rows"
 """Name of the result of `make_bank_rows` among the metrics of a step that is logged."""
@@ -248,6 +251,19 @@ def sight_of(parts: Parts, state: TrainState) -> Sight:
   return look(model, test_images(parts, parts.train), test, mesh=parts.mesh)
 
 
+def export_end(parts: Parts, state: TrainState, book: Logbook) -> None:
+  """Writes the folder export of a run that is over. If the weights are wrong, a warning says so."""
+  model = Model(parts.network, {"params": state.params, "batch_stats": state.batch_stats})
+  step, meta = int(state.step), {**run_meta(parts), "config": parts.config.to_dict()}
+  try:
+    lines = export(Run(parts.workdir.name, parts.workdir, step, True, meta, model), parts.workdir / "export",
+                   WeightsSettings())
+  except UserError as error:
+    lines = [f"WARNING: {error}"]
+  for line in lines[:2]:
+    book.say(line)
+
+
 def finish(parts: Parts, state: TrainState, book: Logbook, views: ViewFigures | None) -> None:
   """Ends the run: plots the curves, prints summary, table of `learning` and verdict, and lists everything written."""
   config = parts.config
@@ -264,6 +280,9 @@ def finish(parts: Parts, state: TrainState, book: Logbook, views: ViewFigures | 
         write_json(parts.workdir / "results" / "learning.json", table)
   if views:
     verdict.give(parts, book, views)
+  if first and config.export:
+    with book.tolerant("export"):
+      export_end(parts, state, book)
   if first and config.report:
     with book.tolerant(report.NAME):
       found = report.read_run(parts.workdir.name, parts.workdir, lambda: sight_of(parts, state))

@@ -28,7 +28,7 @@ from pirl_jax.training import growing
 from pirl_jax.training.parts import Parts, make_schedule
 
 FREE_ON_RESUME = ("num_epochs", "dry_run", "data.root", "data.grown", "checkpoint.", "evaluate.", "log.", "report",
-                  "data.num_threads", "data.max_bad_fraction")
+                  "export", "data.num_threads", "data.max_bad_fraction")
 """Fields that may change when a run resumes; a name that ends with a dot stands for its whole group."""
 
 CHOSEN = "chosen.json"

@@ -1,4 +1,4 @@
-"""The state of a run that starts from the weights of another run: `config.init_from`."""
+"""The state of a run that starts from given weights, of another run or of a file: `config.init_from`."""
 
 from typing import Any
 
@@ -6,25 +6,25 @@ import jax
 
 from pirl_jax.errors import UserError
 from pirl_jax.method.state import TrainState
-from pirl_jax.runs import open_run, run_folder
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.training.parts import Parts
+from pirl_jax.weights.opening import locate_weights, open_any
 
 
 def first_state(parts: Parts) -> TrainState:
-  """Returns the state before the first step: a new one or, with `init_from`, one with the weights of another run.
+  """Returns the state before the first step: a new one or, with `init_from`, one with the weights of a run or a file.
 
   The trunk is taken, and each head whose parameters have the same names and shapes; what was taken is printed. The
   memory bank and the momentum are new.
 
   Raises:
-    UserError: `init_from` is no run, or its trunk does not fit.
+    UserError: `init_from` is neither a run nor weights (see `open_any`), or its trunk does not fit.
   """
   given = parts.config.init_from
   if not given:
     return parts.initial_state()
-  folder = run_folder(given, field="--config.init_from")
-  run = open_run(folder, given, 0, parts.mesh)
+  path = locate_weights(given, field="--config.init_from")
+  run = open_any(path, given, 0, parts.mesh, stem=parts.config.model.stem)
   theirs: Any = run.model.variables
   expected = jax.eval_shape(parts.initial_state)
   check_trunk(given, _shapes(expected.params["trunk"]), _shapes(theirs["params"]["trunk"]))
@@ -37,7 +37,7 @@ def first_state(parts: Parts) -> TrainState:
             for name, value in own.items()}
 
   left = [name for name in expected.params if name not in taken]
-  print(f"starts from {folder}, step {run.step}: takes {', '.join(taken)}"
+  print(f"starts from {path}, step {run.step}: takes {', '.join(taken)}"
         + (f"; new, because their shapes differ or they are missing there: {', '.join(left)}" if left else ""))
   return state.replace(params=mixed(state.params, theirs["params"]),
                        batch_stats=mixed(state.batch_stats, theirs["batch_stats"]))
@@ -53,7 +53,7 @@ def check_trunk(given: str, own: dict[str, Any], theirs: dict[str, Any]) -> None
       (missing, "missing"), (other, "of another shape"), (over, "left over"))]
     raise UserError(f"--config.init_from={given}: its trunk does not fit this network: "
                     + "; ".join(f"{count} {text}" for count, text in found if count)
-                    + "; take model.arch, model.width and model.stem of that run")
+                    + "; take model.arch, model.width and model.stem of those weights")
 
 
 def _shapes(tree: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from pirl_jax.data import batches
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import classification, training
 from pirl_jax.evaluation.features import stream_features
+from pirl_jax.evaluation.further import judge_sets, open_sets, ranks_by_layer
 from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.kept import keeping
 from pirl_jax.evaluation.layers import EMBEDDING, layer_features, layer_names, named_layers
@@ -72,6 +73,7 @@ class LinearSettings(training.TrainingSettings):
       scale and shift), or "plain" (nothing).
     cached: True computes the features of all training images once, from their centre crops and so without augmentation,
       and keeps them in memory. This is for small data sets.
+    further: folders of further test images, separated by commas, see `further.open_sets`.
   """
 
   group: ClassVar[str] = "linear"
@@ -80,6 +82,7 @@ class LinearSettings(training.TrainingSettings):
   schedule: str
   head: str
   cached: bool
+  further: str = ""
 
   def __post_init__(self) -> None:
     self.require(self.schedule in SCHEDULES, "schedule", f"choose from {', '.join(SCHEDULES)}")
@@ -94,7 +97,7 @@ class LinearSettings(training.TrainingSettings):
   def as_used(self, seed: int) -> dict[str, Any]:
     """Returns the settings and the seed for a result file, with the learning rate scaled to the batch size."""
     used = super().as_used(seed) | {"learning_rate": self.first_rate}
-    del used["layers"]  # the figures themselves name the layers
+    del used["layers"], used["further"]  # the figures themselves name the layers and the sets
     return used
 
 
@@ -156,7 +159,7 @@ def measure_linear(model: Model, train: Images, test: Images, settings: LinearSe
   losses, num_read = training.epoch_means(state)
   num_broken = num_labelled - num_images if settings.cached else steps_per_epoch * settings.batch_size - num_read
   variables = {"frozen": frozen, "params": state["params"], "stats": state["stats"]}
-  ranks, num_broken_test = _judge(linear_logits(model.network, layers), variables, test, mesh)
+  ranks, num_broken_test = ranks_by_layer(linear_logits(model.network, layers), variables, test, mesh)
 
   found = {
     layer: {"top1": float(np.mean(ranks[layer] < 1)), "top5": float(np.mean(ranks[layer] < 5)),
@@ -424,26 +427,6 @@ def _unreadable(num_images: int) -> str:
   return f"none of {num_images} labelled training images can be read; check the files"
 
 
-def _judge(forward_fn: Callable, variables: Mapping[str, Any], test: Images,
-           mesh: Mesh) -> tuple[dict[str, np.ndarray], int]:
-  """Returns ({layer: i[N]}, number of test images that cannot be read).
-
-  The arrays hold the rank of the true class (`classification.ranks`) for the labelled test images that can be read.
-  """
-  ranks, num_broken = {layer: [] for layer in variables["params"]}, 0
-  with Progress("linear: test images", len(test)) as progress:
-    for part in stream_features(forward_fn, variables, test.test_batches(), mesh):
-      labelled = part.labels >= 0
-      num_broken += part.num_broken
-      for layer, logits in part.features.items():
-        ranks[layer].append(classification.true_ranks(logits[labelled], part.labels[labelled]))
-      progress.update(len(part.index) + part.num_broken)
-  ranks = {layer: np.concatenate(parts) for layer, parts in ranks.items()}
-  if not all(map(len, ranks.values())):
-    raise UserError(f"none of the {len(test)} test images has a label and can be read: {num_broken} are broken")
-  return ranks, num_broken
-
-
 def _check_batch(settings: LinearSettings, num_images: int, mesh: Mesh) -> None:
   training.check_divides(settings, mesh)
   size = settings.batch_size
@@ -455,19 +438,35 @@ def _check_batch(settings: LinearSettings, num_images: int, mesh: Mesh) -> None:
 
 
 def _measure(evaluation: Evaluation) -> Outcome:
-  settings, devices, train = evaluation.settings, evaluation.mesh.size, evaluation.train
+  model, settings, mesh, train = evaluation.subject.model, evaluation.settings, evaluation.mesh, evaluation.train
   number = int(np.count_nonzero(train.labels() >= 0)) if train.source.class_names else 0
-  if devices <= number < settings.batch_size:
-    settings = dataclasses.replace(settings, batch_size=number // devices * devices)
+  if mesh.size <= number < settings.batch_size:
+    settings = dataclasses.replace(settings, batch_size=number // mesh.size * mesh.size)
     print(f"linear.batch_size is {settings.batch_size}, because {number} training images have a label; the learning "
           "rate is scaled to it")
-  return keeping(evaluation, functools.partial(
-    measure_linear, evaluation.subject.model, evaluation.train, evaluation.labelled_test(), settings,
-    mesh=evaluation.mesh, seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots))
+  sets, judged = open_sets(evaluation, settings.further), {}
+
+  def measure(keep: Callable[..., Any]) -> Outcome:
+    def keep_and_judge(best: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+      keep(best, about)
+      layer = about["layer"]
+      variables = {"frozen": jax.device_put(model.variables, whole(mesh)),
+                   **{name: {layer: tree} for name, tree in best.items()}}
+      judged.update(judge_sets(sets, linear_logits(model.network, (layer,)), variables, mesh))
+
+    return measure_linear(model, train, evaluation.labelled_test(), settings, mesh=mesh,
+                          seed=evaluation.config.seed, snapshot_folder=evaluation.snapshots, keep=keep_and_judge)
+
+  outcome = keeping(evaluation, measure)
+  if not judged:
+    return outcome
+  table = {f"{name}, top-1 of {found['num_classes']} classes": found["top1"] for name, found in judged.items()}
+  return dataclasses.replace(outcome, figures=outcome.figures | {"further": judged}, table=outcome.table | table)
 
 
 def _check(evaluation: Evaluation) -> None:
   linear_layers(evaluation.subject.model, evaluation.settings, image_size=evaluation.train.image_size)
+  open_sets(evaluation, evaluation.settings.further)
 
 
 PROTOCOL = Protocol(

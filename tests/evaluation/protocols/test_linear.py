@@ -6,19 +6,24 @@ import itertools
 import json
 import math
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from sklearn.linear_model import LogisticRegression
 
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import training
+from pirl_jax.evaluation.features import stream_features
 from pirl_jax.evaluation.inputs import Images
+from pirl_jax.evaluation.kept import read_classifier
 from pirl_jax.evaluation.layers import layer_features
 from pirl_jax.evaluation.outcome import Outcome
+from pirl_jax.evaluation.protocol import Evaluation
 from pirl_jax.evaluation.protocols import linear
 from pirl_jax.evaluation.protocols.linear import (
   LinearSettings,
@@ -27,9 +32,11 @@ from pirl_jax.evaluation.protocols.linear import (
   linear_rate,
   linear_step,
 )
+from pirl_jax.evaluation.subjects import Subject
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
+from pirl_jax.runs import Run
 from pirl_jax.runtime.mesh import create_mesh, split, whole
 from pirl_jax.views.normalisation import normalise_image
 
@@ -579,3 +586,63 @@ def test_broken_images_may_leave_too_few_for_a_batch(tmp_path):
 def test_a_loss_that_is_not_finite_is_refused(tmp_path):
   with pytest.raises(UserError, match="the loss on res4 is (nan|inf) in epoch 1 at a learning rate of 1e.30.*lower"):
     measure(tmp_path, learning_rate=1e30, head="plain", cached=True, layers=("res4",), num_epochs=30)
+
+
+# Further sets.
+
+def write_classes(folder, numbers):
+  """Writes images of these classes of the test textures; returns {class: number of images}."""
+  counts = {}
+  labels = TEST.labels()
+  for index in np.flatnonzero(np.isin(labels, numbers)):
+    name = TEST.class_names[labels[index]]
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(folder / name / f"{index}.png"), TEST._images[index][..., ::-1])
+    counts[name] = counts.get(name, 0) + 1
+  return counts
+
+
+def further_evaluation(tmp_path, folders, layers="res4"):
+  settings = dataclasses.replace(SETTINGS, layers=layers, further=folders, num_epochs=1)
+  train, test = (Images(source, SIZE, 1.0, 16, 1) for source in (TRAIN, TEST))
+  run = Run("run", tmp_path, 1, True, {"config": {}}, pretrained())
+  config = ConfigDict({"protocol": "linear", "seed": SEED, "checkpoint": "run"})
+  return Evaluation(config, settings, Subject((run,)), {}, train, test, lambda _: test, create_mesh(8),
+                    tmp_path / "snapshots", tmp_path / "linear")
+
+
+def test_further_sets_are_judged_among_their_own_classes(tmp_path):
+  counts = write_classes(tmp_path / "few", [1, 4, 6])
+  write_classes(tmp_path / "all", range(len(TEST.class_names)))
+  evaluation = further_evaluation(tmp_path, f"{tmp_path / 'few'}, {tmp_path / 'all'}")
+  linear.PROTOCOL.check(evaluation)
+  outcome = linear.PROTOCOL.measure(evaluation)
+  few, every = outcome.figures["further"]["few"], outcome.figures["further"]["all"]
+  # The whole test set again gives the figures of the test set.
+  assert {name: every[name] for name in ("top1", "top5", "num_test")} == {
+    name: outcome.figures[name] for name in ("top1", "top5", "num_test")}
+  # With the kept classifier, by hand.
+  kept = read_classifier(tmp_path / "linear-classifier.npz")
+  mesh = create_mesh(8)
+  variables = {"frozen": pretrained().variables,
+               **{name: {"res4": kept.variables.get(name, {})} for name in ("params", "stats")}}
+  part, = stream_features(linear.linear_logits(pretrained().network, ("res4",)), variables,
+                          Images(TEST, SIZE, 1.0, 64, 1).test_batches(), mesh)
+  chosen = np.isin(part.labels, [1, 4, 6])
+  logits = part.features["res4"][chosen][:, [1, 4, 6]]
+  right = np.array([1, 4, 6])[logits.argmax(axis=1)] == part.labels[chosen]
+  assert few == {"top1": pytest.approx(right.mean()), "top5": 1.0, "num_classes": 3, "num_test": sum(counts.values()),
+                 "num_broken_test": 0}
+  assert 0 < few["top1"] != every["top1"]
+  assert outcome.table["few, top-1 of 3 classes"] == few["top1"]
+  assert "further" not in outcome.figures["settings"]
+
+
+@pytest.mark.parametrize("make, problem", [
+  (lambda root: (root / "x" / "zebra").mkdir(parents=True) or cv2.imwrite(str(root / "x" / "zebra" / "1.png"), np.zeros(
+    (9, 9, 3), np.uint8)), "linear.further: class 'zebra' of .* is not among the"),
+  (lambda root: None, "linear.further: .*x")])
+def test_further_sets_of_other_classes_are_refused_before_the_training(make, problem, tmp_path):
+  make(tmp_path)
+  with pytest.raises(UserError, match=problem):
+    linear.PROTOCOL.check(further_evaluation(tmp_path, str(tmp_path / "x")))
