@@ -124,6 +124,11 @@ class Counted:
     return inputs + outside + max(stages.values()) + at_work
 
 
+NO_LAYERS = ("name", "seed", "job", "num_epochs", "batch_size", "micro_batches", "num_negatives", "init_from",
+             "optimizer", "bank", "photometric", "pretext_photometric", "evaluate", "checkpoint", "log")
+"""Fields and groups of a config that do not change the layers, so many configs have one count."""
+
+
 def count(config: ConfigDict, num_classes: int) -> Counted:
   """Returns the layers of a run's network, traced for one image and never run.
 
@@ -132,7 +137,7 @@ def count(config: ConfigDict, num_classes: int) -> Counted:
     num_classes: of the training images; only a supervised network depends on it.
   """
   given = config.to_dict()
-  used = {name: given[name] for name in ("objective", "pretext", "pretext_weight", "jigsaw", "data")}
+  used = {name: value for name, value in given.items() if name not in NO_LAYERS}
   model = given["model"] | {"dtype": "float32", "remat": False}  # neither changes what there is to count
   return _count(json.dumps(used | {"model": model}, sort_keys=True), num_classes)
 

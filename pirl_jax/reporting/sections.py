@@ -245,8 +245,9 @@ def layers(run: RunFiles) -> str:
   labels = sight.images.labels
   linear = {}
   for name, stored in run.results().items():
-    if stored.get("protocol") == "linear" and "figures" in stored:
-      linear[f"top-1 of {name}"] = {layer: found["top1"] for layer, found in stored["figures"]["layers"].items()}
+    of_layers = stored.get("figures", {}).get("layers")
+    if isinstance(of_layers, dict) and all("top1" in found for found in of_layers.values()):  # linear classifiers
+      linear[f"top-1 of {name}"] = {layer: found["top1"] for layer, found in of_layers.items()}
   rows = []
   for name, features in sight.images.layers.items():
     share = looking.same_class(features, labels)

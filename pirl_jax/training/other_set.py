@@ -63,16 +63,16 @@ def open_other_set(parts: Parts) -> tuple[sources.Source, sources.Source] | None
   Raises:
     UserError: the set cannot be opened, or does not have one label for each image.
   """
-  given = parts.config.evaluate
-  if not given.source and not given.root:
+  kind, root, name = (parts.config.evaluate[field] for field in ("source", "root", "name"))
+  if not kind and not root:
     return None
-  kind = given.source or "folder"
+  kind = kind or "folder"
   settings = dataclasses.replace(
-    sources.DataSettings.of(parts.config.data), source=kind, name=given.name, root=given.root, labels="folder",
+    sources.DataSettings.of(parts.config.data), source=kind, name=name, root=root, labels="folder",
     formats="all", num_images=0, split="train", holdout=0.0)
   test_split = "test"
   if kind == "folder":
-    found = arrangement.arrangement_of(given.root)
+    found = arrangement.arrangement_of(root)
     test_split = found.test_split
     settings = dataclasses.replace(settings, split=found.split, holdout=0.0 if test_split else HOLDOUT)
   elif sources.kind_of(kind).draws:
@@ -80,7 +80,7 @@ def open_other_set(parts: Parts) -> tuple[sources.Source, sources.Source] | None
   train, test = sources.open_both(settings, split=test_split, num_images=1_024 if settings.num_images else 0)
   assert test is not None  # there is a split or a share for it
   if not train.class_names or train.multi_label:
-    raise UserError(f"evaluate.root={given.root}: kNN and linear classifiers need one label for each image; sort the "
+    raise UserError(f"evaluate.root={root}: kNN and linear classifiers need one label for each image; sort the "
                     "images into one sub-folder a class")
   print(f"judged on: {train.description}")
   return train, test

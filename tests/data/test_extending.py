@@ -114,4 +114,4 @@ def test_settings_are_the_config_field_by_field():
   data = base.get_base().data
   assert dataclasses.asdict(DataSettings()) == data.to_dict()
   assert DataSettings.of(json.loads(json.dumps(data.to_dict()))) == DataSettings.of(data) == DataSettings()
-  assert set(data) <= set(evaluate_config.get_config("knn").data) | {"image_scale", "max_bad_fraction"}
+  assert set(data) <= set(evaluate_config.get_config("knn").data) | {"image_scale", "max_bad_fraction", "grown"}

@@ -57,7 +57,7 @@ def test_while_the_first_step_compiles_there_is_nothing_to_wait_for(tmp_path, mo
     sent = time.monotonic()
     (code, output), = running.wait()
   assert code == 0 and time.monotonic() - sent < 5 and "the same command resumes" in output
-  assert not (tmp_path / "checkpoints").exists() and output.startswith("training images: ")
+  assert not (tmp_path / "checkpoints").exists() and output.startswith("devices: ")
 
 
 @pytest.mark.slow
