@@ -27,7 +27,9 @@ def first_state(parts: Parts) -> TrainState:
   run = open_any(path, given, 0, parts.mesh, stem=parts.config.model.stem)
   theirs: Any = run.model.variables
   expected = jax.eval_shape(parts.initial_state)
-  check_trunk(given, _shapes(expected.params["trunk"]), _shapes(theirs["params"]["trunk"]))
+  model = run.meta["config"]["model"]
+  check_trunk(given, _shapes(expected.params["trunk"]), _shapes(theirs["params"]["trunk"]),
+              " ".join(f"--config.model.{name}={model[name]}" for name in ("arch", "width", "stem")))
   taken = [name for name, own in expected.params.items() if _shapes(own) == _shapes(theirs["params"].get(name, {}))]
   state = parts.initial_state()
   whole = mesh_lib.whole(parts.mesh)
@@ -43,8 +45,14 @@ def first_state(parts: Parts) -> TrainState:
                        batch_stats=mixed(state.batch_stats, theirs["batch_stats"]))
 
 
-def check_trunk(given: str, own: dict[str, Any], theirs: dict[str, Any]) -> None:
-  """Raises UserError unless both trunks, given as shapes by name, have the same parameters; `given` is the run."""
+def check_trunk(given: str, own: dict[str, Any], theirs: dict[str, Any], flags: str) -> None:
+  """Raises UserError unless both trunks, given as shapes by name, have the same parameters.
+
+  Args:
+    given: the value of `init_from`.
+    own, theirs: {name: shape} of the trunk of the run and of the given one.
+    flags: with which the run would have the given trunk.
+  """
   missing = sorted(own.keys() - theirs.keys())
   other = sorted(name for name in own.keys() & theirs.keys() if own[name] != theirs[name])
   over = sorted(theirs.keys() - own.keys())
@@ -53,7 +61,7 @@ def check_trunk(given: str, own: dict[str, Any], theirs: dict[str, Any]) -> None
       (missing, "missing"), (other, "of another shape"), (over, "left over"))]
     raise UserError(f"--config.init_from={given}: its trunk does not fit this network: "
                     + "; ".join(f"{count} {text}" for count, text in found if count)
-                    + "; take model.arch, model.width and model.stem of those weights")
+                    + f"; take that network: {flags}")
 
 
 def _shapes(tree: Any) -> dict[str, Any]:

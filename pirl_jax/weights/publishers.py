@@ -20,7 +20,7 @@ import numpy as np
 from pirl_jax.errors import UserError
 from pirl_jax.models.heads import ClassHead, ImageHead, PatchesClassHead, PatchesHead
 from pirl_jax.models.network import Network
-from pirl_jax.models.resnet import ARCHITECTURES, create_resnet
+from pirl_jax.models.resnet import ARCHITECTURES, STEMS, create_resnet
 from pirl_jax.weights.containers import Stored, leaves_of
 from pirl_jax.weights.names import COUNTER, from_torch, shapes_in_torch
 from pirl_jax.weights.peers import num_features
@@ -202,10 +202,10 @@ def trunk_settings(trunk: Mapping[str, Stored], what: str, *, stem: str = "") ->
   Args:
     trunk: arrays by torchvision's names; one may be missing.
     what: the file, for messages.
-    stem: of the trunk, if it is known.
+    stem: of the trunk, if its convolution is 3 x 3.
 
   Raises:
-    UserError: no architecture has these blocks, or the stem is not known.
+    UserError: no architecture has these blocks, or the stem is 3 x 3 and not known.
   """
   bottleneck = any(name.endswith(".conv3.weight") for name in trunk)
   blocks: dict[int, int] = {}
@@ -221,11 +221,13 @@ def trunk_settings(trunk: Mapping[str, Stored], what: str, *, stem: str = "") ->
                     + ", ".join(f"{name} {numbers}" for name, (_, numbers, _) in ARCHITECTURES.items()))
   channels = next((trunk[name].shape[0] for name in ("bn1.weight", "conv1.weight") if name in trunk), 0)
   kernel = trunk["conv1.weight"].shape[2:] if "conv1.weight" in trunk else ()
-  if not stem and kernel == (3, 3):
+  if kernel != (3, 3):
+    stem = "imagenet"
+  elif stem not in STEMS or STEMS[stem][0] != 3:
     raise UserError(f"{what} has a 3 x 3 stem, and the file does not say its stride; give the exported folder of a "
                     "run, or start a run with --config.init_from and --config.model.stem")
   return {"model.arch": arch, "model.width": max(1, channels // ARCHITECTURES[arch][2]),
-          "model.stem": stem or "imagenet"}
+          "model.stem": stem}
 
 
 def fitting(arrays: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]], what: str,
