@@ -109,7 +109,7 @@ def test_folder_of_images_with_a_broken_one_trains_and_names_it_without_tensorfl
     "--config.data.image_size=16", "--config.jigsaw.crop_size=18", "--config.jigsaw.patch_size=5",
     "--config.model.arch=resnet8", "--config.model.stem=3x3s2", "--config.data.num_threads=2",
     "--config.log.every_steps=1", "--config.evaluate.views=0", "--config.evaluate.learning=False",
-    "--config.report=False", f"--workdir={tmp_path / 'run'}"]
+    f"--workdir={tmp_path / 'run'}"]
   # A TensorFlow that is installed, and tells when it is imported by whatever library.
   (tmp_path / "trap" / "tensorflow").mkdir(parents=True)
   (tmp_path / "trap" / "tensorflow" / "__init__.py").write_text(
