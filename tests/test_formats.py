@@ -39,8 +39,7 @@ def config():
   changed.update_from_flattened_dict({
     "data.image_size": 16, "jigsaw.crop_size": 18, "jigsaw.patch_size": 5, "data.num_images": 64, "num_negatives": 16,
     "batch_size": 32, "num_epochs": 3, "log.every_steps": 1, "evaluate.learning": False, "report": False,
-    "evaluate.split": "",
-    "model.dim": 8})
+    "export": False, "evaluate.split": "", "model.dim": 8})
   return changed
 
 

@@ -35,7 +35,7 @@ def command(tmp_path_factory):
     "--config.evaluate.batch_size=8", "--config.batch_size=8", "--config.num_negatives=16",
     "--config.data.image_size=16", "--config.jigsaw.crop_size=18", "--config.jigsaw.patch_size=5",
     "--config.data.num_threads=2", "--config.log.every_steps=1", "--config.checkpoint.every_steps=7",
-    "--config.num_epochs=24", "--config.evaluate.learning=False", "--config.report=False",
+    "--config.num_epochs=24", "--config.evaluate.learning=False", "--config.report=False", "--config.export=False",
     "--config.data.max_bad_fraction=0.1")
 
 

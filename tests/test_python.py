@@ -59,7 +59,7 @@ print(json.dumps({name: repr(getattr(pirl_jax, name)) for name in pirl_jax.__all
 
 def tiny():
   config = pirl.get_config()
-  config.update(num_epochs=2, batch_size=32, num_negatives=32, report=False)
+  config.update(num_epochs=2, batch_size=32, num_negatives=32, report=False, export=False)
   config.data.update(num_images=128, image_size=16)
   config.jigsaw.update(crop_size=18, patch_size=5)
   config.checkpoint.every_steps = 2

@@ -86,7 +86,7 @@ def tiny(name, folder, **changes):
     "data.num_images": NUM_IMAGES, "data.root": str(folder), "data.image_size": 16, "data.num_threads": 1,
     "jigsaw.crop_size": 18, "jigsaw.patch_size": 5, "model.arch": "resnet4", "model.dim": 8,
     "optimizer.warmup_epochs": 0, "evaluate.num_images": 20, "evaluate.every_epochs": 0, "evaluate.batch_size": 20,
-    "evaluate.learning": False, "report": False, "checkpoint.every_steps": 100, "log.every_steps": 1,
+    "evaluate.learning": False, "report": False, "export": False, "checkpoint.every_steps": 100, "log.every_steps": 1,
     # Brightness stands for the whole list, which takes long to compile.
     **{f"photometric.{field}": 0.0 for field in ("contrast", "saturation", "hue", "group_probability",
                                                  "grayscale_probability")}, **changes})

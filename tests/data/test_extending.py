@@ -61,7 +61,7 @@ def tiny(**changes):
     "num_epochs": 1, "batch_size": 16, "num_negatives": 16, "data.num_images": 32, "data.image_size": 16,
     "jigsaw.crop_size": 18, "jigsaw.patch_size": 5, "data.num_threads": 1, "optimizer.warmup_epochs": 0,
     "evaluate.num_images": 16, "evaluate.every_epochs": 1, "evaluate.batch_size": 16, "evaluate.learning": False,
-    "report": False, "log.every_steps": 1, "model.arch": "resnet4", "model.dim": 8, **changes})
+    "report": False, "export": False, "log.every_steps": 1, "model.arch": "resnet4", "model.dim": 8, **changes})
   return config
 
 

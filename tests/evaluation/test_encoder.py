@@ -26,7 +26,7 @@ def tiny(system):
   config.model.dim = 8
   # The sides are resized to 20 and cut to 16, and a batch is neither a divisor nor a multiple of the images.
   config.evaluate.update(num_images=16, crop_fraction=0.8, batch_size=8, every_epochs=0, learning=False)
-  config.report = False
+  config.report = config.export = False
   return config
 
 

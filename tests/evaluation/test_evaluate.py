@@ -37,7 +37,7 @@ def small_run(folder, *, seed=0, num_epochs=2, **data):
   config.optimizer.learning_rate = 0.1
   config.checkpoint.every_steps = 4
   config.evaluate.update(num_images=48, every_epochs=0, batch_size=32, learning=False)
-  config.report = False
+  config.report = config.export = False
   pretrain.run(config, str(folder))
   return folder
 

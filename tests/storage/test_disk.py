@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, monke
 
   config = pirl.get_config()
   config.update_from_flattened_dict({
-    "report": False, "data.num_images": 256, "evaluate.num_images": 64, "num_negatives": 64})
+    "report": False, "export": False, "data.num_images": 256, "evaluate.num_images": 64, "num_negatives": 64})
   monkeypatch.setattr(resuming, "write_json", fail)
   with pytest.raises(UserError, match="nothing can be written to .*Read-only file system.*--workdir"):
     pretrain.run(config, str(tmp_path / "run"))

@@ -22,7 +22,7 @@ from pirl_jax.training import parts as parts_lib
 
 SMALL = {"data.image_size": 16, "jigsaw.crop_size": 18, "jigsaw.patch_size": 5, "batch_size": 16, "log.every_steps": 1,
          "evaluate.batch_size": 16, "checkpoint.every_steps": 2, "model.dim": 16, "evaluate.every_epochs": 0,
-         "evaluate.learning": False, "evaluate.views": 0, "report": False}
+         "evaluate.learning": False, "evaluate.views": 0, "report": False, "export": False}
 
 
 def write(folder, names, seed=0):
@@ -209,7 +209,8 @@ def test_an_evaluation_needs_the_run_and_a_folder_and_nothing_else(images, first
 def test_an_unlabelled_run_is_judged_on_another_set_with_labels(images, tmp_path, monkeypatch):
   (tmp_path / "flat").mkdir()
   write(tmp_path / "flat", [f"{i}.png" for i in range(48)], seed=2)
-  changes = {"evaluate.root": str(images), "evaluate.every_epochs": 1, "evaluate.views": 0, "report": False}
+  changes = {"evaluate.root": str(images), "evaluate.every_epochs": 1, "evaluate.views": 0, "report": False,
+             "export": False}
   pretrain.run(own(tmp_path / "flat", **changes), str(tmp_path / "run"))
   rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert {"other_knn_top1", "other_linear_top1"} <= set(rows[-1]) and "knn_top1" not in rows[-1]

@@ -29,7 +29,7 @@ def tiny(**changes):
     "data.image_size": 16, "jigsaw.crop_size": 18, "jigsaw.patch_size": 5, "data.num_threads": 2,
     "optimizer.warmup_epochs": 0, "evaluate.num_images": 40, "evaluate.every_epochs": 1, "evaluate.batch_size": 16,
     "checkpoint.every_steps": 3, "checkpoint.keep": 20, "log.every_steps": 1, "evaluate.learning": False,
-    "report": False, **changes})
+    "report": False, "export": False, **changes})
   return config
 
 

@@ -34,7 +34,7 @@ def tiny(system=pirl, **changes):
     "num_epochs": 2, "batch_size": 16, "num_negatives": 16, "data.num_images": 72, "data.image_size": 16,
     "jigsaw.crop_size": 18, "jigsaw.patch_size": 5, "model.arch": "resnet4", "model.dim": 8,
     "optimizer.warmup_epochs": 0, "evaluate.split": "", "evaluate.every_epochs": 1, "evaluate.batch_size": 16,
-    "evaluate.learning": False, "report": False, "evaluate.views": 40, "log.every_steps": 1,
+    "evaluate.learning": False, "report": False, "export": False, "evaluate.views": 40, "log.every_steps": 1,
     **{f"photometric.{field}": 0.0 for field in ("saturation", "hue", "group_probability", "grayscale_probability")},
     **changes})
   return config
