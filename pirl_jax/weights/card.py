@@ -72,11 +72,15 @@ def git_state() -> dict[str, Any] | None:
   return {"commit": commit, "changed": bool(status)}
 
 
+PRIVATE = ("written", "splits", "queries")
+"""Figures that name files or images of this machine."""
+
+
 def _without_places(found: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a result without folders of this machine and without the config of the run, which the card has."""
+  """Returns a result without names of this machine's files, and without the config of the run, which the card has."""
   kept = {name: value for name, value in found.items() if name not in ("checkpoint", "settings")}
   if isinstance(figures := kept.get("figures"), dict):
-    kept["figures"] = {name: value for name, value in figures.items() if name != "written"}
+    kept["figures"] = {name: value for name, value in figures.items() if name not in PRIVATE}
   return kept
 
 
@@ -131,7 +135,7 @@ def _figures(card: Mapping[str, Any]) -> list[str]:
   for name, found in card["figures"]["results"].items():
     figures = found.get("figures", found)
     wanted = SHOWN.get(name, tuple((key, f"{found.get('protocol', name)}, {key}") for key in figures if key in (
-      "top1", "top5", "mean_average_precision", "best_layer", "mean_ap")))
+      "top1", "top5", "mean_average_precision", "best_layer")))
     settings = f"k = {found['k']}, temperature {found['temperature']:g}" if name == "learning" else (
       f"step {found.get('step', card['step'])}")
     rows += [f"| {words} | {_number(figures[key])} | {settings} |" for key, words in wanted

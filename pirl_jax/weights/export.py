@@ -129,7 +129,6 @@ Written = tuple[str, str, list[str]]
 """Name of the file, line on the equality, and lines of Markdown that say how the file is loaded."""
 
 
-
 def write_safetensors(run: Run, folder: Path, trunk: Mapping[str, Any],
                       check: Callable[[Mapping[str, np.ndarray]], str]) -> Written:
   """Writes model.safetensors with torchvision's names; `check` raises UserError unless the arrays compute the same."""

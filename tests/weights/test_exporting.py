@@ -95,7 +95,8 @@ def test_the_card_says_everything_but_where_things_are(run, images, tmp_path):
     "protocol": "learning", "k": 7, "temperature": 0.07, "trained": 0.8125})
   write_json(run / "results" / "linear.json", {
     "protocol": "linear", "step": 0, "checkpoint": str(run), "settings": {"data": str(images)},
-    "figures": {"top1": 0.53, "best_layer": "res4", "written": [str(run / "x.npz")]}})
+    "figures": {"top1": 0.53, "best_layer": "res4", "written": [str(run / "x.npz")], "queries": [
+      {"name": str(images / "a")}]}})
   exported(run, tmp_path)
   card = json.loads((tmp_path / "card.json").read_text())
   readme = (tmp_path / "README.md").read_text()
