@@ -81,7 +81,7 @@ def test_what_is_chosen_is_stored_and_a_resumed_run_does_not_choose_again(images
 
 def test_another_folder_in_the_place_of_a_run_is_told_so(first, tmp_path):
   write(tmp_path / "other", ["train/x/1.png", "train/y/2.png"])
-  with pytest.raises(UserError, match=r"holds a run on the images in .*images0; give those in .*--workdir=runs/NAME"):
+  with pytest.raises(UserError, match=r"holds a run on the images in .*images\d+; give those in .*--workdir=runs/NAME"):
     pretrain.run(own(tmp_path / "other"), str(first))
 
 

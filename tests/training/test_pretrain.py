@@ -224,8 +224,8 @@ def test_bad_images_of_every_kind_are_left_out_and_named_also_those_that_go_bad_
     (root / f"z{i}.png").write_bytes(encoded(".png"))
   real = pretrain.begin
 
-  def begin(parts):
-    real(parts)
+  def begin(*arguments):
+    real(*arguments)
     for name, content in later.items():
       (root / name).unlink() if content is None else (root / name).write_bytes(content)
     (root / "q.png").unlink()
