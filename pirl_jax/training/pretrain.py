@@ -123,7 +123,7 @@ def _pretrain(parts: Parts, stopping: Stopping, other: Callable | None) -> None:
       views = ViewFigures(parts, stopping) if config.evaluate.views and config.num_epochs else None
       if config.num_epochs:
         evaluations = Evaluations(parts, book, make_evaluation(parts, book, stopping), views, other)
-        book.say("compiles the step, which takes a minute or more on a CPU; later starts take it from the cache")
+        book.say("compiles the step, which takes up to some minutes; later starts take it from the cache")
         with stopping.held():
           state = train(parts, state, checkpoints, book, stopping, evaluations)
         stopping.check()

@@ -427,7 +427,8 @@ def test_broken_and_unlabelled_test_images_are_not_judged(tmp_path, monkeypatch)
 
 def test_of_equal_layers_the_deeper_one_is_the_best_and_few_classes_are_all_among_the_top_five(tmp_path, monkeypatch):
   ranks = {"conv1": [0, 1, 3], "res2": [0, 0, 3], "res3": [0, 0, 2], "res4": [0, 1, 1]}
-  monkeypatch.setattr(linear, "ranks_by_layer", lambda *_: ({layer: np.array(rank) for layer, rank in ranks.items()}, 0))
+  ranked = {layer: np.array(rank) for layer, rank in ranks.items()}, 0
+  monkeypatch.setattr(linear, "ranks_by_layer", lambda *_: ranked)
   figures = measure(tmp_path, layers=tuple(ranks)[::-1], num_epochs=1, milestones=(), cached=True).figures
   assert list(figures["layers"]) == ["conv1", "res2", "res3", "res4"]
   assert figures["best_layer"] == "res3"
