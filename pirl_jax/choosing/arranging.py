@@ -1,5 +1,7 @@
 """Chooses which images of a folder are for training, which are held out, whether they have classes."""
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from pirl_jax.choosing.choices import Choice, with_values
@@ -25,6 +27,8 @@ def arrange(config: ConfigDict) -> tuple[ConfigDict, list[Choice]]:
     found = arrangement_of(data.root, data.formats, data.split)
   elif data.source == "webdataset" and data.root:
     found = arrangement_of_shards(data.root)
+  if data.holdout:  # a share that is given takes the place of a split that is found
+    found = dataclasses.replace(found, test_split="")
   split = found.test_split if config.evaluate.split is None else config.evaluate.split
   named = f"there is {split}" if split else "there are no train and test"
   possible = [

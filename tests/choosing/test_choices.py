@@ -84,6 +84,19 @@ def test_given_fields_stay_and_the_others_follow():
   assert config.data.holdout == 0 and config.evaluate.every_epochs == 3
 
 
+def test_a_share_that_is_given_takes_the_place_of_a_split_that_is_found(tmp_path):
+  for name in ("train", "test"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.png").touch()
+  config = pirl.get_config("folder")
+  config.data.root = str(tmp_path)
+  found, _ = arrange(config)
+  assert (found.data.split, found.evaluate.split, found.data.holdout) == ("train", "test", 0)
+  config.data.holdout = 0.2
+  found, _ = arrange(config)
+  assert (found.data.split, found.evaluate.split, found.data.holdout) == ("train", "", 0.2)
+
+
 def test_small_images_get_small_views_and_a_small_network_on_a_card():
   assert [chosen(dataclasses.replace(CARD, shorter_side=side))[0].data.image_size
           for side in (28, 64, 96, 200)] == [32, 64, 96, 224]
