@@ -353,6 +353,8 @@ def test_torchvisions_detector_takes_the_trunk(tmp_path):
   torch = pytest.importorskip("torch")
   torchvision = pytest.importorskip("torchvision")
   load = pytest.importorskip("safetensors.torch").load_file
+  if not torchvision.extension._has_ops():  # a detector asks for them, although its trunk needs none
+    pytest.skip("torchvision's operators in C++ are of another version of torch")
   model = trunk_model(create_resnet("resnet50"))
   save_file(arrays_of(model), tmp_path / "model.safetensors")
   detector = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).eval()
