@@ -65,6 +65,12 @@ def run_folder(name: str, *, field: str = "--config.checkpoint") -> Path:
   return folder
 
 
+def require_checkpoint(names: str) -> None:
+  """Raises UserError if the field `checkpoint` of a job names nothing; its names are separated by commas."""
+  if not names.strip(", "):
+    raise UserError("config.checkpoint is empty; give the folder of a run, --config.checkpoint=runs/pirl")
+
+
 def open_run(folder: Path, label: str, step: int, mesh: jax.sharding.Mesh) -> Run:
   """Returns the run with the model of its checkpoint `step` (0: the newest), replicated on every device of `mesh`.
 
@@ -107,8 +113,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     UserError: there is no such run, it has no checkpoint, or a checkpoint is damaged.
   """
   del workdir
-  if not config.checkpoint:
-    raise UserError("config.checkpoint is empty; give the folder of a run, --config.checkpoint=runs/pirl")
+  require_checkpoint(config.checkpoint)
   folder = run_folder(config.checkpoint) / "checkpoints"
   damaged = []
   with Checkpoints(folder, keep=1) as checkpoints:

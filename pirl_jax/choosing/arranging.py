@@ -4,7 +4,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from pirl_jax.choosing.choices import Choice, with_values
+from pirl_jax.choosing.choices import Choice, open_fields, with_values
 from pirl_jax.data.arrangement import Arrangement, arrangement_of, arrangement_of_shards
 from pirl_jax.weights.opening import model_in
 
@@ -37,13 +37,8 @@ def arrange(config: ConfigDict) -> tuple[ConfigDict, list[Choice]]:
     Choice("evaluate.split", found.test_split, named),
     Choice("data.holdout", 0.0 if split else HOLDOUT,
            f"{split} is held out" if split else "for kNN or the verdict; the names of the images decide")]
-  made = [choice for choice in possible if _get(config, choice.field) is None]
   first = model_in(config.init_from, stem=config.model.stem or "") if config.init_from else {}
-  made += [Choice(f"model.{name}", value, f"as in {config.init_from}") for name, value in first.items()
-           if config.model[name] is None]
+  possible += [Choice(f"model.{name}", value, f"as in {config.init_from}") for name, value in first.items()]
+  left_open = open_fields(config)
+  made = [choice for choice in possible if choice.field in left_open]
   return with_values(config, {choice.field: choice.value for choice in made}), made
-
-
-def _get(config: ConfigDict, field: str) -> object:
-  group, _, name = field.partition(".")
-  return config[group][name]

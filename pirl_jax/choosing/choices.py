@@ -111,13 +111,10 @@ class _Choosing:
   def take(self, why: str, **values: Any) -> None:
     """Fills each field that is open; `group__field` stands for "group.field"."""
     for name, value in values.items():
-      *groups, last = name.split("__")
-      group = self.config
-      for part in groups:
-        group = group[part]
-      if group[last] is None:
-        group[last] = value
-        self.made.append(Choice(".".join((*groups, last)), value, why))
+      field = name.replace("__", ".")
+      if field in open_fields(self.config):
+        self.config.update_from_flattened_dict({field: value})
+        self.made.append(Choice(field, value, why))
 
   @property
   def steps_per_epoch(self) -> int:

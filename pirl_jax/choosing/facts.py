@@ -47,21 +47,19 @@ class Facts:
   shorter_side: int
 
 
-def facts_of(mesh: Mesh, source: Source, *, sample: bool = True) -> Facts:
+def facts_of(mesh: Mesh, source: Source) -> Facts:
   """Returns the facts about these devices, this machine and these training images.
 
   Args:
     mesh: the devices.
-    source: the training images.
-    sample: True opens `SAMPLED` of the images to see their sizes; False gives 0 as `shorter_side`.
+    source: the training images; `SAMPLED` of them are opened.
   """
   device: Any = mesh.devices.flat[0]
   return Facts(
     platform=device.platform, device=device.device_kind, num_devices=mesh.size,
     device_bytes=mesh_lib.device_bytes(), bfloat16=_has_bfloat16(device), num_cores=num_cores(),
     host_bytes=mesh_lib.host_bytes(), num_images=len(source),
-    num_classes=0 if source.multi_label else len(source.class_names),
-    shorter_side=_shorter_side(source) if sample else 0)
+    num_classes=source.num_labels, shorter_side=_shorter_side(source))
 
 
 def facts_of_chips(chip: Chip, num_devices: int, *, num_images: int, num_classes: int) -> Facts:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Iterable
 
-from pirl_jax.data.folder import ENDINGS
+from pirl_jax.data.folder import endings_of
 from pirl_jax.errors import UserError
 
 TRAIN = ("train", "training")
@@ -90,7 +90,7 @@ def holds_images(root: str, formats: str = "all") -> bool:
   """Returns whether one of the first ten thousand files below `root` is an image by its ending."""
   number = 0
   for _, _, names in os.walk(os.path.expanduser(root)):
-    if any(name.lower().endswith(ENDINGS[formats]) for name in names):
+    if any(name.lower().endswith(endings_of(formats)) for name in names):
       return True
     number += len(names)
     if number > 10_000:
@@ -102,7 +102,7 @@ def _listed(folder: str, formats: str) -> tuple[bool, list[str]]:
   """Returns whether images lie directly in the folder, and the names of its sub-folders, sorted."""
   try:
     with os.scandir(folder) as entries:
-      return _sorted_out(entries, ENDINGS[formats])
+      return _sorted_out(entries, endings_of(formats))
   except OSError as error:
     raise UserError(f"data.root: {folder} cannot be listed ({error.strerror}); give the folder of images, "
                     "--config.data.root=DIR") from error

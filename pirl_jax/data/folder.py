@@ -31,6 +31,17 @@ MANY = 0.05
 """If more than this share of the files is left out, the description says so as a warning."""
 
 
+def endings_of(formats: str) -> tuple[str, ...]:
+  """Returns the endings of image files, in lower case, that are read with this value of `data.formats`.
+
+  Raises:
+    UserError: the value is unknown.
+  """
+  if formats not in ENDINGS:
+    raise UserError(f"data.formats={formats!r} is unknown; choose from {', '.join(ENDINGS)}")
+  return ENDINGS[formats]
+
+
 class FolderSource(Source):
   """Every image below `root` / `split`.
 
@@ -56,9 +67,7 @@ class FolderSource(Source):
 
   def __init__(self, root: str, *, split: str, labels: str, class_names: tuple[str, ...] | None = None,
                formats: str = "common") -> None:
-    if formats not in ENDINGS:
-      raise UserError(f"data.formats={formats!r} is unknown; choose from {', '.join(ENDINGS)}")
-    endings = ENDINGS[formats]
+    endings = endings_of(formats)
     self._root = _split_folder(root, split)
     shown = printable(self._root)
     left_out = collections.defaultdict(list)

@@ -55,6 +55,11 @@ class Source(abc.ABC):
     """Returns the images of `settings`, see `sources.open_source`; every class in `sources.SOURCES` implements this."""
     raise NotImplementedError(f"{cls.__name__} is not opened from settings")
 
+  @property
+  def num_labels(self) -> int:
+    """Returns the number of classes if an image shows exactly one of them; 0 without labels or with several each."""
+    return 0 if self.multi_label else len(self.class_names)
+
   @abc.abstractmethod
   def __len__(self) -> int:
     """Returns the number of records."""

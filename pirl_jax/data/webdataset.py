@@ -21,7 +21,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from pirl_jax.data.folder import ENDINGS, MANY
+from pirl_jax.data.folder import MANY, endings_of
 from pirl_jax.data.records import Record, Source, printable
 from pirl_jax.data.sources import DataSettings
 from pirl_jax.errors import UserError
@@ -105,17 +105,16 @@ class WebDatasetSource(Source):
 
   def __init__(self, root: str, *, split: str, labels: str, class_names: tuple[str, ...] | None = None,
                formats: str = "common") -> None:
-    if formats not in ENDINGS:
-      raise UserError(f"data.formats={formats!r} is unknown; choose from {', '.join(ENDINGS)}")
+    endings = endings_of(formats)
     self._folder, self._shards = _find_shards(root, split)
-    self._shard_sizes, index = _index_of(self._folder, self._shards, ENDINGS[formats], labels != "none")
+    self._shard_sizes, index = _index_of(self._folder, self._shards, endings, labels != "none")
     shown = printable(self._folder)
     left_out = "".join(f"\n  left out, {reason}: {number} ({', '.join(names)}{', ...' * (number > len(names))})"
                        for reason, (number, names) in sorted(index.left_out.items()))
     number = len(index.shard)
     if not number:
       raise UserError(f"no images in the {len(self._shards)} shards of {shown}{left_out.replace(chr(10) + ' ', ';')}: "
-                      f"files ending in {', '.join(ENDINGS[formats])} are read; point data.root and data.split at them")
+                      f"files ending in {', '.join(endings)} are read; point data.root and data.split at them")
     self._index = index
     digest = hashlib.sha256("\0".join(self._shards).encode("utf-8", "surrogateescape"))
     for array in (index.shard, index.size, index.name_end, index.names):

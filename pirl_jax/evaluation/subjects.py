@@ -10,7 +10,7 @@ import jax
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.layers import layer_names
 from pirl_jax.models.network import Ensemble, Model
-from pirl_jax.runs import Run
+from pirl_jax.runs import Run, require_checkpoint
 from pirl_jax.weights.opening import is_exported, locate_weights, open_any
 
 
@@ -79,9 +79,8 @@ def open_subjects(names: str, step: int, mesh: jax.sharding.Mesh) -> list[Subjec
     UserError: nothing is named, a run is named twice, a folder holds no run whose parameters fit its config, or the
       networks of an ensemble do not have the same layers.
   """
+  require_checkpoint(names)
   wanted = [[locate_weights(part) for part in run_names(name.strip())] for name in names.split(",") if name.strip()]
-  if not wanted:
-    raise UserError("config.checkpoint is empty; give the folder of a run, --config.checkpoint=runs/pirl")
   folders = list(dict.fromkeys(folder for group in wanted for folder in group))
   short = dict(zip(folders, labels(folders), strict=True))
   subject_labels = ["+".join(short[folder] for folder in group) for group in wanted]

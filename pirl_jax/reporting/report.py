@@ -21,7 +21,7 @@ from pirl_jax.reporting import meanings, page, sections
 from pirl_jax.reporting.charts import number
 from pirl_jax.reporting.looking import Sight, look
 from pirl_jax.reporting.sections import RunFiles
-from pirl_jax.runs import open_run, run_folder
+from pirl_jax.runs import open_run, require_checkpoint, run_folder
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.files import read_json, write_file
 from pirl_jax.storage.formats import upgrade_config
@@ -40,9 +40,8 @@ def run(config: ConfigDict, workdir: str) -> None:
   Raises:
     UserError: nothing is named, a name is not the folder of a run, or the file cannot be written.
   """
+  require_checkpoint(config.checkpoint)
   folders = [run_folder(name.strip()) for name in config.checkpoint.split(",") if name.strip()]
-  if not folders:
-    raise UserError("config.checkpoint is empty; give the folder of a run, --config.checkpoint=runs/pirl")
   if len(set(folders)) < len(folders):
     raise UserError(f"--config.checkpoint={config.checkpoint} names a run twice")
   mesh = mesh_lib.create_mesh()

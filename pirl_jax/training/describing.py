@@ -5,19 +5,20 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 
 from pirl_jax.choosing.estimate import estimate
-from pirl_jax.choosing.facts import facts_of
+from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.settings import flatten
 from pirl_jax.training.parts import Parts
 
 
 def describe(parts: Parts) -> Iterator[str]:
   """Yields lines about the memory that a step needs on a device, and about the number of steps."""
-  config, facts = parts.config, facts_of(parts.mesh, parts.train, sample=False)
-  needs = estimate(config, num_images=facts.num_images, num_classes=facts.num_classes, num_devices=facts.num_devices)
+  config, device_bytes = parts.config, mesh_lib.device_bytes()
+  needs = estimate(config, num_images=len(parts.train), num_classes=parts.train.num_labels,
+                   num_devices=parts.mesh.size)
   size = sum(needs.memory.values())
-  yield (f"memory: a step needs about {size / 2**30:.2f} GiB of the {facts.device_bytes / 2**30:.1f} GiB of a device "
+  yield (f"memory: a step needs about {size / 2**30:.2f} GiB of the {device_bytes / 2**30:.1f} GiB of a device "
          "(an estimate, within about 25 %)")
-  if size > facts.device_bytes:
+  if size > device_bytes:
     yield f"WARNING: that may be too much; {way_out(parts)}"
   yield (f"steps: {config.num_epochs} epochs of {parts.steps_per_epoch:,} = {parts.total_steps:,} steps of "
          f"{config.batch_size} images")

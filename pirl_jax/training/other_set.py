@@ -35,8 +35,9 @@ def make_other_evaluation(parts: Parts) -> Callable[[TrainState], dict[str, floa
   train, test = (test_images(parts, source) for source in opened)
   config, folder = parts.config, parts.workdir / "unfinished-other"
   own = evaluate_configs.get_config("linear_small").linear
-  own.update(layers="pooled", cached=True, batch_size=max(parts.mesh.size, min(
-    own.batch_size, len(train)) // parts.mesh.size * parts.mesh.size))
+  size = parts.mesh.size
+  own.update(layers="pooled", cached=True, batch_size=max(1, own.batch_size // size) * size)
+  settings = linear.with_batches_that_fill(linear.LinearSettings(**own), len(train), parts.mesh)
 
   def evaluate(state: TrainState) -> dict[str, float]:
     model = Model(parts.network, {"params": state.params, "batch_stats": state.batch_stats})
@@ -44,7 +45,7 @@ def make_other_evaluation(parts: Parts) -> Callable[[TrainState], dict[str, floa
     found = {KNN: knn.measure_knn(model, train, test, voting, mesh=parts.mesh).figures["top1"]}
     # Unfinished work of another step must not be taken for that of this one.
     _remove(folder)
-    outcome = linear.measure_linear(model, train, test, linear.LinearSettings(**own), mesh=parts.mesh,
+    outcome = linear.measure_linear(model, train, test, settings, mesh=parts.mesh,
                                     seed=config.seed, snapshot_folder=folder)
     _remove(folder)
     return found | {LINEAR: outcome.figures["top1"]}

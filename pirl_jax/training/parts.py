@@ -205,7 +205,7 @@ def assemble(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, views_f
   Raises:
     UserError: something does not fit.
   """
-  network = system.network_of(config, num_classes=0 if train.multi_label else len(train.class_names))
+  network = system.network_of(config, num_classes=train.num_labels)
   steps_per_epoch = batches.steps_per_epoch(len(train), config.batch_size)
   if config.num_epochs * steps_per_epoch >= 2**31:
     raise UserError(f"num_epochs={config.num_epochs} of {steps_per_epoch:,} steps: steps are counted up to 2**31; take "

@@ -19,7 +19,7 @@ from safetensors import numpy as safetensors
 from pirl_jax.data.contents import FILE as IMAGE_LIST
 from pirl_jax.errors import UserError
 from pirl_jax.method.memory_bank import Layout
-from pirl_jax.runs import Run
+from pirl_jax.runs import Run, require_checkpoint
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import replacing, write_file, write_json
@@ -65,8 +65,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     UserError: the config or the run is wrong, the format has no such network, or the file does not compute what the run
       computes.
   """
-  if not config.checkpoint:
-    raise UserError("config.checkpoint is empty; give the folder of a run, --config.checkpoint=runs/pirl")
+  require_checkpoint(config.checkpoint)
   settings = WeightsSettings(format=config.format, heads=config.heads, bank=config.bank, licence=config.license)
   if config.push:
     hub.check_target(config.push, settings.format)

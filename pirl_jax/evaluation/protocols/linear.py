@@ -427,6 +427,16 @@ def _unreadable(num_images: int) -> str:
   return f"none of {num_images} labelled training images can be read; check the files"
 
 
+def with_batches_that_fill(settings: LinearSettings, num_images: int, mesh: Mesh) -> LinearSettings:
+  """Returns the settings with a batch that so many labelled images fill; as they are if the images fill it already.
+
+  If there are fewer images than devices, the settings stay as they are, too, and `measure_linear` refuses them.
+  """
+  if not mesh.size <= num_images < settings.batch_size:
+    return settings
+  return dataclasses.replace(settings, batch_size=num_images // mesh.size * mesh.size)
+
+
 def _check_batch(settings: LinearSettings, num_images: int, mesh: Mesh) -> None:
   training.check_divides(settings, mesh)
   size = settings.batch_size
@@ -440,8 +450,8 @@ def _check_batch(settings: LinearSettings, num_images: int, mesh: Mesh) -> None:
 def _measure(evaluation: Evaluation) -> Outcome:
   model, settings, mesh, train = evaluation.subject.model, evaluation.settings, evaluation.mesh, evaluation.train
   number = int(np.count_nonzero(train.labels() >= 0)) if train.source.class_names else 0
-  if mesh.size <= number < settings.batch_size:
-    settings = dataclasses.replace(settings, batch_size=number // mesh.size * mesh.size)
+  settings = with_batches_that_fill(settings, number, mesh)
+  if settings is not evaluation.settings:
     print(f"linear.batch_size is {settings.batch_size}, because {number} training images have a label; the learning "
           "rate is scaled to it")
   sets, judged = open_sets(evaluation, settings.further), {}
