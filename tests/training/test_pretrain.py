@@ -82,6 +82,19 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole_run, tmp_path, m
   assert rows(tmp_path / "run") == rows(whole_run)
 
 
+@pytest.mark.slow
+def test_an_official_run_goes_on_bit_for_bit_with_a_partial_batch_in_every_epoch(tmp_path):
+  official = {"negative_sampling": "per_image", "own_row_is_negative": True, "bank.averaged": 32, "partial_batch": True}
+  for name, lengths in (("whole", (2,)), ("cut", (1, 2))):
+    for num_epochs in lengths:
+      config = tiny(num_epochs=num_epochs, **official, **{"optimizer.schedule": "steps", "optimizer.milestones": ()})
+      pretrain.run(config, str(tmp_path / name))
+  (state, _), (expected, _) = final_state(tmp_path / "cut"), final_state(tmp_path / "whole")
+  assert state.step == 10  # 72 images: four batches of 16, and one with 8 images that count
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+  assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
 def test_run_writes_what_the_design_names(whole_run):
   names = {path.name for path in whole_run.iterdir()}
   assert {"config.json", "metrics.jsonl", "checkpoints", "views.png", "curves.png"} <= names
@@ -275,6 +288,11 @@ def test_impossible_value_is_named_with_what_is_possible_before_anything_is_writ
 def test_a_draw_for_each_image_is_refused_where_every_row_is_taken(tmp_path):
   with pytest.raises(UserError, match="negative_sampling='per_image' is not possible: num_negatives=0"):
     pretrain.run(tiny(negative_sampling="per_image", num_negatives=0), str(tmp_path / "run"))
+
+
+def test_an_own_row_is_no_negative_where_every_row_is_taken(tmp_path):
+  with pytest.raises(UserError, match="own_row_is_negative=True is not possible: num_negatives=0"):
+    pretrain.run(tiny(own_row_is_negative=True, num_negatives=0), str(tmp_path / "run"))
 
 
 def test_a_covariant_task_of_one_label_is_refused(tmp_path):
