@@ -43,7 +43,7 @@ def parents(key):
 
 
 def fields_of_tables(key):
-  """Returns {"group.field": value} of a configuration; a field that has no value may be missing or be None."""
+  """Returns {"group.field": value} of a configuration, except for the fields that follow from others."""
   fields = {}
   for parent in parents(key):
     fields |= fields_of_tables(parent)
@@ -52,18 +52,26 @@ def fields_of_tables(key):
 
 
 def fields_of_config(key):
-  """Returns {"group.field": value} of the resolved config, with JSON's types, without fields that have no value."""
+  """Returns {"group.field": value} of the resolved config, with JSON's types.
+
+  A study can set the fields of every run and evaluation; those that it leaves open are left out.
+  """
   name, _, variant = key.partition(":")
-  fields = json.loads(json.dumps(flatten(MODULES[name].get_config(variant).to_dict())))
-  return {field: value for field, value in fields.items() if value is not None}
+  config = MODULES[name].get_config(variant) if variant else MODULES[name].get_config()
+  fields = json.loads(json.dumps(flatten(config.to_dict())))
+  return {field: value for field, value in fields.items() if value is not None or name != "study"}
 
 
 def expected_fields(key):
-  """Returns what `fields_of_config` must return; the name of a run and the run of a plan follow from the variant."""
+  """Returns what `fields_of_config` must return.
+
+  Not in the tables are a run's name, the run of a plan, and fields of the pretext views' augmentation that are those of
+  the image's.
+  """
   name, _, variant = key.partition(":")
   fields = fields_of_tables(key)
   photometric = {f"pretext_{field}": value for field, value in fields.items() if field.startswith("photometric.")}
-  fields = photometric | {field: value for field, value in fields.items() if value is not None}
+  fields = photometric | fields
   if fields["job"] == "pretrain":
     fields["name"] = f"{name}-{variant}" if variant else name
   if fields["job"] in ("evaluate", "study"):
