@@ -124,10 +124,10 @@ def test_every_value_has_a_source_and_every_difference_a_reason():
 @pytest.mark.parametrize("name", PUBLISHED["constants"])
 def test_constant_has_the_published_value(name):
   entry = PUBLISHED["constants"][name]
-  path = re.fullmatch(r"(.+)\.([A-Z][A-Z_]+|_RATIO)(?:\.(\w+))?", name)
-  assert path
-  found = getattr(importlib.import_module(path[1]), path[2])
-  found = found[path[3]] if path[3] else found
+  path, constant, *key = name.split(":")
+  found = getattr(importlib.import_module(path), constant)
+  for part in key:
+    found = found[part]
   if isinstance(found, np.ndarray):
     np.testing.assert_array_equal(found, np.float32(entry["value"]))
   else:
