@@ -12,6 +12,7 @@ or those that JAX sees.
 import argparse
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -68,7 +69,8 @@ def measure(num_rows: int, *, dtype: str, num_devices: int, negatives: str, num_
   contrast = Contrast(loss_fn, layout, num_negatives=count, temperature=0.1,
                       negative_sampling="per_image" if negatives == "per_image" else "shared")
   step = make_contrastive_step(network, optimizer, views_fn, contrast, mesh, pretext_weight=0.5, bank_momentum=0.5)
-  state = create_state(0, network, optimizer, layout, mesh=mesh, dim=DIM, bank_dtype=DTYPES[dtype],
+  state = create_state(0, network, optimizer, layout, mesh=mesh,
+                       create_bank=partial(memory_bank.create, dim=DIM, dtype=DTYPES[dtype]),
                        inputs=(jnp.zeros((1, 4, 4, 3)), jnp.zeros((1, 1, 4, 4, 3))))
 
   def batch(number: int) -> dict[str, jax.Array]:

@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,6 @@ def _create_trunk(network):
 def _create_step(network):
   """Returns run() of our whole step, on crops that are already there."""
   import jax
-  import jax.numpy as jnp
   import optax
 
   from pirl_jax import system
@@ -116,7 +116,8 @@ def _create_step(network):
     model.with_batch_norm(axis=mesh_lib.AXIS), sgd, system.views_of(config),
     Contrast(loss_fn, layout, num_negatives=config.num_negatives, temperature=config.temperature), mesh,
     pretext_weight=config.pretext_weight, bank_momentum=config.bank.momentum)
-  state = create_state(0, model, sgd, layout, mesh=mesh, dim=config.model.dim, bank_dtype=jnp.float32,
+  state = create_state(0, model, sgd, layout, mesh=mesh,
+                       create_bank=partial(memory_bank.create, dim=config.model.dim),
                        inputs=system.network_inputs(config))
   rng = np.random.default_rng(0)
   batch = {name: rng.integers(0, 256, (config.batch_size, side, side, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Every field of a pre-training run, with its meaning and unit. The values are those of the paper's main run.
+"""Every field of a pre-training run, with its meaning and unit. The values are the paper's settings.
 
 The program chooses the value of a field that is None ("auto" on the command line) when the run starts; the fields that
 can be chosen are CHOSEN in configs/data_sets.py.
@@ -10,7 +10,11 @@ from ml_collections import ConfigDict
 
 
 def get_base() -> ConfigDict:
-  """Returns the settings of the paper's main run (section 3; vissl pirl_jigsaw_4node_resnet50.yaml), without data."""
+  """Returns the paper's settings for its main run (section 3; vissl pirl_jigsaw_4node_resnet50.yaml), without data.
+
+  They differ from the authors' own run in a few points, for speed or for exactness. configs/pirl.py:imagenet_official
+  is that run as far as it can be; docs/systems.md has the differences.
+  """
   config = ConfigDict()
   config.job = "pretrain"  # the job that launch.py runs
   # True: the run is described, with its memory and its steps, and not started. A TFDS set that is missing is prepared.
@@ -27,11 +31,17 @@ def get_base() -> ConfigDict:
   config.init_from = ""
   config.num_epochs = 800  # passes over the training images; 0: the untrained network
   config.batch_size = 1024  # images in a step, over all devices
+  # True: an epoch holds every image; its last batch has the images that remain, and is filled up with others, which
+  # have no weight. False: each epoch leaves out other images, fewer than a batch.
+  config.partial_batch = False
   # Number of parts of a batch that pass through the network one after the other. More parts need less memory. The
   # gradient is that of the whole batch, but batch norm uses the statistics of each part (not with "groups").
   config.micro_batches = 1
   config.num_negatives = 32_000  # for each term, a multiple of the bank's strata (256 or fewer); 0: every row
   config.negative_sampling = "shared"  # one draw for the batch; "per_image": one draw for each image, many times slower
+  # True: a draw that holds the image's own row counts this row as a negative, too, as in the official code. False: the
+  # own row is never a negative, as in the paper.
+  config.own_row_is_negative = False
   config.temperature = 0.07  # tau: cosine similarities are divided by it
   config.loss = "nce"  # "nce" (official code), "infonce" (softmax), "eq4" (the paper's equations as written)
   config.pretext = "jigsaw"  # the transform: "jigsaw", "rotation", "rotation_jigsaw"
@@ -140,6 +150,9 @@ def _add_network(config: ConfigDict) -> None:
 
   config.bank = bank = ConfigDict()
   bank.momentum = 0.5  # weight of the old row
+  # Number of unit vectors whose mean an initial row is. The official run averages the banks of its 32 GPUs: its initial
+  # rows have a norm of 0.18, and Z is 1.31 million instead of 2.83 million.
+  bank.averaged = 1
   bank.dtype = "float32"  # type in which the bank is stored: "float32", "bfloat16" or "float64"
 
 
@@ -151,12 +164,15 @@ def _add_optimizer(config: ConfigDict) -> None:
   optimizer.warmup_factor = 0.0  # share of the learning rate at which the warm-up starts
   optimizer.schedule = "cosine"  # "cosine", or "steps": constant between milestones, multiplied by a factor at each
   optimizer.end_factor = 0.001  # cosine: share of the learning rate at the end
-  optimizer.update_interval = "epoch"  # cosine: the rate changes every "epoch", as in the official runs, or "step"
+  # The cosine and the warm-up change the rate every "epoch", as in the official runs, or every "step".
+  optimizer.update_interval = "epoch"
   optimizer.milestones = (0.6, 0.8)  # steps: shares of the run
   optimizer.decay_factor = 0.1  # steps: factor at each milestone
   optimizer.momentum = 0.9  # of SGD
-  optimizer.weight_decay = 1e-4  # on kernels, not on batch norm
+  optimizer.nesterov = False  # True: Nesterov's momentum, in PyTorch's form
+  optimizer.weight_decay = 1e-4  # on kernels
   optimizer.decay_biases = False  # True: weight decay on the biases of linear layers, too
+  optimizer.decay_batch_norm = False  # True: weight decay on scales and biases of batch norm, too
 
 
 def _add_evaluation(config: ConfigDict) -> None:

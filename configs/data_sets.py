@@ -123,12 +123,12 @@ def imagenet(config: ConfigDict) -> None:
 def supervised_schedule(config: ConfigDict) -> None:
   """vissl's schedule for Jigsaw, RotNet and supervised networks: 105 epochs, learning rate 0.1 for a batch of 256.
 
-  The learning rate falls after 30, 60, 90 and 100 epochs.
+  The learning rate falls after 30, 60, 90 and 100 epochs, and biases decay.
   """
   config.num_epochs = 105
   config.batch_size = 256
-  config.optimizer.update(learning_rate=0.4, warmup_epochs=5, warmup_factor=0.25, schedule="steps",
-                          milestones=(30 / 105, 60 / 105, 90 / 105, 100 / 105))
+  config.optimizer.update(learning_rate=0.4, schedule="steps", milestones=(30 / 105, 60 / 105, 90 / 105, 100 / 105),
+                          decay_biases=True)
 
 
 def small_images(config: ConfigDict, *, image_size: int, cell: int, patch_size: int) -> None:

@@ -23,11 +23,12 @@ def imagenet(num_permutations: int) -> Callable[[ConfigDict], None]:
   """Returns a function of a config that sets vissl's jigsaw_8gpu_resnet.yaml: 105 epochs, batch 256.
 
   The crop differs: vissl resizes the image's shorter side to 256 pixels and cuts out 255 x 255 pixels at random; here
-  the crop is the random crop of PIRL's jigsaw.
+  the crop is the random crop of PIRL's jigsaw. Of vissl's systems this one alone has a warm-up.
   """
   def apply(config: ConfigDict) -> None:
     data_sets.imagenet(config)
     data_sets.supervised_schedule(config)
+    config.optimizer.update(warmup_epochs=5, warmup_factor=0.25)
     covariant(config, num_permutations=num_permutations)
     config.jigsaw.augment = "crop"
     config.photometric.update(jitter_probability=0.0, group_probability=0.0, grayscale_probability=0.66)

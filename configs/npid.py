@@ -17,14 +17,16 @@ def npid(config: ConfigDict) -> None:
 def cifar10(config: ConfigDict) -> None:
   """lemniscate's cifar.py: softmax over every row of the bank, steps after 120 and 160 of 200 epochs.
 
-  lemniscate reports a kNN accuracy of 80.8 %.
+  lemniscate reports a kNN accuracy of 80.8 %, at its training's temperature of 0.1. It normalises images by the mean
+  and the deviation of CIFAR-10; here they are normalised by those of ImageNet, as everywhere.
   """
   data_sets.cifar10(config)
   npid(config)
   config.num_negatives = 0
   jitter(config)
   config.photometric.update(grayscale_probability=0.2, flip_probability=0.0)
-  config.optimizer.update(schedule="steps", milestones=(0.6, 0.8))
+  config.optimizer.update(schedule="steps", milestones=(0.6, 0.8), decay_biases=True, decay_batch_norm=True)
+  config.evaluate.temperature = 0.1
 
 
 def imagenet(config: ConfigDict) -> None:

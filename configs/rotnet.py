@@ -19,8 +19,10 @@ def covariant(config: ConfigDict) -> None:
 def imagenet(config: ConfigDict) -> None:
   """vissl rotnet_8gpu_resnet.yaml: 105 epochs, batch 256; linear top-1 is 48.2 % in vissl and 48.9 % in the paper.
 
-  The order of flip and rotation differs. In vissl the flip comes after the rotation, so an image turned by 90 degrees
-  may look like its mirror image turned by 270 degrees. Here the flip comes before the rotation.
+  Two details differ. In vissl the flip comes after the rotation, so an image turned by 90 degrees may look like its
+  mirror image turned by 270 degrees. Here the flip comes before the rotation. vissl turns the whole image on a canvas
+  of the old size, before the crop. So a quarter of a 500 x 375 image that was turned by 90 or 270 degrees is black,
+  which tells its angle. Here the crop is turned, which needs no black.
   """
   data_sets.imagenet(config)
   data_sets.supervised_schedule(config)

@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -117,7 +118,8 @@ def create(setting: Setting, *, views: bool = True) -> tuple[Callable, TrainStat
     contrast, mesh, pretext_weight=0.5, bank_momentum=0.5, micro_batches=setting.micro_batches)
   size, patch = setting.image_size, setting.patch_size
   state = create_state(
-    0, setting.network, optimizer, contrast.layout, mesh=mesh, dim=DIM, bank_dtype=jnp.float32,
+    0, setting.network, optimizer, contrast.layout, mesh=mesh,
+    create_bank=partial(memory_bank.create, dim=DIM),
     inputs=(jnp.zeros((1, size, size, 3)), jnp.zeros((1, 9, patch, patch, 3))))
   return step, state, jax.device_put(batch_of(setting, views=views), mesh_lib.split(mesh))
 

@@ -43,8 +43,11 @@ Batches = Generator[Batch, None, None]
 """A stream of batches; its `close()` ends the reading threads."""
 
 
-def steps_per_epoch(num_images: int, batch_size: int) -> int:
-  """Returns the number of whole batches in an epoch; each epoch leaves out other images (fewer than a batch).
+def steps_per_epoch(num_images: int, batch_size: int, *, partial: bool = False) -> int:
+  """Returns the number of batches in an epoch.
+
+  The batches are whole, and each epoch leaves out other images (fewer than a batch); with `partial` these images are
+  one more batch.
 
   Raises:
     UserError: there are fewer images than a batch holds.
@@ -54,7 +57,7 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
       f"batch_size={batch_size}, but there are only {num_images} images: a batch never holds an image twice; "
       f"choose a batch_size from 1 to {num_images}"
     )
-  return num_images // batch_size
+  return -(-num_images // batch_size) if partial else num_images // batch_size
 
 
 def train_batches(
@@ -64,9 +67,9 @@ def train_batches(
   batch_size: int,
   seed: int,
   start_step: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  process: tuple[int, int] = (0, 1),
   num_threads: int,
+  partial: bool = False,
 ) -> Batches:
   """Returns the endless stream of training batches from batch `start_step` on; call its `close()` when done.
 
@@ -79,13 +82,15 @@ def train_batches(
     batch_size: B, over all processes.
     seed: any integer.
     start_step: number of batches already seen.
-    process_index, process_count: each batch is cut into `process_count` equal blocks; this process gets block
-      `process_index`.
+    process: (number of this process, number of processes); each batch is cut into as many equal blocks, and the
+      process gets the block of its number.
     num_threads: threads that decode; with 0 the caller's thread decodes.
+    partial: True if an epoch holds every image. Images of the epoch's start then fill its last batch up.
 
   Returns:
     Iterator of {NAME OF CROP: u8[b, S, S, 3], "index": i32[b], "label": i32[b], "valid": bool[b]}. If an image cannot
-    be read, its `valid` is False and its crops are zero. If an image has no label, its label is -1.
+    be read, its `valid` is False and its crops are zero. If an image has no label, its label is -1. With `partial`
+    there is also "fills" bool[b], True for an image that fills the batch up.
 
   Raises:
     UserError: there are fewer images than a batch holds, the processes cannot share a batch equally, or a scale is
@@ -98,8 +103,8 @@ def train_batches(
   examples = _Examples(functools.partial(_crops, source, crops=dict(crops)), len(source),
                        sum(3 * size**2 for size, _ in crops.values()))
   return _train_stream(
-    examples, batch_size=batch_size, seed=seed, start_step=start_step, process_index=process_index,
-    process_count=process_count, num_threads=num_threads)
+    examples, batch_size=batch_size, seed=seed, start_step=start_step, process=process, num_threads=num_threads,
+    partial=partial)
 
 
 def labelled_batches(
@@ -110,8 +115,7 @@ def labelled_batches(
   crop: tuple[int, tuple[float, float]],
   seed: int,
   start_step: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  process: tuple[int, int] = (0, 1),
   num_threads: int,
 ) -> Batches:
   """Returns the endless stream of augmented batches with labels, for classifiers: random resized crop and flip.
@@ -126,7 +130,7 @@ def labelled_batches(
     crop: side H of the crop in pixels, and the range of the share of the image's area that the crop covers.
     seed: any integer.
     start_step: number of batches already seen.
-    process_index, process_count: see `train_batches`.
+    process: see `train_batches`.
     num_threads: threads that decode; with 0 the caller's thread decodes.
 
   Returns:
@@ -140,8 +144,7 @@ def labelled_batches(
   examples = _Examples(functools.partial(_labelled_crop, source, np.asarray(indices), size=size, scale=tuple(scale)),
                        len(indices), 3 * size**2)
   return _train_stream(
-    examples, batch_size=batch_size, seed=seed, start_step=start_step, process_index=process_index,
-    process_count=process_count, num_threads=num_threads)
+    examples, batch_size=batch_size, seed=seed, start_step=start_step, process=process, num_threads=num_threads)
 
 
 def eval_batches(
@@ -257,10 +260,11 @@ class _Examples(NamedTuple):
   num_bytes: int
 
 
-def _train_stream(examples: _Examples, *, batch_size: int, seed: int, start_step: int, process_index: int,
-                  process_count: int, num_threads: int) -> Batches:
+def _train_stream(examples: _Examples, *, batch_size: int, seed: int, start_step: int, process: tuple[int, int],
+                  num_threads: int, partial: bool = False) -> Batches:
   """Returns the endless stream of batches of examples, a function of (seed, step); see `train_batches`."""
-  whole_batches = steps_per_epoch(examples.num_records, batch_size)
+  num_batches = steps_per_epoch(examples.num_records, batch_size, partial=partial)
+  process_index, process_count = process
   if batch_size % process_count:
     raise UserError(
       f"batch_size={batch_size} cannot be shared by {process_count} processes; choose a multiple of it"
@@ -270,18 +274,22 @@ def _train_stream(examples: _Examples, *, batch_size: int, seed: int, start_step
   # The order of these lines is the contract. The crops come before the stream is cut: the random draws of a record
   # depend on its place in the global stream, whichever process reads the record. The cut to whole batches comes before
   # `repeat`: a batch that spans two epochs could hold an image twice. From the endless stream each process takes its
-  # block of every batch, from start_step on.
+  # block of every batch, from start_step on. In the last batch of an epoch the stream's images may end; then those of
+  # the epoch's start come once more.
   stream = grain.MapDataset.range(examples.num_records).shuffle(seed=order_seed).random_map(
     examples.draw, seed=crop_seed)
-  stream = stream[: whole_batches * batch_size].repeat()
+  num_places = num_batches * batch_size
+  num_used = min(num_places, examples.num_records)
+  stream = stream[:num_used].repeat()
 
   size = _part_size(local_size, examples.num_bytes, num_threads)
 
   def example(number: int) -> Example:
     step, position = divmod(number, local_size)
-    found = stream[step * batch_size + process_index * local_size + position]
+    epoch, place = divmod(step * batch_size + process_index * local_size + position, num_places)
+    found = stream[epoch * num_used + place % num_used]
     assert found is not None  # grain's filters return None, and there are none here
-    return found
+    return {**found, "fills": np.bool_(place >= num_used)} if partial else found
 
   def read(number: int) -> Batch:
     if size == 1:  # spares a copy

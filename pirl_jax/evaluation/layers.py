@@ -43,9 +43,9 @@ KERNELS = {
   (14, 2048): (8, 6, 0),
 }
 
-CELLS = {(7, 4096): (2, 1)}
-"""(H, C) of the map: (rows, columns) of cells. vissl gives the number of cells but no kernel for this map (res5 of
-w2)."""
+CELLS = {(7, 4096): (2, 1), (14, 4096): (1, 2)}
+"""(H, C) of the map: (rows, columns) of cells. vissl gives the number of cells but no kernel for these maps: res5 of
+w2, and res4 of w4. (The other maps of w4 have as many cells as the general rule gives.)"""
 
 
 def layer_names(network: Network | Ensemble) -> tuple[str, ...]:

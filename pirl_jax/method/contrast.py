@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pirl_jax.method import losses, memory_bank, products
 from pirl_jax.method.health import Similarities, watch
-from pirl_jax.method.micro_batches import gather
+from pirl_jax.method.micro_batches import gather, weighed
 from pirl_jax.method.negatives import EveryRow, Scores
 from pirl_jax.runtime.mesh import AXIS
 
@@ -33,7 +33,7 @@ class BatchRows(NamedTuple):
   own: jax.Array
   """f32[M, B / M, D], the vectors in these rows."""
   valid: jax.Array
-  """bool[M, B / M]; False for an image found broken, now or in an earlier step."""
+  """bool[M, B / M]; False for an image found broken, now or in an earlier step, and for one that fills up a batch."""
   share: jax.Array
   """f32[M, B / M], the weight of each image in every mean over the batch; 0 if it is not valid."""
   drawn: Draws
@@ -75,6 +75,8 @@ class Contrast:
     layout: of the bank.
     num_negatives: K over all devices, for each view; 0: every row of the bank, in chunks.
     negative_sampling: "shared", one draw of negatives for the whole batch, or "per_image", as the official code draws.
+    own_row_is_negative: True if a draw may hold the image's own row and then counts it, as in the official code; False
+      leaves the own row out, as in the paper. Not for K = 0.
     temperature: tau.
     product: of embeddings and rows, see `products`.
   """
@@ -84,6 +86,7 @@ class Contrast:
   _: dataclasses.KW_ONLY
   num_negatives: int
   negative_sampling: str = "shared"
+  own_row_is_negative: bool = False
   temperature: float
   product: Callable = products.exact
 
@@ -95,12 +98,14 @@ class Contrast:
     Args:
       bank: [R, D], this device's rows.
       usable: bool[R].
-      batch: this device's `index` i32[M, b], `valid` bool[M, b] and `position` i32[M, b], see `split_batch`.
+      batch: this device's `index` i32[M, b], `valid` bool[M, b] and `position` i32[M, b], see `split_batch`, and
+        perhaps `fills`, see `micro_batches.weighed`.
       keys: key[] of the negatives of each view.
       views: those that are compared.
     """
     rows = gather(self.layout.row_of(batch["index"]), axis=1)  # [M, B / M]
     usable, valid = memory_bank.retire(usable, rows, gather(batch["valid"], axis=1), axis=AXIS)
+    valid = weighed(valid, batch)
     draw = partial(memory_bank.draw, layout=self.layout, num_negatives=self.num_negatives, axis=AXIS)
     negatives = {}
     if self.negative_sampling == "per_image":
@@ -165,4 +170,5 @@ class Contrast:
       return positive, EveryRow(memory.bank, memory.usable, local, emb, self.temperature, AXIS, self.product)
     rows, vectors = (images.drawn or memory.drawn)[view]
     score = memory_bank.negative_scores(vectors, emb, temperature=self.temperature, product=self.product)
-    return positive, Scores(score, memory_bank.weights(memory.usable, images.rows, rows, axis=AXIS), AXIS)
+    weights = memory_bank.weights(memory.usable, images.rows, rows, with_own=self.own_row_is_negative, axis=AXIS)
+    return positive, Scores(score, weights, AXIS)

@@ -133,12 +133,13 @@ def normalise(x: jax.Array) -> jax.Array:
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def create(key: jax.Array, layout: Layout, *, dim: int, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
-  """Returns the bank [S * R, D], unit rows in the form of `stored`, and `usable` bool[S * R], False on padding.
+def create(key: jax.Array, layout: Layout, *, dim: int, dtype: Any = jnp.float32,
+           averaged: int = 1) -> tuple[jax.Array, jax.Array]:
+  """Returns the bank [S * R, D], rows in the form of `stored`, and `usable` bool[S * R], False on padding.
 
   Each entry is drawn uniformly from +-1/sqrt(D/3), then each row is normalised (vissl/losses/nce_loss.py, `norm_init`).
-  vissl then averages the banks of all processes before the first step. The averaged rows have a norm of
-  1/sqrt(processes), so Z depends on the number of processes. Here every row starts with unit norm.
+  vissl then averages the banks of all processes before the first step (`sync_memory`). With `averaged` a row is the
+  mean of that many unit vectors. Its norm is then about 1/sqrt(averaged) until its first update, and Z is smaller.
 
   The rows are drawn a few at a time, with the same result as all at once. All at once would need several times the
   memory of the bank.
@@ -147,10 +148,17 @@ def create(key: jax.Array, layout: Layout, *, dim: int, dtype: Any = jnp.float32
   size = min(rows, max(1, CREATED_ROWS // strata))
   stratum = jnp.arange(strata)[:, None]
 
+  def unit_rows(key: jax.Array, row: jax.Array) -> jax.Array:
+    return normalise(_uniform(key, row, dim).astype(jnp.promote_types(dtype, jnp.float32)))
+
   def fill(number: jax.Array, bank: jax.Array) -> jax.Array:
     first = jnp.minimum(number * size, rows - size)
-    entries = _uniform(key, stratum * rows + first + jnp.arange(size)[None], dim)
-    block = normalise(entries.astype(jnp.promote_types(dtype, jnp.float32)))
+    row = stratum * rows + first + jnp.arange(size)[None]
+
+    def add(other: jax.Array, total: jax.Array) -> jax.Array:
+      return total + unit_rows(jax.random.fold_in(key, other), row)
+
+    block = jax.lax.fori_loop(1, averaged, add, unit_rows(key, row)) / averaged
     return jax.lax.dynamic_update_slice_in_dim(bank, stored(block, dtype), first, axis=1)
 
   empty = jnp.zeros((strata, rows, dim), stored(jnp.zeros(()), dtype).dtype)
@@ -257,18 +265,20 @@ def read(bank: jax.Array, rows: jax.Array, *negatives: jax.Array, axis: str) -> 
   return jax.lax.psum(jnp.where(mine[:, None], own, 0), axis), *others
 
 
-def weights(usable: jax.Array, rows: jax.Array, negatives: jax.Array, *, axis: str) -> jax.Array:
+def weights(usable: jax.Array, rows: jax.Array, negatives: jax.Array, *, with_own: bool = False,
+            axis: str) -> jax.Array:
   """Returns f32[B, K / devices]: 0 if a negative is the image itself or an image that was found broken, else 1.
 
   Args:
     usable: bool[rows of this device].
     rows: i32[B], the images' own rows.
     negatives: i32[K / devices] or i32[B, K / devices], local rows.
+    with_own: True if the image itself counts, too.
     axis: the mesh axis that splits the bank.
   """
   local, _ = local_rows(usable, rows, axis=axis)
   negatives = negatives if negatives.ndim == 2 else negatives[None]
-  return ((negatives != local[:, None]) & usable[negatives]).astype(jnp.float32)
+  return ((with_own | (negatives != local[:, None])) & usable[negatives]).astype(jnp.float32)
 
 
 def positive_scores(own: jax.Array, embeddings: jax.Array, *, temperature: float) -> jax.Array:

@@ -68,6 +68,16 @@ def whole_batch_stats(network: Network, batch_stats: Any) -> Any:
   return mean if network.trunk.batch_norm_axis else jax.lax.pmean(mean, AXIS)
 
 
+def weighed(valid: jax.Array, batch: Mapping[str, jax.Array]) -> jax.Array:
+  """Returns bool[M, B / M]: `valid` of the same shape without the images that fill up the last batch of an epoch.
+
+  Args:
+    valid: False for an image found broken.
+    batch: this device's arrays [M, b, ...], with `fills` bool[M, b] if the last batch of an epoch may be partial.
+  """
+  return valid & ~gather(batch["fills"], axis=1) if "fills" in batch else valid
+
+
 def gather(x: jax.Array, *, axis: int = 0) -> jax.Array:
   """Returns the arrays [..., b, ...] of all devices as one array [..., B, ...], the same on every device.
 

@@ -46,7 +46,7 @@ def cosine_schedule(*, base_rate: float, end_factor: float, num_steps: int, warm
 
 
 def step_schedule(*, base_rate: float, milestones: Sequence[float], decay_factor: float, num_steps: int,
-                  warmup_steps: int = 0, warmup_factor: float = 0.0) -> optax.Schedule:
+                  warmup_steps: int = 0, warmup_factor: float = 0.0, hold_steps: int = 1) -> optax.Schedule:
   """Returns schedule(step i32[]) -> learning rate f32[]: constant, and multiplied by a factor at each milestone.
 
   NPID's and the covariant runs use this schedule:
@@ -59,6 +59,7 @@ def step_schedule(*, base_rate: float, milestones: Sequence[float], decay_factor
     num_steps: number of steps of the whole run.
     warmup_steps: number of steps at the start in which the learning rate rises linearly.
     warmup_factor: share of `base_rate` at which the warm-up starts.
+    hold_steps: number of steps between two changes of the learning rate in the warm-up: 1, or the steps of an epoch.
 
   Raises:
     UserError: the warm-up reaches the first milestone, or the milestones are not ascending shares in (0, 1).
@@ -73,7 +74,7 @@ def step_schedule(*, base_rate: float, milestones: Sequence[float], decay_factor
   warmup = optax.linear_schedule(warmup_factor * base_rate, base_rate, max(warmup_steps, 1))
 
   def warmed_up(step: Any) -> Any:
-    return jnp.where(step < warmup_steps, warmup(step), falling(step))
+    return jnp.where(step < warmup_steps, warmup(step // hold_steps * hold_steps), falling(step))
 
   return warmed_up
 
@@ -92,22 +93,23 @@ class Optimizer(optax.GradientTransformation):
 
 
 def create_optimizer(schedule: optax.Schedule, *, momentum: float, weight_decay: float, nesterov: bool = False,
-                     decay_biases: bool = False) -> Optimizer:
+                     decay_biases: bool = False, decay_batch_norm: bool = False) -> Optimizer:
   """Returns SGD with PyTorch's momentum: velocity <- momentum * velocity + gradient + weight_decay * weight.
 
   Weight decay acts on the kernels of convolutions and linear layers, not on batch norm and biases
-  (vissl pirl_jigsaw_4node_resnet50.yaml: `regularize_bn: False`, `regularize_bias: False`). With `decay_biases` it also
-  acts on the biases of linear layers (npid_8gpu_resnet.yaml).
+  (vissl pirl_jigsaw_4node_resnet50.yaml: `regularize_bn: False`, `regularize_bias: False`). In vissl's other files it
+  also acts on the biases of linear layers, and in lemniscate and PyContrast on every parameter.
 
   Args:
     schedule: schedule(step i32[]) -> learning rate f32[].
     momentum: in [0, 1).
     weight_decay: >= 0.
     nesterov: True for Nesterov momentum in PyTorch's form.
-    decay_biases: True for weight decay on the biases of linear layers.
+    decay_biases: True for weight decay on the biases of linear layers (vissl's `regularize_bias`).
+    decay_batch_norm: True for weight decay on scales and biases of batch norm (vissl's `regularize_bn`).
   """
   return Optimizer(optax.chain(
-    optax.add_decayed_weights(weight_decay, mask=partial(_decayed, biases=decay_biases)),
+    optax.add_decayed_weights(weight_decay, mask=partial(_decayed, biases=decay_biases, batch_norm=decay_batch_norm)),
     optax.sgd(schedule, momentum=momentum, nesterov=nesterov)), learning_rate=schedule)
 
 
@@ -126,8 +128,9 @@ def descend(state: TrainState, optimizer: optax.GradientTransformation, grads: A
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state, **fields)
 
 
-def _decayed(params: Any, *, biases: bool) -> Any:
-  if not isinstance(params, Mapping):
-    return jnp.ndim(params) > 1
-  linear = biases and "kernel" in params  # a layer with a bias but without a kernel is batch norm
-  return {name: (linear and name == "bias") or _decayed(value, biases=biases) for name, value in params.items()}
+def _decayed(params: Any, *, biases: bool, batch_norm: bool) -> Any:
+  """Returns a tree of bool like `params`, the parameters of a network by layer: which of them decay."""
+  if not isinstance(next(iter(params.values())), Mapping):
+    others = biases if "kernel" in params else batch_norm  # a layer without a kernel is batch norm
+    return {name: name == "kernel" or others for name in params}
+  return {name: _decayed(layer, biases=biases, batch_norm=batch_norm) for name, layer in params.items()}

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from pirl_jax.method import health, memory_bank
 from pirl_jax.method.forward import forward
-from pirl_jax.method.micro_batches import accumulate, gather, split_batch, whole_batch_stats
+from pirl_jax.method.micro_batches import accumulate, gather, split_batch, weighed, whole_batch_stats
 from pirl_jax.method.optimizer import Optimizer, descend
 from pirl_jax.method.programs import Step, map_step
 from pirl_jax.method.state import TrainState
@@ -42,10 +42,12 @@ def make_prediction_step(network: Network, optimizer: Optimizer, views_fn: Calla
   predicts_class = network.pretext_head is None
 
   def device_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-    # 1. An image that was found broken has no weight from here on; an image without a label never has any weight.
+    # 1. An image that was found broken has no weight from here on; an image without a label, or one that fills up the
+    #    last batch of an epoch, has none in this batch.
     batch = split_batch(batch, micro_batches, group=network.trunk.batch_norm_group)  # [M, b, ...]
     rows = gather(layout.row_of(batch["index"]), axis=1)  # [M, B / M]
     usable, valid = memory_bank.retire(state.usable, rows, gather(batch["valid"], axis=1), axis=AXIS)
+    valid = weighed(valid, batch)
     if predicts_class:
       valid &= gather(batch["label"], axis=1) >= 0
     share = valid / jnp.maximum(jnp.sum(valid), 1)  # [M, B / M], the weight of each image in every mean

@@ -1,5 +1,6 @@
 """The state that a training run carries from step to step; it is created already split over the mesh."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -32,7 +33,7 @@ class TrainState(flax.struct.PyTreeNode):
   usable: Any
   """bool[S * R], split over the devices: False on padding and on the rows of images found broken."""
   bank: Any
-  """[S * R, D], unit rows, see `memory_bank.stored`, split over the devices; None for a system without a bank."""
+  """[S * R, D], rows, see `memory_bank.stored`, split over the devices; None for a system without a bank."""
   normaliser: Any
   """f32[], Z of the `nce` loss; 0 before the first batch has set it, and for other losses; None without a bank."""
 
@@ -49,7 +50,7 @@ def state_shardings(mesh: Mesh, *, with_bank: bool = True) -> TrainState:
 
 
 def create_state(seed: int, network: Network, optimizer: optax.GradientTransformation, layout: memory_bank.Layout, *,
-                 mesh: Mesh, dim: int, bank_dtype: Any, inputs: tuple[jax.Array | None, jax.Array | None],
+                 mesh: Mesh, create_bank: Callable, inputs: tuple[jax.Array | None, jax.Array | None],
                  with_bank: bool = True) -> TrainState:
   """Returns the state before the first step. Each device creates its own part, so no device ever holds a whole bank.
 
@@ -59,8 +60,7 @@ def create_state(seed: int, network: Network, optimizer: optax.GradientTransform
     optimizer: see `create_optimizer`.
     layout: of the bank.
     mesh: the devices.
-    dim: D.
-    bank_dtype: type in which the bank [S * R, D] is stored.
+    create_bank: create_bank(key, layout) -> (bank [S * R, D], usable bool[S * R]), see `memory_bank.create`.
     inputs: an image f32[1, H, W, 3] and a pretext view f32[1, P, h, w, 3]; None for a view that the network does not
       use.
     with_bank: True if the state has a bank.
@@ -68,7 +68,7 @@ def create_state(seed: int, network: Network, optimizer: optax.GradientTransform
   def init(seed: jax.Array) -> TrainState:
     params_key, bank_key = jax.random.split(jax.random.key(seed))
     variables = network.init(params_key, *inputs, train=False)
-    bank, usable = memory_bank.create(bank_key, layout, dim=dim, dtype=bank_dtype)
+    bank, usable = create_bank(bank_key, layout)
     # Flax creates running statistics in float32, but a step returns them in the type of the parameters.
     batch_stats = optax.tree_utils.tree_cast(variables["batch_stats"], jax.tree.leaves(variables["params"])[0].dtype)
     return TrainState(

@@ -73,7 +73,10 @@ def lower_step(config: ConfigDict, mesh: Mesh, source: Source, *, device_bytes: 
   state = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state,
                        jax.tree.broadcast(shardings, state))
   batch = _crops(config, config.batch_size, mesh)
-  for name, dtype in (("index", jnp.int32), ("label", jnp.int32), ("valid", bool)):
+  scalars = {"index": jnp.int32, "label": jnp.int32, "valid": bool}
+  if config.partial_batch:
+    scalars["fills"] = bool
+  for name, dtype in scalars.items():
     batch[name] = _shaped((config.batch_size,), dtype, mesh, SPLIT)
   lowered = parts_lib.make_step(parts).lower(state, batch)
   return list(lowered) if isinstance(lowered, tuple) else [lowered]

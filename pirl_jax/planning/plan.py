@@ -160,7 +160,8 @@ def lines_of(plan: RunPlan, source: str) -> Iterator[str]:
     source: where its figures come from.
   """
   given, chip, needs = plan.run, plan.chip, plan.needs
-  seconds, steps = plan.step_seconds, steps_per_epoch(plan.num_images, given.batch_size)
+  seconds, steps = plan.step_seconds, steps_per_epoch(
+    plan.num_images, given.batch_size, partial=given.partial_batch)
   total, rate = sum(needs.memory.values()), given.batch_size / seconds
   yield (f"{given.name} on {plan.num_devices} x {chip.name}: {plan.num_images:,} images, batch {given.batch_size:,}, "
          f"{given.model.dtype}")

@@ -26,7 +26,7 @@ MARK = "trained.json"
 EXAMPLE = '''--config.points='[("PIRL", 0.5, "pirl", {"pretext_weight": 0.5}), ...]\''''
 
 
-YOUNGER_OF_EVALUATIONS = {**dict.fromkeys(YOUNGER_FIELDS), "linear.further": ""}
+YOUNGER_OF_EVALUATIONS = {**dict.fromkeys(YOUNGER_FIELDS), "linear.further": "", "linear.init": "normal"}
 """What `YOUNGER_FIELDS` are for the config of an evaluation: the values with which a digest leaves a field out."""
 
 

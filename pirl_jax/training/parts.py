@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,11 @@ class Parts:
       with_bank: False leaves out the bank, which may be large.
     """
     config = self.config
+    create_bank = partial(memory_bank.create, dim=config.model.dim, dtype=DTYPES[config.bank.dtype],
+                          averaged=config.bank.averaged)
     return create_state(
-      config.seed, self.network, self.optimizer, self.layout, mesh=self.mesh, dim=config.model.dim,
-      bank_dtype=DTYPES[config.bank.dtype], inputs=system.network_inputs(config),
-      with_bank=with_bank and system.has_bank(config))
+      config.seed, self.network, self.optimizer, self.layout, mesh=self.mesh, create_bank=create_bank,
+      inputs=system.network_inputs(config), with_bank=with_bank and system.has_bank(config))
 
 
 def _one_of(choices: Iterable[str]) -> tuple[Callable[[Any], bool], str]:
@@ -89,6 +91,7 @@ RULES = (
   (("model.dim",), lambda value: value <= 65_536, "at most 65,536 is possible"),
   (("num_epochs",), lambda value: value >= 0, "0 (the untrained network) or more is needed"),
   (("model.batch_norm_group",), lambda value: value >= 2, "statistics need 2 images or more"),
+  (("bank.averaged",), lambda value: 1 <= value <= 1_024, "1 to 1,024 vectors are possible"),
   (("evaluate.every_epochs", "evaluate.views"), lambda value: value >= 0, "0 (never) or more is needed"),
   (("num_negatives",), lambda value: value >= 0, "0 (every row) or more is needed"),
   (("data.num_images", "evaluate.num_images", "jigsaw.num_permutations"), lambda value: value >= 0,
@@ -126,6 +129,9 @@ def check_config(config: ConfigDict) -> None:
   if config.num_negatives == 0 and config.negative_sampling != "shared":
     raise UserError(f"negative_sampling={config.negative_sampling!r} is not possible: num_negatives=0 takes every row "
                     "for every image, there is nothing to draw")
+  if config.num_negatives == 0 and config.own_row_is_negative:
+    raise UserError("own_row_is_negative=True is not possible: num_negatives=0 takes every row once, and an image has "
+                    "its own row as the positive")
   if config.data.holdout and config.evaluate.split:
     raise UserError(f"data.holdout={config.data.holdout} and evaluate.split={config.evaluate.split!r} are not possible "
                     "together: both say which images are held out")
@@ -206,7 +212,7 @@ def assemble(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, views_f
     UserError: something does not fit.
   """
   network = system.network_of(config, num_classes=train.num_labels)
-  steps_per_epoch = batches.steps_per_epoch(len(train), config.batch_size)
+  steps_per_epoch = batches.steps_per_epoch(len(train), config.batch_size, partial=config.partial_batch)
   if config.num_epochs * steps_per_epoch >= 2**31:
     raise UserError(f"num_epochs={config.num_epochs} of {steps_per_epoch:,} steps: steps are counted up to 2**31; take "
                     "fewer")
@@ -218,7 +224,8 @@ def assemble(config: ConfigDict, workdir: Path, mesh: jax.sharding.Mesh, views_f
   loss_of(config, layout)
   optimizer = create_optimizer(
     make_schedule(config, steps_per_epoch), momentum=config.optimizer.momentum,
-    weight_decay=config.optimizer.weight_decay, decay_biases=config.optimizer.decay_biases)
+    nesterov=config.optimizer.nesterov, weight_decay=config.optimizer.weight_decay,
+    decay_biases=config.optimizer.decay_biases, decay_batch_norm=config.optimizer.decay_batch_norm)
   train, test = keep(train, config.data.kept_side), test and keep(test, config.data.kept_side)
   return Parts(config, workdir, mesh, train, test, layout, network, optimizer, views_fn, steps_per_epoch)
 
@@ -239,11 +246,10 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
   common = dict(
     base_rate=given.learning_rate * config.batch_size / 1024, num_steps=max(1, config.num_epochs) * steps_per_epoch,
     warmup_steps=round(given.warmup_epochs * steps_per_epoch) if config.num_epochs else 0,
-    warmup_factor=given.warmup_factor)
+    warmup_factor=given.warmup_factor, hold_steps=steps_per_epoch if given.update_interval == "epoch" else 1)
   if given.schedule == "steps":
     return step_schedule(milestones=given.milestones, decay_factor=given.decay_factor, **common)
-  return cosine_schedule(end_factor=given.end_factor,
-                         hold_steps=steps_per_epoch if given.update_interval == "epoch" else 1, **common)
+  return cosine_schedule(end_factor=given.end_factor, **common)
 
 
 def open_data(config: ConfigDict) -> tuple[sources.Source, sources.Source | None]:
@@ -278,7 +284,8 @@ def make_step(parts: Parts) -> Step:
 def contrast_of(config: ConfigDict, layout: memory_bank.Layout, *, num_negatives: int) -> Contrast:
   """Returns what embeddings are compared with, and the loss of it, for a bank of this layout; see `Contrast`."""
   return Contrast(loss_of(config, layout), layout, num_negatives=num_negatives,
-                  negative_sampling=config.negative_sampling, temperature=config.temperature,
+                  negative_sampling=config.negative_sampling, own_row_is_negative=config.own_row_is_negative,
+                  temperature=config.temperature,
                   product=products.in_halves if config.model.dtype == "bfloat16" else products.exact)
 
 

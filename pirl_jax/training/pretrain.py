@@ -162,7 +162,8 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
   bank_rows = make_bank_rows(parts) if system.has_bank(config) else None
   stream = batches.train_batches(
     parts.train, crops=system.crops_of(config), batch_size=config.batch_size, seed=config.seed, start_step=start_step,
-    process_index=jax.process_index(), process_count=jax.process_count(), num_threads=config.data.num_threads)
+    process=(jax.process_index(), jax.process_count()), num_threads=config.data.num_threads,
+    partial=config.partial_batch)
 
   if start_step and evaluations.missing(start_step):
     with stopping.held(False), book.paused():

@@ -107,6 +107,35 @@ def test_crops_of_one_image_differ_from_epoch_to_epoch_and_between_the_two():
     assert not np.array_equal(image, pretext)
 
 
+def test_with_partial_batches_an_epoch_holds_every_image_once_and_its_start_fills_it_up():
+  per_epoch = steps_per_epoch(NUM_IMAGES, BATCH, partial=True)
+  assert per_epoch == 7
+  stream = take(3 * per_epoch, partial=True)
+  orders = []
+  for epoch in range(3):
+    batches = stream[epoch * per_epoch:(epoch + 1) * per_epoch]
+    fills = np.concatenate([batch["fills"] for batch in batches])
+    order = np.concatenate([batch["index"] for batch in batches])
+    np.testing.assert_array_equal(np.flatnonzero(fills), np.arange(NUM_IMAGES, 7 * BATCH))
+    assert sorted(order[~fills]) == list(range(NUM_IMAGES))
+    np.testing.assert_array_equal(order[fills], order[:6])
+    assert all(len(set(batch["index"].tolist())) == BATCH for batch in batches)
+    orders.append(order.tolist())
+  assert orders[0] != orders[1] != orders[2] != orders[0]
+  assert_same(take(8, partial=True, start_step=13, num_threads=2), stream[13:])
+  halves = [take(21, partial=True, process=(number, 2)) for number in range(2)]
+  assert_same([{name: np.concatenate([half[step][name] for half in halves]) for name in halves[0][step]}
+               for step in range(21)], stream)
+
+
+def test_partial_batches_change_nothing_if_all_batches_are_whole():
+  whole = take(12, source=TextureSource(48, size=32, split="train"))
+  found = take(12, source=TextureSource(48, size=32, split="train"), partial=True)
+  assert not any(batch.pop("fills").any() for batch in found)
+  assert_same(found, whole)
+  assert "fills" not in whole[0]
+
+
 def test_seeds_differ_and_any_integer_serves():
   streams = [np.concatenate([b["index"] for b in take(3, seed=seed)]).tolist() for seed in (0, 1, -1, 2**40)]
   assert len({tuple(stream) for stream in streams}) == 4
@@ -130,7 +159,7 @@ def test_start_far_away_costs_nothing():
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_processes_together_see_the_single_stream(count):
-  parts = [take(14, process_index=index, process_count=count) for index in range(count)]
+  parts = [take(14, process=(index, count)) for index in range(count)]
   together = []
   for step in range(14):
     together.append({name: np.concatenate([part[step][name] for part in parts]) for name in parts[0][step]})
@@ -178,7 +207,7 @@ def test_a_failing_disk_is_no_broken_image():
   [
     ({"batch_size": 51}, "batch_size=51.*50 images"),
     ({"batch_size": 0}, "batch_size=0"),
-    ({"process_count": 3}, "batch_size=8.*3 processes"),
+    ({"process": (0, 3)}, "batch_size=8.*3 processes"),
     ({"crops": {"image_crop": (24, (0.0, 1.0))}}, "crops of image_crop cover 0.0 to 1.0"),
     ({"crops": {"pretext_crop": (24, (0.6, 1.2))}}, "crops of pretext_crop cover 0.6 to 1.2"),
   ],
@@ -436,7 +465,7 @@ def test_labelled_resume_from_any_step(start_step, num_threads):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_labelled_processes_together_see_the_single_stream(count):
-  parts = [take_labelled(14, process_index=index, process_count=count) for index in range(count)]
+  parts = [take_labelled(14, process=(index, count)) for index in range(count)]
   together = []
   for step in range(14):
     together.append({name: np.concatenate([part[step][name] for part in parts]) for name in parts[0][step]})

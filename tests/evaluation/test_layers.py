@@ -78,6 +78,7 @@ def test_the_zeros_of_the_padding_count():
   (8, 8, 512, 4, 4),
   (14, 14, 512, 4, 4),
   (7, 7, 4096, 2, 1),  # res5 of ResNet-50 w2, of which vissl says the cells
+  (112, 112, 256, 6, 6), (56, 56, 1024, 3, 3), (28, 28, 2048, 2, 2), (14, 14, 4096, 1, 2), (7, 7, 8192, 1, 1),  # w4
   (7, 9, 4096, 1, 1),
   (5, 5, 10_000, 1, 1),  # more channels than numbers allowed
 ])
@@ -116,6 +117,7 @@ def create(arch, *, size, width=1, stem="imagenet", dtype=jnp.float32):
 @pytest.mark.parametrize(("width", "dims"), [
   (1, {"conv1": 9216, "res2": 9216, "res3": 8192, "res4": 9216, "res5": 8192, "pooled": 2048, "embedding": 128}),
   (2, {"conv1": 8192, "res2": 8192, "res3": 9216, "res4": 8192, "res5": 8192, "pooled": 4096, "embedding": 128}),
+  (4, {"conv1": 9216, "res2": 9216, "res3": 8192, "res4": 8192, "res5": 8192, "pooled": 8192, "embedding": 128}),
 ])
 def test_dimensions_of_resnet50_are_those_of_vissl(width, dims):
   network, found = create("resnet50", size=224, width=width)

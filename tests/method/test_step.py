@@ -54,7 +54,8 @@ def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, group=None, opti
   trunk = trunk or ResNet(blocks=(1,), bottleneck=False, channels=16, stem="3x3s2", dtype=dtype)  # little to compile
   network = Network(trunk, ImageHead(D), PatchesHead(D) if pretext_weight else None)
   optimizer = optimizer or create_optimizer(optax.constant_schedule(0.05), momentum=0.9, weight_decay=1e-4)
-  make_state = partial(create_state, 7, network, optimizer, layout, mesh=mesh, dim=D, bank_dtype=jnp.float32,
+  make_state = partial(create_state, 7, network, optimizer, layout, mesh=mesh,
+                       create_bank=partial(memory_bank.create, dim=D),
                        inputs=INPUTS if pretext_weight else (INPUTS[0], None))
   loss_fn = losses.make_loss(loss, temperature=TAU, num_images=N, num_negatives=num_negatives or N)
   contrast = Contrast(loss_fn, layout, num_negatives=num_negatives, negative_sampling=negative_sampling,
@@ -438,7 +439,7 @@ def compile_big_step(num_devices, *, num_negatives):
   network = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(128), PatchesHead(128))
   optimizer = create_optimizer(optax.constant_schedule(0.1), momentum=0.9, weight_decay=1e-4)
   state = jax.eval_shape(lambda: create_state(
-    0, network, optimizer, layout, mesh=mesh, dim=128, bank_dtype=jnp.float32, inputs=INPUTS))
+    0, network, optimizer, layout, mesh=mesh, create_bank=partial(memory_bank.create, dim=128), inputs=INPUTS))
   loss_fn = losses.make_loss("nce", temperature=TAU, num_images=BIG, num_negatives=num_negatives or BIG)
   step = make_contrastive_step(
     network.with_batch_norm(axis=mesh_lib.AXIS), optimizer, views_fn,

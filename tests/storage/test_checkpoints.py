@@ -27,8 +27,9 @@ def make_state(num_devices, num_images=103):
   layout = memory_bank.create_layout(num_images, num_devices=num_devices, num_negatives=32)
   network = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(8), PatchesHead(8))
   optimizer = create_optimizer(optax.constant_schedule(0.1), momentum=0.9, weight_decay=0)
-  return create_state(0, network, optimizer, layout, mesh=mesh_lib.create_mesh(num_devices), dim=8,
-                      bank_dtype=jnp.float32, inputs=(jnp.zeros((1, 12, 12, 3)), jnp.zeros((1, 4, 6, 6, 3))))
+  return create_state(0, network, optimizer, layout, mesh=mesh_lib.create_mesh(num_devices),
+                      create_bank=partial(memory_bank.create, dim=8),
+                      inputs=(jnp.zeros((1, 12, 12, 3)), jnp.zeros((1, 4, 6, 6, 3))))
 
 
 @pytest.fixture(scope="module")

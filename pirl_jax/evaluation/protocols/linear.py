@@ -8,7 +8,8 @@ depend on the others.
 There are two kinds of batch norm. The batch norm of the paper's own code has no scale and shift (Goyal et al., ICCV
 2019, `BN_NO_SCALE_SHIFT`); vissl's has both (vissl/models/heads/linear_eval_mlp.py). In training both use the
 statistics of the whole batch over all devices; on test images both use running statistics. The linear layer is
-initialised from N(0, 0.01^2) with a bias of 0, as in the paper's own code and in MoCo. Weight decay applies to kernels
+initialised from N(0, 0.01^2) with a bias of 0, as in the paper's own code and in MoCo, or as PyTorch does by default,
+as in vissl. Weight decay applies to kernels
 and biases of the linear layers, not to the batch norm's scale and shift, as in vissl; the paper does not say.
 
 Letters: B batch of all devices, b this device's part of the batch, N images, H side in pixels, h w C height, width and
@@ -41,6 +42,7 @@ from pirl_jax.evaluation.layers import EMBEDDING, layer_features, layer_names, n
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
 from pirl_jax.figures.curves import Curve
+from pirl_jax.models.initializers import bias_init, kernel_init
 from pirl_jax.models.network import Ensemble, Model, Network
 from pirl_jax.runtime.mesh import AXIS, whole
 from pirl_jax.runtime.progress import Progress
@@ -48,6 +50,7 @@ from pirl_jax.views.normalisation import normalise_image
 
 HEADS = ("bn", "bn_affine", "plain")
 SCHEDULES = ("steps", "cosine")
+INITS = ("normal", "pytorch")
 
 KERNEL_STD = 0.01
 """Standard deviation of the linear layer's initial kernel."""
@@ -71,6 +74,8 @@ class LinearSettings(training.TrainingSettings):
       to zero.
     head: what stands before the linear layer: "bn" (batch norm without scale and shift), "bn_affine" (batch norm with
       scale and shift), or "plain" (nothing).
+    init: of the linear layer: "normal", N(0, 0.01^2) with a bias of 0, or "pytorch", kernel and bias uniform in
+      +-1/sqrt(D).
     cached: True computes the features of all training images once, from their centre crops and so without augmentation,
       and keeps them in memory. This is for small data sets.
     further: folders of further test images, separated by commas, see `further.open_sets`.
@@ -82,11 +87,13 @@ class LinearSettings(training.TrainingSettings):
   schedule: str
   head: str
   cached: bool
+  init: str = "normal"
   further: str = ""
 
   def __post_init__(self) -> None:
     self.require(self.schedule in SCHEDULES, "schedule", f"choose from {', '.join(SCHEDULES)}")
     self.require(self.head in HEADS, "head", f"choose from {', '.join(HEADS)}")
+    self.require(self.init in INITS, "init", f"choose from {', '.join(INITS)}")
     super().__post_init__()
 
   @property
@@ -148,7 +155,7 @@ def measure_linear(model: Model, train: Images, test: Images, settings: LinearSe
   _check_batch(settings, num_images, mesh)
   steps_per_epoch = batches.steps_per_epoch(num_images, settings.batch_size)
   optimizer = linear_optimizer(settings, steps_per_epoch)
-  state = jax.jit(lambda: create_classifiers(seed, shapes, optimizer, head=settings.head, num_classes=num_classes),
+  state = jax.jit(lambda: create_classifiers(seed, shapes, optimizer, settings, num_classes=num_classes),
                   out_shardings=whole(mesh))()
   train_step = training.make_classifier_step(linear_step(step_maps_fn, optimizer), mesh,
                                              steps_per_epoch=steps_per_epoch)
@@ -207,8 +214,8 @@ def linear_rate(settings: LinearSettings, steps_per_epoch: int) -> optax.Schedul
   return training.falling_rate(settings, steps_per_epoch)
 
 
-def create_classifiers(seed: int, shapes: Mapping[str, tuple[int, ...]], optimizer: optax.GradientTransformation, *,
-                 head: str, num_classes: int) -> dict[str, Any]:
+def create_classifiers(seed: int, shapes: Mapping[str, tuple[int, ...]], optimizer: optax.GradientTransformation,
+                       settings: LinearSettings, *, num_classes: int) -> dict[str, Any]:
   """Returns the classifiers before the first step, as a dict.
 
   - "params": {layer: {"kernel": f32[D, L], "bias": f32[L]}}; with the head "bn_affine" also "scale" and "shift" f32[C].
@@ -219,19 +226,25 @@ def create_classifiers(seed: int, shapes: Mapping[str, tuple[int, ...]], optimiz
     seed: of the initial kernels.
     shapes: (h, w, C) or (C,) of the layers' maps.
     optimizer: of the parameters.
-    head: one of `HEADS`.
+    settings: its `head` and `init` count.
     num_classes: L.
   """
   params, stats = {}, {}
   for layer, shape in shapes.items():
     # The key depends on the layer's name, so a layer's initial kernel does not depend on the other layers.
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(layer.encode()))
-    params[layer] = {"kernel": KERNEL_STD * jax.random.normal(key, (math.prod(shape), num_classes)),
-                     "bias": jnp.zeros(num_classes)}
-    if head == "bn_affine":
+    params[layer] = _initial_layer(key, math.prod(shape), num_classes, settings.init)
+    if settings.head == "bn_affine":
       params[layer] |= {"scale": jnp.ones(shape[-1]), "shift": jnp.zeros(shape[-1])}
-    stats[layer] = {} if head == "plain" else {"mean": jnp.zeros(shape[-1]), "var": jnp.ones(shape[-1])}
+    stats[layer] = {} if settings.head == "plain" else {"mean": jnp.zeros(shape[-1]), "var": jnp.ones(shape[-1])}
   return training.begin_training({"params": params, "stats": stats, "opt_state": optimizer.init(params)}, shapes)
+
+
+def _initial_layer(key: jax.Array, num_inputs: int, num_classes: int, init: str) -> dict[str, jax.Array]:
+  shape = num_inputs, num_classes
+  if init == "normal":
+    return {"kernel": KERNEL_STD * jax.random.normal(key, shape), "bias": jnp.zeros(num_classes)}
+  return {"kernel": kernel_init(key, shape), "bias": bias_init(num_inputs)(jax.random.fold_in(key, 1), (num_classes,))}
 
 
 def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> Callable:
@@ -277,7 +290,7 @@ def linear_step(maps_fn: Callable, optimizer: optax.GradientTransformation) -> C
 
 
 def cached_batches(maps: Mapping[str, np.ndarray], labels: np.ndarray, *, batch_size: int, seed: int, start_step: int,
-                   process_index: int = 0, process_count: int = 1) -> batches.Batches:
+                   process: tuple[int, int] = (0, 1)) -> batches.Batches:
   """Returns the endless stream of batches of features in memory, from batch `start_step` on.
 
   A batch is a function of (seed, step). An epoch holds no image twice; each epoch leaves out other images (fewer than a
@@ -289,13 +302,13 @@ def cached_batches(maps: Mapping[str, np.ndarray], labels: np.ndarray, *, batch_
     batch_size: B, over all processes, at most N.
     seed: any integer.
     start_step: number of batches already seen.
-    process_index, process_count: each batch is cut into `process_count` equal blocks; this process gets block
-      `process_index`.
+    process: see `batches.train_batches`.
 
   Returns:
     Iterator of {layer: f32[b, ...], "index": i32[b] (row of the maps), "label": i32[b], "valid": bool[b], all True}.
   """
   steps_per_epoch = len(labels) // batch_size
+  process_index, process_count = process
   local_size = batch_size // process_count
   epoch, first = divmod(start_step, steps_per_epoch)
   while True:
@@ -384,7 +397,7 @@ def _open_training(model: Model, frozen: Any, train: Images, labels: np.ndarray,
   that cannot be read are left out.
   """
   maps_fn = layer_features(model.network, tuple(shapes), flat=False)
-  here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+  here = {"process": (jax.process_index(), jax.process_count())}
   if settings.cached:
     maps, kept = _take_cache(maps_fn, frozen, train, labels, shapes, mesh)
     return (functools.partial(cached_batches, maps, kept, batch_size=settings.batch_size, seed=seed, **here),

@@ -198,8 +198,8 @@ def _fine_tune(model: Model, train: Images, indices: np.ndarray, settings: SemiS
   train_step = training.make_classifier_step(step, mesh, steps_per_epoch=steps_per_epoch)
   open_stream = functools.partial(
     batches.labelled_batches, train.source, indices=indices, batch_size=settings.batch_size,
-    crop=(train.image_size, settings.image_scale), seed=seed, process_index=jax.process_index(),
-    process_count=jax.process_count(), num_threads=train.num_threads)
+    crop=(train.image_size, settings.image_scale), seed=seed,
+    process=(jax.process_index(), jax.process_count()), num_threads=train.num_threads)
   unreadable = (f"none of the {len(indices)} images can be read, for example "
                 f"{train.source.image_name(int(indices[0]))}; check the files")
   state = training.train_classifier(

@@ -104,7 +104,7 @@ def maps_of(frozen, batch):
 
 def start(settings, mesh, steps_per_epoch):
   optimizer = linear_optimizer(settings, steps_per_epoch)
-  state = create_classifiers(SEED, SHAPES, optimizer, head=settings.head, num_classes=CLASSES)
+  state = create_classifiers(SEED, SHAPES, optimizer, settings, num_classes=CLASSES)
   return jax.device_put(state, whole(mesh)), training.make_classifier_step(
     linear_step(maps_of, optimizer), mesh, steps_per_epoch=steps_per_epoch)
 
@@ -208,7 +208,8 @@ def test_a_batch_that_cannot_be_read_leaves_statistics_and_parameters():
 
 def test_a_classifier_starts_small_and_alike_whichever_others_there_are():
   optimizer = linear_optimizer(SETTINGS, 1)
-  create = functools.partial(create_classifiers, optimizer=optimizer, head="bn_affine", num_classes=50)
+  settings = dataclasses.replace(SETTINGS, head="bn_affine")
+  create = functools.partial(create_classifiers, optimizer=optimizer, settings=settings, num_classes=50)
   both, alone, other = create(3, SHAPES), create(3, {"vector": (7,)}), create(4, SHAPES)
   jax.tree.map(np.testing.assert_array_equal, both["params"]["vector"], alone["params"]["vector"])
   kernel, bias, scale, shift = (both["params"]["map"][name] for name in ("kernel", "bias", "scale", "shift"))
@@ -216,6 +217,16 @@ def test_a_classifier_starts_small_and_alike_whichever_others_there_are():
   assert not bias.any() and (scale == 1).all() and not shift.any() and scale.shape == shift.shape == (5,)
   assert not np.array_equal(kernel, other["params"]["map"]["kernel"])
   assert not np.array_equal(kernel[:7], both["params"]["vector"]["kernel"])
+
+
+def test_a_classifier_of_vissl_starts_as_pytorchs_layers_do():
+  settings = dataclasses.replace(SETTINGS, init="pytorch")
+  state = create_classifiers(3, {"vector": (100,)}, linear_optimizer(settings, 1), settings, num_classes=400)
+  layer, bound = state["params"]["vector"], 100**-0.5
+  for values in layer.values():  # uniform in +-1/sqrt(D), kernel and bias
+    assert 0.98 * bound < np.abs(values).max() <= bound
+    np.testing.assert_allclose(np.std(values), bound / 3**0.5, rtol=0.1)
+  assert not np.array_equal(layer["kernel"][0], layer["bias"])
 
 
 def test_learning_rate_falls_at_the_milestones():
@@ -276,7 +287,7 @@ def test_outcome(measured, cached):
   assert figures["settings"] == {
     "num_epochs": 3, "batch_size": 32, "learning_rate": 0.4 * 32 / 256, "schedule": "steps", "milestones": [1.0, 2.0],
     "decay_factor": 0.1, "momentum": 0.9, "nesterov": not cached, "weight_decay": 1e-3,
-    "head": "bn" if cached else "bn_affine", "image_scale": [0.3, 1.0], "cached": cached, "seed": 5}
+    "head": "bn" if cached else "bn_affine", "init": "normal", "image_scale": [0.3, 1.0], "cached": cached, "seed": 5}
   assert outcome.table == {**{layer: figures["layers"][layer]["top1"] for layer in LAYERS},
                            "best layer, top-1": figures["top1"], "best layer, top-5": figures["top5"]}
   assert outcome.curve.x == list(LAYERS) and outcome.curve.y == [outcome.table[layer] for layer in LAYERS]
@@ -515,7 +526,7 @@ def test_cached_batches_hold_an_image_at_most_once_an_epoch():
 @pytest.mark.parametrize("start_step", [1, 2, 3, 4, 8])
 def test_cached_batches_from_any_step_and_process(start_step):
   whole_stream = take(12)
-  parts = [take(12 - start_step, start_step=start_step, process_index=i, process_count=2) for i in range(2)]
+  parts = [take(12 - start_step, start_step=start_step, process=(i, 2)) for i in range(2)]
   for batch, first, second in zip(whole_stream[start_step:], *parts, strict=True):
     for name, value in batch.items():
       np.testing.assert_array_equal(np.concatenate([first[name], second[name]]), value)
@@ -555,6 +566,7 @@ def test_a_cache_that_is_too_large_is_refused_before_an_image_is_read(tmp_path, 
   ({"momentum": 1.0}, "linear.momentum=1.0"),
   ({"weight_decay": -1.0}, "linear.weight_decay=-1.0"),
   ({"head": "mlp"}, "linear.head='mlp' is not possible: choose from bn, bn_affine, plain"),
+  ({"init": "zeros"}, "linear.init='zeros' is not possible: choose from normal, pytorch"),
   ({"image_scale": (0.5, 0.2)}, "linear.image_scale="),
 ])
 @pytest.mark.parametrize("cached", [False, True])
