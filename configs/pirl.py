@@ -113,6 +113,7 @@ def yfcc_1m(config: ConfigDict) -> None:
   config.data.source = "folder"
   config.data.split = ""
   config.data.num_images = 1_000_000
+  config.model.batch_norm = "groups"
   config.evaluate.every_epochs = 0
 
 
