@@ -312,6 +312,27 @@ def test_draws_have_their_probabilities_and_ranges():
   assert blur.bits is None and blur.threshold is None
 
 
+@pytest.mark.parametrize("recipe", [BASE, GBLUR], ids=["base", "gblur"])
+def test_parameters_of_an_image_are_drawn_independently(recipe):
+  drawn = jax.jit(jax.vmap(lambda k: draw_photometric(k, recipe=recipe)))(jax.random.split(jax.random.key(7), 20_000))
+  drawn = {name: np.float64(value) for name, value in drawn._asdict().items() if value is not None}
+  places = drawn.pop("places")
+  coins = {name: drawn.pop(name) for name in ("autocontrast", "grayscale", "flip") if name in drawn}
+  if recipe.jitter_probability < 1:
+    coins["jitter"] = drawn["hue"] != 0
+  if recipe.blur_probability:
+    coins["blur"] = drawn["radius"] > 0
+  shared = np.logical_and.reduce([coin > 0 for name, coin in coins.items() if name not in ("grayscale", "flip")])
+
+  def unrelated(columns):
+    found = np.corrcoef(columns) - np.eye(len(columns))
+    assert np.abs(found).max() < 5 / math.sqrt(len(columns[0])), np.round(found, 2)
+
+  unrelated([*coins.values()])
+  for turns in places.T:  # one at a time: the places of a permutation are not independent
+    unrelated([value[shared] for value in (*drawn.values(), coins["grayscale"], coins["flip"], turns)])
+
+
 def test_a_strength_above_one_starts_at_zero():
   recipe = Recipe(brightness=1.5)
   keys = jax.random.split(jax.random.key(1), 2000)
