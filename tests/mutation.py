@@ -1,9 +1,9 @@
 """Changes the program in one place at a time and says which changes no test notices.
 
-  python -m tests.mutation measure                # once, and after a change of tests: which test runs which line
-  python -m tests.mutation run --per_file=25      # goes on where it was cut
-  python -m tests.mutation run --again            # those that survived, after a new test
-  python -m tests.mutation table                  # for docs/testing.md, and every mutant that is left
+  python tests/mutation.py measure                # once, and after a change of tests: which test runs which line
+  python tests/mutation.py run --per_file=25      # goes on where it was cut
+  python tests/mutation.py run --again            # those that survived, after a new test
+  python tests/mutation.py table                  # for docs/testing.md, and every mutant that is left
 
 A mutant is the text of one file with one expression or statement changed. The tests that run the changed line are run
 on it, the quickest first, until one fails. `pytest` and the libraries are imported once; each mutant is a fork of this
@@ -11,10 +11,8 @@ process, on a copy of the tree. What is known lies in `.cache/mutation`. docs/te
 """
 
 import argparse
-import ast
 import collections
 import contextlib
-import copy
 import importlib
 import json
 import os
@@ -28,6 +26,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mutants import mutants_of
 
 ROOT = Path(__file__).parents[1]
 KNOWN = ROOT / ".cache" / "mutation"
@@ -45,109 +44,14 @@ LIBRARIES = ("jax", "jax.numpy", "flax.linen", "optax", "orbax.checkpoint", "num
 SECONDS = 60
 """Of tests for a mutant, as long as they take on the program as it is; a mutant that takes four times as long hangs."""
 
-SWAPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-           ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.Add: ast.Sub,
-           ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
-           ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift,
-           ast.RShift: ast.LShift, ast.MatMult: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}
-
-COMMUTE = ("minimum", "maximum", "min", "max", "logical_and", "logical_or")
-
-Mutant = collections.namedtuple("Mutant", "name file lines text")
-
-
-def with_fields(node, **fields):
-  other = copy.copy(node)
-  for name, value in fields.items():
-    setattr(other, name, value)
-  return other
-
-
-def changes(node):
-  """Yields (node that is replaced, what takes its place) for a node without its children."""
-  match node:
-    case ast.Compare(ops=[op]):
-      yield node, with_fields(node, ops=[SWAPPED[type(op)]()])
-      for one in ast.walk(node):
-        if isinstance(one, ast.Constant) and isinstance(one.value, str):
-          yield one, ast.Constant(one.value + "_")
-    case ast.BinOp(op=op) | ast.BoolOp(op=op) if type(op) in SWAPPED:
-      yield node, with_fields(node, op=SWAPPED[type(op)]())
-    case ast.UnaryOp(op=ast.Not() | ast.USub()):
-      yield node, node.operand
-    case ast.Constant(value=bool()):
-      yield node, ast.Constant(not node.value)
-    case ast.Constant(value=int()):
-      yield node, ast.Constant(node.value + 1)
-    case ast.Constant(value=float()):
-      yield node, ast.Constant(node.value * 2 or 1.0)
-    case ast.Call():
-      for keyword in node.keywords:
-        if keyword.arg:
-          yield node, with_fields(node, keywords=[one for one in node.keywords if one is not keyword])
-      if len(node.args) > 1 and not any(isinstance(one, ast.Starred) for one in node.args[:2]) and (
-          ast.unparse(node.func).split(".")[-1] not in COMMUTE):
-        yield node, with_fields(node, args=[node.args[1], node.args[0], *node.args[2:]])
-    case ast.IfExp():
-      yield node, with_fields(node, body=node.orelse, orelse=node.body)
-    case ast.If() | ast.While():
-      yield node.test, ast.UnaryOp(ast.Not(), node.test)
-    case ast.Subscript(slice=ast.Slice() as part):
-      for bound in ("lower", "upper"):
-        if getattr(part, bound):
-          yield node, with_fields(node, slice=with_fields(part, **{bound: None}))
-    case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Raise():
-      yield node, ast.Pass()
-    case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
-      yield node, ast.Pass()
-
-
-def children(node):
-  """Yields the nodes below that may change: no annotations, decorators, docstrings, and nothing that is a message."""
-  if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom):
-    return
-  if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-    return
-  for field, value in ast.iter_fields(node):
-    if field not in ("annotation", "returns", "decorator_list"):
-      yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, ast.AST))
-
-
-def found_in(node, place=""):
-  """Yields (qualified name of the function, node, what takes its place) of a whole tree."""
-  if isinstance(node, ast.FunctionDef | ast.ClassDef):
-    place = f"{place}.{node.name}".lstrip(".")
-  yield from ((place, *change) for change in changes(node))
-  for child in children(node):
-    yield from found_in(child, place)
-
-
-def mutants_of(path):
-  """Returns the mutants of a file that Python can read, each with a name that stays if the file changes elsewhere."""
-  source, file = path.read_text(), path.relative_to(ROOT).as_posix()
-  begins = [0]
-  for line in source.encode().splitlines(keepends=True):
-    begins.append(begins[-1] + len(line))
-  found, seen = [], collections.Counter()
-  for place, old, new in found_in(ast.parse(source)):
-    start, end = begins[old.lineno - 1] + old.col_offset, begins[old.end_lineno - 1] + old.end_col_offset
-    after = ast.unparse(new)
-    whole = f"({after})" if isinstance(old, ast.expr) and not isinstance(old, ast.Constant) else after
-    text = (source.encode()[:start] + whole.encode() + source.encode()[end:]).decode()
-    with contextlib.suppress(SyntaxError):
-      compile(text, file, "exec")
-      name = f"{file} {place}: {' '.join(ast.unparse(old).split())} -> {' '.join(after.split())}"
-      seen[name] += 1
-      lines = range(old.lineno, old.end_lineno + 1)
-      found.append(Mutant(name + (f" #{seen[name]}" if seen[name] > 1 else ""), file, lines, text))
-  return found
-
-
 class Measure:
   """Notes which lines of the package each test runs, and how long the test takes."""
 
   def __init__(self):
     self.tests, self._lines = {}, set()
+
+  def pytest_sessionstart(self):
+    self._root = os.getcwd()  # a test may go elsewhere
 
   def pytest_runtest_setup(self, item):
     import jax
@@ -162,8 +66,12 @@ class Measure:
     threading.settrace(None)
     lines = collections.defaultdict(list)
     for file, line in sorted(self._lines):
-      lines[os.path.relpath(file)].append(line)
+      lines[os.path.relpath(file, self._root)].append(line)
     self.tests[item.nodeid] = {"seconds": time.monotonic() - self._begin, "lines": lines}
+
+  def pytest_runtest_logreport(self, report):
+    if report.failed:  # without a mutant: it would fail with each of them
+      self.tests.pop(report.nodeid, None)
 
   def pytest_runtest_logfinish(self):
     if len(self.tests) % 10 == 0:
@@ -258,9 +166,10 @@ def replace(path, content):
   partial.replace(path)
 
 
-def scope(patterns):
-  return sorted(path for pattern in patterns for path in (ROOT / "pirl_jax").glob(pattern)
-                if path.name != "__init__.py")
+def mutants_in(patterns):
+  """Yields (path, mutants) of the files of the package with these names."""
+  for path in sorted(path for pattern in patterns for path in (ROOT / "pirl_jax").glob(pattern)):
+    yield path, mutants_of(path.read_text(), path.relative_to(ROOT).as_posix())
 
 
 def run(arguments):
@@ -269,8 +178,7 @@ def run(arguments):
   results = json.loads(path.read_text()) if path.exists() else {}
   tests = json.loads((KNOWN / "tests.json").read_text())
   chosen = []
-  for file in scope(arguments.files or SCOPE):
-    mutants = mutants_of(file)
+  for file, mutants in mutants_in(arguments.files or SCOPE):
     random.Random(f"{arguments.seed} {file.name}").shuffle(mutants)
     chosen += [(number, one) for number, one in enumerate(mutants) if number < arguments.per_file
                or one.name in results]
@@ -287,8 +195,10 @@ def run(arguments):
       place.write_text(mutant.text)
       os.utime(place, (number, number))  # no compiled file of another mutant has this time
       files = dict.fromkeys(name.split("::")[0] for name in names)
-      code = in_fork(tree, ["-x", *files], Only(names), limit=4 * seconds + 30, log=KNOWN / "log") if names else 0
+      code = in_fork(tree, ["-x", *files], Only(names), limit=4 * seconds + 30, log=KNOWN / "run.log") if names else 0
       place.write_text(original)
+      if code in (4, 5):
+        raise SystemExit(f"pytest does not find {names}: measure again")
       results[mutant.name] = {0: "survived", None: "killed: too slow"}.get(code, "killed")
       print(f"{results[mutant.name]:8} {time.monotonic() - begin:5.1f} s {len(names):3} tests  "
             f"{mutant.file}:{mutant.lines[0]} {mutant.name.split(' ', 1)[1]}"[:220], flush=True)
@@ -296,23 +206,27 @@ def run(arguments):
 
 
 def table(arguments):
-  """Prints the table of docs/testing.md, and what is left."""
+  """Prints the table of docs/testing.md, and what is left, each with its line."""
   results, explained = json.loads((KNOWN / "results.json").read_text()), json.loads(EXPLAINED.read_text())
   rows, left = collections.defaultdict(collections.Counter), []
-  for name, result in results.items():
-    kind = "killed" if result.startswith("killed") else "explained" if name in explained else "left"
-    rows[name.split()[0].removeprefix("pirl_jax/")][kind] += 1
-    left += [name] if kind == "left" else []
+  for path, mutants in mutants_in(arguments.files or SCOPE):
+    lines = path.read_text().splitlines()
+    for mutant in mutants:
+      if result := results.get(mutant.name):
+        kind = "explained" if mutant.name in explained else result.split(":")[0]
+        rows[mutant.file.removeprefix("pirl_jax/")][kind] += 1
+        if kind == "survived":
+          left.append(f"{mutant.file}:{mutant.lines[0]}  {lines[mutant.lines[0] - 1].strip()}\n    {mutant.name}")
   print("| file | mutants | killed | explained | left |\n|---|---|---|---|---|")
   for file, row in [*sorted(rows.items()), ("all", sum(rows.values(), collections.Counter()))]:
-    print(f"| {file} | {row.total()} | {row['killed']} | {row['explained']} | {row['left']} |")
+    print(f"| {file} | {row.total()} | {row['killed']} | {row['explained']} | {row['survived']} |")
   print("", *left, sep="\n")
 
 
 def measure(arguments):
   """Runs the tests once, traced."""
   with copied_tree() as tree:
-    print("exit code", in_fork(tree, arguments.files or TESTS, Measure(), log=KNOWN / "log"))
+    print("exit code", in_fork(tree, arguments.files or TESTS, Measure(), log=KNOWN / "measure.log"))
 
 
 if __name__ == "__main__":

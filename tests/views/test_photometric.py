@@ -1,6 +1,7 @@
 """The photometric operations against PIL, hue against colorsys, the draws against their probabilities."""
 
 import colorsys
+import dataclasses
 import itertools
 import math
 
@@ -331,6 +332,16 @@ def test_parameters_of_an_image_are_drawn_independently(recipe):
   unrelated([*coins.values()])
   for turns in places.T:  # one at a time: the places of a permutation are not independent
     unrelated([value[shared] for value in (*drawn.values(), coins["grayscale"], coins["flip"], turns)])
+
+
+def test_recipes_have_vissls_numbers():
+  """VISSL's configs/config/pretrain/pirl/pirl_jigsaw_4node_resnet50.yaml and transforms/photo_gblur.yaml."""
+  common = {"grayscale_probability": 0.2, "blur_radius": (0.1, 2.0), "flip_probability": 0.5}
+  base = dict.fromkeys(("brightness", "contrast", "saturation"), 0.4) | {
+    "hue": 0.2, "jitter_probability": 1.0, "group_probability": 0.66, "blur_probability": 0.0}
+  blurred = dict.fromkeys(("brightness", "contrast", "saturation"), 0.8) | {
+    "hue": 0.2, "jitter_probability": 0.8, "group_probability": 0.0, "blur_probability": 0.5}
+  assert dataclasses.asdict(BASE) == base | common and dataclasses.asdict(GBLUR) == blurred | common
 
 
 def test_a_strength_above_one_starts_at_zero():
