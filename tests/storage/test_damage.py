@@ -1,5 +1,8 @@
 """Checkpoints whose files were damaged: found out, set aside, and the newest whole one taken in their place."""
 
+import contextlib
+import json
+import re
 import shutil
 
 import jax
@@ -8,8 +11,11 @@ import numpy as np
 import pytest
 from test_checkpoints import make_state, shapes_of
 
+from pirl_jax.errors import UserError
+from pirl_jax.method import memory_bank
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
+from pirl_jax.storage.checksums import json_checksum
 from pirl_jax.storage.snapshots import Snapshots
 
 KINDS = ("deleted", "emptied", "cut", "flipped", "overwritten")
@@ -93,6 +99,36 @@ def test_damage_to_the_data_is_found(tmp_path, saved, item, kind):
   """All files of the item that may hold arrays: which of them Orbax has no more use for differs from save to save."""
   data = [file for file in files(saved[0] / "2") if file.parts[0] == item and file.parent.name == "d"]
   assert check_one(tmp_path, saved, data, kind, np.random.default_rng(0))
+
+
+def with_another_checksum(folder, step, item):
+  """The arrays of an item are no longer those of the checksums; Orbax finds no fault with any file."""
+  path = folder / str(step) / "meta" / "metadata"
+  meta = json.loads(path.read_text())
+  meta.pop("checksum")
+  name = sorted(meta["checksums"][item])[0]
+  meta["checksums"][item][name] = "0" * 16
+  path.write_text(json.dumps({**meta, "checksum": json_checksum(meta)}))
+  return f"not as it was saved: {item}/{name}"
+
+
+@pytest.mark.parametrize("item", ["model", "train", "bank"])
+def test_every_way_to_read_arrays_compares_their_checksums(tmp_path, saved, item):
+  folder, states = saved
+  copy = tmp_path / "copy"
+  shutil.copytree(folder, copy)
+  said_of_it = with_another_checksum(copy, 2, item)
+  mesh = mesh_lib.create_mesh(2)
+  like = {"params": states[2].params, "batch_stats": states[2].batch_stats}
+  layout = memory_bank.create_layout(103, num_devices=4, num_negatives=32)
+  with Checkpoints(copy, keep=3) as checkpoints:
+    assert checkpoints.check(1, mesh) == "" and checkpoints.check(2, mesh) == said_of_it
+    for read, own in ((lambda: checkpoints.restore_model(2, like, mesh), "model"),
+                      (lambda: checkpoints.restore_bank(2, layout), "bank")):
+      with pytest.raises(UserError, match=re.escape(said_of_it)) if own == item else contextlib.nullcontext():
+        read()
+  state, said = restore(copy)
+  assert state.step == 1 and len(said) == 1 and said_of_it in said[0]
 
 
 def test_a_flipped_bit_of_the_meta_is_found(tmp_path, saved):

@@ -11,7 +11,7 @@ import pytest
 
 from pirl_jax.errors import UserError
 from pirl_jax.views import jigsaw as jigsaw_lib
-from pirl_jax.views.jigsaw import Jigsaw, cut_patches, draw_jigsaw
+from pirl_jax.views.jigsaw import Jigsaw, check_jigsaw, cut_patches, draw_jigsaw
 from pirl_jax.views.normalisation import denormalise
 from pirl_jax.views.permutations import permutation_subset
 from pirl_jax.views.recipe import Recipe
@@ -149,6 +149,11 @@ def test_orders_of_nine_are_uniform_in_every_place_and_seldom_repeat():
 def test_impossible_sizes_are_refused(size, grid, patch, words):
   with pytest.raises(UserError, match=words):
     jigsaw_patches(jax.random.key(0), jnp.zeros((size, size, 3)), grid=grid, patch_size=patch)
+
+
+@pytest.mark.parametrize(("size", "grid", "patch"), [(1, 1, 1), (3, 3, 1), (32, 3, 10)])
+def test_the_smallest_and_the_largest_patch_are_possible(size, grid, patch):
+  check_jigsaw(size, grid=grid, patch_size=patch)
 
 
 @pytest.mark.parametrize("subset", ["max_avg", "max_min"])

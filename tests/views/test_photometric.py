@@ -1,6 +1,7 @@
 """The photometric operations against PIL, hue against colorsys, the draws against their probabilities."""
 
 import colorsys
+import dataclasses
 import itertools
 import math
 
@@ -310,6 +311,37 @@ def test_draws_have_their_probabilities_and_ranges():
   near(blur.radius > 0, 0.5)
   uniform(blur.radius[blur.radius > 0], 0.1, 2.0)
   assert blur.bits is None and blur.threshold is None
+
+
+@pytest.mark.parametrize("recipe", [BASE, GBLUR], ids=["base", "gblur"])
+def test_parameters_of_an_image_are_drawn_independently(recipe):
+  drawn = jax.jit(jax.vmap(lambda k: draw_photometric(k, recipe=recipe)))(jax.random.split(jax.random.key(7), 20_000))
+  drawn = {name: np.float64(value) for name, value in drawn._asdict().items() if value is not None}
+  places = drawn.pop("places")
+  coins = {name: drawn.pop(name) for name in ("autocontrast", "grayscale", "flip") if name in drawn}
+  if recipe.jitter_probability < 1:
+    coins["jitter"] = drawn["hue"] != 0
+  if recipe.blur_probability:
+    coins["blur"] = drawn["radius"] > 0
+  shared = np.logical_and.reduce([coin > 0 for name, coin in coins.items() if name not in ("grayscale", "flip")])
+
+  def unrelated(columns):
+    found = np.corrcoef(columns) - np.eye(len(columns))
+    assert np.abs(found).max() < 5 / math.sqrt(len(columns[0])), np.round(found, 2)
+
+  unrelated([*coins.values()])
+  for turns in places.T:  # one at a time: the places of a permutation are not independent
+    unrelated([value[shared] for value in (*drawn.values(), coins["grayscale"], coins["flip"], turns)])
+
+
+def test_recipes_have_vissls_numbers():
+  """VISSL's configs/config/pretrain/pirl/pirl_jigsaw_4node_resnet50.yaml and transforms/photo_gblur.yaml."""
+  common = {"grayscale_probability": 0.2, "blur_radius": (0.1, 2.0), "flip_probability": 0.5}
+  base = dict.fromkeys(("brightness", "contrast", "saturation"), 0.4) | {
+    "hue": 0.2, "jitter_probability": 1.0, "group_probability": 0.66, "blur_probability": 0.0}
+  blurred = dict.fromkeys(("brightness", "contrast", "saturation"), 0.8) | {
+    "hue": 0.2, "jitter_probability": 0.8, "group_probability": 0.0, "blur_probability": 0.5}
+  assert dataclasses.asdict(BASE) == base | common and dataclasses.asdict(GBLUR) == blurred | common
 
 
 def test_a_strength_above_one_starts_at_zero():

@@ -100,6 +100,24 @@ def test_colour_does_not_change_what_is_cut():
   np.testing.assert_array_equal(denormalise(coloured), np.repeat(luma[..., None], 3, axis=-1))
 
 
+@pytest.mark.parametrize(("transform", "image", "crop"), [
+  (True, True, False), (True, False, True), (False, True, True)])
+def test_without_its_crop_or_a_transform_a_view_is_none(transform, image, crop):
+  jigsaw = Jigsaw(crop_size=27, crop_scale=(0.6, 1.0), grid=3, patch_size=7) if transform else None
+  views = make_views(jigsaw, recipe=Recipe(), pretext_recipe=Recipe())
+  found = jax.eval_shape(views, KEYS, IMAGES if image else None, CROPS if crop else None)
+  assert [view is not None for view in found[:2]] == [image, transform and crop]
+  assert transform and crop or found[2] is None
+
+
+def test_a_transform_has_its_own_settings_or_the_crop_of_the_image():
+  settings = {"jigsaw": {"crop_size": 30, "crop_scale": [0.6, 1.0], "grid": 2, "patch_size": 9}, "other": {"grid": 5}}
+  options = {"image_size": 32, "image_scale": (0.2, 0.9), "settings": settings}
+  jigsaw, rotation = (create_pretext(name, **options) for name in ("jigsaw", "rotation"))
+  assert (jigsaw.crop_size, jigsaw.crop_scale, jigsaw.grid, jigsaw.patch_size) == (30, (0.6, 1.0), 2, 9)
+  assert (rotation.crop_size, rotation.crop_scale) == (32, (0.2, 0.9))
+
+
 def test_what_cannot_be_is_refused():
   with pytest.raises(UserError, match="pretext='puzzle'.*jigsaw, rotation, rotation_jigsaw"):
     create_pretext("puzzle", image_size=8, image_scale=(0.2, 1), settings={})
