@@ -27,6 +27,7 @@ from pirl_jax.reporting import report
 from pirl_jax.reporting.looking import Sight, look
 from pirl_jax.runs import Run
 from pirl_jax.runtime import caching, devices, out_of_memory, processes
+from pirl_jax.runtime.environment import numeric_environment
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import write_json
 from pirl_jax.storage.formats import FORMAT
@@ -100,7 +101,7 @@ def _pretrain(parts: Parts, stopping: Stopping, other: Callable | None) -> None:
     "the folder of the run": str(workdir), **flatten(config.to_dict()),
     "the training images": parts.train.fingerprint,
     "the held-out images": parts.test and parts.test.fingerprint,
-    "the version of jax": jax.__version__, "the format of checkpoints": FORMAT})
+    **numeric_environment()["draws"], "the version of jax": jax.__version__, "the format of checkpoints": FORMAT})
   with processes.together(hold, workdir), Checkpoints(
       workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
     if checkpoints.steps():

@@ -19,6 +19,7 @@ from pirl_jax.data.records import Source
 from pirl_jax.errors import UserError
 from pirl_jax.method.memory_bank import Layout
 from pirl_jax.method.state import TrainState
+from pirl_jax.runtime.environment import numeric_environment
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import locked, read_json, write_file, write_json
 from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, upgrade_config
@@ -169,6 +170,25 @@ def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -
                     "or give the old value to resume the run")
 
 
+def compare_environment(meta: Mapping[str, Any], workdir: Path) -> None:
+  """Prints a warning if the environment rounds in another way than when the checkpoint with this `meta` was saved.
+
+  Raises:
+    UserError: the environment draws other random numbers, or computes in other types.
+  """
+  before, now = meta.get("environment"), numeric_environment()
+  if before is None:  # the checkpoint was saved before the environment was recorded
+    return
+  if found := difference(before["draws"], now["draws"]):
+    name, was, given = found
+    raise UserError(f"the run in {workdir} started with {name}={was!r}, and now it is {given!r}: views and negatives "
+                    f"would be others; set {name.upper()}={was} in the environment, or choose another --workdir")
+  if found := difference(before["rounding"], now["rounding"]):
+    name, was, given = found
+    print(f"WARNING: {name} was {was!r} when the newest checkpoint was saved, and now it is {given!r}; from here on "
+          "last bits may differ from those of a run that was not interrupted")
+
+
 def check_images(train: Source, workdir: Path) -> None:
   """Raises UserError if the images are not those of the newest checkpoint in `workdir`, and says what has changed.
 
@@ -214,6 +234,7 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
         raise UserError(f"the checkpoint in {parts.workdir} has {name} {meta.get(name)!r}, and this run {now!r}; "
                         "choose another --workdir")
     compare_configs(parts.config, meta["config"], parts.workdir)
+    compare_environment(meta, parts.workdir)
     if meta["step"] > parts.total_steps:
       raise UserError(f"{parts.workdir} has already done {meta['step']} steps, and num_epochs="
                       f"{parts.config.num_epochs} are {parts.total_steps} steps; raise num_epochs")
@@ -251,4 +272,5 @@ def run_meta(parts: Parts) -> dict[str, Any]:
 def save(parts: Parts, state: TrainState, checkpoints: Checkpoints, **options: Any) -> None:
   """Starts writing a checkpoint of the state, see `Checkpoints.save`."""
   step = int(state.step)
-  checkpoints.save(step, state, {**run_meta(parts), "step": step, "config": parts.config.to_dict()}, **options)
+  checkpoints.save(step, state, {
+    **run_meta(parts), "step": step, "environment": numeric_environment(), "config": parts.config.to_dict()}, **options)
