@@ -37,12 +37,12 @@ SCOPE = ("method/*.py", "views/*.py", "models/*.py", "evaluation/protocols/knn.p
          "evaluation/protocols/svm.py", "storage/checkpoints.py", "storage/checksums.py")
 TESTS = ("tests/views", "tests/models", "tests/storage", "tests/method", "tests/test_properties.py",
          *(f"tests/evaluation/{name}.py" for name in ("protocols/test_knn", "protocols/test_linear",
-                                                      "protocols/test_svm", "test_protocols", "test_layers")))
+                                                      "protocols/test_svm", "protocols/test_semi_supervised",
+                                                      "test_protocols", "test_layers")), "tests/test_formats.py")
 LIBRARIES = ("jax", "jax.numpy", "flax.linen", "optax", "orbax.checkpoint", "numpy", "scipy.stats", "cv2", "PIL.Image",
              "sklearn.svm", "hypothesis", "ml_collections", "absl.flags", "matplotlib.pyplot", "tensorflow_datasets",
              "tensorboardX", "grain", "safetensors.numpy", "threadpoolctl")
-SECONDS = 60
-"""Of tests for a mutant, as long as they take on the program as it is; a mutant that takes four times as long hangs."""
+
 
 class Measure:
   """Notes which lines of the package each test runs, and how long the test takes."""
@@ -142,8 +142,8 @@ def copied_tree():
     yield tree
 
 
-def tests_of(mutant, tests):
-  """Returns the names of the tests that run the mutant's lines, the quickest first, and their seconds.
+def tests_of(mutant, tests, limit):
+  """Returns the names of the tests that run the mutant's lines, the quickest first, and their seconds, up to a limit.
 
   A line that runs when the module is imported belongs to the tests that run any line of the file.
   """
@@ -153,7 +153,7 @@ def tests_of(mutant, tests):
   names.sort(key=lambda name: tests[name]["seconds"])
   total, kept = 0.0, []
   for name in names:
-    if total + tests[name]["seconds"] <= SECONDS:
+    if total + tests[name]["seconds"] <= limit:
       kept.append(name)
       total += tests[name]["seconds"]
   return kept, total
@@ -189,7 +189,7 @@ def run(arguments):
       if results.get(mutant.name, "survived" if arguments.again else None) != (
           "survived" if arguments.again else None) or mutant.name in explained:
         continue
-      names, seconds = tests_of(mutant, tests)
+      names, seconds = tests_of(mutant, tests, arguments.seconds)
       place, begin = tree / mutant.file, time.monotonic()
       original = place.read_text()
       place.write_text(mutant.text)
@@ -235,6 +235,7 @@ if __name__ == "__main__":
   parser.add_argument("files", nargs="*", help="of the package, as method/*.py; to measure: of tests")
   parser.add_argument("--per_file", type=int, default=25)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--seconds", type=int, default=60, help="of tests for a mutant, as measured")
   parser.add_argument("--again", action="store_true")
   given = parser.parse_args()
   {"measure": measure, "run": run, "table": table}[given.command](given)
