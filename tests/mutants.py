@@ -15,7 +15,7 @@ SWAPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, a
            ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift,
            ast.RShift: ast.LShift, ast.MatMult: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}
 
-COMMUTE = ("minimum", "maximum", "min", "max", "logical_and", "logical_or")
+COMMUTE = ("promote_types", "minimum", "maximum", "min", "max", "logical_and", "logical_or")
 
 Mutant = collections.namedtuple("Mutant", "name file lines text")
 
