@@ -1,6 +1,6 @@
 """What may be changed in a file of Python so that its tests should notice: one expression or statement at a time.
 
-Not changed are docstrings, annotations, decorators, assertions, and what an error says; nor whether
+Not changed are docstrings, annotations, decorators, assertions, what an error says, that a line is printed, and whether
 `zip` is strict, which is an assertion, too.
 """
 
@@ -60,6 +60,8 @@ def changes(node):
       for bound in ("lower", "upper"):
         if getattr(part, bound):
           yield node, with_fields(node, slice=with_fields(part, **{bound: None}))
+    case ast.Expr(value=ast.Call(func=ast.Name(id="print"))):
+      pass
     case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Raise():
       yield node, ast.Pass()
     case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):

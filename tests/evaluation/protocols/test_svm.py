@@ -16,6 +16,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.protocols import svm
 from pirl_jax.evaluation.protocols.svm import average_precision
+from pirl_jax.figures.curves import Curve
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
@@ -313,3 +314,13 @@ def test_missing_and_other_labels_are_refused(model):
   for other, said in ((Bare, "SVMs need labels, and the held-out images"), (Renamed, "others: a, b")):
     with pytest.raises(UserError, match=said):
       measure(model, whole, images(other, 20, "test"))
+
+
+def test_the_curve_is_over_the_layers_or_over_the_classes_of_a_single_one():
+  one = {"mean_average_precision": 0.5, "average_precision": {"cat": 0.4, "dog": 0.6}, "top1": 0.75}
+  other = {"mean_average_precision": 0.25, "average_precision": {"cat": 0.25, "dog": 0.25}}
+  assert svm._table_and_curve({"res5": one}) == (
+    {"mean average precision": 0.5, "top-1": 0.75}, Curve("class", "average precision", ["cat", "dog"], [0.4, 0.6]))
+  assert svm._table_and_curve({"res4": other, "res5": one}) == (
+    {"mean average precision, res4": 0.25, "mean average precision, res5": 0.5},
+    Curve("layer", "mean average precision", ["res4", "res5"], [0.25, 0.5]))
