@@ -324,3 +324,11 @@ def test_the_curve_is_over_the_layers_or_over_the_classes_of_a_single_one():
   assert svm._table_and_curve({"res4": other, "res5": one}) == (
     {"mean average precision, res4": 0.25, "mean average precision, res5": 0.5},
     Curve("layer", "mean average precision", ["res4", "res5"], [0.25, 0.5]))
+
+
+@pytest.mark.parametrize(("image_size", "layers"), [
+  (32, ("pooled",)), (96, ("pooled",)), (97, ("conv1", "res2", "res3", "res4"))])
+def test_without_names_small_images_have_pooled_features_and_others_all_maps(image_size, layers):
+  model = Model(Network(create_resnet("resnet8")), {})
+  assert svm.svm_layers(model, "", image_size=image_size, field="svm.layers") == layers
+  assert svm.svm_layers(model, "res3, pooled", image_size=image_size, field="svm.layers") == ("res3", "pooled")
