@@ -211,10 +211,13 @@ def test_nearest_is_the_same_bit_for_bit_however_the_references_come(monkeypatch
   mesh = create_mesh(num_devices)
   nearest = knn.Nearest(queries, k=20, mesh=mesh)
   cuts = np.sort(rng.integers(0, 333, 9))  # parts of any size, some of them empty
-  parts = zip(np.split(references, cuts), np.split(ids, cuts), strict=True)
+  parts, seen = zip(np.split(references, cuts), np.split(ids, cuts), strict=True), np.zeros(0, np.int32)
   for rows, row_ids in knn.gather_blocks(parts, num_references=333, dim=16, mesh=mesh):
     assert rows.shape == (-(-block // num_devices) * num_devices, 16)
+    seen = np.append(seen, row_ids)
     nearest.visit(rows, row_ids)
+  np.testing.assert_array_equal(seen[:333], ids)
+  assert (seen[333:] == -1).all()  # the padding of the last block is never a neighbour
   found = nearest.result()
   np.testing.assert_array_equal(found.ids, expected)
   np.testing.assert_array_equal(found.similarity, similarity.astype(np.float32))
