@@ -454,3 +454,9 @@ def test_images_without_labels_are_refused_at_once(name, monkeypatch):
   source.class_names = ()
   with pytest.raises(UserError, match="--config.data.labels=folder"):
     exact_knn(**{name: source})
+
+
+@pytest.mark.parametrize(("k", "steps"), [
+  (1, [1]), (7, [1, 5, 7]), (10, [1, 5, 10]), (1_200, [1, 5, 10, 20, 50, 100, 200, 500, 1_000, 1_200])])
+def test_numbers_of_neighbours_rise_to_k(k, steps):
+  assert knn.ladder(k) == steps
