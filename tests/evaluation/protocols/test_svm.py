@@ -78,8 +78,9 @@ def test_average_precision_where_precision_only_falls_is_that_of_scikit_learn():
 
 
 def test_grids():
-  assert len(svm.PAPER_COSTS) == 26 and svm.PAPER_COSTS[:2] == (1e-7, 1e-6) and svm.PAPER_COSTS[9] == 100
-  assert svm.PAPER_COSTS[10:12] == (0.0625, 0.03125) and svm.PAPER_COSTS[-1] == 2**-19
+  assert svm.PAPER_COSTS[:10] == (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1, 10, 100)
+  assert [cost * 2**19 for cost in svm.PAPER_COSTS[10:]] == [2**power for power in range(15, -1, -1)]
+  assert svm.MAX_ITER == 2_000  # vissl's svm_trainer.py
   assert svm.VISSL_COSTS == (0.01, 0.1, 1, 2, 5, 10, 15, 20, 50, 100, 1000)
 
 
