@@ -38,6 +38,12 @@ def test_figures_of_similarity_by_hand(views):
     np.testing.assert_allclose(figures[name], value, rtol=1e-6, err_msg=name)
 
 
+def test_a_single_negative_is_one():
+  seen = {"image": Similarities(*(jnp.array([value]) for value in (2.0, 1.0, 1.5, 1.0)))}
+  figures = similarities(seen, mean=jnp.sum, temperature=0.5)
+  assert [float(figures[name]) for name in ("similarity_negatives", "negatives_beaten")] == [0.75, 1.0]
+
+
 def test_spread_by_hand():
   """Of the images that count: the standard deviation over both parts, averaged over 4 dimensions, times sqrt(4)."""
   rng = np.random.default_rng(0)
