@@ -460,3 +460,9 @@ def test_images_without_labels_are_refused_at_once(name, monkeypatch):
   (1, [1]), (7, [1, 5, 7]), (10, [1, 5, 10]), (1_200, [1, 5, 10, 20, 50, 100, 200, 500, 1_000, 1_200])])
 def test_numbers_of_neighbours_rise_to_k(k, steps):
   assert knn.ladder(k) == steps
+
+
+def test_labels_of_other_references_are_refused():
+  with pytest.raises(ValueError, match="5 references, but labels of shape"):
+    knn.predict(np.eye(5, dtype=np.float32), np.zeros(4, np.int32), np.eye(5, dtype=np.float32), mesh=create_mesh(1),
+                k=1, temperature=0.1)
