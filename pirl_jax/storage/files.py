@@ -12,6 +12,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+DEEPEST = 100
+"""Groups within groups that a JSON file may have; more of them may exceed Python's recursion limit somewhere."""
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
@@ -67,13 +70,43 @@ def strict(obj: Any) -> Any:
   return obj
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
-  """Returns the object in a JSON file, or None if there is no such file or it cannot be read."""
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+  """Returns the object in a JSON file.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: the file holds something else, for example NaN, which JSON does not have.
+  """
+  content = Path(path).read_bytes()
   try:
-    stored = json.loads(Path(path).read_text())
+    stored = json.loads(content.decode(), parse_constant=_no_number, parse_float=_finite)
+  except RecursionError:
+    raise ValueError("too many brackets") from None
+  if not isinstance(stored, dict):
+    raise ValueError("not an object")
+  groups: list[Any] = [stored]
+  for _ in range(DEEPEST):
+    groups = [value for group in groups for value in (group.values() if isinstance(group, dict) else group)
+              if isinstance(value, dict | list)]
+  if groups:
+    raise ValueError("too many brackets")
+  return stored
+
+
+def _no_number(name: str) -> Any:
+  raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+  return number if math.isfinite(number := float(digits)) else _no_number(digits)
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
+  """Returns the object in a JSON file, or None if there is no such file or it cannot be read; see `read_object`."""
+  try:
+    return read_object(path)
   except (OSError, ValueError):
     return None
-  return stored if isinstance(stored, dict) else None
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ from orbax.checkpoint import CheckpointManager, CheckpointManagerOptions, args
 
 from pirl_jax.runtime.mesh import whole
 from pirl_jax.runtime.processes import first_failure
-from pirl_jax.storage.checkpoints import reason_of, template_of
+from pirl_jax.storage.checkpoints import template_of
 from pirl_jax.storage.checksums import checksums
+from pirl_jax.storage.reading import reason_of
 
 
 class Snapshots:
