@@ -4,7 +4,6 @@ Reads the flags and the config, and runs the job that the config names (`jobs`).
 """
 
 import difflib
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pirl_jax.configs.base import get_base
 from pirl_jax.configs.data_sets import CHOSEN, leave_open
 from pirl_jax.errors import UserError
 from pirl_jax.launching import config_files, jobs, usage
-from pirl_jax.runtime import memory
+from pirl_jax.runtime import memory, speaking
 from pirl_jax.storage.settings import field_problem, flatten
 
 CONFIG = config_files.define_flag()
@@ -42,11 +41,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     UserError: the flags, the config file or an override is wrong; the message is one line.
   """
   if any(argument in usage.ASKED for argument in argv[1:]):
-    text = _help([argument for argument in argv if argument not in usage.ASKED])
-    try:
-      print(text, flush=True)
-    except BrokenPipeError:  # the reader, for example `head`, wants no more; Python must not write again at its end
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(_help([argument for argument in argv if argument not in usage.ASKED]))
     sys.exit(0)
   argv, left_open = _without_auto(argv)
   try:
@@ -168,6 +163,7 @@ def start(main: Callable[[list[str]], None] = main) -> None:
   A UserError is printed in one line and ends the program with exit code 2. Ctrl-C ends it with 130. A job that trains
   ends with 0 after SIGTERM.
   """
+  speaking.never_fail()
   try:
     app.run(main, flags_parser=parse_flags)
   except UserError as error:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate as evaluation
 from pirl_jax.runtime.quieting import hushed
+from pirl_jax.runtime.speaking import unfailing
 from pirl_jax.training import pretrain as training
 from pirl_jax.training.stopping import Stopping
 
@@ -34,7 +35,7 @@ def pretrain(config: ConfigDict | Mapping[str, Any], workdir: str | PathLike[str
   """
   config = _config_of(config, "pretrain")
   folder = Path(fspath(workdir) or f"runs/{config.name}").expanduser()
-  with hushed():
+  with hushed(), unfailing():
     training.pretrain_with(config, folder, Stopping())  # not entered: it takes no signals
   return folder.absolute()
 
@@ -53,7 +54,7 @@ def evaluate(config: ConfigDict | Mapping[str, Any], workdir: str | PathLike[str
     UserError: the config, a checkpoint or the data does not fit the evaluation. In this case nothing has been compiled
       or written.
   """
-  with hushed():
+  with hushed(), unfailing():
     outcomes = evaluation.run(_config_of(config, "evaluate"), fspath(workdir))
   return {label: outcome.figures for label, outcome in outcomes.items()}
 

@@ -45,6 +45,10 @@ def _sleep(seconds: float) -> bool:
   return False
 
 
+class Incomplete(ValueError):
+  """The `meta` of a checkpoint lacks a field; raised by `expect`, see `Checkpoints.restore_newest`."""
+
+
 class Checkpoints:
   """The checkpoints of one run; a context manager that waits until the last save is on disk.
 
@@ -274,7 +278,7 @@ class Checkpoints:
 
     Args:
       expect: expect(meta) returns the argument `like` of `restore` for the checkpoint with this `meta`. It raises a
-        UserError if the checkpoint belongs to another run.
+        UserError if the checkpoint belongs to another run, `Incomplete` if the checkpoint is damaged.
       mesh: see `restore`.
       say: prints a line.
 
@@ -301,7 +305,10 @@ class Checkpoints:
     meta, damage = patiently(f"checkpoint {step}", lambda: self._read_meta(step), **at)
     if damage:
       return None, damage
-    like = expect(meta)
+    try:
+      like = expect(meta)
+    except Incomplete as error:
+      return None, str(error)
     for _ in range(2):
       state, damage = patiently(f"checkpoint {step}", lambda: self.restore(step, like, mesh), **at)
       # All processes compute the checksums together. So first every process must have read its part.

@@ -40,7 +40,7 @@ def test_a_run_saves_before_it_ends_and_goes_on(tmp_path, number, code):
 @pytest.mark.parametrize("trains, code", [(True, 0), (False, -signal.SIGTERM)])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_signal_while_jax_loads_is_answered_once_the_job_has_said_what_it_is_to_it(trains, code, when):
-  lines = ["import os, signal, sys", "from pirl_jax.training.stopping import note_sigterm", "settle = note_sigterm()",
+  lines = ["import os, signal, sys", "from pirl_jax.training.stopping import note_signals", "settle = note_signals()",
            "assert 'jax' not in sys.modules", "ask = lambda: os.kill(os.getpid(), signal.SIGTERM)"]
   lines += ["ask()", "print('noted', flush=True)", f"settle({trains})"] if when == "before" else [
     f"settle({trains})", "print('noted', flush=True)", "ask()"]
