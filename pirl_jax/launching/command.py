@@ -4,6 +4,7 @@ Reads the flags and the config, and runs the job that the config names (`jobs`).
 """
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -153,7 +154,10 @@ def main(_: list[str]) -> None:
   """Runs the job that the config names."""
   if KEEP_MEMORY.value:
     memory.keep_freed()
-  jobs.carry_out(CONFIG.value, WORKDIR.value, (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
+  workdir = os.path.expanduser(WORKDIR.value)  # shells leave the ~ of --workdir=~/runs as it is
+  if workdir.startswith("~"):
+    raise UserError(f"--workdir={workdir}: there is no such user; ./{workdir} is a folder of that name")
+  jobs.carry_out(CONFIG.value, workdir, (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
                  COMPILATION_CACHE.value)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from os import PathLike, fspath
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def evaluate(config: ConfigDict | Mapping[str, Any], workdir: str | PathLike[str
       or written.
   """
   with hushed(), unfailing():
-    outcomes = evaluation.run(_config_of(config, "evaluate"), fspath(workdir))
+    outcomes = evaluation.run(_config_of(config, "evaluate"), expanduser(fspath(workdir)))
   return {label: outcome.figures for label, outcome in outcomes.items()}
 
 
