@@ -61,8 +61,8 @@ class Retention:
   depends on it.
   """
 
-  def __init__(self, folder: Path, *, keep: int, metric_of: Callable[[int], float | None],
-               note: Callable[[int], None]) -> None:
+  def __init__(self, folder: Path, *, keep: int, metric_of: Callable[[int], float | None] = lambda _: None,
+               note: Callable[[int], None] = lambda _: None, what: str = "checkpoint") -> None:
     """Removes nothing yet.
 
     Args:
@@ -71,8 +71,9 @@ class Retention:
       metric_of: metric_of(step) -> kNN accuracy, None if it was not measured; raises ValueError or OSError if it cannot
         be read.
       note: note(step) is called once this checkpoint is on disk, by another thread.
+      what: the name of what is kept here, for messages.
     """
-    self._folder, self._keep, self._metric_of, self._note = folder, keep, metric_of, note
+    self._folder, self._keep, self._metric_of, self._note, self._what = folder, keep, metric_of, note, what
     self._lock = threading.Lock()
     self._awaited: int | None = None
     self._over = threading.Event()
@@ -100,7 +101,7 @@ class Retention:
       self._over.set()
       self._note(step)
       with contextlib.suppress(UserError):  # the folder cannot be read now; the next checkpoint is the next try
-        self._remove_others()
+        self._remove_before(step)
 
   def words(self) -> list[str]:
     """Returns what is to be said since the last call."""
@@ -112,30 +113,36 @@ class Retention:
       if (self._folder / str(step)).is_dir():
         self.settle()
 
-  def _remove_others(self) -> None:
-    for step in self._spare(steps_in(self._folder)):
-      path = self._folder / str(step)
-      try:
-        path.rename(self._folder / f"{REMOVING}{step}-{secrets.token_hex(4)}")
-      except OSError as error:
-        self._name(path, error.strerror or str(error))
-    for path in self._folder.glob(f"{REMOVING}*"):
+  def _remove_before(self, newest: int) -> None:
+    for step in self._spare([step for step in steps_in(self._folder) if step <= newest]):
+      self.remove(step)
+    for path in self._folder.glob(f"{REMOVING}*"):  # also what could not be removed before
       if reason := remove(path):
         self._name(path, reason)
 
+  def remove(self, step: int) -> None:
+    """Removes a checkpoint; if this is not possible, `words` names it."""
+    aside = self._folder / f"{REMOVING}{step}-{secrets.token_hex(4)}"
+    try:
+      (self._folder / str(step)).rename(aside)
+    except OSError as error:
+      self._name(self._folder / str(step), error.strerror or str(error))
+    else:
+      if reason := remove(aside):
+        self._name(aside, reason)
+
   def _spare(self, steps: Sequence[int]) -> list[int]:
-    found, kept = {}, set(steps[-self._keep:])
+    """Returns those of the steps that are not kept. Checkpoints that cannot be judged stay, and count for nothing."""
+    found = {}
     for step in steps:
-      try:
+      with contextlib.suppress(OSError, ValueError):
         found[step] = self._metric_of(step)
-      except (OSError, ValueError):
-        kept.add(step)
     measured = {step: metric for step, metric in found.items() if metric is not None}
-    kept.add(max(measured, key=lambda step: (measured[step], step), default=-1))
-    return [step for step in steps if step not in kept]
+    best = max(measured, key=lambda step: (measured[step], step), default=None)
+    return [step for step in [*found][:-self._keep] if step != best]
 
   def _name(self, path: Path, reason: str) -> None:
     if path.name not in self._named:
       self._named.add(path.name)
-      self._words.append(f"WARNING: the old checkpoint {path} cannot be removed ({reason}); the run goes on without "
-                         "that: remove it by hand")
+      self._words.append(f"WARNING: the old {self._what} {path} cannot be removed ({reason}); remove it by hand; "
+                         "nothing depends on it")
