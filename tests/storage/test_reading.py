@@ -87,7 +87,7 @@ def test_a_read_that_fails_for_a_while_costs_nothing(saved, monkeypatch, error, 
   assert listing(saved) == before
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError(errno.EACCES, "Permission denied")])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError(errno.EACCES, "No permission")])
 def test_a_read_that_fails_for_good_ends_the_run_by_name_and_moves_nothing(saved, monkeypatch, error):
   def failing(*_):
     raise error
@@ -137,7 +137,8 @@ def resealed(folder, step, change):
 
 
 @pytest.mark.parametrize("change", [
-  lambda meta: meta.update(checksums={}), lambda meta: meta["checksums"].pop("bank"), lambda meta: meta.pop("checksums"),
+  lambda meta: meta.update(checksums={}), lambda meta: meta["checksums"].pop("bank"),
+  lambda meta: meta.pop("checksums"),
   lambda meta: meta.update(format="5"), lambda meta: meta.update(format=True), lambda meta: meta.pop("format"),
   lambda meta: meta.update(format=0), lambda meta: meta.update(step=None), lambda meta: meta.update(step=100),
   lambda meta: meta.update(config={})])
