@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pirl_jax.errors import UserError
 from pirl_jax.storage.files import read_json, write_json
-from pirl_jax.storage.logbook import METRICS, read_rows
+from pirl_jax.storage.logbook import METRICS
+from pirl_jax.storage.rows import read_rows
 
 SAVED = "saved.json"
 """The file with the step of the checkpoint that was saved last; null before the first one. It lies beside the folder of

@@ -22,8 +22,9 @@ from pirl_jax.method.state import TrainState
 from pirl_jax.storage.checkpoints import Checkpoints, Incomplete
 from pirl_jax.storage.files import locked, read_json, read_object, write_file, write_json
 from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, upgrade_config
-from pirl_jax.storage.logbook import METRICS, read_rows
+from pirl_jax.storage.logbook import METRICS
 from pirl_jax.storage.reading import patiently
+from pirl_jax.storage.rows import read_rows
 from pirl_jax.storage.settings import difference, flatten
 from pirl_jax.training import growing
 from pirl_jax.training.beginning import SAVED, check_new, note_saved, saved_step
@@ -141,7 +142,9 @@ def _saved(workdir: Path) -> bool:
 def other_root(config: ConfigDict, workdir: Path) -> str:
   """Returns the root of the images of the run in `workdir`, if it is not that of the config, else ""."""
   stored = read_json(workdir / "config.json") or {}
-  root = stored.get("data", {}).get("root", "")
+  root = flatten(stored).get("data.root")
+  if not isinstance(root, str):
+    return ""
   same = os.path.abspath(os.path.expanduser(root)) == os.path.abspath(os.path.expanduser(config.data.root))
   return "" if same or not root or not _saved(workdir) else root
 
@@ -154,7 +157,7 @@ def stored_config(workdir: Path) -> dict[str, Any] | None:
   """
   path = workdir / "config.json"
   if os.path.lexists(path):
-    stored, damage = patiently(str(path), lambda: upgrade_config(read_object(path)), folder=path)
+    stored, damage = patiently(str(path), lambda: _config_of(read_object(path)), folder=path)
     if damage:
       raise UserError(f"{path} is damaged ({damage}); delete it to resume the run, because the checkpoints hold the "
                       "config, too; or choose another --workdir")
@@ -165,6 +168,20 @@ def stored_config(workdir: Path) -> dict[str, Any] | None:
         with contextlib.suppress(Exception):  # a damaged one; the restore says so
           return upgrade_config(checkpoints.read_meta(step)["config"])
   return None
+
+
+def _config_of(stored: dict[str, Any]) -> dict[str, Any]:
+  """Returns a stored config in the current format.
+
+  Raises:
+    Exception: it is not a config, or a field that is used before the configs are compared is of another type.
+  """
+  config = upgrade_config(stored)
+  for value, kind in ((config["num_epochs"], int), (config["checkpoint"]["every_steps"], int),
+                      (config["data"]["root"], str)):
+    if type(value) is not kind:
+      raise TypeError(f"{value!r} is not a value of its field")
+  return config
 
 
 def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -> None:

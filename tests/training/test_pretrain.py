@@ -15,7 +15,7 @@ from pirl_jax.reporting.meanings import METRICS
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import locked
-from pirl_jax.storage.logbook import read_rows
+from pirl_jax.storage.rows import read_rows
 from pirl_jax.training import guards, pretrain, resuming
 from pirl_jax.training import parts as parts_lib
 
