@@ -314,11 +314,11 @@ def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int 
     return None
   way_out = f"--config.name=NAME keeps both, or move {path} away"
   try:
-    stored = json.loads(path.read_text())
+    stored = json.loads(path.read_bytes())
     found = {label: _as_now(result["settings"])
              for label, result in stored.get("runs", {next(iter(settings)): stored}).items()}
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"{path} is not a result of this program; {way_out}") from error
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+    raise UserError(f"{path} is not a result of this program, or cannot be read; {way_out}") from error
   if found.keys() != settings.keys():
     raise UserError(f"{path} holds the results of {', '.join(found)}, and now it is {', '.join(settings)}; {way_out}")
   older = None

@@ -15,7 +15,7 @@ from pirl_jax.reporting.meanings import METRICS
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import locked
-from pirl_jax.storage.logbook import read_rows
+from pirl_jax.storage.rows import read_rows
 from pirl_jax.training import guards, pretrain, resuming
 from pirl_jax.training import parts as parts_lib
 
@@ -185,7 +185,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(whole_run, tmp_path)
   shutil.copytree(whole_run, tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "checkpoints")
   before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-  with pytest.raises(UserError, match=r"metrics.jsonl reaches step 12, but .*checkpoints holds no checkpoint; bring"):
+  with pytest.raises(UserError, match=r"checkpoint of step 12 was saved, but .*checkpoints holds no checkpoint; bring"):
     pretrain.run(tiny(**{"checkpoint.every_steps": 1_000}), str(tmp_path / "run"))
   assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
