@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from pirl_jax.data.batches import read_image
+from pirl_jax.data.reading import read_image
 from pirl_jax.data.crops import shrink
 from pirl_jax.data.records import Source
 from pirl_jax.data.subsets import Subset, shuffled
