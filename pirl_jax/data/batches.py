@@ -300,6 +300,8 @@ def _stream(batches: grain.IterDataset) -> Batches:
   running = iter(batches)
   try:
     yield from running
+  except UserError as error:  # grain has added lines of its own
+    raise UserError(str(error).partition("\n")[0]) from error
   finally:
     running.close()
 

@@ -20,8 +20,8 @@ import cv2
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from pirl_jax.data.reading import read_image, why_broken
 from pirl_jax.data.crops import OpenedImage, shrink
+from pirl_jax.data.reading import read_image, why_broken
 from pirl_jax.data.sources import DataSettings, Source, open_source
 from pirl_jax.errors import UserError
 from pirl_jax.runtime.progress import Progress

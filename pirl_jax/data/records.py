@@ -7,6 +7,7 @@ Letters: N records of a source, C classes.
 """
 
 import abc
+import re
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -15,6 +16,10 @@ from pirl_jax.data.crops import Decoding
 
 if TYPE_CHECKING:
   from pirl_jax.data.sources import DataSettings
+
+
+DAMAGED = "damaged"
+"""Stands in a fingerprint in place of its hash if an image that is hashed cannot be read."""
 
 
 class Record(NamedTuple):
@@ -101,6 +106,12 @@ class Source(abc.ABC):
     if labels is None:
       return None
     return (np.asarray(labels)[:, None] == np.arange(len(self.class_names))[None, :]).astype(np.int8)
+
+
+def same_images(one: str, other: str) -> bool:
+  """Returns whether two fingerprints can be those of the same images: a hash that is `DAMAGED` equals every hash."""
+  damaged, known = (re.compile(rf":({hashes})(?=\[|$)") for hashes in (DAMAGED, rf"{DAMAGED}|[0-9a-f]{{32}}"))
+  return one == other or any(map(damaged.search, (one, other))) and known.sub("", one) == known.sub("", other)
 
 
 def printable(name: str) -> str:

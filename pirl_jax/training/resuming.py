@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from pirl_jax import system
 from pirl_jax.choosing.choices import recalled, with_values
 from pirl_jax.data import contents
-from pirl_jax.data.records import Source
+from pirl_jax.data.records import Source, same_images
 from pirl_jax.errors import UserError
 from pirl_jax.method.memory_bank import Layout
 from pirl_jax.method.state import TrainState
@@ -206,11 +206,12 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
     if meta["format"] < FIRST_BITS and parts.config.bank.dtype == "bfloat16":
       raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a bfloat16 bank is "
                       "stored in another way: the run can be evaluated, but not resumed; choose another --workdir")
-    grown_from = meta if grown and meta.get("data") != expected["data"] else None
+    same = same_images(meta.get("data", ""), expected["data"])
+    grown_from = meta if grown and not same else None
     # Only a supervised network depends on the number of classes.
     free = ("data", "num_images", "num_strata", *(["num_classes"] if system.has_bank(parts.config) else []))
     for name, now in expected.items():
-      if meta.get(name) != now and not (grown_from and name in free):
+      if meta.get(name) != now and not (grown_from and name in free) and not (name == "data" and same):
         raise UserError(f"the checkpoint in {parts.workdir} has {name} {meta.get(name)!r}, and this run {now!r}; "
                         "choose another --workdir")
     compare_configs(parts.config, meta["config"], parts.workdir)

@@ -262,12 +262,14 @@ def test_an_image_alone_is_broken_and_its_folder_is_not(tmp_path, monkeypatch):
   assert all(reading.why_broken(source, index[f"{name}/a"]) == "" for name in ("dog", "eel", "fox"))
 
 
-@pytest.mark.parametrize("refused, broken", [(("a.png",), True), (("a.png", "b.png"), False), ((".png", "root"), False)])
+@pytest.mark.parametrize("refused, broken", [
+  (("a.png",), True), (("a.png", "b.png"), False), ((".png", "root"), False)])
 def test_a_file_that_may_not_be_read_is_broken_if_another_of_its_folder_may(refused, broken, tmp_path, monkeypatch):
   monkeypatch.setattr(reading, "PAUSES", (0.001,))
   source = opened("folder", root=fill(tmp_path / "root", {"a.png": file_of(1), "b.png": file_of(1)}))
   for name in ("open", "listdir"):
-    def refuse(path, *given, real=getattr(os, name)):
+    real = getattr(os, name)
+    def refuse(path, *given, real=real):
       if str(path).endswith(refused):
         raise PermissionError(13, "Permission denied", path)
       return real(path, *given)
@@ -303,7 +305,8 @@ def test_a_failure_while_listing_is_tried_again_and_never_leaves_an_image_out(tm
   for name, ending in (("lstat", "b.png"), ("listdir", "/b")):
     for lasting in (False, True):
       failures = [OSError(errno.EIO, "Input/output error")] * (9 if lasting else 1)
-      def fail(path, real=getattr(os, name), ending=ending, failures=failures):
+      real = getattr(os, name)
+      def fail(path, real=real, ending=ending, failures=failures):
         if str(path).endswith(ending) and failures:
           raise failures.pop()
         return real(path)
