@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+import cv2
+
 from pirl_jax.data.crops import BrokenImage, OpenedImage, open_image
 from pirl_jax.data.records import Record, Source
 from pirl_jax.errors import UserError
@@ -32,7 +34,9 @@ def patiently(read: Callable[[], _T], name: Callable[[], str]) -> _T:
   for pause in (*PAUSES, None):
     try:
       return read()
-    except (OSError, MemoryError) as error:
+    except (OSError, MemoryError, cv2.error) as error:
+      if isinstance(error, cv2.error) and error.code != cv2.Error.StsNoMem:
+        raise
       if pause is None:
         raise UserError(_text(error, name())) from error
     time.sleep(pause)
@@ -40,7 +44,7 @@ def patiently(read: Callable[[], _T], name: Callable[[], str]) -> _T:
 
 
 def _text(error: Exception, name: str) -> str:
-  if isinstance(error, MemoryError):
+  if isinstance(error, MemoryError | cv2.error):
     return (f"{name} cannot be read because memory is short ({' '.join(str(error).split()) or 'out of memory'}); with "
             "more memory, or with fewer threads (data.num_threads), the same command resumes the run")
   reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

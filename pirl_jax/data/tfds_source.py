@@ -193,7 +193,7 @@ class TfdsSource(Source):
 
   def _read_targets(self, index: int) -> np.ndarray:
     """Returns i8[C], zeros if the record is damaged."""
-    def pick(fields: dict[str, Any]) -> np.ndarray:
+    def pick(fields: dict[Any, Any]) -> np.ndarray:
       targets = np.zeros(len(self.class_names), np.int8)
       targets[fields[self._present]] = -1
       targets[fields[self._present_easily]] = 1
@@ -243,7 +243,7 @@ def _features_of_tfds_only() -> Iterator[None]:
                       "not imported; take the set from another place")
     return before.__func__(cls, name)
 
-  kind.cls_from_name = classmethod(class_of)
+  kind.cls_from_name = classmethod(class_of)  # pyrefly: ignore[bad-assignment]  # it does not know classmethods
   try:
     yield
   finally:
