@@ -34,7 +34,7 @@ class Launch:
   """launch.py in one or several processes, as started; a context manager that leaves none of them behind."""
 
   def __init__(self, *arguments, processes=1, devices=1, other=None, slurm=False, double=False, largest_file=None,
-               changed=None, quick=True):
+               changed=None, quick=True, faults=None):
     """Starts them.
 
     Args:
@@ -47,6 +47,7 @@ class Launch:
       largest_file: in bytes; a longer one meets what it would on a full disk.
       changed: {module: {constant: value}} to set before.
       quick: programs compile with `QUICK`, which changes last bits; never in float64.
+      faults: `Faults` that they meet.
     """
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
@@ -65,6 +66,7 @@ class Launch:
       elif processes > 1:
         flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={process}"]
       command = [sys.executable, *_program(changed), *flags, *arguments, *(other or {}).get(process, ())]
+      environment |= faults.environment if faults else {}
       if largest_file:
         environment["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # nor is it to be damaged
         command = ["prlimit", f"--fsize={largest_file}", *command]

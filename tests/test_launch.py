@@ -50,6 +50,37 @@ def test_mistyped_commands(arguments, said):
   assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("lines, said", [
+  ("import nosuchmodule", "line 1: ModuleNotFoundError: No module named 'nosuchmodule'"),
+  ("def get_config():\n  return lr * 2", "line 2: NameError: name 'lr' is not defined"),
+  ("def get_config():\n  return 1 / 0", "line 2: ZeroDivisionError: division by zero"),
+  ("raise RuntimeError('no\\nreason')", "line 1: RuntimeError: no reason"),
+  ("class Odd(Exception): pass\nraise Odd()", "line 2: Odd"),
+  ("def get_config(:", "line 1: SyntaxError"),
+  ("def get_config():\n  return {}['x']", "line 2: KeyError: 'x'"),
+  ("assert False, 'never'", "line 1: AssertionError: never"),
+  ("def get_config():\n  return 3", "get_config must return a ConfigDict with a field job"),
+  ("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict()", "a field job"),
+  ("x = 1", "get_config"),
+  ("def get_config(): return get_config()", "RecursionError"),
+  ("\x00", "null byte")])
+def test_a_config_file_that_raises(lines, said, tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text(lines)
+  result = launch(f"--config={file}")
+  assert result.returncode == 2, result.stderr
+  assert said in result.stderr and "Traceback" not in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_threads_that_never_end_do_not_keep_the_program():
+  """As Orbax leaves them behind after a checkpoint that could not be written."""
+  script = ("import sys, threading; from pirl_jax.launching import command; sys.argv = ['launch.py']; "
+            "threading.Thread(target=threading.Event().wait).start(); command.start()")
+  result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+  assert result.returncode == 2 and "for a first run" in result.stderr
+
+
 def test_an_impossible_value(tmp_path):
   result = launch("--config=configs/pirl.py", "--config.loss=nec", f"--workdir={tmp_path / 'run'}")
   assert result.returncode == 2, result.stderr

@@ -7,15 +7,18 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags
+from ml_collections import ConfigDict
 
 from pirl_jax.configs.base import get_base
 from pirl_jax.configs.data_sets import CHOSEN, leave_open
 from pirl_jax.errors import UserError
 from pirl_jax.launching import config_files, jobs, usage
+from pirl_jax.launching.ending import leave
 from pirl_jax.runtime import memory
 from pirl_jax.storage.settings import field_problem, flatten
 
@@ -30,10 +33,6 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes;
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
 
 FLAGS = (CONFIG, WORKDIR, COMPILATION_CACHE, KEEP_MEMORY, COORDINATOR, NUM_PROCESSES, PROCESS_ID)
-
-WRONG = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError)
-"""What absl and ml_collections raise for a misspelt field, a value of another type or an unknown file."""
-
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Returns the arguments that are not flags: the program's name and nothing else.
@@ -52,11 +51,14 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
     # If the config file could not be loaded, the error is raised here, at the first access to the config.
-    named = CONFIG.value is not None and "job" in CONFIG.value
-  except WRONG as error:
+    config = CONFIG.value
+  except Exception as error:  # of absl or ml_collections; or anything that a config file raises
     raise _one_line(error, argv) from error
-  if not named:
+  if config is None:
     raise UserError("no config; for a first run: python launch.py --config=configs/pirl.py")
+  if not isinstance(config, ConfigDict) or "job" not in config:
+    raise UserError(f"--config={_config_argument(argv)}: get_config must return a ConfigDict with a field job; start "
+                    "from a config of this package")
   leave_open(CONFIG.value, left_open)
   if rest[1:]:
     raise UserError(f"unexpected argument {rest[1]!r}; overrides look like --config.batch_size=256")
@@ -90,7 +92,7 @@ def _help(argv: list[str]) -> str:
     flags.FLAGS(argv)
     leave_open(CONFIG.value, left_open)
     settings = CONFIG.value.to_dict()
-  except WRONG as error:
+  except Exception as error:  # see parse_flags
     problem = _one_line(error, argv)
     # A config file that needs a variant says so itself; its variants are listed then.
     if ":" in given or problem is not _root(error):
@@ -123,12 +125,24 @@ def _one_line(error: Exception, argv: list[str]) -> UserError:
     return root
   if isinstance(error, flags.UnrecognizedFlagError):
     return _unknown_flag(error.flagname, argv)
+  if place := _line_of_config(root, argv):
+    return UserError(f"{place}: {type(root).__name__}: {' '.join(str(root).split())}")
   problems = []
   if isinstance(root, KeyError):  # the libraries' message has only the last part of the name
     given = [argument.partition("=")[0].lstrip("-").removeprefix("no") for argument in argv if argument.startswith("-")]
     fields = [name.removeprefix("config.") for name in given if name.startswith("config.")]
     problems = [problem for field in fields if (problem := field_problem(field, _settings(argv)))]
   return UserError(problems[0] if problems else " ".join(str(error).split()))
+
+
+def _line_of_config(error: BaseException, argv: list[str]) -> str:
+  """Returns "FILE, line N" of the line of the config file that raised the error, or "" if it was not raised there."""
+  file = _config_argument(argv).partition(":")[0]
+  if isinstance(error, SyntaxError) and error.filename and os.path.basename(error.filename) == os.path.basename(file):
+    return f"{file}, line {error.lineno}"
+  frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(".py")]
+  lines = [frame.lineno for frame in frames if os.path.realpath(frame.filename) == os.path.realpath(file)]
+  return f"{file}, line {lines[-1]}" if lines else ""
 
 
 def _unknown_flag(name: str, argv: list[str]) -> UserError:
@@ -168,11 +182,15 @@ def start(main: Callable[[list[str]], None] = main) -> None:
   A UserError is printed in one line and ends the program with exit code 2. Ctrl-C ends it with 130. A job that trains
   ends with 0 after SIGTERM.
   """
+  code: Any = 0
   try:
     app.run(main, flags_parser=parse_flags)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    code = 2
   except KeyboardInterrupt:
     print("interrupted; the same command resumes", file=sys.stderr)
-    sys.exit(130)
+    code = 130
+  except SystemExit as ended:
+    code = ended.code
+  leave(code)

@@ -1,0 +1,226 @@
+"""Every operation x fault x moment ends in the same bits, or in a clear refusal with nothing lost, and goes on.
+
+Each row starts a command, makes calls of its process fail (faults.py), looks how the process ends, ends the faults and
+gives the same command again. The end is compared bit for bit with that of a command that met no fault.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+import time
+
+import cv2
+import numpy as np
+import pytest
+from faults import Faults
+from launching import LIMIT, Launch, assert_same, launch
+
+from pirl_jax.storage.logbook import read_rows
+
+STEPS = 24
+SMALL = (
+  "--config.data.image_size=16", "--config.jigsaw.crop_size=18", "--config.jigsaw.patch_size=5",
+  "--config.data.num_threads=2", "--config.log.every_steps=1", "--config.evaluate.learning=False",
+  "--config.report=False", "--config.export=False", "--config.evaluate.batch_size=8", "--config.batch_size=8",
+  "--config.num_negatives=16", "--config.evaluate.views=0")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+  """Returns a folder of 32 images of two classes, and 8 to test."""
+  root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+  for split, count in (("train", 16), ("test", 4)):
+    for label in ("cats", "dogs"):
+      (root / split / label).mkdir(parents=True)
+      for i in range(count):
+        cv2.imwrite(str(root / split / label / f"{i:02}.png"), rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+  return root
+
+
+@pytest.fixture(scope="module")
+def training(images):
+  """Returns the flags of a run of 24 steps, with a checkpoint every 4 and a measurement every 8."""
+  return ("--config=configs/pirl.py:folder_small", f"--config.data.root={images}", "--config.data.split=train",
+          "--config.data.labels=folder", "--config.evaluate.split=test", "--config.evaluate.every_epochs=2",
+          "--config.checkpoint.every_steps=4", "--config.num_epochs=6", *SMALL)
+
+
+@pytest.fixture(scope="module")
+def trained(training, tmp_path_factory):
+  """Returns the folder of the run that met no fault."""
+  folder = tmp_path_factory.mktemp("trained") / "run"
+  launch(*training, f"--workdir={folder}")
+  return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A fault of a run: from a step on, and what the process may do.
+
+  Attributes:
+    rules: see `Faults.begin`; RUN and IMAGES stand for the folders.
+    at: number of rows of metrics.jsonl when the fault begins; 0: it is there from the start.
+    goes_on: the process must train to its end in spite of the fault.
+    lasts: seconds after which the fault passes; None: it lasts until the process has ended.
+    signal: sent when the fault has begun.
+  """
+
+  rules: tuple
+  at: int = 6
+  goes_on: bool = False
+  lasts: float | None = None
+  signal: int | None = None
+
+
+def steps_on_disk(folder):
+  return [int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+
+
+def ends_clearly(code, output):
+  """Returns whether a process has ended as asked, or with one line that says why."""
+  last = output.strip().splitlines()[-1] if output.strip() else ""
+  return "Traceback" not in output and (code in (0, 130) or code == 2 and last.startswith("error: "))
+
+
+def meet(command, folder, images, row, *, processes=1):
+  """Starts the command, lets it meet the faults of a row, and returns (exit codes, outputs, steps on disk before)."""
+  faults = Faults(folder.parent / "schedule")
+  names = {"RUN": str(folder), "IMAGES": str(images)}
+  rules = [(operation, fault, re.sub("RUN|IMAGES", lambda match: names[match[0]], pattern), *numbers)
+           for operation, fault, pattern, *numbers in row.rules]
+  if not row.at:
+    faults.begin(*rules)
+  with Launch(*command, f"--workdir={folder}", processes=processes, faults=faults) as running:
+    end = time.monotonic() + LIMIT
+    while len(read_rows(folder / "metrics.jsonl")) < row.at and not running.ended():
+      assert time.monotonic() < end
+      time.sleep(0.01)
+    before = steps_on_disk(folder)
+    faults.begin(*rules)
+    if row.signal:
+      running.signal(0, row.signal)
+    if row.lasts is not None:
+      time.sleep(row.lasts)
+      faults.end()
+    ended = running.wait()
+  faults.end()
+  return ended, before
+
+
+def check(command, folder, images, expected, row, *, processes=1):
+  ended, before = meet(command, folder, images, row, processes=processes)
+  killed = any("kill" in rule for rule in row.rules)
+  for code, output in ended:
+    if killed:
+      assert code in (-signal.SIGKILL, 0, 1), output[-3000:]
+    elif processes == 1:
+      assert ends_clearly(code, output), output[-3000:]
+    if row.goes_on:
+      assert code == 0, output[-3000:]
+  if before and not killed:
+    assert max(steps_on_disk(folder)) >= max(before), "a checkpoint is lost"
+  outputs = launch(*command, f"--workdir={folder}", processes=processes)
+  if before and max(before) < STEPS and not row.goes_on:
+    resumed = re.search(r"resumes from step (\d+)", outputs[0])
+    assert resumed and int(resumed[1]) >= max(before) or max(steps_on_disk(folder)) == STEPS, outputs[0][-2000:]
+  assert_same(folder, expected, STEPS)
+
+
+ROWS = {
+  # a disk that takes nothing, or not for a while
+  "full from the start": Row((("create", "ENOSPC", "RUN/*"), ("write", "ENOSPC", "RUN/*")), at=0),
+  "full for a while": Row((("create", "ENOSPC", "RUN/*"), ("write", "ENOSPC", "RUN/*")), lasts=4, goes_on=True),
+  "half of a write": Row((("write", "short", "RUN/checkpoints/*", 2, 3), ("write", "ENOSPC", "RUN/*", 5, 3)),
+                         goes_on=True),
+  "errors of the disk in rows": Row((("write", "EIO", "RUN/metrics.jsonl", 0, 3),), goes_on=True),
+  "a file cannot be renamed": Row((("rename", "EACCES", "RUN/*", 0, 2),), goes_on=True),
+  "nothing can be synchronised": Row((("sync", "EIO", "RUN/*", 0, 3),), goes_on=True),
+  "read-only": Row((("create", "EROFS", "RUN/*"), ("rename", "EROFS", "RUN/*"), ("remove", "EROFS", "RUN/*")), lasts=4,
+                   goes_on=True),
+  "nothing can be removed": Row((("remove", "EPERM", "RUN/*"),), goes_on=True),
+  # images
+  "an image is unreadable for a moment": Row((("open", "EIO", "IMAGES/train/*", 0, 3),), goes_on=True),
+  "a folder of images is away for a moment": Row((("open", "ESTALE", "IMAGES/train/cats/*"),
+                                                  ("stat", "ESTALE", "IMAGES/train/cats*")), lasts=2, goes_on=True),
+  "no more files can be opened": Row((("open", "EMFILE", "IMAGES/*", 0, 5),), goes_on=True),
+  "images stay away": Row((("open", "EIO", "IMAGES/train/*"),)),
+  "a read that never returns, and SIGTERM": Row((("open", "stall", "IMAGES/train/*"),), signal=signal.SIGTERM),
+  "a read that never returns, and a closed terminal": Row((("open", "stall", "IMAGES/train/*"),), signal=signal.SIGHUP),
+  # a restart
+  "killed in a write of a checkpoint": Row((("write", "kill", "RUN/checkpoints/*", 3, 1),)),
+  "killed in a rename of a checkpoint": Row((("rename", "kill", "RUN/checkpoints/*", 0, 1),)),
+  "killed in the write of a row": Row((("write", "kill", "RUN/metrics.jsonl", 1, 1),)),
+  "killed while an old checkpoint is removed": Row((("remove", "kill", "RUN/checkpoints/*", 2, 1),)),
+  "no locks": Row((("lock", "ENOLCK", "RUN*"),), at=0, goes_on=True),
+  "the clock jumps back": Row((("clock", -86_400, "*"),), goes_on=True),
+}
+QUICK_ROWS = "full for a while", "nothing can be removed", "an image is unreadable for a moment", (
+  "a read that never returns, and SIGTERM"), "killed in a write of a checkpoint"
+
+
+def rows_of(names):
+  return [pytest.param(name, marks=() if name in QUICK_ROWS else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", rows_of(ROWS))
+def test_training_ends_in_the_same_bits(name, training, trained, images, tmp_path):
+  check(training, tmp_path / "run", images, trained, ROWS[name])
+
+
+RESTORING = {
+  "an error of the disk passes": (("read", "EIO", "RUN/checkpoints/*", 3, 1),),
+  "no more files can be opened": (("open", "EMFILE", "RUN/checkpoints/*", 3, 2),),
+  "no memory": (("read", "ENOMEM", "RUN/checkpoints/*", 2, 1),),
+  "errors of the disk stay": (("read", "EIO", "RUN/checkpoints/*"),),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESTORING)
+def test_a_fault_while_restoring_condemns_no_checkpoint(name, training, trained, images, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(trained, folder)
+  shutil.rmtree(folder / "checkpoints" / str(STEPS))
+  before = sorted(path.name for path in (folder / "checkpoints").iterdir())
+  (code, output), = meet(training, folder, images, Row(RESTORING[name], at=0))[0]
+  assert ends_clearly(code, output), output[-3000:]
+  left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+  assert not any("unreadable" in other for other in left) and set(before) <= set(left) | {str(STEPS)}
+  launch(*training, f"--workdir={folder}")
+  assert_same(folder, trained, STEPS)
+
+
+EVALUATING = {
+  "results cannot be written for a moment": (("create", "ENOSPC", "RUN/results/*", 0, 1),),
+  "an image is unreadable for a moment": (("open", "EIO", "IMAGES/*", 2, 3),),
+  "images stay away": (("open", "ESTALE", "IMAGES/*", 5, -1),),
+  "the checkpoint is unreadable for a moment": (("read", "EIO", "RUN/checkpoints/*", 2, 1),),
+  "killed while the result is written": (("rename", "kill", "RUN/results/*", 0, 1),),
+}
+
+
+def figures(folder):
+  found = json.loads((folder / "results" / "linear.json").read_text())
+  return {name: value for name, value in found.items() if "second" not in name and name not in ("checkpoint",)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVALUATING)
+def test_an_evaluation_gives_the_same_figures(name, trained, images, tmp_path):
+  expected, folder, faults = tmp_path / "expected" / "run", tmp_path / "met" / "run", Faults(tmp_path / "schedule")
+  def command(run):
+    return ("--config=configs/evaluate.py:linear", f"--config.checkpoint={run}", "--config.linear.num_epochs=3",
+            "--config.linear.batch_size=8")
+  for run in (expected, folder):
+    shutil.copytree(trained, run)
+  launch(*command(expected))
+  names = {"RUN": str(folder), "IMAGES": str(images)}
+  faults.begin(*((operation, fault, re.sub("RUN|IMAGES", lambda match: names[match[0]], pattern), *numbers)
+                 for operation, fault, pattern, *numbers in EVALUATING[name]))
+  with Launch(*command(folder), faults=faults) as running:
+    (code, output), = running.wait()
+  assert code == -signal.SIGKILL or ends_clearly(code, output), output[-3000:]
+  launch(*command(folder))
+  assert figures(folder) == figures(expected)
