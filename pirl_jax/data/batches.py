@@ -10,6 +10,7 @@ not change the batches.
 import atexit
 import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -232,6 +233,9 @@ def place(batch: Batch, mesh: "jax.sharding.Mesh") -> "dict[str, jax.Array]":
 
 _RUNNING = weakref.WeakSet()
 
+CLOSING_SECONDS = 5
+"""How long a stream that is closed waits for its reading threads. A read of a stalled disk never returns."""
+
 _PART_BYTES = 2**22  # upper limit of the images read at a time: 1,365 images of 32 pixels, or 27 of 224
 
 
@@ -297,13 +301,18 @@ def _start(parts: grain.MapDataset, parts_per_batch: int, num_threads: int) -> B
 
 
 def _stream(batches: grain.IterDataset) -> Batches:
-  running = iter(batches)
+  running, patience = iter(batches), CLOSING_SECONDS
   try:
     yield from running
   except UserError as error:  # grain has added lines of its own
     raise UserError(str(error).partition("\n")[0]) from error
+  except (SystemExit, KeyboardInterrupt):  # by a signal: there may be little time
+    patience = 0
+    raise
   finally:
-    running.close()
+    closing = threading.Thread(target=running.close, daemon=True)
+    closing.start()
+    closing.join(patience)
 
 
 @atexit.register

@@ -191,10 +191,19 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
     if step > parts.steps_per_epoch:
       guard.warn_of_collapse(step, figures)
 
-  in_flight = InFlight(over)
+  in_flight, saved = InFlight(over), start_step
   for step in range(start_step + 1, parts.total_steps + 1):
     started = time.perf_counter()
-    batch = next(stream)
+    try:
+      with stopping.held(False):  # a read may never return
+        batch = next(stream)
+    except Stopped:
+      in_flight.drain()
+      guard.check()
+      if step - 1 > saved:
+        save(parts, state, checkpoints, knn_top1=None, surely=True, say=book.say)
+      say_stopped(parts, book, step - 1)
+      raise
     waited += time.perf_counter() - started
     broken.note(step, batch)
     if step == 1 and jax.process_index() == 0:
@@ -222,12 +231,18 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
           except Stopped:
             stop = True
         save(parts, state, checkpoints, knn_top1=knn_top1, surely=stop or last, say=book.say)
+      saved = step
     if stop:
-      book.say(f"stopped after step {step}, saved in {parts.workdir / 'checkpoints' / str(step)}; the same command "
-               "resumes the run")
+      say_stopped(parts, book, step)
       stopping.stop()
   stream.close()
   return state
+
+
+def say_stopped(parts: Parts, book: Logbook, step: int) -> None:
+  """Says after which step the run was stopped, and how it goes on."""
+  where = f", saved in {parts.workdir / 'checkpoints' / str(step)}" if step else ""
+  book.say(f"stopped after step {step}{where}; the same command resumes the run")
 
 
 def save_views(parts: Parts, batch: dict[str, np.ndarray]) -> None:
