@@ -111,6 +111,7 @@ def test_processes_that_do_not_agree_all_end_before_anything_is_written(tmp_path
   (dict(process_id=0), "belong together"),
   (dict(num_processes=2), "belong together"),
   (dict(coordinator="localhost", num_processes=2, process_id=0), "is not HOST:PORT"),
+  (dict(coordinator="localhost:99999", num_processes=2, process_id=0), "is not HOST:PORT"),
   (dict(coordinator="localhost:1", num_processes=2, process_id=2), "process_id=2 of --num_processes=2"),
 ])
 def test_flags_that_do_not_fit_together(given, said):

@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pirl_jax.errors import UserError
+from pirl_jax.runtime.roll_call import call_roll
 
 START_SECONDS = 300
 """How long the processes wait for each other at the start."""
@@ -86,7 +87,7 @@ def _join(coordinator: str, num_processes: int | None, process_id: int | None) -
     if not coordinator or num_processes is None or process_id is None:
       raise UserError("--coordinator=HOST:PORT, --num_processes=N and --process_id=I belong together: give all three "
                       "to every process; only --process_id differs")
-    if not re.fullmatch(r".+:\d+", coordinator):
+    if not re.fullmatch(r".+:\d+", coordinator) or not 0 < int(coordinator.rpartition(":")[2]) < 65_536:
       raise UserError(f"--coordinator={coordinator} is not HOST:PORT, like 10.0.0.1:1234")
     if not 0 <= process_id < num_processes:
       raise UserError(f"--process_id={process_id} of --num_processes={num_processes}: it is one of 0 to N - 1")
@@ -94,6 +95,8 @@ def _join(coordinator: str, num_processes: int | None, process_id: int | None) -
                  shutdown_timeout_seconds=SHUTDOWN_SECONDS)
   try:
     if coordinator:
+      assert num_processes is not None and process_id is not None
+      call_roll(coordinator, num_processes, process_id, seconds=START_SECONDS)
       # The process uses every device that it sees, whatever SLURM's variables say.
       jax.distributed.initialize(*by_hand, local_device_ids=[], cluster_detection_method="deactivate", **options)
     else:
