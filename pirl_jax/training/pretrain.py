@@ -6,6 +6,7 @@ Only the files of this folder read the config; the packages below get plain valu
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -194,16 +195,12 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
   in_flight, saved = InFlight(over), start_step
   for step in range(start_step + 1, parts.total_steps + 1):
     started = time.perf_counter()
-    try:
-      with stopping.held(False):  # a read may never return
-        batch = next(stream)
-    except Stopped:
+    batch, stop = interruptibly(stopping, next, stream)  # a read of a stalled disk never returns
+    if stop:
       in_flight.drain()
       guard.check()
-      if step - 1 > saved:
-        save(parts, state, checkpoints, knn_top1=None, surely=True, say=book.say)
-      say_stopped(parts, book, step - 1)
-      raise
+      say_stopped(parts, book, save_unless(saved, parts, state, checkpoints, book))
+      stopping.stop()
     waited += time.perf_counter() - started
     broken.note(step, batch)
     if step == 1 and jax.process_index() == 0:
@@ -225,11 +222,7 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
         if evaluations.due(step) and not stop:
           # An evaluation may take minutes, but after a signal there may be only seconds. Therefore a signal interrupts
           # the evaluation; when the run resumes, the evaluation is made up for.
-          try:
-            with stopping.held(False):
-              knn_top1 = evaluations.measure(step, state)
-          except Stopped:
-            stop = True
+          knn_top1, stop = interruptibly(stopping, evaluations.measure, step, state)
         save(parts, state, checkpoints, knn_top1=knn_top1, surely=stop or last, say=book.say)
       saved = step
     if stop:
@@ -237,6 +230,23 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
       stopping.stop()
   stream.close()
   return state
+
+
+def interruptibly(stopping: Stopping, fn: Callable, *args: Any) -> tuple[Any, bool]:
+  """Returns (fn(*args), False), or (None, True) if the run was asked to stop meanwhile."""
+  try:
+    with stopping.held(False):
+      return fn(*args), False
+  except Stopped:
+    return None, True
+
+
+def save_unless(saved: int, parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbook) -> int:
+  """Saves the state, unless it is that of step `saved`, which is on disk; returns its step."""
+  step = int(state.step)
+  if step > saved:
+    save(parts, state, checkpoints, knn_top1=None, surely=True, say=book.say)
+  return step
 
 
 def say_stopped(parts: Parts, book: Logbook, step: int) -> None:
