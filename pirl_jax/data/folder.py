@@ -175,6 +175,16 @@ class FolderSource(Source):
     """Returns i64[N], the bytes of each file."""
     return np.array(self._sizes, np.int64)
 
+  def holds(self, path: str | os.PathLike[str]) -> bool:
+    """Returns whether an image that is written below `path` would be an image of this folder."""
+    folders = {os.path.realpath(os.path.join(self._root, folder)) for folder in self._folders}
+    above = os.path.realpath(path)
+    while above not in folders:
+      above, name = os.path.split(above)
+      if not name or name.startswith("."):
+        return False
+    return True
+
   def labels(self) -> np.ndarray | None:
     """Returns i32[N], or None if `labels` is "none"."""
     return self._labels

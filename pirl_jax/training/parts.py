@@ -17,6 +17,7 @@ from pirl_jax.choosing.choices import Choice, choose_settings, format_choices, o
 from pirl_jax.choosing.facts import facts_of
 from pirl_jax.data import batches, overlap, sources
 from pirl_jax.data.in_memory import keep
+from pirl_jax.data.records import check_text
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images
 from pirl_jax.method import losses, memory_bank, products
@@ -127,6 +128,8 @@ def check_config(config: ConfigDict) -> None:
     for field in fields:
       if _get(config, field) is not None and not holds(_get(config, field)):
         raise UserError(f"{field}={_get(config, field)!r} is not possible: {rule}")
+  for field in ("data.root", "data.split", "data.name", "evaluate.root", "evaluate.split", "evaluate.name"):
+    check_text(field, _get(config, field) or "")
   if config.num_negatives == 0 and config.negative_sampling != "shared":
     raise UserError(f"negative_sampling={config.negative_sampling!r} is not possible: num_negatives=0 takes every row "
                     "for every image, there is nothing to draw")
@@ -163,11 +166,11 @@ def build(config: ConfigDict, workdir: Path,
   if not open_fields(config):
     check_shares(config, mesh.size)
     views_fn = system.views_of(config)  # what is wrong with the views needs no data to be said
-    train, test = open_data(config)
+    train, test = _outside(workdir, open_data(config))
     check_images(train)
     return assemble(config, workdir, mesh, views_fn, train, test, device_bytes=mesh_lib.device_bytes())
   config, made = arrange(config)
-  train, test = open_data(config)
+  train, test = _outside(workdir, open_data(config))
   check_images(train)
   config, more = choose_settings(config, facts_of(mesh, train))
   made = (*made, *more)
@@ -176,6 +179,16 @@ def build(config: ConfigDict, workdir: Path,
   check_shares(config, mesh.size)
   parts = assemble(config, workdir, mesh, system.views_of(config), train, test, device_bytes=mesh_lib.device_bytes())
   return dataclasses.replace(parts, choices=made)
+
+
+def _outside(workdir: Path, opened: tuple[sources.Source, sources.Source | None]) -> tuple[
+    sources.Source, sources.Source | None]:
+  """Returns the sources; raises UserError if the figures of a run in `workdir` would be images of one of them."""
+  for source in opened:
+    if source is not None and source.holds(workdir):
+      raise UserError(f"the folder of the run, {workdir}, lies among the images: its figures would be new images, and "
+                      "the run could not be resumed; choose another --workdir, outside of data.root")
+  return opened
 
 
 def check_shares(config: ConfigDict, num_devices: int) -> None:

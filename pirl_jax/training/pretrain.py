@@ -46,6 +46,7 @@ from pirl_jax.training.resuming import (
   check_images,
   check_new,
   hold,
+  moved,
   other_root,
   restore,
   run_meta,
@@ -147,7 +148,11 @@ def prepare(config: ConfigDict, workdir: Path) -> Parts:
   except UserError as error:
     if root := other_root(config, workdir):
       raise UserError(f"{workdir} holds a run on the images in {root}; give those in {config.data.root} another place, "
-                      f"--workdir=runs/NAME ({error})") from error
+                      "--workdir=runs/NAME; or, if they are the same images, name their sub-folder, "
+                      f"--config.data.split, to resume the run ({error})") from error
+    if moved(config, workdir):
+      raise UserError(f"{error}; if the images have been moved, --config.data.root=DIR with their new place resumes "
+                      f"the run in {workdir}") from error
     raise
 
 

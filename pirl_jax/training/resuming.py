@@ -31,6 +31,9 @@ FREE_ON_RESUME = ("num_epochs", "dry_run", "data.root", "data.grown", "checkpoin
                   "export", "data.num_threads", "data.max_bad_fraction")
 """Fields that may change when a run resumes; a name that ends with a dot stands for its whole group."""
 
+MOVABLE = ("folder", "webdataset")
+"""Sources whose fingerprint does not depend on the place of the images: `data.root` and `data.split`."""
+
 CHOSEN = "chosen.json"
 """The file with the fields that the program has chosen, and why."""
 
@@ -139,6 +142,11 @@ def other_root(config: ConfigDict, workdir: Path) -> str:
   return "" if same or not root or not _saved(workdir) else root
 
 
+def moved(config: ConfigDict, workdir: Path) -> bool:
+  """Returns whether there is a run in `workdir`, and no longer a folder at the place of its images."""
+  return _saved(workdir) and bool(config.data.root) and not os.path.exists(os.path.expanduser(config.data.root))
+
+
 def stored_config(workdir: Path) -> dict[str, Any] | None:
   """Returns the config of the run in `workdir` in the current format, or None if there is none.
 
@@ -162,7 +170,9 @@ def stored_config(workdir: Path) -> dict[str, Any] | None:
 
 def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -> None:
   """Raises UserError if the config stored with the run in `workdir` differs in a field that may not change."""
-  free = (*FREE_ON_RESUME, "num_negatives") if config.data.grown else FREE_ON_RESUME
+  free = (*FREE_ON_RESUME, *(["num_negatives"] if config.data.grown else []))
+  if config.data.source in MOVABLE and stored["data"]["source"] == config.data.source:
+    free = (*free, "data.split")  # the same images may lie under another name now; their fingerprints are compared
   if found := difference(stored, json.loads(json.dumps(config.to_dict())), free=free):
     field, before, now = found
     raise UserError(f"{workdir} holds a run with {field}={before!r}, and now it is {now!r}; choose another --workdir, "
