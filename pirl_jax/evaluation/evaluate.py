@@ -192,8 +192,8 @@ def sizes_of(config: ConfigDict, subject: Subject, mesh: jax.sharding.Mesh) -> d
   for name in ("image_size", "num_threads"):
     if sizes[name] < 1:
       raise UserError(f"data.{name}={sizes[name]} is not possible: a whole number from 1 is needed")
-  if not 0 < sizes["crop_fraction"] <= 1:
-    raise UserError(f"data.crop_fraction={sizes['crop_fraction']} is not possible: it lies in (0, 1]")
+  if not 0.1 <= sizes["crop_fraction"] <= 1:
+    raise UserError(f"data.crop_fraction={sizes['crop_fraction']} is not possible: it lies in [0.1, 1]")
   return sizes
 
 

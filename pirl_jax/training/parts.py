@@ -18,6 +18,7 @@ from pirl_jax.choosing.choices import Choice, choose_settings, format_choices, o
 from pirl_jax.choosing.facts import facts_of
 from pirl_jax.data import batches, overlap, sources
 from pirl_jax.data.in_memory import keep
+from pirl_jax.data.records import check_text
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images
 from pirl_jax.method import losses, memory_bank, products
@@ -109,7 +110,8 @@ RULES = (
   (("model.width",), lambda value: value <= 64, "at most 64 is possible"),
   (("evaluate.batch_size",), lambda value: value <= 65_536, "at most 65,536 is possible"),
   (("temperature", "evaluate.temperature"), lambda value: 0 < value <= 1_000, "it lies in (0, 1000]"),
-  (("evaluate.crop_fraction", "optimizer.decay_factor"), lambda value: 0 < value <= 1, "it lies in (0, 1]"),
+  (("evaluate.crop_fraction",), lambda value: 0.1 <= value <= 1, "it lies in [0.1, 1]"),
+  (("optimizer.decay_factor",), lambda value: 0 < value <= 1, "it lies in (0, 1]"),
   (("data.image_scale", "jigsaw.crop_scale"), lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
    "it is (smallest, largest), within (0, 1]"),
   (("objective",), *_one_of(system.OBJECTIVES)),
@@ -132,6 +134,8 @@ def check_config(config: ConfigDict) -> None:
     for field in fields:
       if _get(config, field) is not None and not holds(_get(config, field)):
         raise UserError(f"{field}={_get(config, field)!r} is not possible: {rule}")
+  for field in ("data.root", "data.split", "data.name", "evaluate.root", "evaluate.split", "evaluate.name"):
+    check_text(field, _get(config, field) or "")
   if config.num_negatives == 0 and config.negative_sampling != "shared":
     raise UserError(f"negative_sampling={config.negative_sampling!r} is not possible: num_negatives=0 takes every row "
                     "for every image, there is nothing to draw")
@@ -171,11 +175,11 @@ def build(config: ConfigDict, workdir: Path,
   if not open_fields(config):
     check_shares(config, mesh.size)
     views_fn = system.views_of(config)  # what is wrong with the views needs no data to be said
-    train, test = open_data(config)
+    train, test = _outside(workdir, open_data(config))
     check_images(train)
     return assemble(config, workdir, mesh, views_fn, train, test, device_bytes=mesh_lib.device_bytes())
   config, made = arrange(config)
-  train, test = open_data(config)
+  train, test = _outside(workdir, open_data(config))
   check_images(train)
   config, more = choose_settings(config, facts_of(mesh, train))
   made = (*made, *more)
@@ -184,6 +188,16 @@ def build(config: ConfigDict, workdir: Path,
   check_shares(config, mesh.size)
   parts = assemble(config, workdir, mesh, system.views_of(config), train, test, device_bytes=mesh_lib.device_bytes())
   return dataclasses.replace(parts, choices=made)
+
+
+def _outside(workdir: Path, opened: tuple[sources.Source, sources.Source | None]) -> tuple[
+    sources.Source, sources.Source | None]:
+  """Returns the sources; raises UserError if the figures of a run in `workdir` would be images of one of them."""
+  for source in opened:
+    if source is not None and source.holds(workdir):
+      raise UserError(f"the folder of the run, {workdir}, lies among the images: its figures would be new images, and "
+                      "the run could not be resumed; choose another --workdir, outside of data.root")
+  return opened
 
 
 def check_shares(config: ConfigDict, num_devices: int) -> None:

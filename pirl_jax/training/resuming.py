@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from pirl_jax import system
 from pirl_jax.choosing.choices import recalled, with_values
 from pirl_jax.data import contents
-from pirl_jax.data.records import Source
+from pirl_jax.data.records import Source, same_images
 from pirl_jax.errors import UserError
 from pirl_jax.method.memory_bank import Layout
 from pirl_jax.method.state import TrainState
@@ -34,6 +34,9 @@ from pirl_jax.training.parts import Parts, make_schedule
 FREE_ON_RESUME = ("num_epochs", "dry_run", "data.root", "data.grown", "checkpoint.", "evaluate.", "log.", "report",
                   "export", "data.num_threads", "data.max_bad_fraction")
 """Fields that may change when a run resumes; a name that ends with a dot stands for its whole group."""
+
+MOVABLE = ("folder", "webdataset")
+"""Sources whose fingerprint does not depend on the place of the images: `data.root` and `data.split`."""
 
 CHOSEN = "chosen.json"
 """The file with the fields that the program has chosen, and why."""
@@ -150,6 +153,11 @@ def other_root(config: ConfigDict, workdir: Path) -> str:
   return "" if same or not root or not _saved(workdir) else root
 
 
+def moved(config: ConfigDict, workdir: Path) -> bool:
+  """Returns whether there is a run in `workdir`, and no longer a folder at the place of its images."""
+  return _saved(workdir) and bool(config.data.root) and not os.path.exists(os.path.expanduser(config.data.root))
+
+
 def stored_config(workdir: Path) -> dict[str, Any] | None:
   """Returns the config of the run in `workdir` in the current format, or None if there is none.
 
@@ -187,7 +195,9 @@ def _config_of(stored: dict[str, Any]) -> dict[str, Any]:
 
 def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -> None:
   """Raises UserError if the config stored with the run in `workdir` differs in a field that may not change."""
-  free = (*FREE_ON_RESUME, "num_negatives") if config.data.grown else FREE_ON_RESUME
+  free = (*FREE_ON_RESUME, *(["num_negatives"] if config.data.grown else []))
+  if config.data.source in MOVABLE and stored["data"]["source"] == config.data.source:
+    free = (*free, "data.split")  # the same images may lie under another name now; their fingerprints are compared
   if found := difference(stored, json.loads(json.dumps(config.to_dict())), free=free):
     field, before, now = found
     raise UserError(f"{workdir} holds a run with {field}={before!r}, and now it is {now!r}; choose another --workdir, "
@@ -252,11 +262,12 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
     if meta["format"] < FIRST_BITS and parts.config.bank.dtype == "bfloat16":
       raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a bfloat16 bank is "
                       "stored in another way: the run can be evaluated, but not resumed; choose another --workdir")
-    grown_from = meta if grown and meta.get("data") != expected["data"] else None
+    same = same_images(meta.get("data", ""), expected["data"])
+    grown_from = meta if grown and not same else None
     # Only a supervised network depends on the number of classes.
     free = ("data", "num_images", "num_strata", *(["num_classes"] if system.has_bank(parts.config) else []))
     for name, now in expected.items():
-      if meta.get(name) != now and not (grown_from and name in free):
+      if meta.get(name) != now and not (grown_from and name in free) and not (name == "data" and same):
         raise UserError(f"the checkpoint in {parts.workdir} has {name} {meta.get(name)!r}, and this run {now!r}; "
                         "choose another --workdir")
     compare_configs(parts.config, meta["config"], parts.workdir)

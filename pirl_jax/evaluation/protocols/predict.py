@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pirl_jax.data.batches import why_broken
+from pirl_jax.data.reading import why_broken
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import stream_features
 from pirl_jax.evaluation.inputs import Images
