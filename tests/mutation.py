@@ -150,11 +150,13 @@ def tests_of(mutant, tests, results, limit):
   """Returns the names of the tests that run the mutant's lines, and their seconds, up to a limit.
 
   Those that killed another mutant of the file come first, then the quickest. A line that runs when the module is
-  imported belongs to the tests that run any line of the file.
+  imported belongs to all tests of the files in which a test runs any line of the module.
   """
   ran = {name: set(test["lines"].get(mutant.file, ())) for name, test in tests.items()}
-  names = [name for name, lines in ran.items() if lines & set(mutant.lines)] or [
-    name for name, lines in ran.items() if lines]
+  names = [name for name, lines in ran.items() if lines & set(mutant.lines)]
+  if not names:
+    files = {name.split("::")[0] for name, lines in ran.items() if lines}
+    names = [name for name in tests if name.split("::")[0] in files]
   killers = {result.removeprefix("killed: ") for name, result in results.items() if name.startswith(mutant.file)}
   names.sort(key=lambda name: (name not in killers, tests[name]["seconds"]))
   total, kept = 0.0, []
@@ -192,8 +194,7 @@ def run(arguments):
   with copied_tree() as tree:
     # All files advance together, so that a run that is cut says something of each.
     for number, (_, mutant) in enumerate(sorted(chosen, key=lambda one: one[0])):
-      if results.get(mutant.name, "survived" if arguments.again else None) != (
-          "survived" if arguments.again else None) or mutant.name in explained:
+      if results.get(mutant.name) != ("survived" if arguments.again else None) or mutant.name in explained:
         continue
       names, seconds = tests_of(mutant, tests, results, arguments.seconds)
       place, begin = tree / mutant.file, time.monotonic()

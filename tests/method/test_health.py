@@ -45,9 +45,9 @@ def test_a_single_negative_is_one():
 
 
 def test_spread_by_hand():
-  """Of the images that count: the standard deviation over both parts, averaged over 4 dimensions, times sqrt(4)."""
+  """Of the images that count: the standard deviation over both parts, averaged over 9 dimensions, times sqrt(9)."""
   rng = np.random.default_rng(0)
-  emb = rng.normal(size=(2, 3, 4)).astype(np.float32)
+  emb = rng.normal(size=(2, 3, 9)).astype(np.float32)
   share = np.array([[0.25, 0.25, 0.0], [0.25, 0.25, 0.0]], np.float32)
-  expected = 2 * np.mean(np.std(emb[:, :2].reshape(4, 4).astype(np.float64), axis=0))
+  expected = 3 * np.mean(np.std(emb[:, :2].reshape(4, 9).astype(np.float64), axis=0))
   np.testing.assert_allclose(spread(emb, share), expected, rtol=1e-6)

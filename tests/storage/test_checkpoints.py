@@ -148,7 +148,7 @@ def test_what_a_killed_run_left_goes_with_the_next_save_and_not_before(tmp_path,
   folder = tmp_path / "checkpoints"
   with Checkpoints(folder, keep=3) as checkpoints:
     checkpoints.save(1, state, {}, knn_top1=None)
-  half = folder / "2.orbax-checkpoint-tmp"
+  half = folder / "5.orbax-checkpoint-tmp"  # of another step than the next save
   shutil.copytree(folder / "1", half)
   with Checkpoints(folder, keep=3) as checkpoints:
     assert checkpoints.steps() == [1] and checkpoints.read_meta(1)["format"] == FORMAT
