@@ -26,6 +26,9 @@ from pirl_jax.storage.logbook import Logbook
 from pirl_jax.training import pretrain, resuming
 
 
+NOT_DELETED = open(os.devnull)  # noqa: SIM115, a file that is there
+
+
 class FullDisk:
   """In the place of a file: takes nothing."""
 
@@ -33,7 +36,7 @@ class FullDisk:
     raise OSError(errno.ENOSPC, "No space left on device")
 
   def fileno(self):
-    return 1  # of a file that is there
+    return NOT_DELETED.fileno()
 
   def __getattr__(self, _):
     return lambda *_: None
