@@ -25,7 +25,6 @@ from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.logbook import Logbook
 from pirl_jax.training import pretrain, resuming
 
-
 NOT_DELETED = open(os.devnull)  # noqa: SIM115, a file that is there
 
 
