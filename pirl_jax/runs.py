@@ -6,6 +6,7 @@ the checksums.
 
 import contextlib
 import dataclasses
+import functools
 import os
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.models.network import Model
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import ASIDE, Checkpoints
+from pirl_jax.storage.checksums import checksums, json_checksum
 from pirl_jax.storage.formats import FIRST_CHECKED
 
 
@@ -42,6 +44,11 @@ class Run:
   newest: bool
   meta: dict[str, Any]
   model: Model
+
+  @functools.cached_property
+  def weights(self) -> str:
+    """Returns 16 hexadecimal digits, a checksum of the network's parameters and batch statistics."""
+    return json_checksum(self.meta.get("checksums", {}).get("model") or checksums(dict(self.model.variables)))
 
 
 def run_folder(name: str, *, field: str = "--config.checkpoint") -> Path:

@@ -8,8 +8,10 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from pirl_jax.data.crops import FORMATS, BrokenImage, open_image
+from pirl_jax.data.crops import FORMATS, BrokenImage
+from pirl_jax.data.reading import read_record
 from pirl_jax.data.records import Source
+from pirl_jax.errors import UserError
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.runtime.chips import Chip
 from pirl_jax.runtime.devices import num_cores
@@ -92,11 +94,13 @@ def _shorter_side(source: Source) -> int:
 
 def _side(source: Source, index: int) -> int:
   try:
-    image = source[index].image
+    image = read_record(source, index).image
     if isinstance(image, bytes):  # the header is enough
       with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
         return min(opened.size)
-    opened = open_image(image)
-    return min(opened.height, opened.width)
-  except (BrokenImage, OSError, SyntaxError, ValueError):  # the training counts it as broken, and says so
+    return min(image.shape[:2])
+  except UserError:
+    raise
+  # The training counts it as broken, and says so.
+  except (BrokenImage, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
     return 0

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 
 from pirl_jax.data.folder import endings_of
+from pirl_jax.data.records import check_text, printable
 from pirl_jax.errors import UserError
 
 TRAIN = ("train", "training")
@@ -42,6 +43,7 @@ def arrangement_of(root: str, formats: str = "all", split: str | None = None) ->
   Raises:
     UserError: there is no such folder, or it cannot be listed.
   """
+  check_text("data.root", root)
   root = os.path.abspath(os.path.expanduser(root))
   has_images, names = _listed(root, formats)
   by_name = {name.lower(): name for name in names}
@@ -70,6 +72,7 @@ def arrangement_of_shards(root: str) -> Arrangement:
   Args:
     root: the folder of shards, or a pattern of their paths, which is taken as it is.
   """
+  check_text("data.root", root)
   why = "the labels that lie beside the images, if there are any"
   folder = os.path.expanduser(root)
   if not os.path.isdir(folder):
@@ -104,7 +107,7 @@ def _listed(folder: str, formats: str) -> tuple[bool, list[str]]:
     with os.scandir(folder) as entries:
       return _sorted_out(entries, endings_of(formats))
   except OSError as error:
-    raise UserError(f"data.root: {folder} cannot be listed ({error.strerror}); give the folder of images, "
+    raise UserError(f"data.root: {printable(folder)} cannot be listed ({error.strerror}); give the folder of images, "
                     "--config.data.root=DIR") from error
 
 

@@ -10,28 +10,21 @@ not change the batches.
 import atexit
 import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import grain
 import numpy as np
 
-from pirl_jax.data.crops import (
-  BrokenImage,
-  OpenedImage,
-  centre_crop,
-  open_image,
-  random_resized_crops,
-  squash_resize,
-)
+from pirl_jax.data.crops import OpenedImage, centre_crop, random_resized_crops, squash_resize
+from pirl_jax.data.reading import read_image
 from pirl_jax.data.records import Source
 from pirl_jax.errors import UserError
 
 if TYPE_CHECKING:
   import jax  # at run time only `place` needs JAX
-
-_Crops = TypeVar("_Crops")
 
 Example = dict[str, np.ndarray | np.generic]
 """One image of a batch, by name: its crops u8[S, S, 3], and scalars."""
@@ -216,15 +209,6 @@ def view_batches(
   return _start(grain.MapDataset.range(0, num_batches * batch_size).map(read), batch_size, num_threads)
 
 
-def why_broken(source: Source, index: int) -> str:
-  """Returns the reason why an image cannot be read, "" if it can be read now."""
-  try:
-    open_image(source[index].image, source.decoding).pixels()
-  except (BrokenImage, OSError) as error:
-    return getattr(error, "strerror", None) or str(error)
-  return ""
-
-
 def place(batch: Batch, mesh: "jax.sharding.Mesh") -> "dict[str, jax.Array]":
   """Returns the batch as global jax arrays [B, ...], split over the axis "data" of the mesh.
 
@@ -248,6 +232,9 @@ def place(batch: Batch, mesh: "jax.sharding.Mesh") -> "dict[str, jax.Array]":
 
 
 _RUNNING = weakref.WeakSet()
+
+CLOSING_SECONDS = 5
+"""How long a stream that is closed waits for its reading threads. A read of a stalled disk never returns."""
 
 _PART_BYTES = 2**22  # upper limit of the images read at a time: 1,365 images of 32 pixels, or 27 of 224
 
@@ -314,11 +301,18 @@ def _start(parts: grain.MapDataset, parts_per_batch: int, num_threads: int) -> B
 
 
 def _stream(batches: grain.IterDataset) -> Batches:
-  running = iter(batches)
+  running, patience = iter(batches), CLOSING_SECONDS
   try:
     yield from running
+  except UserError as error:  # grain has added lines of its own
+    raise UserError(str(error).partition("\n")[0]) from error
+  except (SystemExit, KeyboardInterrupt):  # by a signal: there may be little time
+    patience = 0
+    raise
   finally:
-    running.close()
+    closing = threading.Thread(target=running.close, daemon=True)
+    closing.start()
+    closing.join(patience)
 
 
 @atexit.register
@@ -327,30 +321,6 @@ def _close_all() -> None:
   for stream in list(_RUNNING):
     with contextlib.suppress(ValueError):  # a daemon thread is reading the stream; that thread ends with the process
       stream.close()
-
-
-_NO_IMAGE = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
-"""Errors that mean: the file of this image existed when the run started and is no longer there or not readable."""
-
-
-def read_image(source: Source, index: int, crop_fn: Callable[[OpenedImage], _Crops]) -> tuple[_Crops | None, int]:
-  """Returns (crop_fn(image), label); None in place of the first if the image cannot be read, see `why_broken`.
-
-  Raises:
-    UserError: the disk or the network fails, so the image itself may be sound.
-  """
-  label = -1
-  try:
-    record = source[index]
-    label = record.label
-    return crop_fn(open_image(record.image, source.decoding)), label
-  except (BrokenImage, *_NO_IMAGE):
-    return None, label
-  # If the disk fails, the image may be sound; it must not be dropped from the training.
-  except OSError as error:
-    raise UserError(f"{source.image_name(index)} cannot be read because the disk or the network fails "
-                    f"({error.strerror or error}); when it works again, or when the file has been copied back, the "
-                    "same command resumes the run") from error
 
 
 def _crops(source: Source, index: int, rng: np.random.Generator, *,

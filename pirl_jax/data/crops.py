@@ -8,6 +8,7 @@ import dataclasses
 import io
 import math
 import struct
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ cv2.setNumThreads(1)
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 _MAX_PIXELS = 2**28  # 0.8 GB once decoded: too large for a photograph, perhaps a decompression bomb
+_MANY_PIXELS = 2**24  # an image with more of them is a bomb, too, if its file has less than a byte for each 128 of them
+_PIXELS_PER_BYTE = 128
 # Decode to RGB in the stored orientation; `Decoding.upright` says whether the image is turned afterwards.
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
@@ -33,6 +36,13 @@ fewer coefficients of each block of 8 x 8 pixels."""
 _RATIO = (3 / 4, 4 / 3)
 """Range of a random crop's aspect ratio, as torchvision's default."""
 
+
+_LONGEST = 16
+"""If an image is longer than so many times its shorter side, its ends are cut off or squeezed before it is resized: the
+memory is bounded by the view."""
+
+_AGAIN = threading.Lock()
+"""Held while an image is decoded for the second time."""
 
 _DEEP = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 """OpenCV's flags for all bits of an image of 16 bits, in the order blue, green, red. With IMREAD_COLOR_RGB OpenCV 5.0.0
@@ -120,17 +130,25 @@ class OpenedImage:
 
     Raises:
       BrokenImage: the image is damaged.
+      MemoryError: memory is short.
     """
     if isinstance(self.content, np.ndarray):
       return _turned(self.content, self.orientation)
-    return _turned(_decode_with_opencv(self.content, _REDUCTIONS[reduction]), self.orientation)
+    decoded = _decode_with_opencv(self.content, _REDUCTIONS[reduction], self.height * self.width)
+    return _turned(decoded, self.orientation)
 
 
-def _decode_with_opencv(image: bytes, flags: int) -> np.ndarray:
+def _decode_with_opencv(image: bytes, flags: int, num_pixels: int) -> np.ndarray:
   """Returns the pixels [H, W, 3] of an encoded image, of the type and in the order of colours that the flags say."""
   try:
     decoded = cv2.imdecode(np.frombuffer(image, np.uint8), flags)
+    if decoded is None:  # damaged, or libjpeg or libpng has found no memory, which OpenCV does not tell apart
+      with _AGAIN:
+        np.empty(8 * num_pixels, np.uint8)  # more than a decoder takes
+        decoded = cv2.imdecode(np.frombuffer(image, np.uint8), flags)
   except cv2.error as error:
+    if error.code == cv2.Error.StsNoMem:
+      raise MemoryError(error.err) from error
     raise BrokenImage(" ".join(str(error).split())) from error
   if decoded is None:
     raise BrokenImage("OpenCV cannot decode it")
@@ -166,7 +184,9 @@ def open_image(image: bytes | np.ndarray, decoding: Decoding = AS_STORED) -> Ope
     decoding: see `Decoding`.
 
   Raises:
-    BrokenImage: the bytes are not an image, have a damaged header, are cut short, or have more than 2**28 pixels.
+    BrokenImage: the bytes are not an image, have a damaged header, are cut short, or stand for too many pixels: more
+      than 2**28, or more than 2**24 and 128 for each byte.
+    MemoryError: memory is short.
   """
   if isinstance(image, np.ndarray):
     return OpenedImage(image.shape[0], image.shape[1], image)
@@ -190,20 +210,22 @@ def open_image(image: bytes | np.ndarray, decoding: Decoding = AS_STORED) -> Ope
     if decoding.upright and b"eXIf" in image:  # few PNGs have an orientation; Pillow reads it
       orientation = _orientation(lambda: Image.open(io.BytesIO(image), formats=FORMATS).getexif())
     if decoding.full_range and image[24] == 16:
-      _check_size(height, width)
-      return _opened(height, width, _deep_pixels(image), orientation)
+      _check_size(height, width, len(image))
+      return _opened(height, width, _deep_pixels(image, height * width), orientation)
     opencv = True
   else:
     return _open_with_pillow(image, decoding)
-  _check_size(height, width)
+  _check_size(height, width, len(image))
   if not opencv:
     return _open_with_pillow(image, decoding)
   return _opened(height, width, image, orientation, reducible=jpeg and decoding.reduced)
 
 
-def _check_size(height: int, width: int) -> None:
-  if height * width > _MAX_PIXELS:
-    raise BrokenImage(f"{width} x {height} pixels are too many")
+def _check_size(height: int, width: int, num_bytes: int) -> None:
+  if not 0 < height * width <= _MAX_PIXELS:
+    raise BrokenImage(f"{width} x {height} pixels are too {'many' if height * width else 'few'}")
+  if height * width > max(_MANY_PIXELS, _PIXELS_PER_BYTE * num_bytes):
+    raise BrokenImage(f"{width} x {height} pixels are too many for {num_bytes:,} bytes")
 
 
 def _eight_bits(pixels: np.ndarray, *, full_range: bool) -> np.ndarray:
@@ -225,9 +247,9 @@ def _eight_bits(pixels: np.ndarray, *, full_range: bool) -> np.ndarray:
   return levels if levels.ndim == 3 else np.repeat(levels[..., np.newaxis], 3, axis=2)
 
 
-def _deep_pixels(image: bytes) -> np.ndarray:
+def _deep_pixels(image: bytes, num_pixels: int) -> np.ndarray:
   """Returns u8[H, W, 3], RGB, of an encoded image of 16 bits, scaled by its largest value."""
-  return _eight_bits(_decode_with_opencv(image, _DEEP)[..., ::-1], full_range=True)
+  return _eight_bits(_decode_with_opencv(image, _DEEP, num_pixels)[..., ::-1], full_range=True)
 
 
 def _orientation(read_exif: Callable[[], Image.Exif]) -> Any:
@@ -248,15 +270,17 @@ def _exif(header: bytes) -> Image.Exif:
 def _open_with_pillow(image: bytes, decoding: Decoding) -> OpenedImage:
   try:
     with Image.open(io.BytesIO(image), formats=FORMATS) as opened:
-      _check_size(opened.height, opened.width)
+      _check_size(opened.height, opened.width, len(image))
       pixels = _pixels_of_pillow(opened, image, decoding)
       orientation = _orientation(opened.getexif) if decoding.upright else 1
       return _opened(pixels.shape[0], pixels.shape[1], pixels, orientation)
-  except BrokenImage:
+  except (BrokenImage, MemoryError):
     raise
   except UnidentifiedImageError as error:  # Pillow's own message shows a memory address
     raise BrokenImage(f"none of the formats {', '.join(FORMATS)}") from error
   except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged bytes
+    if "memory" in str(error).lower():  # so their decoders say that memory is short
+      raise MemoryError(str(error)) from error
     raise BrokenImage(str(error)) from error
 
 
@@ -266,7 +290,7 @@ def _pixels_of_pillow(opened: Image.Image, image: bytes, decoding: Decoding) -> 
     return _eight_bits(np.asarray(opened), full_range=decoding.full_range)
   # Of 16 bits in colour Pillow keeps the upper 8 only.
   if decoding.full_range and isinstance(opened, TiffImageFile) and max(opened.tag_v2.get(_BITS_PER_SAMPLE, (8,))) > 8:
-    return _deep_pixels(image)
+    return _deep_pixels(image, opened.height * opened.width)
   return np.asarray(opened.convert("RGB"))
 
 
@@ -369,6 +393,11 @@ def centre_crop(image: np.ndarray, *, size: int, fraction: float) -> np.ndarray:
   `fraction` is 224/256 for ImageNet and 1.0 for small images.
   """
   height, width = image.shape[:2]
+  longest = _LONGEST * min(height, width)
+  if max(height, width) > longest:
+    first_y, first_x = max(0, (height - longest) // 2), max(0, (width - longest) // 2)
+    image = image[first_y:first_y + longest, first_x:first_x + longest]
+    height, width = image.shape[:2]
   shorter = round(size / fraction)
   if height <= width:
     height, width = shorter, max(shorter, int(shorter * width / height))
@@ -388,7 +417,7 @@ def squash_resize(image: np.ndarray, *, size: int, fraction: float) -> np.ndarra
   height, width = image.shape[:2]
   if fraction < 1:
     shorter = round(size / fraction)
-    image = _resize(image, shorter * height // min(height, width), shorter * width // min(height, width))
+    image = _resize(image, *(min(shorter * side // min(height, width), _LONGEST * shorter) for side in (height, width)))
   return _resize(image, size, size)
 
 

@@ -5,6 +5,7 @@ depend on the file system or the locale.
 """
 
 import collections
+import errno
 import hashlib
 import os
 import stat
@@ -13,7 +14,8 @@ from typing import Self
 
 import numpy as np
 
-from pirl_jax.data.crops import FORMATS
+from pirl_jax.data.crops import FORMATS, BrokenImage
+from pirl_jax.data.reading import patiently
 from pirl_jax.data.records import Record, Source, printable
 from pirl_jax.data.sources import DataSettings
 from pirl_jax.errors import UserError
@@ -26,6 +28,14 @@ ENDINGS["all"] = (*ENDINGS["common"], ".jfif", ".jpe", ".tif", ".tiff", ".gif", 
 _NAMES_SHOWN = 3  # names in a message, of the files that were left out for one reason
 
 _BY_ENDING = "not an image by its ending"
+
+MAX_BYTES = 2**30
+"""A larger file is broken and is not read: no image of a possible size fills it."""
+
+_OF_THE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+"""Errors that may concern a single file, and may also mean that its whole folder is gone or cannot be read."""
+
+_NEIGHBOURS = 8  # images of the same folder that are tried if one of them may not be read
 
 MANY = 0.05
 """If more than this share of the files is left out, the description says so as a warning."""
@@ -46,7 +56,7 @@ class FolderSource(Source):
   """Every image below `root` / `split`.
 
   Args:
-    root: the folder. Links to folders are followed; a link that would form a loop is left out.
+    root: the folder. Links are followed; a folder or an image to which several paths lead is read once.
     split: a sub-folder of `root`, or "" for the whole of `root`.
     labels: "folder" takes the first sub-folder of an image's path as its class (an image outside of every sub-folder
       has label -1); "none" gives no labels.
@@ -71,7 +81,8 @@ class FolderSource(Source):
     self._root = _split_folder(root, split)
     shown = printable(self._root)
     left_out = collections.defaultdict(list)
-    found = sorted(_walk(self._root, endings, left_out), key=lambda item: os.fsencode(item[0]))
+    self._folders: dict[str, tuple[int, int]] = {}
+    found = sorted(_walk(self._root, endings, left_out, self._folders), key=lambda item: os.fsencode(item[0]))
     if not found:
       shards = any(path.lower().endswith(".tar") for paths in left_out.values() for path in paths)
       raise UserError(
@@ -101,18 +112,56 @@ class FolderSource(Source):
     return len(self._paths)
 
   def __getitem__(self, index: int) -> Record:
-    label = -1 if self._labels is None else int(self._labels[index])
+    """Returns record `index`, with the bytes of the file.
+
+    Raises:
+      BrokenImage: the file alone is gone, or is no file any more, or may not be read.
+      OSError: the file cannot be read for another reason, for example because its whole folder is gone.
+    """
     try:
-      with open(os.path.join(self._root, self._paths[index]), "rb") as file:
-        return Record(file.read(), label)
-    except FileNotFoundError as error:
-      # If one file is missing, this image counts as broken. If the whole folder is missing (for example because a disk
-      # was unmounted), the run must stop instead of counting a million broken images.
-      if not os.path.isdir(self._root):
-        raise UserError(
-          f"{printable(self._root)} has vanished during the run; bring it back and start again"
-        ) from error
+      content = read_file(os.path.join(self._root, self._paths[index]))
+    except OSError as error:
+      if error.errno in _OF_THE_FILE and (reason := self._why_gone(index)):
+        raise BrokenImage(reason) from error
       raise
+    return Record(content, -1 if self._labels is None else int(self._labels[index]))
+
+  def _why_gone(self, index: int) -> str:
+    """Returns why this image alone cannot be opened, "" if its whole folder may be concerned; looks afresh.
+
+    Raises:
+      OSError: the folder is gone, is another one than at the start (as after an unmount), or cannot be listed.
+    """
+    path = os.path.join(self._root, self._paths[index])
+    folder, name = os.path.split(path)
+    shown = printable(folder)
+    try:
+      names, now = os.listdir(folder), _identity(folder)
+    except OSError as error:
+      raise OSError(error.errno, f"{shown} has vanished during the run: {error.strerror}") from error
+    if name not in names:
+      if now != self._folders[os.path.dirname(self._paths[index])]:
+        raise OSError(errno.ENOENT, f"{shown} is another folder than at the start, and the image is not in it")
+      return "No such file or directory"
+    try:
+      status = os.stat(path)
+    except OSError as error:  # a link that leads nowhere; if its target's folder is empty, a disk may not be mounted
+      if error.errno == errno.ELOOP:
+        return os.strerror(errno.ELOOP)
+      target = os.path.realpath(path)
+      beside = os.listdir(os.path.dirname(target))
+      return "No such file or directory" if beside and os.path.basename(target) not in beside else ""
+    if not stat.S_ISREG(status.st_mode):
+      return "Is a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+    if any(_opens(os.path.join(self._root, other)) for other in self._neighbours(index)):
+      return "Permission denied"
+    return "" if _may_read(status) else "Permission denied"
+
+  def _neighbours(self, index: int) -> list[str]:
+    """Returns the paths of some other images of the same folder."""
+    near = self._paths[max(0, index - _NEIGHBOURS):index + _NEIGHBOURS + 1]
+    folder = os.path.dirname(self._paths[index])
+    return [path for path in near if path != self._paths[index] and os.path.dirname(path) == folder]
 
   def image_name(self, index: int) -> str:
     """Returns the path below the split's folder."""
@@ -125,6 +174,16 @@ class FolderSource(Source):
   def sizes(self) -> np.ndarray:
     """Returns i64[N], the bytes of each file."""
     return np.array(self._sizes, np.int64)
+
+  def holds(self, path: str | os.PathLike[str]) -> bool:
+    """Returns whether an image that is written below `path` would be an image of this folder."""
+    folders = {os.path.realpath(os.path.join(self._root, folder)) for folder in self._folders}
+    above = os.path.realpath(path)
+    while above not in folders:
+      above, name = os.path.split(above)
+      if not name or name.startswith("."):
+        return False
+    return True
 
   def labels(self) -> np.ndarray | None:
     """Returns i32[N], or None if `labels` is "none"."""
@@ -153,51 +212,158 @@ def _split_folder(root: str, split: str) -> str:
 
 
 def _listed(folder: str) -> list[str]:
-  try:
-    return os.listdir(folder)
-  except OSError as error:
+  def listed() -> list[str] | OSError:
+    try:
+      return os.listdir(folder)
+    except OSError as error:
+      if error.errno in _OF_THE_FILE:
+        return error
+      raise
+
+  found = patiently(listed, lambda: printable(folder))
+  if isinstance(found, OSError):
     raise UserError(
-      f"the files of {printable(folder)} cannot be listed ({error.strerror}); "
+      f"the files of {printable(folder)} cannot be listed ({found.strerror}); "
       "make the folder readable or move it away"
-    ) from error
+    ) from found
+  return found
 
 
-def _walk(root: str, endings: Sequence[str], left_out: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
+def read_file(path: str) -> bytes:
+  """Returns the bytes of a file.
+
+  Raises:
+    BrokenImage: it is no regular file, or has more than `MAX_BYTES` bytes.
+    OSError: it cannot be read.
+  """
+  handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a named pipe would wait for a writer
+  try:
+    status = os.fstat(handle)
+    if stat.S_ISDIR(status.st_mode):
+      raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+      raise BrokenImage("not a regular file")
+    if status.st_size > MAX_BYTES:
+      raise BrokenImage(f"{status.st_size:,} bytes are too many")
+    with open(handle, "rb", closefd=False) as file:
+      content = file.read()
+  finally:
+    os.close(handle)
+  if len(content) < status.st_size:
+    raise OSError(errno.EIO, f"{printable(path)} ended early")
+  return content
+
+
+def _opens(path: str) -> bool:
+  try:
+    os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+  except OSError:
+    return False
+  return True
+
+
+def _may_read(status: os.stat_result) -> bool:
+  """Returns whether the owner and the mode of a file allow this process to read it."""
+  if os.geteuid() == 0:
+    return True
+  if os.geteuid() == status.st_uid:
+    return bool(status.st_mode & stat.S_IRUSR)
+  grouped = status.st_gid in (os.getegid(), *os.getgroups())
+  return bool(status.st_mode & (stat.S_IRGRP if grouped else stat.S_IROTH))
+
+
+def _walk(root: str, endings: Sequence[str], left_out: dict[str, list[str]],
+          folders: dict[str, tuple[int, int]]) -> Iterator[tuple[str, int]]:
   """Yields (relative path, size in bytes) of every image; the other files are added to `left_out`, by reason.
 
-  Files with one of the `endings`, in lower case, are images.
+  Files with one of the `endings`, in lower case, are images. The identity of every folder is added to `folders`, by its
+  relative path.
 
-  A stack replaces recursion, because Python limits the depth of recursion. A link is a loop if it leads to one of the
-  folders above the link. Two links side by side may lead to the same folder; then the images count twice.
+  Whatever links lead to it, a folder is read once, and a file is one image. The folders inside of `root` come first,
+  then the links to folders in the order of their paths, then the links to files. A stack replaces recursion, because
+  Python limits the depth of recursion.
   """
-  stack: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", (_identity(root),))]
-  while stack:
-    folder, above = stack.pop()
+  top = os.path.realpath(root)
+  read, waiting, folder_links, file_links = {top}, [("", top)], [], []
+  while waiting or folder_links:
+    if not waiting:
+      folder_links.sort(key=lambda link: os.fsencode(link[0]), reverse=True)
+      link, above = folder_links.pop()
+      target = os.path.realpath(os.path.join(root, link))
+      if target in read:
+        inside = above == target or above.startswith(target.rstrip("/") + "/")
+        left_out["link to a folder above it" if inside else "link to a folder that is read already"].append(link)
+        continue
+      read.add(target)
+      waiting.append((link, target))
+    folder, real = waiting.pop()
+    folders[folder] = _identity(os.path.join(root, folder))
     for name in _listed(os.path.join(root, folder)):
       path = f"{folder}/{name}" if folder else name
       if name.startswith("."):
         left_out["hidden"].append(path)
         continue
-      try:
-        status = os.stat(os.path.join(root, path))
-      except OSError:
-        left_out["broken link"].append(path)
-        continue
-      if stat.S_ISDIR(status.st_mode):
-        if (status.st_dev, status.st_ino) in above:
-          left_out["link to a folder above it"].append(path)
+      status, is_link, reason = _look_at(os.path.join(root, path))
+      if status is not None and stat.S_ISDIR(status.st_mode):
+        if is_link:
+          folder_links.append((path, real))
+        elif (inner := os.path.join(real, name)) in read:
+          left_out["folder that is read already, by a link"].append(path)
         else:
-          stack.append((path, (*above, (status.st_dev, status.st_ino))))
-      elif os.path.splitext(name)[1].lower() not in endings:
-        left_out[_BY_ENDING].append(path)
-      elif not stat.S_ISREG(status.st_mode):
-        left_out["not a regular file"].append(path)
-      elif status.st_size == 0:
-        left_out["empty file"].append(path)
-      elif not os.access(os.path.join(root, path), os.R_OK):
-        left_out["not readable"].append(path)
+          read.add(inner)
+          waiting.append((path, inner))
+      elif status is None or not _is_image(name, endings):
+        left_out[_BY_ENDING if status is not None else reason].append(path)
+      elif reason:
+        left_out[reason].append(path)
+      elif is_link:
+        file_links.append((path, status.st_size))
       else:
         yield path, status.st_size
+  for path, size in sorted(file_links, key=lambda link: os.fsencode(link[0])):
+    target = os.path.realpath(os.path.join(root, path))
+    folder, name = os.path.split(target)
+    if target in read or folder in read and _is_image(name, endings):
+      left_out["link to an image that is read already"].append(path)
+    else:
+      read.add(target)
+      yield path, size
+
+
+def _is_image(name: str, endings: Sequence[str]) -> bool:
+  return name[0] != "." and os.path.splitext(name)[1].lower() in endings
+
+
+def _look_at(path: str) -> tuple[os.stat_result | None, bool, str]:
+  """Returns (what a path leads to, whether it is a link, why it cannot be read, if so); None if it leads nowhere.
+
+  Raises:
+    UserError: the storage fails.
+  """
+  def look() -> tuple[os.stat_result | None, bool, str]:
+    is_link = False
+    try:
+      status = os.lstat(path)
+      if stat.S_ISLNK(status.st_mode):
+        status, is_link = os.stat(path), True
+    except OSError as error:
+      if error.errno in _OF_THE_FILE:
+        return None, False, "broken link"
+      raise
+    if stat.S_ISDIR(status.st_mode):
+      return status, is_link, ""
+    if not stat.S_ISREG(status.st_mode):
+      return status, is_link, "not a regular file"
+    if status.st_size == 0:
+      return status, is_link, "empty file"
+    if not os.access(path, os.R_OK):
+      try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+      except PermissionError:
+        return status, is_link, "not readable"
+    return status, is_link, ""
+
+  return patiently(look, lambda: printable(path))
 
 
 def _identity(folder: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pirl_jax.data.crops import BrokenImage, Decoding, open_image
+from pirl_jax.data.folder import read_file
 from pirl_jax.data.records import Record, Source, printable
 from pirl_jax.errors import UserError
 
@@ -86,8 +87,7 @@ def pixels_of(image: Any, name: str, *, decoding: Decoding, shorter_side: int) -
 
 def _read_file(path: str | os.PathLike[str], name: str, decoding: Decoding, shorter_side: int) -> np.ndarray:
   try:
-    with open(path, "rb") as file:
-      opened = open_image(file.read(), decoding)
+    opened = open_image(read_file(os.fspath(path)), decoding)
     shrunk = min(opened.height, opened.width) / shorter_side
     return opened.pixels(opened.reduction(shrunk))
   except IsADirectoryError as error:

@@ -3,6 +3,8 @@
 Decoding a photograph costs a core more time than a small network does. Letters: H W height and width of an image.
 """
 
+import os
+
 import numpy as np
 
 from pirl_jax.data.crops import open_image, shrink
@@ -55,6 +57,10 @@ class InMemory(Source):
   def sizes(self) -> np.ndarray | None:
     """Returns i64[N], see `Source.sizes`."""
     return self.source.sizes()
+
+  def holds(self, path: str | os.PathLike[str]) -> bool:
+    """Returns whether an image that is written below `path` would be an image of the source."""
+    return self.source.holds(path)
 
   def labels(self) -> np.ndarray | None:
     """Returns i32[N], see `Source.labels`."""

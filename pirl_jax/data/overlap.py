@@ -2,7 +2,9 @@
 
 import numpy as np
 
+from pirl_jax.data.crops import BrokenImage
 from pirl_jax.data.in_memory import InMemory
+from pirl_jax.data.reading import read_record
 from pirl_jax.data.records import Source
 from pirl_jax.data.subsets import shuffled
 
@@ -49,7 +51,7 @@ def shared_images(train: Source, test: Source) -> tuple[list[tuple[int, int]], i
 
 def _content(source: Source, index: int) -> bytes | None:
   try:
-    image = (source.source if isinstance(source, InMemory) else source)[index].image
-  except OSError:  # the training says so when it reads the image
+    image = read_record(source.source if isinstance(source, InMemory) else source, index).image
+  except BrokenImage:  # the training says so when it reads the image
     return None
   return image if isinstance(image, bytes) else None

@@ -20,8 +20,8 @@ import cv2
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from pirl_jax.data.batches import read_image, why_broken
-from pirl_jax.data.crops import OpenedImage, shrink
+from pirl_jax.data.crops import BrokenImage, OpenedImage, shrink
+from pirl_jax.data.reading import read_image, why_broken
 from pirl_jax.data.sources import DataSettings, Source, open_source
 from pirl_jax.errors import UserError
 from pirl_jax.runtime.progress import Progress
@@ -155,6 +155,8 @@ def _copy(image: OpenedImage, copying: Copying) -> bytes:
   small = min(image.height, image.width) <= copying.shorter_side
   if isinstance(image.content, bytes) and image.reducible and image.orientation == 1 and small:
     return image.content
+  if max(pixels.shape) > 65_500:
+    raise BrokenImage(f"a JPEG cannot hold {image.width} x {image.height} pixels")
   _, file = cv2.imencode(".jpg", pixels[..., ::-1], (cv2.IMWRITE_JPEG_QUALITY, copying.quality))
   return file.tobytes()
 

@@ -7,14 +7,21 @@ Letters: N records of a source, C classes.
 """
 
 import abc
+import os
+import re
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from pirl_jax.data.crops import Decoding
+from pirl_jax.errors import UserError
 
 if TYPE_CHECKING:
   from pirl_jax.data.sources import DataSettings
+
+
+DAMAGED = "damaged"
+"""Stands in a fingerprint in place of its hash if an image that is hashed cannot be read."""
 
 
 class Record(NamedTuple):
@@ -87,6 +94,11 @@ class Source(abc.ABC):
     """Returns i64[N], the bytes of each stored image, or None if the source does not know them without reading."""
     return None
 
+  def holds(self, path: str | os.PathLike[str]) -> bool:
+    """Returns whether an image that is written below `path` would be an image of this source."""
+    del path
+    return False
+
   def targets(self) -> np.ndarray | None:
     """Returns i8[N, C], by image and class, or None if the set has no labels.
 
@@ -101,6 +113,18 @@ class Source(abc.ABC):
     if labels is None:
       return None
     return (np.asarray(labels)[:, None] == np.arange(len(self.class_names))[None, :]).astype(np.int8)
+
+
+def same_images(one: str, other: str) -> bool:
+  """Returns whether two fingerprints can be those of the same images: a hash that is `DAMAGED` equals every hash."""
+  damaged, known = (re.compile(rf":({hashes})(?=\[|$)") for hashes in (DAMAGED, rf"{DAMAGED}|[0-9a-f]{{32}}"))
+  return one == other or any(map(damaged.search, (one, other))) and known.sub("", one) == known.sub("", other)
+
+
+def check_text(field: str, value: str) -> None:
+  """Raises UserError if a path in the config is no UTF-8 text: it could not be stored with the run."""
+  if any("\ud800" <= letter <= "\udfff" for letter in value):
+    raise UserError(f"{field}={printable(value)} is no UTF-8 text; rename it, or give a link to it with another name")
 
 
 def printable(name: str) -> str:

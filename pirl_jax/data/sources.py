@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from pirl_jax.data.crops import Decoding
-from pirl_jax.data.records import Record, Source
+from pirl_jax.data.records import Record, Source, check_text
 from pirl_jax.data.subsets import Subset, held_out_of, shuffled
 from pirl_jax.errors import UserError
 
@@ -117,6 +117,8 @@ def open_source(settings: DataSettings, *, class_names: tuple[str, ...] | None =
 def _whole(settings: DataSettings, class_names: tuple[str, ...] | None) -> Source:
   """Returns all images of the split, after the settings have been checked."""
   kind = kind_of(settings.source)
+  for name in ("name", "root", "split"):
+    check_text(f"data.{name}", getattr(settings, name))
   if settings.labels not in LABELS:
     raise UserError(f"data.labels={settings.labels!r} is unknown; choose one of: {', '.join(LABELS)}")
   if not 0 <= settings.holdout < 1:

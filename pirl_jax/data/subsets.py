@@ -7,6 +7,7 @@ Letters: N records of a source, n records of a subset.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,6 +45,10 @@ class Subset(Source):
     """Returns i64[n], see `Source.sizes`."""
     sizes = self._source.sizes()
     return None if sizes is None else sizes[self._index]
+
+  def holds(self, path: str | os.PathLike[str]) -> bool:
+    """Returns whether an image that is written below `path` would be an image of the source."""
+    return self._source.holds(path)
 
   def labels(self) -> np.ndarray | None:
     """Returns i32[n], or None if the source has no labels."""

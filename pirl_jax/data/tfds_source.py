@@ -6,11 +6,14 @@ therefore a property of the files on disk, and the fingerprint is computed from 
 
 import concurrent.futures
 import contextlib
+import copy
 import difflib
 import hashlib
 import os
 import pathlib
-from typing import Any, Self
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -18,13 +21,22 @@ import tensorflow_datasets as tfds
 from pirl_jax.data.builders import OWN_BUILDERS
 from pirl_jax.data.builders.downloads import bounded_downloads
 from pirl_jax.data.crops import BrokenImage, decode
-from pirl_jax.data.records import Record, Source, printable
+from pirl_jax.data.reading import patiently, read_record
+from pirl_jax.data.records import DAMAGED, Record, Source, printable
 from pirl_jax.data.sources import DataSettings
 from pirl_jax.errors import UserError
 from pirl_jax.storage.files import locked
 
+_T = TypeVar("_T")
+
 _LABEL_THREADS = 8
 _SAMPLED_RECORDS = 16  # number of records whose pixels go into the fingerprint
+
+_FAILED_CALL = re.compile(r"\w+\(\) failed: ([^;]*)")
+"""What array_record says if the system could not open or read a file, in a RuntimeError as for a damaged record."""
+
+_FEATURES = "tensorflow_datasets.core.features."
+"""Only classes of features below this package are loaded for a features.json."""
 
 
 class TfdsSource(Source):
@@ -71,18 +83,20 @@ class TfdsSource(Source):
     self.multi_label = self._present is not None
     names = self._label or self._present
     self.class_names = tuple(builder.info.features[names].names) if names else ()
+    self._shards = [(str(shard.filename), shard.take) for shard in builder.info.splits[split].file_instructions]
     try:
+      self._sizes = {path: os.stat(path).st_size for path, _ in self._shards}
       self._records = builder.as_data_source(
         split, decoders={image: tfds.decode.SkipDecoding()}, file_format="array_record"
       )
-      digest = _digest(builder.info.splits[split], self)
     except (OSError, RuntimeError, ValueError, IndexError) as error:
-      raise UserError(
-        f"the files of TFDS set {builder.info.full_name} in {printable(str(builder.data_dir))} are damaged "
-        f"({' '.join(str(error).split())[:200]}); move that folder away and start again"
-      ) from error
-    if self._label and all(self._records[i][self._label] < 0 for i in _sample(num_records)):
+      raise _damaged(builder, error) from error
+    sampled, problem = _sampled(self)
+    if not sampled:
+      raise _damaged(builder, problem)
+    if self._label and all(record.label < 0 for record in sampled):
       self._label, self.class_names = None, ()  # a split without labels in a set with labels, as in STL-10
+    digest = DAMAGED if problem else _digest(builder.info.splits[split], sampled)
     self.fingerprint = f"tfds:{builder.info.full_name}:{split}:{num_records}:{digest}"
     classes = f"{len(self.class_names)} classes" if self.class_names else "no labels"
     classes += ", any number of them in an image" if self.multi_label else ""
@@ -95,8 +109,57 @@ class TfdsSource(Source):
     return len(self._records)
 
   def __getitem__(self, index: int) -> Record:
-    record = self._records[index]
-    return Record(record[self._image], int(record[self._label]) if self._label else -1)
+    """Returns record `index`, with the bytes of the image.
+
+    Raises:
+      BrokenImage: the record is damaged.
+      OSError: its shard cannot be read, or is gone.
+    """
+    return self._read(index, self._as_record)
+
+  def _as_record(self, fields: dict[str, Any]) -> Record:
+    return Record(fields[self._image], int(fields[self._label]) if self._label else -1)
+
+  def _read(self, index: int, pick: Callable[[dict[str, Any]], _T]) -> _T:
+    """Returns pick(the fields of the stored record `index`); raises as `__getitem__`."""
+    try:
+      return pick(self._records[index])
+    except MemoryError:
+      raise
+    except Exception:  # array_record raises RuntimeErrors, and a record that does not parse nearly anything
+      self._check_shard(index)
+    # A reader that has failed once fails for ever, and all records of a shard have one reader: try another.
+    fresh = copy.copy(self._records)
+    fresh.data_source = copy.copy(fresh.data_source)
+    try:
+      picked = pick(fresh[index])
+    except MemoryError:
+      raise
+    except Exception as error:
+      if call := _FAILED_CALL.search(str(error)):
+        raise OSError(f"{printable(self._shard(index))}: {call[1]}") from error
+      raise BrokenImage(f"damaged record: {' '.join(str(error).split())[:200]}") from error
+    self._records = fresh
+    return picked
+
+  def _shard(self, index: int) -> str:
+    """Returns the path of the file in which the stored record `index` lies."""
+    for path, number in self._shards:
+      if index < number:
+        return path
+      index -= number
+    raise IndexError(index)
+
+  def _check_shard(self, index: int) -> None:
+    """Raises OSError if the shard of a record is gone, cannot be opened, or has another size than at the start."""
+    path = self._shard(index)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+      size = os.fstat(handle).st_size
+    finally:
+      os.close(handle)
+    if size != self._sizes[path]:
+      raise OSError(f"{printable(path)} has changed during the run: it had {self._sizes[path]} bytes, now {size}")
 
   def image_name(self, index: int) -> str:
     """Returns for example "train[12]": the split and the index of the stored record."""
@@ -108,7 +171,7 @@ class TfdsSource(Source):
       return None
     if self._cached_labels is None:
       with concurrent.futures.ThreadPoolExecutor(_LABEL_THREADS) as threads:
-        labels = threads.map(lambda i: self[i].label, range(len(self)))
+        labels = threads.map(self._read_label, range(len(self)))
         self._cached_labels = np.fromiter(labels, np.int32, len(self))
     return self._cached_labels
 
@@ -121,11 +184,25 @@ class TfdsSource(Source):
         self._cached_targets = np.stack(list(threads.map(self._read_targets, range(len(self)))))
     return self._cached_targets
 
+  def _read_label(self, index: int) -> int:
+    """Returns the label of a record, -1 if the record is damaged."""
+    try:
+      return read_record(self, index).label
+    except BrokenImage:
+      return -1
+
   def _read_targets(self, index: int) -> np.ndarray:
-    record, targets = self._records[index], np.zeros(len(self.class_names), np.int8)
-    targets[record[self._present]] = -1
-    targets[record[self._present_easily]] = 1
-    return targets
+    """Returns i8[C], zeros if the record is damaged."""
+    def pick(fields: dict[Any, Any]) -> np.ndarray:
+      targets = np.zeros(len(self.class_names), np.int8)
+      targets[fields[self._present]] = -1
+      targets[fields[self._present_easily]] = 1
+      return targets
+
+    try:
+      return patiently(lambda: self._read(index, pick), lambda: self.image_name(index))
+    except BrokenImage:
+      return np.zeros(len(self.class_names), np.int8)
 
 
 def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
@@ -136,7 +213,8 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
   try:
     if base in OWN_BUILDERS:
       return OWN_BUILDERS[base](data_dir=directory, version=version or None)
-    return tfds.builder(name, data_dir=directory)
+    with _features_of_tfds_only():
+      return tfds.builder(name, data_dir=directory)
   except tfds.core.DatasetNotFoundError as error:
     known = sorted({*tfds.list_builders(with_community_datasets=False), *OWN_BUILDERS})
     near = difflib.get_close_matches(base.split("/")[0], known, n=5, cutoff=0.5)
@@ -152,6 +230,30 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     raise UserError(
       f"TFDS cannot open data set {printable(name)!r}: {' '.join(str(error).split())[:400]}"
     ) from error
+
+
+@contextlib.contextmanager
+def _features_of_tfds_only() -> Iterator[None]:
+  """A context in which TFDS imports no module that a features.json names, except those of its own features."""
+  kind, before = tfds.features.FeatureConnector, vars(tfds.features.FeatureConnector)["cls_from_name"]
+
+  def class_of(cls: type, name: str) -> type:
+    if not name.startswith(_FEATURES):
+      raise UserError(f"the features.json of the TFDS set names {printable(name)}, which is no feature of TFDS, and is "
+                      "not imported; take the set from another place")
+    return before.__func__(cls, name)
+
+  kind.cls_from_name = classmethod(class_of)  # pyrefly: ignore[bad-assignment]  # it does not know classmethods
+  try:
+    yield
+  finally:
+    kind.cls_from_name = before
+
+
+def _damaged(builder: tfds.core.DatasetBuilder, error: Exception | None) -> UserError:
+  return UserError(
+    f"the files of TFDS set {builder.info.full_name} in {printable(str(builder.data_dir))} are damaged or missing "
+    f"({printable(' '.join(str(error).split())[:200])}); bring them back, or move that folder away and start again")
 
 
 def _prepare(builder: tfds.core.DatasetBuilder, name: str) -> None:
@@ -252,23 +354,35 @@ def _label_sets(builder: tfds.core.DatasetBuilder) -> tuple[str, str] | tuple[No
   return (keys[0], keys[0]) if len(keys) == 1 else (None, None)
 
 
-def _digest(info: Any, records: Source) -> str:
+def _digest(info: Any, sampled: list[Record]) -> str:
   """Returns a hash of the lengths of the shards and of the pixels of some images.
 
   If the order on disk differs, the hash almost surely differs. The pixels are hashed, not the stored bytes: if the same
   set is prepared twice, the fields of its records may be stored in another order.
+
+  Args:
+    info: of the split.
+    sampled: the sampled records.
   """
   digest = hashlib.sha256(
     repr([(shard.skip, shard.examples_in_shard) for shard in info.file_instructions]).encode()
   )
-  for index in _sample(len(records)):
-    image, label = records[index]
+  for image, label in sampled:
     with contextlib.suppress(BrokenImage):
       image = decode(image).tobytes()
     digest.update(image + b"%d" % label)
   return digest.hexdigest()[:32]
 
 
-def _sample(num_records: int) -> list[int]:
-  """Returns the indices of `_SAMPLED_RECORDS` records, evenly spaced from the first to the last."""
-  return np.linspace(0, num_records - 1, _SAMPLED_RECORDS).astype(int).tolist()
+def _sampled(source: Source) -> tuple[list[Record], Exception | None]:
+  """Returns (the sampled records that can be read, the problem of a damaged one or None).
+
+  The sample are `_SAMPLED_RECORDS` records, evenly spaced from the first to the last.
+  """
+  found, problem = [], None
+  for index in np.linspace(0, len(source) - 1, _SAMPLED_RECORDS).astype(int).tolist():
+    try:
+      found.append(read_record(source, index))
+    except BrokenImage as error:
+      problem = error
+  return found, problem

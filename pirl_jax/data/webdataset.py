@@ -21,7 +21,8 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from pirl_jax.data.folder import MANY, endings_of
+from pirl_jax.data.crops import BrokenImage
+from pirl_jax.data.folder import MANY, MAX_BYTES, endings_of
 from pirl_jax.data.records import Record, Source, printable
 from pirl_jax.data.sources import DataSettings
 from pirl_jax.errors import UserError
@@ -133,22 +134,27 @@ class WebDatasetSource(Source):
     return len(self._index.shard)
 
   def __getitem__(self, index: int) -> Record:
+    """Returns record `index`, with the bytes of the file in its shard.
+
+    Raises:
+      BrokenImage: the image has too many bytes.
+      OSError: the shard cannot be read, has vanished or changed: its thousands of images may all be sound.
+    """
     number, size = self._index.shard[index], int(self._index.size[index])
-    name = self._shards[number]
+    if size > MAX_BYTES:
+      raise BrokenImage(f"{size:,} bytes are too many")
     try:
       # Opened for each image: sets have more shards than a process may have open files, and copies need no open file.
-      handle = os.open(os.path.join(self._folder, name), os.O_RDONLY)
+      handle = os.open(os.path.join(self._folder, self._shards[number]), os.O_RDONLY | os.O_NONBLOCK)
       try:
         if (now := os.fstat(handle).st_size) != self._shard_sizes[number]:
-          raise UserError(f"{self._path(number)} has changed during the run: it had {self._shard_sizes[number]} bytes "
-                          f"and has {now} now; bring it back and start again")
+          raise OSError(errno.ESTALE, f"{self._path(number)} has changed during the run: it had "
+                        f"{self._shard_sizes[number]} bytes and has {now} now; bring it back")
         content = os.pread(handle, size, int(self._index.offset[index]))
       finally:
         os.close(handle)
     except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
-      # Thousands of images are in this shard, and all of them may be sound.
-      raise UserError(f"{self._path(number)} has vanished during the run ({error.strerror}); bring it back and start "
-                      "again") from error
+      raise OSError(error.errno, f"{self._path(number)} has vanished during the run ({error.strerror})") from error
     if len(content) < size:
       raise OSError(errno.EIO, f"{self._path(number)} ended early")
     return Record(content, -1 if self._labels is None else int(self._labels[index]))

@@ -1,5 +1,6 @@
 """Ends the program, although threads of a library may be stuck."""
 
+import concurrent.futures.thread as pools
 import os
 import sys
 import threading
@@ -22,7 +23,8 @@ def leave(code: Any) -> NoReturn:
   """
   end = time.monotonic() + GRACE_SECONDS
   for thread in threading.enumerate():
-    if thread is not threading.current_thread() and not thread.daemon:
+    # Python waits for the threads of every pool, too, although those of grain's are daemons.
+    if thread is not threading.current_thread() and (not thread.daemon or thread in pools._threads_queues):
       thread.join(max(0, end - time.monotonic()))
       if thread.is_alive():
         break

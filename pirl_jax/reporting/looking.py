@@ -70,7 +70,7 @@ class Seen(NamedTuple):
     try:
       record = self.source[int(self.index[place])]
       return Image.fromarray(shrink(open_image(record.image, self.source.decoding), side))
-    except (BrokenImage, OSError, UserError):
+    except (BrokenImage, MemoryError, OSError, UserError):
       return None
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 import pirl_jax
 from pirl_jax import configs
 from pirl_jax.configs.base import get_base
-from pirl_jax.data.batches import why_broken
+from pirl_jax.data.reading import why_broken
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.representation import rank_me
 from pirl_jax.reporting import charts, looking, page

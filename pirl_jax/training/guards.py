@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from pirl_jax.data import batches
+from pirl_jax.data import reading
 from pirl_jax.errors import UserError
 from pirl_jax.method.health import QUANTITIES
 from pirl_jax.method.state import TrainState
@@ -100,7 +100,7 @@ class Broken:
       if index not in self._seen:
         self._seen.add(index)
         if len(self._seen) <= NAMED_BROKEN:
-          reason = batches.why_broken(self._source, int(index))
+          reason = reading.why_broken(self._source, int(index))
           self._book.say(f"step {step}: {self._source.image_name(int(index))} cannot be read"
                          f"{f' ({reason})' if reason else ''}; from now on it has no weight "
                          f"({len(self._seen)} broken so far)")

@@ -1,6 +1,7 @@
 """Builds the parts of a run from its config. All checks are made before anything compiles."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from pirl_jax.choosing.choices import Choice, choose_settings, format_choices, o
 from pirl_jax.choosing.facts import facts_of
 from pirl_jax.data import batches, overlap, sources
 from pirl_jax.data.in_memory import keep
+from pirl_jax.data.records import check_text
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images
 from pirl_jax.method import losses, memory_bank, products
@@ -96,14 +98,20 @@ RULES = (
   (("num_negatives",), lambda value: value >= 0, "0 (every row) or more is needed"),
   (("data.num_images", "evaluate.num_images", "jigsaw.num_permutations"), lambda value: value >= 0,
    "0 (all) or more is needed"),
-  (("pretext_weight", "bank.momentum", "optimizer.momentum", "data.max_bad_fraction"), lambda value: 0 <= value <= 1,
-   "it lies in [0, 1]"),
-  (("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.end_factor", "optimizer.warmup_epochs",
-    "optimizer.warmup_factor"), lambda value: 0 <= value < float("inf"), "a finite number from 0 is needed"),
+  (("pretext_weight", "bank.momentum", "optimizer.momentum", "data.max_bad_fraction", "optimizer.end_factor",
+    "optimizer.warmup_factor"), lambda value: 0 <= value <= 1, "it lies in [0, 1]"),
+  (("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.warmup_epochs"),
+   lambda value: 0 <= value < float("inf"), "a finite number from 0 is needed"),
   (("data.holdout",), lambda value: 0 <= value < 1, "it lies in [0, 1)"),
   (("data.kept_side",), lambda value: value >= 0, "0 (not kept) or more is needed"),
-  (("evaluate.temperature",), lambda value: 0 < value < float("inf"), "a number above 0 is needed"),
-  (("evaluate.crop_fraction", "optimizer.decay_factor"), lambda value: 0 < value <= 1, "it lies in (0, 1]"),
+  (("seed",), lambda value: 0 <= value < 2**32, "it lies in [0, 2**32)"),
+  (("name",), lambda value: re.fullmatch(r"[\w.+\- ]{0,200}", value) and value.strip(".") or not value,
+   "it becomes a folder: letters, digits, _ . + - and spaces only"),
+  (("model.width",), lambda value: value <= 64, "at most 64 is possible"),
+  (("evaluate.batch_size",), lambda value: value <= 65_536, "at most 65,536 is possible"),
+  (("temperature", "evaluate.temperature"), lambda value: 0 < value <= 1_000, "it lies in (0, 1000]"),
+  (("evaluate.crop_fraction",), lambda value: 0.1 <= value <= 1, "it lies in [0.1, 1]"),
+  (("optimizer.decay_factor",), lambda value: 0 < value <= 1, "it lies in (0, 1]"),
   (("data.image_scale", "jigsaw.crop_scale"), lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
    "it is (smallest, largest), within (0, 1]"),
   (("objective",), *_one_of(system.OBJECTIVES)),
@@ -126,12 +134,17 @@ def check_config(config: ConfigDict) -> None:
     for field in fields:
       if _get(config, field) is not None and not holds(_get(config, field)):
         raise UserError(f"{field}={_get(config, field)!r} is not possible: {rule}")
+  for field in ("data.root", "data.split", "data.name", "evaluate.root", "evaluate.split", "evaluate.name"):
+    check_text(field, _get(config, field) or "")
   if config.num_negatives == 0 and config.negative_sampling != "shared":
     raise UserError(f"negative_sampling={config.negative_sampling!r} is not possible: num_negatives=0 takes every row "
                     "for every image, there is nothing to draw")
   if config.num_negatives == 0 and config.own_row_is_negative:
     raise UserError("own_row_is_negative=True is not possible: num_negatives=0 takes every row once, and an image has "
                     "its own row as the positive")
+  if config.data.source == "embedded" and (given := config.data.root or config.data.name):
+    raise UserError(f"data.source='embedded' draws its images, and {given!r} is given; for a folder of images take "
+                    "--config=configs/pirl.py:folder --config.data.root=DIR")
   if config.data.holdout and config.evaluate.split:
     raise UserError(f"data.holdout={config.data.holdout} and evaluate.split={config.evaluate.split!r} are not possible "
                     "together: both say which images are held out")
@@ -162,11 +175,11 @@ def build(config: ConfigDict, workdir: Path,
   if not open_fields(config):
     check_shares(config, mesh.size)
     views_fn = system.views_of(config)  # what is wrong with the views needs no data to be said
-    train, test = open_data(config)
+    train, test = _outside(workdir, open_data(config))
     check_images(train)
     return assemble(config, workdir, mesh, views_fn, train, test, device_bytes=mesh_lib.device_bytes())
   config, made = arrange(config)
-  train, test = open_data(config)
+  train, test = _outside(workdir, open_data(config))
   check_images(train)
   config, more = choose_settings(config, facts_of(mesh, train))
   made = (*made, *more)
@@ -175,6 +188,16 @@ def build(config: ConfigDict, workdir: Path,
   check_shares(config, mesh.size)
   parts = assemble(config, workdir, mesh, system.views_of(config), train, test, device_bytes=mesh_lib.device_bytes())
   return dataclasses.replace(parts, choices=made)
+
+
+def _outside(workdir: Path, opened: tuple[sources.Source, sources.Source | None]) -> tuple[
+    sources.Source, sources.Source | None]:
+  """Returns the sources; raises UserError if the figures of a run in `workdir` would be images of one of them."""
+  for source in opened:
+    if source is not None and source.holds(workdir):
+      raise UserError(f"the folder of the run, {workdir}, lies among the images: its figures would be new images, and "
+                      "the run could not be resumed; choose another --workdir, outside of data.root")
+  return opened
 
 
 def check_shares(config: ConfigDict, num_devices: int) -> None:

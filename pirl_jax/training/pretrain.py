@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from pirl_jax.reporting import report
 from pirl_jax.reporting.looking import Sight, look
 from pirl_jax.runs import Run
 from pirl_jax.runtime import caching, devices, out_of_memory, processes
+from pirl_jax.runtime.environment import numeric_environment
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import write_json
 from pirl_jax.storage.formats import FORMAT
@@ -48,6 +50,7 @@ from pirl_jax.training.resuming import (
   check_beginning,
   check_images,
   hold,
+  moved,
   other_root,
   restore,
   run_meta,
@@ -103,7 +106,7 @@ def _pretrain(parts: Parts, stopping: Stopping, other: Callable | None) -> None:
     "the folder of the run": str(workdir), **flatten(config.to_dict()),
     "the training images": parts.train.fingerprint,
     "the held-out images": parts.test and parts.test.fingerprint,
-    "the version of jax": jax.__version__, "the format of checkpoints": FORMAT})
+    **numeric_environment()["draws"], "the version of jax": jax.__version__, "the format of checkpoints": FORMAT})
   with processes.together(hold, workdir), Checkpoints(
       workdir / "checkpoints", keep=config.checkpoint.keep, note=partial(note_saved, workdir)) as checkpoints:
     processes.together(probe, workdir)
@@ -153,7 +156,11 @@ def prepare(config: ConfigDict, workdir: Path) -> Parts:
   except UserError as error:
     if root := other_root(config, workdir):
       raise UserError(f"{workdir} holds a run on the images in {root}; give those in {config.data.root} another place, "
-                      f"--workdir=runs/NAME ({error})") from error
+                      "--workdir=runs/NAME; or, if they are the same images, name their sub-folder, "
+                      f"--config.data.split, to resume the run ({error})") from error
+    if moved(config, workdir):
+      raise UserError(f"{error}; if the images have been moved, --config.data.root=DIR with their new place resumes "
+                      f"the run in {workdir}") from error
     raise
 
 
@@ -198,10 +205,15 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
     if step > parts.steps_per_epoch:
       guard.warn_of_collapse(step, figures)
 
-  in_flight = InFlight(over)
+  in_flight, saved = InFlight(over), start_step
   for step in range(start_step + 1, parts.total_steps + 1):
     started = time.perf_counter()
-    batch = next(stream)
+    batch, stop = interruptibly(stopping, next, stream)  # a read of a stalled disk never returns
+    if stop:
+      in_flight.drain()
+      guard.check()
+      say_stopped(parts, book, save_unless(saved, parts, state, checkpoints, book, stopping))
+      stopping.stop()
     waited += time.perf_counter() - started
     broken.note(step, batch)
     if step == 1 and jax.process_index() == 0:
@@ -223,19 +235,38 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
         if evaluations.due(step) and not stop:
           # An evaluation may take minutes, but after a signal there may be only seconds. Therefore a signal interrupts
           # the evaluation; when the run resumes, the evaluation is made up for.
-          try:
-            with stopping.held(False):
-              knn_top1 = evaluations.measure(step, state)
-          except Stopped:
-            stop = True
-        save(parts, state, checkpoints, knn_top1=knn_top1, surely=stop or last, say=book.say,
-             pause=stopping.pause)
+          knn_top1, stop = interruptibly(stopping, evaluations.measure, step, state)
+        save(parts, state, checkpoints, knn_top1=knn_top1, surely=stop or last, say=book.say, pause=stopping.pause)
+      saved = step
     if stop:
-      book.say(f"stopped after step {step}, saved in {parts.workdir / 'checkpoints' / str(step)}; the same command "
-               "resumes the run")
+      say_stopped(parts, book, step)
       stopping.stop()
   stream.close()
   return state
+
+
+def interruptibly(stopping: Stopping, fn: Callable, *args: Any) -> tuple[Any, bool]:
+  """Returns (fn(*args), False), or (None, True) if the run was asked to stop meanwhile."""
+  try:
+    with stopping.held(False):
+      return fn(*args), False
+  except Stopped:
+    return None, True
+
+
+def save_unless(saved: int, parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbook,
+                stopping: Stopping) -> int:
+  """Saves the state, unless it is that of step `saved`, which is on disk; returns its step."""
+  step = int(state.step)
+  if step > saved:
+    save(parts, state, checkpoints, knn_top1=None, surely=True, say=book.say, pause=stopping.pause)
+  return step
+
+
+def say_stopped(parts: Parts, book: Logbook, step: int) -> None:
+  """Says after which step the run was stopped, and how it goes on."""
+  where = f", saved in {parts.workdir / 'checkpoints' / str(step)}" if step else ""
+  book.say(f"stopped after step {step}{where}; the same command resumes the run")
 
 
 def save_views(parts: Parts, batch: dict[str, np.ndarray]) -> None:

@@ -15,15 +15,16 @@ from ml_collections import ConfigDict
 from pirl_jax import system
 from pirl_jax.choosing.choices import recalled, with_values
 from pirl_jax.data import contents
-from pirl_jax.data.records import Source
+from pirl_jax.data.records import Source, same_images
 from pirl_jax.errors import UserError
 from pirl_jax.method.memory_bank import Layout
 from pirl_jax.method.state import TrainState
+from pirl_jax.runtime.environment import numeric_environment
 from pirl_jax.storage.checkpoints import Checkpoints, Incomplete
 from pirl_jax.storage.files import locked, read_json, read_object, write_file, write_json
 from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, upgrade_config
 from pirl_jax.storage.logbook import METRICS
-from pirl_jax.storage.reading import patiently
+from pirl_jax.storage.reading import try_reading
 from pirl_jax.storage.rows import read_rows
 from pirl_jax.storage.settings import difference, flatten
 from pirl_jax.training import growing
@@ -33,6 +34,9 @@ from pirl_jax.training.parts import Parts, make_schedule
 FREE_ON_RESUME = ("num_epochs", "dry_run", "data.root", "data.grown", "checkpoint.", "evaluate.", "log.", "report",
                   "export", "data.num_threads", "data.max_bad_fraction")
 """Fields that may change when a run resumes; a name that ends with a dot stands for its whole group."""
+
+MOVABLE = ("folder", "webdataset")
+"""Sources whose fingerprint does not depend on the place of the images: `data.root` and `data.split`."""
 
 CHOSEN = "chosen.json"
 """The file with the fields that the program has chosen, and why."""
@@ -147,6 +151,11 @@ def other_root(config: ConfigDict, workdir: Path) -> str:
   return "" if same or not root or not _saved(workdir) else root
 
 
+def moved(config: ConfigDict, workdir: Path) -> bool:
+  """Returns whether there is a run in `workdir`, and no longer a folder at the place of its images."""
+  return _saved(workdir) and bool(config.data.root) and not os.path.exists(os.path.expanduser(config.data.root))
+
+
 def stored_config(workdir: Path) -> dict[str, Any] | None:
   """Returns the config of the run in `workdir` in the current format, or None if there is none.
 
@@ -155,7 +164,7 @@ def stored_config(workdir: Path) -> dict[str, Any] | None:
   """
   path = workdir / "config.json"
   if os.path.lexists(path):
-    stored, damage = patiently(str(path), lambda: _config_of(read_object(path)), folder=path)
+    stored, damage = try_reading(str(path), lambda: _config_of(read_object(path)), folder=path)
     if damage:
       raise UserError(f"{path} is damaged ({damage}); delete it to resume the run, because the checkpoints hold the "
                       "config, too; or choose another --workdir")
@@ -184,11 +193,32 @@ def _config_of(stored: dict[str, Any]) -> dict[str, Any]:
 
 def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -> None:
   """Raises UserError if the config stored with the run in `workdir` differs in a field that may not change."""
-  free = (*FREE_ON_RESUME, "num_negatives") if config.data.grown else FREE_ON_RESUME
+  free = (*FREE_ON_RESUME, *(["num_negatives"] if config.data.grown else []))
+  if config.data.source in MOVABLE and stored["data"]["source"] == config.data.source:
+    free = (*free, "data.split")  # the same images may lie under another name now; their fingerprints are compared
   if found := difference(stored, json.loads(json.dumps(config.to_dict())), free=free):
     field, before, now = found
     raise UserError(f"{workdir} holds a run with {field}={before!r}, and now it is {now!r}; choose another --workdir, "
                     "or give the old value to resume the run")
+
+
+def compare_environment(meta: Mapping[str, Any], workdir: Path) -> None:
+  """Prints a warning if the environment rounds in another way than when the checkpoint with this `meta` was saved.
+
+  Raises:
+    UserError: the environment draws other random numbers, or computes in other types.
+  """
+  before, now = meta.get("environment"), numeric_environment()
+  if before is None:  # the checkpoint was saved before the environment was recorded
+    return
+  if found := difference(before["draws"], now["draws"]):
+    name, was, given = found
+    raise UserError(f"the run in {workdir} started with {name}={was!r}, and now it is {given!r}: views and negatives "
+                    f"would be others; set {name.upper()}={was} in the environment, or choose another --workdir")
+  if found := difference(before["rounding"], now["rounding"]):
+    name, was, given = found
+    print(f"WARNING: {name} was {was!r} when the newest checkpoint was saved, and now it is {given!r}; from here on "
+          "last bits may differ from those of a run that was not interrupted")
 
 
 def check_images(train: Source, workdir: Path) -> None:
@@ -230,14 +260,16 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
     if meta["format"] < FIRST_BITS and parts.config.bank.dtype == "bfloat16":
       raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a bfloat16 bank is "
                       "stored in another way: the run can be evaluated, but not resumed; choose another --workdir")
-    grown_from = meta if grown and meta.get("data") != expected["data"] else None
+    same = same_images(meta.get("data", ""), expected["data"])
+    grown_from = meta if grown and not same else None
     # Only a supervised network depends on the number of classes.
     free = ("data", "num_images", "num_strata", *(["num_classes"] if system.has_bank(parts.config) else []))
     for name, now in expected.items():
-      if meta.get(name) != now and not (grown_from and name in free):
+      if meta.get(name) != now and not (grown_from and name in free) and not (name == "data" and same):
         raise UserError(f"the checkpoint in {parts.workdir} has {name} {meta.get(name)!r}, and this run {now!r}; "
                         "choose another --workdir")
     compare_configs(parts.config, meta["config"], parts.workdir)
+    compare_environment(meta, parts.workdir)
     if meta["step"] > parts.total_steps:
       raise UserError(f"{parts.workdir} has already done {meta['step']} steps, and num_epochs="
                       f"{parts.config.num_epochs} are {parts.total_steps} steps; raise num_epochs")
@@ -279,4 +311,5 @@ def run_meta(parts: Parts) -> dict[str, Any]:
 def save(parts: Parts, state: TrainState, checkpoints: Checkpoints, **options: Any) -> None:
   """Starts writing a checkpoint of the state, see `Checkpoints.save`."""
   step = int(state.step)
-  checkpoints.save(step, state, {**run_meta(parts), "config": parts.config.to_dict()}, **options)
+  checkpoints.save(step, state, {
+    **run_meta(parts), "environment": numeric_environment(), "config": parts.config.to_dict()}, **options)

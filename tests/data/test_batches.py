@@ -1,6 +1,7 @@
 """Batches: one stream, whatever the threads, the processes and the restarts."""
 
 import dataclasses
+import errno
 import itertools
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pytest
 from launching import ROOT
 from PIL import Image
 
+from pirl_jax.data import reading
 from pirl_jax.data.batches import eval_batches, labelled_batches, place, steps_per_epoch, train_batches
-from pirl_jax.data.crops import centre_crop
+from pirl_jax.data.crops import BrokenImage, centre_crop
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.data.sources import DataSettings, open_source
@@ -167,13 +169,11 @@ def test_processes_together_see_the_single_stream(count):
 
 
 class Damaged(TextureSource):
-  """Images 3 and 5 cannot be decoded, 11 is gone, 12 may not be read."""
+  """Images 3 and 5 cannot be decoded, 11 and 12 are gone."""
 
   def __getitem__(self, index):
-    if index == 11:
-      raise FileNotFoundError(index)
-    if index == 12:
-      raise PermissionError(index)
+    if index in (11, 12):
+      raise BrokenImage(index)
     record = super().__getitem__(index)
     return record._replace(image=b"broken") if index in (3, 5) else record
 
@@ -193,13 +193,36 @@ def test_broken_images_are_marked_and_change_no_other(num_threads):
   assert seen == {3, 5, 11, 12}
 
 
-def test_a_failing_disk_is_no_broken_image():
-  class Failing(TextureSource):
-    def __getitem__(self, index):
-      raise OSError(5, "Input/output error")
+class Failing(TextureSource):
+  """The first `failures` reads of each image fail in the same way."""
 
-  with pytest.raises(UserError, match=r"texture \d+ .* cannot be read because the disk .*\(Input/output error\)"):
-    take(1, Failing(NUM_IMAGES, size=32, split="train"), num_threads=2)
+  def __init__(self, error, failures):
+    super().__init__(NUM_IMAGES, size=32, split="train")
+    self._error, self._left = error, dict.fromkeys(range(NUM_IMAGES), failures)
+
+  def __getitem__(self, index):
+    if self._left[index]:
+      self._left[index] -= 1
+      raise self._error
+    return super().__getitem__(index)
+
+
+FAILURES = [(OSError(errno.EIO, "Input/output error"), r"the disk .*\(Input/output error\)"),
+            (OSError(errno.ESTALE, "Stale file handle"), r".*\(Stale file handle\)"),
+            (PermissionError(errno.EACCES, "Permission denied"), r".*\(Permission denied\)"),
+            (OSError(errno.EMFILE, "Too many open files"), r".*\(Too many open files\)"),
+            (TimeoutError(), r".*\(TimeoutError\)"), (MemoryError(), "memory is short")]
+
+
+@pytest.mark.parametrize("error, said", FAILURES)
+def test_a_failure_that_passes_costs_nothing_and_one_that_lasts_ends_the_run(error, said, monkeypatch):
+  monkeypatch.setattr(reading, "PAUSES", (0.001,) * 3)
+  for num_threads in (0, 2):
+    assert_same(take(12, Failing(error, 3), num_threads=num_threads), take(12))
+  with pytest.raises(UserError, match=r"texture \d+ .* cannot be read because " + said):
+    take(1, Failing(error, 4), num_threads=2)
+  with pytest.raises(UserError, match=said):
+    reading.why_broken(Failing(error, 4), 0)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pickle
+import resource
 import subprocess
 import sys
 import tarfile
@@ -13,10 +15,13 @@ import pytest
 import requests
 import tensorflow_datasets as tfds
 from archives import cifar_archive, write_archive
+from array_record.python import array_record_module
 from PIL import Image
 
-from pirl_jax.data import tfds_source
+from pirl_jax.data import reading, tfds_source
+from pirl_jax.data.batches import eval_batches
 from pirl_jax.data.crops import decode
+from pirl_jax.data.records import same_images
 from pirl_jax.data.sources import DataSettings, open_source
 from pirl_jax.errors import UserError
 
@@ -400,3 +405,106 @@ def test_own_builders_are_those_of_tfds_in_name_version_and_features(tmp_path):
     ours, theirs = builder(data_dir=tmp_path), tfds.builder(name, data_dir=tmp_path)
     assert ours.info.full_name == theirs.info.full_name
     assert ours.info.features.get_serialized_info() == theirs.info.features.get_serialized_info()
+
+
+@pytest.fixture
+def records(tmp_path):
+  """Returns (a copy of a prepared set of 200 records, its source, the file, the offset of each record's image)."""
+  cifar_archive(tmp_path, per_file=40)
+  source = opened(tmp_path, "cifar10")
+  path, = (tmp_path / "cifar10" / "3.0.2").glob("*train*array_record*")
+  content = path.read_bytes()
+  return tmp_path, source, path, [content.index(source[i].image[100:200]) for i in range(len(source))]
+
+
+def flip(path, offset):
+  content = bytearray(path.read_bytes())
+  content[offset] ^= 4
+  path.write_bytes(bytes(content))
+
+
+def test_a_damaged_record_is_a_broken_image_like_any_other(records):
+  root, source, path, offsets = records
+  whole, labels = [source[i] for i in range(200)], source.labels()
+  flip(path, offsets[20])
+  damaged = opened(root, "cifar10")
+  assert damaged.fingerprint == source.fingerprint and "damaged record" in reading.why_broken(damaged, 20)
+  assert reading.read_image(damaged, 20, lambda image: image) == (None, -1)
+  assert [damaged[i] for i in range(200) if i != 20] == [whole[i] for i in range(200) if i != 20]
+  assert damaged.labels()[20] == -1 and (np.delete(damaged.labels(), 20) == np.delete(labels, 20)).all()
+  batch, *_ = eval_batches(damaged, batch_size=200, image_size=8, crop_fraction=1.0, num_threads=2)
+  assert np.flatnonzero(~batch["valid"]).tolist() == [20]
+  flip(path, offsets[0])  # its pixels are a part of the fingerprint
+  other = opened(root, "cifar10")
+  assert other.fingerprint != source.fingerprint and same_images(source.fingerprint, other.fingerprint)
+  assert not same_images(source.fingerprint, other.fingerprint.replace("200", "201"))
+  assert "damaged record" in reading.why_broken(other, 0) and len(other) == 200
+
+
+def test_a_shard_that_is_gone_or_cut_or_cannot_be_opened_costs_no_image_its_weight(records, monkeypatch):
+  root, source, path, offsets = records
+  monkeypatch.setattr(reading, "PAUSES", (0.001,))
+  whole, content = [source[i] for i in range(200)], path.read_bytes()
+  fresh = pickle.loads(pickle.dumps(source))
+  for change, said, readers in (
+      (lambda: path.rename(root / "away"), "No such file or directory", [fresh]),  # the other has opened the file
+      (lambda: path.write_bytes(b""), "has changed during the run: it had", [fresh]),
+      (lambda: path.write_bytes(content), "", []),
+      (lambda: os.truncate(path, 80_000), "has changed during the run: it had", [fresh])):
+    change()
+    for one in readers:
+      with pytest.raises(UserError, match=rf"train\[150\] cannot be read .*{said}"):
+        reading.read_image(one, 150, lambda image: image)
+  with open(path, "r+b") as file:
+    file.write(content)
+  for one in (source, fresh):  # both go on, and then see the same file being cut
+    assert [one[i] for i in range(200)] == whole
+  os.truncate(path, 80_000)
+  with pytest.raises(UserError, match=r"train\[199\] cannot be read .*has changed during the run"):
+    reading.read_image(fresh, 199, lambda image: image)
+  path.write_bytes(content)
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  fresh = pickle.loads(pickle.dumps(source))
+  first_free = os.dup(0)
+  os.close(first_free)
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, limits[1]))
+    with pytest.raises(UserError, match="Too many open files"):
+      reading.read_record(fresh, 3)
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+  assert fresh[3] == whole[3]
+
+
+def test_a_record_that_does_not_parse_is_broken(tmp_path):
+  cifar_archive(tmp_path)
+  opened(tmp_path, "cifar10")
+  path, = (tmp_path / "cifar10" / "3.0.2").glob("*train*array_record*")
+  reader = array_record_module.ArrayRecordReader(str(path))
+  stored = reader.read_all()
+  reader.close()
+  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+  for number, record in enumerate(stored):
+    writer.write({30: b"", 31: b"no record", 33: record[:-20]}.get(number, record))
+  writer.close()
+  source = opened(tmp_path, "cifar10")
+  assert [i for i in range(100) if reading.why_broken(source, i)] == [30, 31, 33]
+
+
+def test_no_module_is_imported_that_features_name(tmp_path):
+  cifar_archive(tmp_path)
+  opened(tmp_path, "cifar10")
+  folder = tmp_path / "mine" / "1.0.0"
+  (tmp_path / "cifar10" / "3.0.2").rename(tmp_path / "moved")
+  folder.parent.mkdir()
+  (tmp_path / "moved").rename(folder)
+  for path in folder.iterdir():
+    path.write_bytes(path.read_bytes().replace(b'"cifar10"', b'"mine"'))
+    path.rename(folder / path.name.replace("cifar10", "mine"))
+  assert len(opened(tmp_path, "mine")) == 100
+  features = folder / "features.json"
+  features.write_text(features.read_text().replace("tensorflow_datasets.core.features.image_feature.Image",
+                                                   "wsgiref.simple_server.WSGIServer"))
+  sys.modules.pop("wsgiref.simple_server", None)
+  assert "wsgiref.simple_server.WSGIServer, which is no feature of TFDS" in one_line(opened, tmp_path, "mine")
+  assert "wsgiref.simple_server" not in sys.modules

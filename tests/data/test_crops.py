@@ -2,6 +2,7 @@
 
 import io
 import math
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -444,3 +445,72 @@ def test_squash_resize_goes_straight_to_the_square_where_nothing_is_cut(height, 
   assert np.abs(straight - stepwise).mean() > 0.1
   small = photograph_like(32, 32)
   np.testing.assert_array_equal(squash_resize(small, size=32, fraction=1.0), small)
+
+
+@pytest.mark.parametrize("height, width", [(1, 200_000), (200_000, 1), (1, 10_000), (3, 100_000)])
+def test_the_memory_of_a_crop_is_bounded_by_the_view_whatever_the_image_is_like(height, width):
+  """The image is a ramp along its longer side."""
+  ramp = np.linspace(0, 255, max(height, width)).astype(np.uint8)
+  ramp = np.ascontiguousarray(np.broadcast_to(ramp[:, None, None] if height > width else ramp[None, :, None],
+                                              (height, width, 3)))
+  file = encoded(Image.fromarray(ramp), "PNG")
+  image = open_image(file)
+  tracemalloc.start()
+  centre = centre_crop(ramp, size=224, fraction=224 / 256)
+  whole = squash_resize(ramp, size=224, fraction=224 / 256)
+  cut = random_resized_crops(np.random.default_rng(0), image, {"a": (224, (0.08, 1.0)), "b": (255, (0.6, 1.0))})
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 12 * ramp.size + 40 * 3 * 256**2
+  assert centre.shape == whole.shape == cut["a"].shape == (224, 224, 3) and cut["b"].shape == (255, 255, 3)
+  assert centre.min() >= 125 and centre.max() <= 130  # the very middle
+  assert whole.min() < 5 and whole.max() > 250  # both ends
+
+
+def test_an_image_of_an_ordinary_shape_is_cut_as_ever():
+  image = smooth(30, 450)
+  expected = crops._resize(image, 64, 960)[4:60, 452:508]
+  np.testing.assert_array_equal(centre_crop(image, size=56, fraction=0.875), expected)
+  longer = np.concatenate([image, image[:, :50]], axis=1)
+  np.testing.assert_array_equal(centre_crop(longer, size=56, fraction=0.875),
+                                centre_crop(longer[:, 10:490], size=56, fraction=0.875))
+
+
+def test_a_large_header_on_a_small_file_is_broken_and_a_photograph_is_not():
+  blank = encoded(Image.new("1", (16_000, 16_000)), "PNG")
+  assert len(blank) < 40_000
+  for file in (blank, encoded(Image.new("L", (8_000, 8_000)), "WEBP"), encoded(Image.new("L", (8_000, 8_000)), "TIFF",
+                                                                               compression="tiff_deflate")):
+    with pytest.raises(BrokenImage, match="pixels are too many for"):
+      open_image(file)
+  assert decode(encoded(Image.new("L", (4_000, 4_000)), "PNG")).shape == (4_000, 4_000, 3)
+  crops._check_size(9_000, 12_000, 3_000_000)  # 108 megapixels in 3 MB
+
+
+@pytest.mark.parametrize("kind", ["webp", "jpeg cmyk"])
+def test_a_lack_of_memory_is_no_fault_of_the_image(kind, monkeypatch):
+  for error in (MemoryError(), OSError("out of memory error when reading image file")):
+    def fail(*_, error=error):
+      raise error
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(MemoryError):
+      decode(FILES[kind])
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "jpeg progressive"])
+def test_a_lack_of_memory_in_opencv_is_no_fault_of_the_image(kind, monkeypatch):
+  real, results = cv2.imdecode, [None]
+  with monkeypatch.context() as patch:  # libjpeg's lack of memory looks like damage
+    patch.setattr(cv2, "imdecode", lambda *given: results.pop() if results else real(*given))
+    np.testing.assert_array_equal(decode(FILES[kind]), real(np.frombuffer(FILES[kind], np.uint8), crops._FLAGS))
+    results = [None, None]
+    with pytest.raises(BrokenImage):
+      decode(FILES[kind])
+  with pytest.raises(cv2.error) as raised:
+    np.zeros(1), cv2.resize(np.zeros((1, 1), np.uint8), (2**30, 2**30))
+  assert raised.value.code == cv2.Error.StsNoMem
+  def fail(*_):
+    raise raised.value
+  monkeypatch.setattr(cv2, "imdecode", fail)
+  with pytest.raises(MemoryError):
+    decode(FILES[kind])

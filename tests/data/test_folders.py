@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pirl_jax.data import arrangement, overlap
-from pirl_jax.data.batches import read_image, why_broken
 from pirl_jax.data.in_memory import InMemory, keep
+from pirl_jax.data.reading import read_image, why_broken
 from pirl_jax.data.sources import DataSettings, open_source
 from pirl_jax.errors import UserError
 

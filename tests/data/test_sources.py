@@ -1,5 +1,6 @@
 """Sources: what an index means, what is left out, and every mistake a user can make with a folder."""
 
+import errno
 import io
 import os
 import pickle
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pirl_jax.data import reading
 from pirl_jax.data.crops import decode
 from pirl_jax.data.sources import DataSettings, open_source
 from pirl_jax.errors import UserError
@@ -227,14 +229,95 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     opened("folder", root=root)
 
 
-def test_a_folder_that_vanishes_is_no_million_of_broken_images(tmp_path):
+def test_an_image_alone_is_broken_and_its_folder_is_not(tmp_path, monkeypatch):
+  monkeypatch.setattr(reading, "PAUSES", (0.001,))
+  names = ("cat/gone", "cat/folder", "cat/pipe", "cat/huge", "cat/loop", "cat/whole", "dog/a", "eel/a", "fox/a")
+  root = tmp_path / "root"
+  source = opened("folder", root=fill(root, {f"{name}.png": file_of(1) for name in names}))
+  index = {source.image_name(i).removesuffix(".png"): i for i in range(len(source))}
+  for name in names[:5]:
+    (root / f"{name}.png").unlink()
+  (root / "cat" / "folder.png").mkdir()
+  os.mkfifo(root / "cat" / "pipe.png")
+  with open(root / "cat" / "huge.png", "wb") as file:
+    file.truncate(300 * 2**30)
+  os.symlink("loop.png", root / "cat" / "loop.png")
+  for name, reason in (("gone", "No such file"), ("folder", "Is a directory"), ("pipe", "not a regular file"),
+                       ("huge", "322,122,547,200 bytes are too many"), ("loop", "Too many levels of")):
+    assert reading.read_image(source, index[f"cat/{name}"], lambda image: image.pixels()) == (None, -1)
+    assert reason in reading.why_broken(source, index[f"cat/{name}"])
+  (root / "dog").rename(tmp_path / "dog")  # taken away; another folder in its place, as after an unmount
+  (root / "eel").rename(tmp_path / "eel")
+  (root / "eel").mkdir()
+  for name in ("dog", "eel"):
+    with pytest.raises(UserError, match=f"{name}/a.png cannot be read .*(vanished during the run|another folder)"):
+      reading.read_image(source, index[f"{name}/a"], lambda image: image.pixels())
+  root.rename(tmp_path / "moved")
+  with pytest.raises(UserError, match="fox has vanished during the run"):
+    reading.read_image(source, index["fox/a"], lambda image: image.pixels())
+  for path in (tmp_path / "dog", tmp_path / "eel"):
+    (tmp_path / "moved" / "eel").rmdir() if path.name == "eel" else None
+    path.rename(tmp_path / "moved" / path.name)
+  (tmp_path / "moved").rename(root)
+  assert all(reading.why_broken(source, index[f"{name}/a"]) == "" for name in ("dog", "eel", "fox"))
+
+
+@pytest.mark.parametrize("refused, broken", [
+  (("a.png",), True), (("a.png", "b.png"), False), ((".png", "root"), False)])
+def test_a_file_that_may_not_be_read_is_broken_if_another_of_its_folder_may(refused, broken, tmp_path, monkeypatch):
+  monkeypatch.setattr(reading, "PAUSES", (0.001,))
   source = opened("folder", root=fill(tmp_path / "root", {"a.png": file_of(1), "b.png": file_of(1)}))
-  os.remove(tmp_path / "root" / "a.png")
-  with pytest.raises(FileNotFoundError):
-    source[0]
-  os.rename(tmp_path / "root", tmp_path / "moved")
-  with pytest.raises(UserError, match="vanished"):
-    source[1]
+  for name in ("open", "listdir"):
+    real = getattr(os, name)
+    def refuse(path, *given, real=real):
+      if str(path).endswith(refused):
+        raise PermissionError(13, "Permission denied", path)
+      return real(path, *given)
+    monkeypatch.setattr(os, name, refuse)
+  if broken:
+    assert reading.why_broken(source, 0) == "Permission denied"
+  else:
+    with pytest.raises(UserError, match="a.png cannot be read because the disk or the network fails .*Permission"):
+      reading.why_broken(source, 0)
+
+
+def test_folders_that_are_linked_to_each_other_are_read_once(tmp_path):
+  fill(tmp_path, {f"root/{i}/{i}.png": file_of(i) for i in range(8)} | {"away/in/x.png": file_of(9)})
+  for one in range(8):
+    for other in range(8):
+      os.symlink(f"../{other}", tmp_path / "root" / f"{one}" / f"to{other}")
+  os.symlink("../away/in", tmp_path / "root" / "first")
+  os.symlink("../away", tmp_path / "root" / "second")
+  os.symlink("0/0.png", tmp_path / "root" / "same.png")
+  os.symlink("../other.png", tmp_path / "root" / "u.png")
+  os.symlink("../other.png", tmp_path / "root" / "v.png")
+  fill(tmp_path, {"other.png": file_of(10)})
+  os.link(tmp_path / "root" / "0" / "0.png", tmp_path / "root" / "hard.png")
+  source = opened("folder", root=str(tmp_path / "root"))
+  assert names_of(source) == [*(f"{i}/{i}.png" for i in range(8)), "first/x.png", "hard.png", "u.png"]
+  for reason in ("link to a folder above it: 8", "link to a folder that is read already: 56", "by a link: 1",
+                 "link to an image that is read already: 2 (same.png, v.png)"):
+    assert reason in source.description
+
+
+def test_a_failure_while_listing_is_tried_again_and_never_leaves_an_image_out(tmp_path, monkeypatch):
+  root = fill(tmp_path, {"a/a.png": file_of(1), "b/b.png": file_of(1)})
+  for name, ending in (("lstat", "b.png"), ("listdir", "/b")):
+    for lasting in (False, True):
+      failures = [OSError(errno.EIO, "Input/output error")] * (9 if lasting else 1)
+      real = getattr(os, name)
+      def fail(path, real=real, ending=ending, failures=failures):
+        if str(path).endswith(ending) and failures:
+          raise failures.pop()
+        return real(path)
+      with monkeypatch.context() as patch:
+        patch.setattr(reading, "PAUSES", (0.001,) * 3)
+        patch.setattr(os, name, fail)
+        if lasting:
+          with pytest.raises(UserError, match=f"{ending} cannot be read because the disk or the network fails"):
+            opened("folder", root=root)
+        else:
+          assert len(opened("folder", root=root)) == 2 and not failures
 
 
 def test_a_number_of_images_of_a_folder_is_a_random_subset_the_same_each_time(tmp_path):

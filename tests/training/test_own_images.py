@@ -1,6 +1,7 @@
 """A folder of anybody's images, start to finish: chosen settings, resuming, growing, first weights, evaluation."""
 
 import json
+import os
 import shutil
 
 import cv2
@@ -83,6 +84,36 @@ def test_another_folder_in_the_place_of_a_run_is_told_so(first, tmp_path):
   write(tmp_path / "other", ["train/x/1.png", "train/y/2.png"])
   with pytest.raises(UserError, match=r"holds a run on the images in .*images\d+; give those in .*--workdir=runs/NAME"):
     pretrain.run(own(tmp_path / "other"), str(first))
+
+
+def test_images_that_were_moved_are_found_again(images, first, tmp_path):
+  shutil.copytree(images, tmp_path / "a")
+  shutil.copytree(first, tmp_path / "run")
+  stored = json.loads((tmp_path / "run" / "config.json").read_text())
+  stored["data"]["root"] = str(tmp_path / "a")
+  (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
+  before = pretrain.prepare(own(tmp_path / "a"), tmp_path / "run").train.fingerprint
+  (tmp_path / "a").rename(tmp_path / "b")
+  with pytest.raises(UserError, match="is not a folder.*if the images have been moved, --config.data.root=DIR"):
+    pretrain.prepare(own(tmp_path / "a"), tmp_path / "run")
+  for root, split in ((tmp_path / "b", None), (tmp_path, "b")):
+    moved = pretrain.prepare(own(root, **({"data.split": split} if split else {})), tmp_path / "run")
+    assert moved.train.fingerprint == before
+  with pytest.raises(UserError, match="name their sub-folder, --config.data.split, to resume the run"):
+    pretrain.prepare(own(tmp_path), tmp_path / "run")
+
+
+def test_a_run_among_its_images_is_refused(images, tmp_path):
+  shutil.copytree(images, tmp_path / "images")
+  (tmp_path / "beside").mkdir()
+  os.symlink(tmp_path / "beside", tmp_path / "images" / "linked")
+  os.symlink(tmp_path / "images", tmp_path / "to")
+  for workdir in ("images", "images/run", "images/new/er/run", "beside/run", "to/run", "images/../images/run"):
+    with pytest.raises(UserError, match="lies among the images.*choose another --workdir"):
+      pretrain.prepare(own(tmp_path / "images"), tmp_path / workdir)
+    assert not (tmp_path / "images" / "run").exists()
+  for workdir in ("images/.runs/run", "run", "images2/run"):
+    pretrain.prepare(own(tmp_path / "images"), tmp_path / workdir)
 
 
 def test_a_dry_run_writes_nothing(images, tmp_path, capsys):

@@ -315,3 +315,24 @@ def test_parts_of_a_batch_and_all_rows_in_a_run(tmp_path):
   config.num_epochs = 2
   pretrain.run(config, str(tmp_path / "run"))
   assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("name, value", [("jax_default_prng_impl", "rbg"), ("jax_random_seed_offset", 1)])
+def test_a_run_does_not_go_on_where_other_numbers_are_drawn(whole_run, name, value):
+  before = getattr(jax.config, name)
+  try:
+    jax.config.update(name, value)
+    with pytest.raises(UserError, match=f"{name}={before!r}, and now it is {value!r}.*{name.upper()}"):
+      pretrain.run(tiny(num_epochs=4), str(whole_run))
+  finally:
+    jax.config.update(name, before)
+
+
+def test_other_rounding_is_told(whole_run, capsys):
+  meta = final_state(whole_run)[1]
+  capsys.readouterr()
+  resuming.compare_environment(meta, whole_run)
+  assert not capsys.readouterr().out
+  meta["environment"]["rounding"]["XLA_FLAGS"] = "--xla_cpu_enable_fast_math=true"
+  resuming.compare_environment(meta, whole_run)
+  assert "WARNING: XLA_FLAGS was '--xla_cpu_enable_fast_math=true'" in capsys.readouterr().out

@@ -21,9 +21,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from pirl_jax.data.batches import read_image
 from pirl_jax.data.crops import shrink
-from pirl_jax.data.records import Source
+from pirl_jax.data.reading import read_image
+from pirl_jax.data.records import Source, same_images
 from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.features import stream_features, unit_norm
@@ -442,7 +442,7 @@ def _check(evaluation: Evaluation) -> None:
                  field="retrieval.layer")
   if evaluation.settings.gallery == "bank":
     run, given = evaluation.single_run(), evaluation.train.source.fingerprint
-    if given != run.meta["data"]:
+    if not same_images(given, run.meta["data"]):
       raise UserError(f"the memory bank of {run.label} belongs to other images than those given ({run.meta['data']!r}, "
                       f"and now {given!r}); use --config.retrieval.gallery=features")
 
