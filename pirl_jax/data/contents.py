@@ -12,10 +12,13 @@ FILE = "pictures.txt.gz"  # the name of this file in older runs
 NAMED = 3  # images named for each kind of change
 
 
-def remember(source: Source, folder: Path) -> None:
-  """Writes the list of the images into the run's folder, unless it exists or the source has no listing."""
+def remember(source: Source, folder: Path, *, anew: bool) -> None:
+  """Writes the list of the images into the run's folder, unless the source has no listing.
+
+  Without `anew` a list that exists stays.
+  """
   path = folder / FILE
-  if not path.exists() and (lines := source.listing()) is not None:
+  if (anew or not path.exists()) and (lines := source.listing()) is not None:
     write_file(path, gzip.compress("\n".join(lines).encode(), mtime=0))
 
 

@@ -25,7 +25,7 @@ def leave(code: Any) -> NoReturn:
   for thread in threading.enumerate():
     # Python waits for the threads of every pool, too, although those of grain's are daemons.
     if thread is not threading.current_thread() and (not thread.daemon or thread in pools._threads_queues):
-      thread.join(max(0, end - time.monotonic()))
+      threading.Thread.join(thread, max(0, end - time.monotonic()))  # Orbax's own threads raise an error in `join`
       if thread.is_alive():
         break
   else:

@@ -54,7 +54,8 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
       os.fsync(file.fileno())  # without this a power cut may leave half of the content under the new name
       os.replace(temporary, path)
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the next writer tries again
+      temporary.unlink()
 
 
 def _new_file(path: str, flags: int) -> int:
@@ -188,11 +189,16 @@ def _lock_both(folder: Path, path: Path, opened: contextlib.ExitStack) -> bool |
     if len(handles) == 2:
       if not _is_at(handles[0], path):
         return None
-      opening.callback(path.unlink, missing_ok=True)  # is called before the file is closed, so while it is locked
+      opening.callback(_remove, path)  # is called before the file is closed, so while it is locked
     if not any(taken):
       print(f"WARNING: the file system of {folder} has no locks; only one program at a time may use this folder")
     opened.push(opening.pop_all())
     return True
+
+
+def _remove(path: Path) -> None:
+  with contextlib.suppress(OSError):  # the file alone locks nothing
+    path.unlink()
 
 
 def _take(handle: int) -> bool | None:

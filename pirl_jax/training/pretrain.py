@@ -328,6 +328,6 @@ def finish(parts: Parts, state: TrainState, book: Logbook, views: ViewFigures | 
       found = report.read_run(parts.workdir.name, parts.workdir, lambda: sight_of(parts, state))
       report.write(parts.workdir / report.NAME, [found])
   book.say("written:")
-  for path in sorted(parts.workdir.iterdir()):
+  for path in sorted(parts.workdir.glob("[!.]*")):
     names = ", ".join(sorted(child.name for child in path.iterdir())) if path.is_dir() else ""
     book.say(f"  {path}{'/' if names else ''} {names}".rstrip())

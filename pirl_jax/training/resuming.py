@@ -105,9 +105,7 @@ def begin(parts: Parts, parameters: str, newest: int | None) -> None:
       made = [dataclasses.asdict(choice) for choice in parts.choices]
       anew = {choice.field for choice in parts.choices}
       write_json(parts.workdir / CHOSEN, [each for each in _chosen(parts.workdir) if each["field"] not in anew] + made)
-    if newest is None:
-      (parts.workdir / contents.FILE).unlink(missing_ok=True)  # of a run that has saved nothing, maybe on other images
-    contents.remember(parts.train, parts.workdir)
+    contents.remember(parts.train, parts.workdir, anew=newest is None)
     if parts.config.data.grown:
       contents.remember_grown(parts.train, parts.workdir)
     note_saved(parts.workdir, newest)

@@ -3,11 +3,13 @@
 import io
 import json
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from pirl_jax.figures import plots
 from pirl_jax.storage import logbook
 from pirl_jax.storage.logbook import Logbook
 from pirl_jax.storage.rows import read_rows
@@ -238,3 +240,45 @@ def test_summary(tmp_path, clock):
 def test_long_times_are_shown_with_hours():
   assert [logbook._clock(seconds) for seconds in (0, 59.6, 3599, 3600, 360_000)] == [
     "0:00", "1:00", "59:59", "1:00:00", "100:00:00"]
+
+
+DAMAGED = b"""{"step": 1, "epoch": 0.5, "loss": 1.5, "knn_top1": null}
+{"step": 2, "loss": NaN, "note": "text", "flag": true}
+{"step": true, "loss": 0}
+{"step": -1}
+{"step": 1e3}
+{"step": 3, "loss": 1e999, "other": %s}
+[%s
+\xff\xfe
+{"step": 4, "epoch": 2.0, "lo""" % (b"9" * 400, b"[" * 100_000)
+
+
+def test_rows_are_read_whatever_is_between_them(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(DAMAGED)
+  assert list(read_rows(path)) == [{"step": 1, "epoch": 0.5, "loss": 1.5, "knn_top1": None}, {"step": 2, "loss": None},
+                                   {"step": 3, "loss": None, "other": None}]
+  with Logbook(tmp_path, start_step=3, total_steps=9, steps_per_epoch=2, batch_size=1, stream=io.StringIO()) as book:
+    book.log(4, {"loss": 2.0}, data_wait_seconds=0)
+    assert book.rows.last("loss") == 2 and book.rows.last("none") is None and book.rows[0]["epoch"] == 0.5
+    book.summary()
+  plots.save_curves(tmp_path / "curves.png", read_rows(path))
+  assert [row["step"] for row in map(json.loads, path.read_bytes().splitlines())] == [1, 2, 3, 4]
+
+
+def test_a_file_that_is_deleted_meanwhile_is_written_again_with_all_rows(tmp_path):
+  with Logbook(tmp_path, start_step=0, total_steps=9, steps_per_epoch=2, batch_size=1, stream=io.StringIO()) as book:
+    book.log(1, {"loss": 2.0}, data_wait_seconds=0)
+    (tmp_path / "metrics.jsonl").unlink()
+    book.log(2, {"loss": 2.0}, data_wait_seconds=0)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_row_takes_little_memory(tmp_path):
+  row = json.dumps({"step": 7, "epoch": 0.1, **{f"figure_{i}": i / 7 for i in range(12)}}).encode() + b"\n"
+  (tmp_path / "metrics.jsonl").write_bytes(row * 20_000)
+  tracemalloc.start()
+  found = read_rows(tmp_path / "metrics.jsonl")
+  size, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert len(found) == 20_000 and peak < 6e6 and size < 5e6
