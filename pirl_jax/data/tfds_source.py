@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from pirl_jax.data.builders import OWN_BUILDERS
 from pirl_jax.data.builders.downloads import bounded_downloads
 from pirl_jax.data.crops import BrokenImage, decode
-from pirl_jax.data.reading import retried, read_record
+from pirl_jax.data.reading import read_record, retried
 from pirl_jax.data.records import DAMAGED, Record, Source, printable
 from pirl_jax.data.sources import DataSettings
 from pirl_jax.errors import UserError
