@@ -26,7 +26,7 @@ from pirl_jax.runtime.processes import first_failure
 from pirl_jax.storage.checksums import checksums, json_checksum
 from pirl_jax.storage.files import read_object
 from pirl_jax.storage.formats import FIRST_CHECKED, FORMAT, upgrade
-from pirl_jax.storage.reading import patiently, reason_of
+from pirl_jax.storage.reading import try_reading, reason_of
 from pirl_jax.storage.retention import Retention, steps_in
 
 ITEMS = {"model": ("params", "batch_stats"), "train": ("opt_state", "step", "seed", "normaliser"),
@@ -97,7 +97,7 @@ class Checkpoints:
         the disk does not allow reading now.
       ValueError: the file is missing or damaged: its content does not have its checksum, or is of another step.
     """
-    meta, damage = patiently(f"checkpoint {self._folder / str(step)}", lambda: self._read_meta(step),
+    meta, damage = try_reading(f"checkpoint {self._folder / str(step)}", lambda: self._read_meta(step),
                              folder=self._folder / str(step))
     if damage:
       raise ValueError(damage)
@@ -207,7 +207,7 @@ class Checkpoints:
     return self._tried(step, read)
 
   def _tried(self, step: int, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    found, damage = patiently(f"checkpoint {self._folder / str(step)}", read, folder=self._folder / str(step))
+    found, damage = try_reading(f"checkpoint {self._folder / str(step)}", read, folder=self._folder / str(step))
     if damage:
       others = ", ".join(str(other) for other in self.steps() if other != step)
       raise UserError(f"checkpoint {self._folder / str(step)} cannot be read ({damage})"
@@ -244,7 +244,7 @@ class Checkpoints:
           lambda tree, item=item: split(mesh) if item == "bank" and _divides(tree, mesh) else whole(mesh))
         if changed:
           raise ValueError(changed)
-    return patiently(f"checkpoint {self._folder / str(step)}", read, folder=self._folder / str(step))[1]
+    return try_reading(f"checkpoint {self._folder / str(step)}", read, folder=self._folder / str(step))[1]
 
   def best_metric(self, step: int) -> float | None:
     """Returns the kNN accuracy by which the best checkpoint is chosen, in [0, 1].
@@ -302,7 +302,7 @@ class Checkpoints:
                      say: Callable[[str], None]) -> tuple[Any, str]:
     """Returns (state, "") or (None, what is damaged), the same in all processes."""
     at = dict(folder=self._folder / str(step), agree=first_failure, say=say)
-    meta, damage = patiently(f"checkpoint {step}", lambda: self._read_meta(step), **at)
+    meta, damage = try_reading(f"checkpoint {step}", lambda: self._read_meta(step), **at)
     if damage:
       return None, damage
     try:
@@ -310,7 +310,7 @@ class Checkpoints:
     except Incomplete as error:
       return None, str(error)
     for _ in range(2):
-      state, damage = patiently(f"checkpoint {step}", lambda: self.restore(step, like, mesh), **at)
+      state, damage = try_reading(f"checkpoint {step}", lambda: self.restore(step, like, mesh), **at)
       # All processes compute the checksums together. So first every process must have read its part.
       if damage or not (damage := _changed(meta, _items(state))):
         break

@@ -73,7 +73,7 @@ def _raise(error: OSError) -> None:
   raise error
 
 
-def patiently(what: str, read: Callable[[], Any], *, folder: Path, agree: Callable[[str], str] = str,
+def try_reading(what: str, read: Callable[[], Any], *, folder: Path, agree: Callable[[str], str] = str,
               say: Callable[[str], None] = print) -> tuple[Any, str]:
   """Returns (read(), ""), or (None, why not) if the content is damaged in two attempts.
 

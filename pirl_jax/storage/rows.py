@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from pirl_jax.errors import UserError
-from pirl_jax.storage.reading import patiently
+from pirl_jax.storage.reading import try_reading
 
 LAST_STEP = 2**53
 """Larger steps are not exact as a float."""
@@ -93,7 +93,7 @@ def read_rows(path: str | os.PathLike, last_step: int = LAST_STEP) -> Rows:
   Raises:
     UserError: the file cannot be read.
   """
-  rows, damage = patiently(str(path), lambda: _rows_of(_lines(path), last_step), folder=Path(path))
+  rows, damage = try_reading(str(path), lambda: _rows_of(_lines(path), last_step), folder=Path(path))
   if damage:
     raise UserError(f"{path} cannot be read ({damage}); move it away, or choose another --workdir")
   return rows

@@ -14,7 +14,7 @@ from pirl_jax.runtime.mesh import whole
 from pirl_jax.runtime.processes import first_failure, wait_for_all
 from pirl_jax.storage.checkpoints import template_of
 from pirl_jax.storage.checksums import checksums
-from pirl_jax.storage.reading import patiently, reason_of
+from pirl_jax.storage.reading import try_reading, reason_of
 from pirl_jax.storage.retention import Retention, steps_in
 
 
@@ -56,7 +56,7 @@ class Snapshots:
     template = template_of(like, whole(mesh))
     for step in reversed(steps_in(self._folder)):
       folder = self._folder / str(step)
-      found, damage = patiently(f"snapshot {folder}", functools.partial(self._read, step, template), folder=folder,
+      found, damage = try_reading(f"snapshot {folder}", functools.partial(self._read, step, template), folder=folder,
                                 agree=first_failure)
       # All processes compute the checksums together. So first every process must have read its part.
       if not damage and found["checksums"] == checksums(found["tree"]):

@@ -24,7 +24,7 @@ from pirl_jax.storage.checkpoints import Checkpoints, Incomplete
 from pirl_jax.storage.files import locked, read_json, read_object, write_file, write_json
 from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, upgrade_config
 from pirl_jax.storage.logbook import METRICS
-from pirl_jax.storage.reading import patiently
+from pirl_jax.storage.reading import try_reading
 from pirl_jax.storage.rows import read_rows
 from pirl_jax.storage.settings import difference, flatten
 from pirl_jax.training import growing
@@ -166,7 +166,7 @@ def stored_config(workdir: Path) -> dict[str, Any] | None:
   """
   path = workdir / "config.json"
   if os.path.lexists(path):
-    stored, damage = patiently(str(path), lambda: _config_of(read_object(path)), folder=path)
+    stored, damage = try_reading(str(path), lambda: _config_of(read_object(path)), folder=path)
     if damage:
       raise UserError(f"{path} is damaged ({damage}); delete it to resume the run, because the checkpoints hold the "
                       "config, too; or choose another --workdir")

@@ -14,7 +14,7 @@ from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage import reading
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.checksums import json_checksum
-from pirl_jax.storage.reading import may_pass, patiently
+from pirl_jax.storage.reading import may_pass, try_reading
 
 
 @pytest.fixture(autouse=True)
@@ -106,14 +106,14 @@ def test_an_error_that_a_library_has_hidden_is_found(tmp_path, monkeypatch):
   def read():
     raise ValueError("there is no such array")
 
-  assert patiently("it", read, folder=tmp_path) == (None, "there is no such array")
+  assert try_reading("it", read, folder=tmp_path) == (None, "there is no such array")
 
   def opened(*_):
     raise OSError(errno.ESTALE, "Stale file handle")
 
   monkeypatch.setattr(reading, "open", opened, raising=False)
   with pytest.raises(UserError, match="Stale file handle"):
-    patiently("it", read, folder=tmp_path, say=lambda _: None)
+    try_reading("it", read, folder=tmp_path, say=lambda _: None)
 
 
 def test_content_that_is_wrong_once_is_read_again(tmp_path):
@@ -124,7 +124,7 @@ def test_content_that_is_wrong_once_is_read_again(tmp_path):
       raise error
     return "content"
 
-  assert patiently("it", read, folder=tmp_path) == ("content", "")
+  assert try_reading("it", read, folder=tmp_path) == ("content", "")
 
 
 def resealed(folder, step, change):
