@@ -207,7 +207,7 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
 
   in_flight, saved = InFlight(over), start_step
   for step in range(start_step + 1, parts.total_steps + 1):
-    found, stop = interruptibly(stopping, read, stream, broken, step)  # a read of a stalled disk never returns
+    found, stop = interruptibly(stopping, next_batch, stream, broken, step)  # a read of a stalled disk never returns
     if stop:
       in_flight.drain()
       guard.check()
@@ -244,7 +244,7 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
   return state
 
 
-def read(stream: batches.Batches, broken: Broken, step: int) -> tuple[batches.Batch, float]:
+def next_batch(stream: batches.Batches, broken: Broken, step: int) -> tuple[batches.Batch, float]:
   """Returns (the batch of a step, the seconds of waiting for it); `broken` names its images that cannot be read."""
   started = time.perf_counter()
   batch = next(stream)
