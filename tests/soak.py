@@ -1,4 +1,4 @@
-"""Hours of random faults over a small run, ended by a comparison of all bits: PYTHONPATH=. python tests/soak.py --minutes=120
+"""Hours of random faults over a small run: PYTHONPATH=. python tests/soak.py --minutes=120
 
 Each session starts the same command, lets random system calls fail at a random moment (faults.py), or kills or signals
 the process, and looks how it ends. Sessions follow each other until the run is over. Then all arrays and rows are
