@@ -7,3 +7,7 @@ class UserError(ValueError):
   `launch.py` prints the message and exits with code 2. Any other exception is a defect of the program and keeps its
   traceback.
   """
+
+
+class Unreadable(UserError):
+  """The storage or the memory of this process has failed for too long; the other processes of the run know nothing."""

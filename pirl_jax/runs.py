@@ -4,7 +4,10 @@ The job `checkpoints` lists the checkpoints of a run and verifies them: it reads
 the checksums.
 """
 
+import contextlib
 import dataclasses
+import functools
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.models.network import Model
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import ASIDE, Checkpoints
+from pirl_jax.storage.checksums import checksums, json_checksum
 from pirl_jax.storage.formats import FIRST_CHECKED
 
 
@@ -40,6 +44,11 @@ class Run:
   newest: bool
   meta: dict[str, Any]
   model: Model
+
+  @functools.cached_property
+  def weights(self) -> str:
+    """Returns 16 hexadecimal digits, a checksum of the network's parameters and batch statistics."""
+    return json_checksum(self.meta.get("checksums", {}).get("model") or checksums(dict(self.model.variables)))
 
 
 def run_folder(name: str, *, field: str = "--config.checkpoint") -> Path:
@@ -104,6 +113,16 @@ def open_run(folder: Path, label: str, step: int, mesh: jax.sharding.Mesh) -> Ru
   return Run(label, folder, step, step == steps[-1], meta, Model(network, variables))
 
 
+def _facts(folder: Path) -> list[os.stat_result]:
+  """Returns the facts about the files in a folder, of which some may be removed meanwhile."""
+  found = []
+  for place, _, names in os.walk(folder):
+    for name in names:
+      with contextlib.suppress(OSError):
+        found.append(os.stat(os.path.join(place, name)))
+  return found
+
+
 def run(config: ConfigDict, workdir: str) -> None:
   """Prints a line for each checkpoint: step, size, date, kNN, and whether the checkpoint is whole.
 
@@ -115,28 +134,38 @@ def run(config: ConfigDict, workdir: str) -> None:
   del workdir
   require_checkpoint(config.checkpoint)
   folder = run_folder(config.checkpoint) / "checkpoints"
-  damaged = []
+  damaged, not_read = [], []
   with Checkpoints(folder, keep=1) as checkpoints:
     steps = checkpoints.steps()
     print(f"{folder}: {len(steps)} checkpoint(s)")
     print(f"{'step':>12} {'MB':>10}  {'written':16}  {'kNN':>6}")
     for step in steps:
-      reason = checkpoints.check(step, mesh_lib.create_mesh())
-      state = f"DAMAGED: {reason}" if reason else "whole"
-      if not reason and (version := checkpoints.read_meta(step)["format"]) < FIRST_CHECKED:
+      try:
+        reason, unread = checkpoints.check(step, mesh_lib.create_mesh()), ""
+      except UserError as error:  # the disk does not allow reading now, which says nothing about the checkpoint
+        reason, unread = "", str(error)
+      if not checkpoints.has(step):
+        print(f"{step:>12,}  was removed meanwhile, by the run that is going on")
+        continue
+      state = f"DAMAGED: {reason}" if reason else f"NOT READ: {unread}" if unread else "whole"
+      if not reason and not unread and (version := checkpoints.read_meta(step)["format"]) < FIRST_CHECKED:
         state = f"can be read (format {version} has no checksums)"
       knn_top1 = checkpoints.best_metric(step)
-      files = [path.stat() for path in (folder / str(step)).rglob("*") if path.is_file()]
+      files = _facts(folder / str(step))
       size = sum(file.st_size for file in files) / 1e6
       written = datetime.fromtimestamp(max((file.st_mtime for file in files), default=0)).isoformat(" ", "minutes")
       accuracy = "" if knn_top1 is None else f"{knn_top1:.1%}"
       print(f"{step:>12,} {size:>10,.1f}  {written}  {accuracy:>6}  {state}")
       damaged += [str(step)] if reason else []
+      not_read += [str(step)] if unread else []
   aside = sorted(path.name for path in folder.glob(f"{ASIDE}*"))
   if aside:
     print(f"set aside because they could not be read: {', '.join(aside)}")
   if not steps:
     raise UserError(f"{folder} holds no finished checkpoint")
+  if not_read:
+    raise UserError(f"of {len(steps)} checkpoint(s) in {folder}, the disk did not allow reading: {', '.join(not_read)}"
+                    + (f"; damaged: {', '.join(damaged)}" if damaged else "; try again"))
   if damaged:
     raise UserError(f"of {len(steps)} checkpoint(s) in {folder}, damaged: {', '.join(damaged)}; a run that resumes "
                     "takes the newest whole checkpoint and moves the newer ones aside")

@@ -1,6 +1,7 @@
 """What may be changed in a file of Python so that its tests should notice: one expression or statement at a time.
 
-Not changed are docstrings, annotations, decorators, assertions, and what an error says.
+Not changed are docstrings, annotations, decorators, assertions, what an error says, that a line is printed, and whether
+`zip` is strict, which is an assertion, too.
 """
 
 import ast
@@ -14,7 +15,7 @@ SWAPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, a
            ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift,
            ast.RShift: ast.LShift, ast.MatMult: ast.Mult, ast.And: ast.Or, ast.Or: ast.And}
 
-COMMUTE = ("minimum", "maximum", "min", "max", "logical_and", "logical_or")
+COMMUTE = ("promote_types", "minimum", "maximum", "min", "max", "logical_and", "logical_or")
 
 Mutant = collections.namedtuple("Mutant", "name file lines text")
 
@@ -46,7 +47,7 @@ def changes(node):
       yield node, ast.Constant(node.value * 2 or 1.0)
     case ast.Call():
       for keyword in node.keywords:
-        if keyword.arg:
+        if keyword.arg not in (None, "strict"):
           yield node, with_fields(node, keywords=[one for one in node.keywords if one is not keyword])
       if len(node.args) > 1 and not any(isinstance(one, ast.Starred) for one in node.args[:2]) and (
           ast.unparse(node.func).split(".")[-1] not in COMMUTE):
@@ -59,6 +60,8 @@ def changes(node):
       for bound in ("lower", "upper"):
         if getattr(part, bound):
           yield node, with_fields(node, slice=with_fields(part, **{bound: None}))
+    case ast.Expr(value=ast.Call(func=ast.Name(id="print"))):
+      pass
     case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Raise():
       yield node, ast.Pass()
     case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
@@ -68,6 +71,8 @@ def changes(node):
 def children(node):
   """Yields the nodes below that may change: no annotations, decorators, docstrings, and nothing that is a message."""
   if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom):
+    return
+  if isinstance(node, ast.keyword) and node.arg == "strict":
     return
   if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
     return

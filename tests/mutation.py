@@ -6,7 +6,7 @@
   python tests/mutation.py table                  # for docs/testing.md, and every mutant that is left
 
 A mutant is the text of one file with one expression or statement changed. The tests that run the changed line are run
-on it, the quickest first, until one fails. `pytest` and the libraries are imported once; each mutant is a fork of this
+on it until one fails. `pytest` and the libraries are imported once; each mutant is a fork of this
 process, on a copy of the tree. What is known lies in `.cache/mutation`. docs/testing.md says how to read the table.
 """
 
@@ -37,12 +37,12 @@ SCOPE = ("method/*.py", "views/*.py", "models/*.py", "evaluation/protocols/knn.p
          "evaluation/protocols/svm.py", "storage/checkpoints.py", "storage/checksums.py")
 TESTS = ("tests/views", "tests/models", "tests/storage", "tests/method", "tests/test_properties.py",
          *(f"tests/evaluation/{name}.py" for name in ("protocols/test_knn", "protocols/test_linear",
-                                                      "protocols/test_svm", "test_protocols", "test_layers")))
+                                                      "protocols/test_svm", "protocols/test_semi_supervised",
+                                                      "test_protocols", "test_layers")), "tests/test_formats.py")
 LIBRARIES = ("jax", "jax.numpy", "flax.linen", "optax", "orbax.checkpoint", "numpy", "scipy.stats", "cv2", "PIL.Image",
              "sklearn.svm", "hypothesis", "ml_collections", "absl.flags", "matplotlib.pyplot", "tensorflow_datasets",
              "tensorboardX", "grain", "safetensors.numpy", "threadpoolctl")
-SECONDS = 60
-"""Of tests for a mutant, as long as they take on the program as it is; a mutant that takes four times as long hangs."""
+
 
 class Measure:
   """Notes which lines of the package each test runs, and how long the test takes."""
@@ -91,10 +91,14 @@ class Measure:
 
 
 class Only:
-  """Runs the tests of these names alone, in their order."""
+  """Runs the tests of these names alone, in their order, and notes which one fails."""
 
   def __init__(self, names):
     self.order = {name: number for number, name in enumerate(names)}
+
+  def pytest_runtest_logreport(self, report):
+    if report.failed:
+      (KNOWN / "failed").write_text(report.nodeid)
 
   def pytest_collection_modifyitems(self, items):
     items[:] = sorted((item for item in items if item.nodeid in self.order), key=lambda one: self.order[one.nodeid])
@@ -142,18 +146,20 @@ def copied_tree():
     yield tree
 
 
-def tests_of(mutant, tests):
-  """Returns the names of the tests that run the mutant's lines, the quickest first, and their seconds.
+def tests_of(mutant, tests, results, limit):
+  """Returns the names of the tests that run the mutant's lines, and their seconds, up to a limit.
 
-  A line that runs when the module is imported belongs to the tests that run any line of the file.
+  Those that killed another mutant of the file come first, then the quickest. A line that runs when the module is
+  imported belongs to the tests that run any line of the file.
   """
   ran = {name: set(test["lines"].get(mutant.file, ())) for name, test in tests.items()}
   names = [name for name, lines in ran.items() if lines & set(mutant.lines)] or [
     name for name, lines in ran.items() if lines]
-  names.sort(key=lambda name: tests[name]["seconds"])
+  killers = {result.removeprefix("killed: ") for name, result in results.items() if name.startswith(mutant.file)}
+  names.sort(key=lambda name: (name not in killers, tests[name]["seconds"]))
   total, kept = 0.0, []
   for name in names:
-    if total + tests[name]["seconds"] <= SECONDS:
+    if not kept or total + tests[name]["seconds"] <= limit:
       kept.append(name)
       total += tests[name]["seconds"]
   return kept, total
@@ -174,7 +180,7 @@ def mutants_in(patterns):
 
 def run(arguments):
   """Runs the mutants that no result is known of, and writes each result when it is there."""
-  path = KNOWN / "results.json"
+  path, failed = KNOWN / "results.json", KNOWN / "failed"
   results = json.loads(path.read_text()) if path.exists() else {}
   tests = json.loads((KNOWN / "tests.json").read_text())
   chosen = []
@@ -189,18 +195,20 @@ def run(arguments):
       if results.get(mutant.name, "survived" if arguments.again else None) != (
           "survived" if arguments.again else None) or mutant.name in explained:
         continue
-      names, seconds = tests_of(mutant, tests)
+      names, seconds = tests_of(mutant, tests, results, arguments.seconds)
       place, begin = tree / mutant.file, time.monotonic()
       original = place.read_text()
       place.write_text(mutant.text)
       os.utime(place, (number, number))  # no compiled file of another mutant has this time
+      failed.unlink(missing_ok=True)
       files = dict.fromkeys(name.split("::")[0] for name in names)
       code = in_fork(tree, ["-x", *files], Only(names), limit=4 * seconds + 30, log=KNOWN / "run.log") if names else 0
       place.write_text(original)
       if code in (4, 5):
         raise SystemExit(f"pytest does not find {names}: measure again")
-      results[mutant.name] = {0: "survived", None: "killed: too slow"}.get(code, "killed")
-      print(f"{results[mutant.name]:8} {time.monotonic() - begin:5.1f} s {len(names):3} tests  "
+      by = "too slow" if code is None else failed.read_text() if failed.exists() else "not imported"
+      results[mutant.name] = "survived" if code == 0 else f"killed: {by}"
+      print(f"{results[mutant.name][:8]} {time.monotonic() - begin:5.1f} s {len(names):3} tests  "
             f"{mutant.file}:{mutant.lines[0]} {mutant.name.split(' ', 1)[1]}"[:220], flush=True)
       replace(path, results)
 
@@ -235,6 +243,7 @@ if __name__ == "__main__":
   parser.add_argument("files", nargs="*", help="of the package, as method/*.py; to measure: of tests")
   parser.add_argument("--per_file", type=int, default=25)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--seconds", type=int, default=60, help="of tests for a mutant, as measured")
   parser.add_argument("--again", action="store_true")
-  given = parser.parse_args()
+  given = parser.parse_intermixed_args()
   {"measure": measure, "run": run, "table": table}[given.command](given)

@@ -17,7 +17,7 @@ import pytest
 from faults import Faults
 from launching import LIMIT, Launch, assert_same, launch
 
-from pirl_jax.storage.logbook import read_rows
+from pirl_jax.storage.rows import read_rows
 
 STEPS = 24
 SMALL = (

@@ -76,3 +76,18 @@ def test_a_public_name_means_one_thing():
       if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
         places[node.name].append(str(path))
   assert {name: found for name, found in places.items() if len(found) > 1 and name not in JOBS} == {}
+
+
+def test_text_is_read_in_utf_8_whatever_the_locale_is():
+  """Bytes are as well: JSON finds out its encoding."""
+  wrong = []
+  for path, tree in FILES.items():
+    for node in ast.walk(tree):
+      if isinstance(node, ast.Call) and "encoding" not in {keyword.arg for keyword in node.keywords}:
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        mode = [arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)] or ["r"]
+        null = "devnull" in ast.unparse(node)
+        if name in ("read_text", "write_text") or isinstance(node.func, ast.Name) and name == "open" and (
+            "b" not in mode[0]) and not null:
+          wrong.append(f"{path}:{node.lineno}")
+  assert wrong == []

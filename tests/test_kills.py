@@ -11,7 +11,7 @@ import pytest
 from archives import cifar_archive
 from launching import LIMIT, TRAINING, Launch, assert_same, launch, rows
 
-from pirl_jax.storage.logbook import read_rows
+from pirl_jax.storage.rows import read_rows
 
 STEPS = 120
 

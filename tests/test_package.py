@@ -1,5 +1,6 @@
 """The package as it is installed, and the configs that come with it."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -112,3 +113,15 @@ def test_the_tested_versions_lie_within_the_ranges_that_are_asked_for():
   asked = [Requirement(text) for text in project["dependencies"] + extras["dev"] + extras["docs"]]
   for requirement in asked:
     assert requirement.specifier.contains(exact[requirement.name.lower()]), requirement
+
+
+def test_the_lock_file_has_every_exact_version_and_a_hash_for_each():
+  def pins(text):
+    return {found["name"].lower().replace("_", "-"): found["version"]
+            for found in re.finditer(r"^(?P<name>[\w.\-]+)==(?P<version>[\w.+]+)", text, re.MULTILINE)}
+  exact, lock = ((ROOT / name).read_text() for name in ("requirements.txt", "requirements.lock"))
+  locked = pins(lock)
+  assert pins(exact).items() <= locked.items(), "renew requirements.lock, see CONTRIBUTING.md"
+  assert len(pins(exact)) > 30 and len(locked) > 100
+  for entry in re.split(r"\n(?=\w)", lock.partition("absl-py==")[2]):
+    assert "--hash=sha256:" in entry, entry

@@ -32,7 +32,7 @@ from pirl_jax.models.heads import ClassHead, ImageHead
 from pirl_jax.runtime import caching
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
-from pirl_jax.storage.logbook import read_rows
+from pirl_jax.storage.rows import read_rows
 from pirl_jax.storage.settings import flatten
 from pirl_jax.training import guards, pretrain
 from pirl_jax.training import parts as parts_lib

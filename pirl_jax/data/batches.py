@@ -305,7 +305,7 @@ def _stream(batches: grain.IterDataset) -> Batches:
   try:
     yield from running
   except UserError as error:  # grain has added lines of its own
-    raise UserError(str(error).partition("\n")[0]) from error
+    raise type(error)(str(error).partition("\n")[0]) from error
   except (SystemExit, KeyboardInterrupt):  # by a signal: there may be little time
     patience = 0
     raise

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import zlib
 from pathlib import Path
 
 from pirl_jax.data.records import Source
@@ -29,9 +30,11 @@ def remembered(folder: Path, fingerprint: str) -> list[str]:
   """Returns the lines "SIZE PATH" of the images that had this fingerprint, in their order; [] if there is no list."""
   for name in (_grown_file(fingerprint), FILE):
     try:
-      return gzip.decompress((folder / name).read_bytes()).decode().split("\n")
-    except (OSError, EOFError, ValueError):  # missing or damaged
+      lines = gzip.decompress((folder / name).read_bytes()).decode().split("\n")
+    except (OSError, EOFError, ValueError, zlib.error):  # missing or damaged
       continue
+    if all(" " in line for line in lines):
+      return lines
   return []
 
 

@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 
 from pirl_jax.data.crops import FORMATS, BrokenImage
-from pirl_jax.data.reading import patiently
+from pirl_jax.data.reading import retried
 from pirl_jax.data.records import Record, Source, printable
 from pirl_jax.data.sources import DataSettings
 from pirl_jax.errors import UserError
@@ -220,7 +220,7 @@ def _listed(folder: str) -> list[str]:
         return error
       raise
 
-  found = patiently(listed, lambda: printable(folder))
+  found = retried(listed, lambda: printable(folder))
   if isinstance(found, OSError):
     raise UserError(
       f"the files of {printable(folder)} cannot be listed ({found.strerror}); "
@@ -363,7 +363,7 @@ def _look_at(path: str) -> tuple[os.stat_result | None, bool, str]:
         return status, is_link, "not readable"
     return status, is_link, ""
 
-  return patiently(look, lambda: printable(path))
+  return retried(look, lambda: printable(path))
 
 
 def _identity(folder: str) -> tuple[int, int]:

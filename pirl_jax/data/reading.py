@@ -2,7 +2,7 @@
 
 - The image itself is damaged or gone: the source or the decoder raises `BrokenImage`, and the image has no weight.
 - The storage fails, or memory is short: an OSError or a MemoryError. The image may be sound. It is read again, with
-  growing pauses; if the failure lasts, a UserError that names the image ends the run.
+  growing pauses; if the failure lasts, an error that names the image ends the run.
 """
 
 import time
@@ -13,7 +13,7 @@ import cv2
 
 from pirl_jax.data.crops import BrokenImage, OpenedImage, open_image
 from pirl_jax.data.records import Record, Source
-from pirl_jax.errors import UserError
+from pirl_jax.errors import Unreadable
 
 _T = TypeVar("_T")
 
@@ -21,7 +21,7 @@ PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 3.2)
 """Seconds between two tries; after the last one the failure counts as lasting."""
 
 
-def patiently(read: Callable[[], _T], name: Callable[[], str]) -> _T:
+def retried(read: Callable[[], _T], name: Callable[[], str]) -> _T:
   """Returns read(), which is called again as long as the storage fails or memory is short, see `PAUSES`.
 
   Args:
@@ -29,7 +29,7 @@ def patiently(read: Callable[[], _T], name: Callable[[], str]) -> _T:
     name: returns what is read, for the message.
 
   Raises:
-    UserError: the storage has failed, or memory was short, in every try.
+    Unreadable: the storage has failed, or memory was short, in every try.
   """
   for pause in (*PAUSES, None):
     try:
@@ -38,7 +38,7 @@ def patiently(read: Callable[[], _T], name: Callable[[], str]) -> _T:
       if isinstance(error, cv2.error) and error.code != cv2.Error.StsNoMem:
         raise
       if pause is None:
-        raise UserError(_text(error, name())) from error
+        raise Unreadable(_text(error, name())) from error
     time.sleep(pause)
   raise AssertionError("the last try returns or raises")
 
@@ -57,16 +57,16 @@ def read_record(source: Source, index: int) -> Record:
 
   Raises:
     BrokenImage: the image is damaged or gone.
-    UserError: see `patiently`.
+    Unreadable: see `retried`.
   """
-  return patiently(lambda: source[index], lambda: source.image_name(index))
+  return retried(lambda: source[index], lambda: source.image_name(index))
 
 
 def read_image(source: Source, index: int, crop_fn: Callable[[OpenedImage], _T]) -> tuple[_T | None, int]:
   """Returns (crop_fn(image), label); None in place of the first if the image is broken, see `why_broken`.
 
   Raises:
-    UserError: see `patiently`; the image itself may be sound.
+    Unreadable: see `retried`; the image itself may be sound.
   """
   label = -1
 
@@ -77,7 +77,7 @@ def read_image(source: Source, index: int, crop_fn: Callable[[OpenedImage], _T])
     return crop_fn(open_image(record.image, source.decoding))
 
   try:
-    return patiently(read, lambda: source.image_name(index)), label
+    return retried(read, lambda: source.image_name(index)), label
   except BrokenImage:
     return None, label
 
@@ -86,10 +86,10 @@ def why_broken(source: Source, index: int) -> str:
   """Returns the reason why an image is broken, "" if it can be read now.
 
   Raises:
-    UserError: see `patiently`.
+    Unreadable: see `retried`.
   """
   try:
-    patiently(lambda: open_image(source[index].image, source.decoding).pixels(), lambda: source.image_name(index))
+    retried(lambda: open_image(source[index].image, source.decoding).pixels(), lambda: source.image_name(index))
   except BrokenImage as error:
     return str(error)
   return ""

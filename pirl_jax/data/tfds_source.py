@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from pirl_jax.data.builders import OWN_BUILDERS
 from pirl_jax.data.builders.downloads import bounded_downloads
 from pirl_jax.data.crops import BrokenImage, decode
-from pirl_jax.data.reading import patiently, read_record
+from pirl_jax.data.reading import read_record, retried
 from pirl_jax.data.records import DAMAGED, Record, Source, printable
 from pirl_jax.data.sources import DataSettings
 from pirl_jax.errors import UserError
@@ -200,7 +200,7 @@ class TfdsSource(Source):
       return targets
 
     try:
-      return patiently(lambda: self._read(index, pick), lambda: self.image_name(index))
+      return retried(lambda: self._read(index, pick), lambda: self.image_name(index))
     except BrokenImage:
       return np.zeros(len(self.class_names), np.int8)
 

@@ -61,6 +61,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Outcome]:
   started = time.perf_counter()
   if not re.fullmatch(r"[A-Za-z0-9_.\-]+", config.name):
     raise UserError(f"config.name={config.name!r} becomes part of file names: letters, digits, _ . - only")
+  if not 0 <= config.seed < 2**32:
+    raise UserError(f"seed={config.seed} is not possible: it lies in [0, 2**32)")
   for line in devices.lines():
     print(line)
   mesh = mesh_lib.create_mesh()
@@ -286,6 +288,7 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
     "image_size": evaluation.train.image_size,
     "crop_fraction": evaluation.train.crop_fraction,
     "step": evaluation.subject.step,
+    "weights": evaluation.subject.weights,
     "run_config": evaluation.subject.config,
   }
   # Results from before these fields existed do not have them.
@@ -311,21 +314,23 @@ def check_same_settings(path: Path, settings: dict[str, dict[str, Any]]) -> int 
     return None
   way_out = f"--config.name=NAME keeps both, or move {path} away"
   try:
-    stored = json.loads(path.read_text())
+    stored = json.loads(path.read_bytes())
     found = {label: _as_now(result["settings"])
              for label, result in stored.get("runs", {next(iter(settings)): stored}).items()}
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"{path} is not a result of this program; {way_out}") from error
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+    raise UserError(f"{path} is not a result of this program, or cannot be read; {way_out}") from error
   if found.keys() != settings.keys():
     raise UserError(f"{path} holds the results of {', '.join(found)}, and now it is {', '.join(settings)}; {way_out}")
   older = None
   for label, now in settings.items():
-    free = ()
+    free = () if "weights" in found[label] else ("weights",)  # results were stored without before the field existed
     if len(settings) == 1 and found[label].get("step") != now["step"]:
       # The run has continued since then; its config may have changed in the fields that a resumed run may change.
-      older, free = found[label].get("step"), ("step", "run_config.")
+      older, free = found[label].get("step"), ("step", "weights", "run_config.")
     if different := difference(found[label], now, free=free):
       field, before, value = different
+      if field == "weights":
+        raise UserError(f"{path} holds a result of the same settings and step but of other weights; {way_out}")
       raise UserError(f"{path} holds a result with {field}={before!r}, and now it is {value!r}; {way_out}")
   return older
 

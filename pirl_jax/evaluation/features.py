@@ -87,7 +87,7 @@ def stream_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any,
     mesh: the devices; each device computes its part of a batch.
 
   Raises:
-    UserError: B is not a multiple of the number of devices.
+    UserError: B is not a multiple of the number of devices, or a feature is not finite.
   """
   forward = _make_forward(forward_fn, mesh)
   variables = jax.device_put(variables, whole(mesh))
@@ -96,7 +96,14 @@ def stream_features(forward_fn: Callable[[Any, jax.Array], Any], variables: Any,
   def fetch() -> Features:
     features, label, index, valid = pending.popleft()
     num_broken = int(np.count_nonzero((index >= 0) & ~valid))
-    return Features(jax.tree.map(lambda x: np.asarray(x)[valid], features), label[valid], index[valid], num_broken)
+    found = jax.tree.map(lambda x: np.asarray(x)[valid], features)
+    for layer in jax.tree.leaves(found):
+      finite = np.isfinite(layer).all(axis=tuple(range(1, layer.ndim)))
+      if not finite.all():
+        raise UserError(f"the features of {np.count_nonzero(~finite)} image(s), first of number "
+                        f"{index[valid][~finite][0]}, are not finite; the network has overflowed, so that no figure of "
+                        "it would mean anything")
+    return Features(found, label[valid], index[valid], num_broken)
 
   for batch in batches:
     label, index, valid = (np.asarray(batch[name]) for name in ("label", "index", "valid"))

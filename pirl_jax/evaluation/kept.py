@@ -28,8 +28,8 @@ class Kept(NamedTuple):
 
   Attributes:
     path: of the file.
-    about: `protocol` and `step` of the evaluation that trained it, `image_size` in pixels, `class_names`, `top1` on the
-      held-out images, and what the protocol adds.
+    about: `protocol`, `step` and `weights` (see `Run.weights`; older files lack it) of the evaluation that trained it,
+      `image_size` in pixels, `class_names`, `top1` on the held-out images, and what the protocol adds.
     variables: the arrays, a tree of dicts.
   """
 
@@ -52,7 +52,8 @@ def keeping(evaluation: Evaluation, measure: Callable[..., Outcome]) -> Outcome:
     if jax.process_index():
       return
     told = {"protocol": evaluation.config.protocol, "step": evaluation.subject.step,
-            "image_size": evaluation.train.image_size, "class_names": evaluation.train.source.class_names, **about}
+            "weights": evaluation.subject.weights, "image_size": evaluation.train.image_size,
+            "class_names": evaluation.train.source.class_names, **about}
     arrays: dict[str, Any] = {"/".join(place): np.asarray(value) for place, value in flatten_dict(variables).items()}
     with replacing(path) as file:
       np.savez(file, about=np.frombuffer(json.dumps(told).encode(), np.uint8), **arrays)

@@ -51,6 +51,11 @@ class Subject:
     return "+".join(str(run.step) for run in self.runs) if self.is_ensemble else self.runs[0].step
 
   @property
+  def weights(self) -> str:
+    """Returns the checksum of the network's weights, see `Run.weights`; of an ensemble those of its runs."""
+    return "+".join(run.weights for run in self.runs)
+
+  @property
   def newest(self) -> bool:
     """Returns whether every checkpoint is the newest of its run."""
     return all(run.newest for run in self.runs)

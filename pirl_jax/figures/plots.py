@@ -95,7 +95,7 @@ def save_curves(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> N
   for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
     for name, label in curves.items():
       # None stands for a value that was not finite; such a value is not drawn.
-      points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
+      points = [(row["epoch"], row[name]) for row in rows if None not in (row.get("epoch"), row.get(name))]
       if points:
         axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
     axes.set(title=title, xlabel="epoch")

@@ -19,7 +19,7 @@ from pirl_jax.configs.data_sets import CHOSEN, leave_open
 from pirl_jax.errors import UserError
 from pirl_jax.launching import config_files, jobs, usage
 from pirl_jax.launching.ending import leave
-from pirl_jax.runtime import memory
+from pirl_jax.runtime import memory, speaking
 from pirl_jax.storage.settings import field_problem, flatten
 
 CONFIG = config_files.define_flag()
@@ -41,11 +41,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     UserError: the flags, the config file or an override is wrong; the message is one line.
   """
   if any(argument in usage.ASKED for argument in argv[1:]):
-    text = _help([argument for argument in argv if argument not in usage.ASKED])
-    try:
-      print(text, flush=True)
-    except BrokenPipeError:  # the reader, for example `head`, wants no more; Python must not write again at its end
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(_help([argument for argument in argv if argument not in usage.ASKED]))
     sys.exit(0)
   argv, left_open = _without_auto(argv)
   try:
@@ -172,7 +168,10 @@ def main(_: list[str]) -> None:
   """Runs the job that the config names."""
   if KEEP_MEMORY.value:
     memory.keep_freed()
-  jobs.carry_out(CONFIG.value, WORKDIR.value, (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
+  workdir = os.path.expanduser(WORKDIR.value)  # shells leave the ~ of --workdir=~/runs as it is
+  if workdir.startswith("~"):
+    raise UserError(f"--workdir={workdir}: there is no such user; ./{workdir} is a folder of that name")
+  jobs.carry_out(CONFIG.value, workdir, (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value),
                  COMPILATION_CACHE.value)
 
 
@@ -182,6 +181,7 @@ def start(main: Callable[[list[str]], None] = main) -> None:
   A UserError is printed in one line and ends the program with exit code 2. Ctrl-C ends it with 130. A job that trains
   ends with 0 after SIGTERM.
   """
+  speaking.never_fail()
   code: Any = 0
   try:
     app.run(main, flags_parser=parse_flags)

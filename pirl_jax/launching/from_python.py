@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from os import PathLike, fspath
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate as evaluation
 from pirl_jax.runtime.quieting import hushed
+from pirl_jax.runtime.speaking import unfailing
 from pirl_jax.training import pretrain as training
 from pirl_jax.training.stopping import Stopping
 
@@ -34,7 +36,7 @@ def pretrain(config: ConfigDict | Mapping[str, Any], workdir: str | PathLike[str
   """
   config = _config_of(config, "pretrain")
   folder = Path(fspath(workdir) or f"runs/{config.name}").expanduser()
-  with hushed():
+  with hushed(), unfailing():
     training.pretrain_with(config, folder, Stopping())  # not entered: it takes no signals
   return folder.absolute()
 
@@ -53,8 +55,8 @@ def evaluate(config: ConfigDict | Mapping[str, Any], workdir: str | PathLike[str
     UserError: the config, a checkpoint or the data does not fit the evaluation. In this case nothing has been compiled
       or written.
   """
-  with hushed():
-    outcomes = evaluation.run(_config_of(config, "evaluate"), fspath(workdir))
+  with hushed(), unfailing():
+    outcomes = evaluation.run(_config_of(config, "evaluate"), expanduser(fspath(workdir)))
   return {label: outcome.figures for label, outcome in outcomes.items()}
 
 

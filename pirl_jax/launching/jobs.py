@@ -37,7 +37,7 @@ def carry_out(config: ConfigDict, workdir: str, by_hand: tuple[str, int | None, 
   if config.job not in JOBS:
     raise UserError(f"job={config.job!r} is unknown; choose from {', '.join(JOBS)}")
   quiet()
-  settle = stopping.note_sigterm()  # loading JAX takes seconds; only then is it known what SIGTERM means for the job
+  settle = stopping.note_signals()  # loading JAX takes seconds; only then is it known what a signal means for the job
   jax, caching, processes, job = (importlib.import_module(name) for name in (
     "jax", "pirl_jax.runtime.caching", "pirl_jax.runtime.processes", JOBS[config.job]))
   trains = getattr(job, "TRAINS", False)

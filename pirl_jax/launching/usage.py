@@ -52,7 +52,7 @@ def of_config(argument: str, settings: Mapping[str, Any] | None) -> str:
     UserError: there is no such config.
   """
   path = Path(config_files.locate(argument).partition(":")[0])
-  lines = [ast.get_docstring(ast.parse(path.read_text())) or argument]
+  lines = [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or argument]
   if path.resolve() == config_files.package_file(path.stem).resolve() and (variants := _variants(path.stem)):
     lines += ["", "variants:", *variants]
   if settings is None:
@@ -95,7 +95,7 @@ def _variants(name: str) -> list[str]:
 
 def _summary(path: Path) -> str:
   """Returns the first line of a config file's docstring, without the command."""
-  text = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+  text = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
   return text.partition(": python ")[0]
 
 

@@ -44,7 +44,7 @@ def state_specs(*, with_bank: bool = True) -> TrainState:
   return TrainState(**specs | ({"bank": mesh_lib.SPLIT} if with_bank else {"bank": None, "normaliser": None}))
 
 
-def state_shardings(mesh: Mesh, *, with_bank: bool = True) -> TrainState:
+def state_shardings(mesh: Mesh, *, with_bank: bool) -> TrainState:
   """Returns the layout of `state_specs` as shardings on this mesh."""
   return jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), state_specs(with_bank=with_bank))
 

@@ -25,7 +25,8 @@ from pirl_jax.runs import open_run, require_checkpoint, run_folder
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.files import read_json, write_file
 from pirl_jax.storage.formats import upgrade_config
-from pirl_jax.storage.logbook import METRICS, read_rows
+from pirl_jax.storage.logbook import METRICS
+from pirl_jax.storage.rows import read_rows
 from pirl_jax.storage.settings import flatten
 
 NAME = "report.html"

@@ -59,7 +59,7 @@ class RunFiles:
   label: str
   folder: Path
   config: dict[str, Any]
-  rows: list[dict[str, Any]]
+  rows: Sequence[dict[str, Any]]
   sight: Sight | None
   problem: str
 
@@ -287,7 +287,7 @@ def settings(run: RunFiles) -> str:
   """Returns what was chosen and why, the fields that differ from configs/base.py, and all fields."""
   chosen = []
   with contextlib.suppress(OSError, ValueError):  # a run whose settings were all given has no such file
-    chosen = json.loads((run.folder / "chosen.json").read_text())
+    chosen = json.loads((run.folder / "chosen.json").read_bytes())
   parts = [page.table(["field", "chosen", "why"], [[str(entry.get(name)) for name in ("field", "value", "why")]
                                                    for entry in chosen], stack=True)] if chosen else []
   folder, = configs.__path__

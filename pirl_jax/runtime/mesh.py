@@ -48,7 +48,7 @@ def host_bytes() -> int:
   found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
   for path in LIMITS:
     with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-      found.append(int(path.read_text()))
+      found.append(int(path.read_bytes()))
   return min(found)
 
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from pirl_jax.errors import UserError
+from pirl_jax.errors import Unreadable, UserError
 from pirl_jax.runtime.roll_call import call_roll
 
 START_SECONDS = 300
@@ -55,6 +55,10 @@ def processes(coordinator: str = "", num_processes: int | None = None, process_i
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(
         nowhere if jax.process_index() else sys.stdout):
       yield
+  except Unreadable as error:  # the others wait for this process
+    print(f"error: process {jax.process_index()} of {jax.process_count()} ends here: {error}", file=sys.stderr,
+          flush=True)
+    os._exit(2)
   except UserError:  # raised in all processes
     raise
   except Exception as error:

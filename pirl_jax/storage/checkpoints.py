@@ -9,25 +9,25 @@ own checksum.
 import contextlib
 import itertools
 import os
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import numpy as np
 from orbax.checkpoint import CheckpointManager, CheckpointManagerOptions, StandardCheckpointer, args
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN, PreservationPolicy
 
 from pirl_jax.errors import UserError
 from pirl_jax.method.memory_bank import Layout, vectors
 from pirl_jax.method.state import TrainState, state_shardings
 from pirl_jax.runtime.mesh import split, whole
-from pirl_jax.runtime.processes import first_failure, wait_for_all
+from pirl_jax.runtime.processes import first_failure
 from pirl_jax.storage.checksums import checksums, json_checksum
-from pirl_jax.storage.files import read_json
+from pirl_jax.storage.files import read_object
 from pirl_jax.storage.formats import FIRST_CHECKED, FORMAT, upgrade
+from pirl_jax.storage.reading import try_reading, reason_of
+from pirl_jax.storage.retention import Retention, steps_in
 
 ITEMS = {"model": ("params", "batch_stats"), "train": ("opt_state", "step", "seed", "normaliser"),
          "bank": ("bank", "usable")}
@@ -40,6 +40,15 @@ PATIENCE_SECONDS = 600
 """If the last checkpoint of a run cannot be written, it is tried again every RETRY_SECONDS for PATIENCE_SECONDS."""
 
 
+def _sleep(seconds: float) -> bool:
+  time.sleep(seconds)
+  return False
+
+
+class Incomplete(ValueError):
+  """The `meta` of a checkpoint lacks a field; raised by `expect`, see `Checkpoints.restore_newest`."""
+
+
 class Checkpoints:
   """The checkpoints of one run; a context manager that waits until the last save is on disk.
 
@@ -47,18 +56,20 @@ class Checkpoints:
   newest checkpoint whenever it is not the best; then the run could not resume.
   """
 
-  def __init__(self, folder: str | os.PathLike, *, keep: int) -> None:
+  def __init__(self, folder: str | os.PathLike, *, keep: int, note: Callable[[int], None] = lambda _: None) -> None:
     """Opens `folder`; if it does not exist, the first save creates it.
 
     Args:
       folder: of the checkpoints.
       keep: number of newest checkpoints to keep, >= 1.
+      note: note(step) is called in process 0 once a checkpoint is on disk, maybe by another thread.
     """
     self._folder = Path(folder).absolute()
-    self._keep = keep
     self._manager: CheckpointManager | None = None
     self._writing = False
+    self._checksum = ""  # of the meta that was last to be saved
     self._knn_top1: dict[int, float | None] = {}  # by step, for the checkpoints that this program has saved
+    self._retention = Retention(self._folder, keep=keep, metric_of=self._metric, note=note)
 
   def __enter__(self) -> Self:
     return self
@@ -67,24 +78,44 @@ class Checkpoints:
     self.close()
 
   def steps(self) -> list[int]:
-    """Returns the steps of the finished checkpoints on disk, the oldest first."""
-    return sorted(self._open().all_steps()) if self._folder.is_dir() else []
+    """Returns the steps of the finished checkpoints on disk, the oldest first.
+
+    Raises:
+      UserError: the folder cannot be read.
+    """
+    return steps_in(self._folder)
+
+  def has(self, step: int) -> bool:
+    """Returns whether there is a finished checkpoint of this step, whole or damaged."""
+    return (self._folder / str(step)).is_dir()
 
   def read_meta(self, step: int) -> dict[str, Any]:
     """Returns the `meta` of a checkpoint; an older format is converted to the current one.
 
     Raises:
-      UserError: a later version of the program wrote the checkpoint, in a format that this version does not know.
-      Exception: the file is missing or damaged; Orbax raises errors of many types.
-      ValueError: the content of the file does not have its checksum.
+      UserError: a later version of the program wrote the checkpoint, in a format that this version does not know; or
+        the disk does not allow reading now.
+      ValueError: the file is missing or damaged: its content does not have its checksum, or is of another step.
     """
-    meta = self._open().restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
-    checksum, version = meta.pop("checksum", None), meta["format"]
-    if checksum not in (None, json_checksum(meta)) or checksum is None and version in range(FIRST_CHECKED, FORMAT + 1):
-      raise ValueError("meta is not as it was written")
-    if version not in range(1, FORMAT + 1):
+    meta, damage = try_reading(f"checkpoint {self._folder / str(step)}", lambda: self._read_meta(step),
+                             folder=self._folder / str(step))
+    if damage:
+      raise ValueError(damage)
+    return meta
+
+  def _read_meta(self, step: int) -> dict[str, Any]:
+    meta = read_object(self._folder / str(step) / "meta" / "metadata")
+    checksum, version = meta.pop("checksum", None), meta.get("format")
+    if type(version) is not int or version < 1 or type(meta.get("step", step)) is not int:
+      raise ValueError("meta is not one of a checkpoint")
+    if version > FORMAT:
       raise UserError(f"checkpoint {self._folder / str(step)} has format {version}, and this program reads formats 1 "
                       f"to {FORMAT}; use the version of the program that wrote it, or a later one")
+    if checksum not in (None, json_checksum(meta)) or version >= FIRST_CHECKED and None in (
+        checksum, meta.get("checksums")):
+      raise ValueError("meta is not as it was written")
+    if meta.get("step", step) != step:
+      raise ValueError(f"the folder holds a checkpoint of step {meta['step']}")
     return upgrade(meta)
 
   def restore(self, step: int, like: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
@@ -160,22 +191,28 @@ class Checkpoints:
 
   def _stored(self, step: int, item: str) -> dict[str, Any]:
     """Returns the tree of an item, from Orbax's metadata, with shapes and types in the place of arrays."""
-    try:
+    def read() -> dict[str, Any]:
       with StandardCheckpointer() as reader:
         return reader.metadata(self._folder / str(step) / item).item_metadata.tree
-    except Exception as error:  # of many types, see restore
-      raise self._unreadable(step, error) from error
+    return self._tried(step, read)
 
   def _read_item(self, step: int, item: str, as_stored: Mapping[str, Any],
                  sharding_of: Callable[[Any], jax.sharding.Sharding]) -> dict[str, Any]:
     """Returns an item with the types in which it was saved, after comparing its checksums."""
-    try:
-      tree, changed = self._read_and_compare(step, self.read_meta(step), item, as_stored, sharding_of)
-    except Exception as error:  # of many types, see restore
-      raise self._unreadable(step, error) from error
-    if changed:
-      raise self._unreadable(step, changed)
-    return tree
+    def read() -> dict[str, Any]:
+      tree, changed = self._read_and_compare(step, self._read_meta(step), item, as_stored, sharding_of)
+      if changed:
+        raise ValueError(changed)
+      return tree
+    return self._tried(step, read)
+
+  def _tried(self, step: int, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    found, damage = try_reading(f"checkpoint {self._folder / str(step)}", read, folder=self._folder / str(step))
+    if damage:
+      others = ", ".join(str(other) for other in self.steps() if other != step)
+      raise UserError(f"checkpoint {self._folder / str(step)} cannot be read ({damage})"
+                      + (f"; choose another step, there are {others}" if others else ""))
+    return found
 
   def _read_and_compare(self, step: int, meta: Mapping[str, Any], item: str, as_stored: Mapping[str, Any],
                         sharding_of: Callable[[Any], jax.sharding.Sharding]) -> tuple[dict[str, Any], str]:
@@ -191,42 +228,46 @@ class Checkpoints:
     Args:
       step: of the checkpoint.
       mesh: the devices that hold the arrays during the check.
+
+    Raises:
+      UserError: the disk does not allow reading now.
     """
-    try:
-      meta = self.read_meta(step)
+    def read() -> None:
+      meta = self._read_meta(step)
       # A checkpoint without checksums has no list of its items; then the items on disk are read.
-      for item in meta.get("checksums") or [name for name in ITEMS if (self._folder / str(step) / name).is_dir()]:
+      on_disk = [name for name in ITEMS if (self._folder / str(step) / name).is_dir()]
+      for item in dict.fromkeys([*meta.get("checksums", ()), *on_disk]):
+        with StandardCheckpointer() as reader:
+          stored = reader.metadata(self._folder / str(step) / item).item_metadata.tree
         _, changed = self._read_and_compare(
-          step, meta, item, self._stored(step, item),
+          step, meta, item, stored,
           lambda tree, item=item: split(mesh) if item == "bank" and _divides(tree, mesh) else whole(mesh))
         if changed:
-          return changed
-    except Exception as error:  # of many types, see restore
-      return reason_of(error)
-    return ""
+          raise ValueError(changed)
+    return try_reading(f"checkpoint {self._folder / str(step)}", read, folder=self._folder / str(step))[1]
 
   def best_metric(self, step: int) -> float | None:
     """Returns the kNN accuracy by which the best checkpoint is chosen, in [0, 1].
 
     The result is None if the accuracy was not measured or cannot be read.
     """
+    try:
+      return self._metric(step)
+    except (OSError, ValueError):
+      return None
+
+  def _metric(self, step: int) -> float | None:
+    """Returns what `best_metric` does, but raises OSError or ValueError if the accuracy cannot be read."""
     if step in self._knn_top1:
       return self._knn_top1[step]
-    # The file is read without Orbax, because Orbax calls this method in the middle of a save.
-    meta = read_json(self._folder / str(step) / "meta" / "metadata") or {}
+    meta = read_object(self._folder / str(step) / "meta" / "metadata")
     checksum = meta.pop("checksum", None)
     if BEST_METRIC in meta:
-      return meta[BEST_METRIC] if checksum == json_checksum(meta) else None
-    return (read_json(self._legacy_metrics(step)) or {}).get(BEST_METRIC)
-
-  def _legacy_metrics(self, step: int | str) -> Path:
-    """Returns the file in which Orbax kept the kNN accuracy of older formats."""
-    return self._folder / str(step) / "metrics" / "metrics"
-
-  def _unreadable(self, step: int, error: Exception | str) -> UserError:
-    others = ", ".join(str(other) for other in self.steps() if other != step)
-    return UserError(f"checkpoint {self._folder / str(step)} cannot be read ({reason_of(error)})"
-                     + (f"; choose another step, there are {others}" if others else ""))
+      if checksum != json_checksum(meta) or meta.get("step", step) != step:
+        raise ValueError("meta is not as it was written")
+      return meta[BEST_METRIC]
+    legacy = self._folder / str(step) / "metrics" / "metrics"  # where Orbax kept the accuracy of older formats
+    return read_object(legacy).get(BEST_METRIC) if legacy.exists() else None
 
   def restore_newest(self, expect: Callable[[dict[str, Any]], TrainState], mesh: jax.sharding.Mesh, *,
                      say: Callable[[str], None]) -> TrainState:
@@ -237,7 +278,7 @@ class Checkpoints:
 
     Args:
       expect: expect(meta) returns the argument `like` of `restore` for the checkpoint with this `meta`. It raises a
-        UserError if the checkpoint belongs to another run.
+        UserError if the checkpoint belongs to another run, `Incomplete` if the checkpoint is damaged.
       mesh: see `restore`.
       say: prints a line.
 
@@ -246,31 +287,52 @@ class Checkpoints:
     """
     unreadable = {}
     for step in reversed(self.steps()):
-      failure, meta, items = "", {}, {}
-      state: Any = None
-      try:
-        meta = self.read_meta(step)
-        state = self.restore(step, expect(meta), mesh)
-        items = _items(state)
-      except UserError:
-        raise
-      except Exception as error:  # Orbax raises Exception itself for a damaged data file
-        failure = reason_of(error)
-      # All processes compute the checksums together. So first every process must have read its part.
-      if failure := first_failure(failure) or _changed(meta, items):
-        unreadable[step] = failure
+      state, damage = self._restore_whole(step, expect, mesh, say)
+      if damage:
+        unreadable[step] = damage
         continue
       self.close()
       for bad_step, reason in unreadable.items():
-        say(f"checkpoint {bad_step} cannot be read, moved to {self._aside(bad_step).name}: {reason}")
-        if jax.process_index() == 0:
-          (self._folder / str(bad_step)).rename(self._aside(bad_step))
-      if unreadable:
-        # No process may look at the folder again before the damaged checkpoints have been moved.
-        wait_for_all("moving the checkpoints that cannot be read")
+        self._set_aside(bad_step, f"cannot be read ({reason})", say)
       return state
     raise UserError(f"none of the checkpoints in {self._folder} can be read ({unreadable}); "
                     "move the folder away to start from the beginning, or choose another --workdir")
+
+  def _restore_whole(self, step: int, expect: Callable[[dict[str, Any]], TrainState], mesh: jax.sharding.Mesh,
+                     say: Callable[[str], None]) -> tuple[Any, str]:
+    """Returns (state, "") or (None, what is damaged), the same in all processes."""
+    at = dict(folder=self._folder / str(step), agree=first_failure, say=say)
+    meta, damage = try_reading(f"checkpoint {step}", lambda: self._read_meta(step), **at)
+    if damage:
+      return None, damage
+    try:
+      like = expect(meta)
+    except Incomplete as error:
+      return None, str(error)
+    for _ in range(2):
+      state, damage = try_reading(f"checkpoint {step}", lambda: self.restore(step, like, mesh), **at)
+      # All processes compute the checksums together. So first every process must have read its part.
+      if damage or not (damage := _changed(meta, _items(state))):
+        break
+    return (None, damage) if damage else (state, "")
+
+  def _set_aside(self, step: int, why: str, say: Callable[[str], None]) -> None:
+    """Moves a checkpoint to a new name; all processes call this together, and none looks at the folder before the end.
+
+    Raises:
+      UserError: it cannot be moved.
+    """
+    failure, target = "", self._aside(step)
+    say(f"checkpoint {step} {why}, moved to {target.name}")
+    if jax.process_index() == 0:
+      try:
+        (self._folder / str(step)).rename(target)
+      except FileNotFoundError:  # somebody has removed it
+        pass
+      except OSError as error:
+        failure = f"{self._folder / str(step)} {why}, and cannot be moved to {target.name} ({error.strerror or error})"
+    if failure := first_failure(failure):
+      raise UserError(f"{failure}; move it by hand")
 
   def _aside(self, step: int) -> Path:
     """Returns a new path for a damaged checkpoint; an earlier one of the same step is never overwritten."""
@@ -278,7 +340,7 @@ class Checkpoints:
     return next(path for path in map(self._folder.joinpath, names) if not path.exists())
 
   def save(self, step: int, state: TrainState, meta: Mapping[str, Any], *, knn_top1: float | None,
-           surely: bool = False, say: Callable[[str], None] = print) -> None:
+           surely: bool = False, say: Callable[[str], None] = print, pause: Callable[[float], bool] = _sleep) -> None:
     """Starts writing a checkpoint and returns before it is on disk; the state may be donated at once.
 
     If the disk cannot take the checkpoint, the run continues: a warning is printed, the unfinished files are removed,
@@ -292,6 +354,7 @@ class Checkpoints:
       knn_top1: kNN accuracy in [0, 1], or None if it was not measured at this step; the best checkpoint is kept.
       surely: True returns only when the checkpoint is on disk, and tries for `PATIENCE_SECONDS`.
       say: prints a line.
+      pause: pause(seconds) waits and returns whether to give up.
 
     Raises:
       UserError: with `surely`, if the checkpoint could not be written.
@@ -299,34 +362,57 @@ class Checkpoints:
     begun = time.monotonic()
     for attempt in itertools.count():
       try:
-        self._start_save(step, state, meta, knn_top1)
+        self._start_save(step, state, meta, knn_top1, say)
         if surely:
           self._open(writing=True).wait_until_finished()
-        return
+          self._retention.settle()
+        break
       except Exception as error:  # of many types, see restore; it may come from an earlier save that ended meanwhile
         if jax.process_count() > 1:
           raise
         self._abandon()
+        if self._is_on_disk(step):
+          break
         say(f"WARNING: a checkpoint could not be written, at step {step} ({reason_of(error)})")
         if not surely and attempt:
-          return
+          break
         if surely and time.monotonic() - begun > PATIENCE_SECONDS:
-          raise UserError(f"the checkpoint of step {step} could not be written to {self._folder} ({reason_of(error)}); "
-                          f"on disk are {self.steps()}; make room, and the same command resumes from there") from error
+          raise self._not_saved(step, reason_of(error), "make room") from error
         if attempt:
           say(f"trying again in {RETRY_SECONDS} s")
-          time.sleep(RETRY_SECONDS)
+          if pause(RETRY_SECONDS):
+            raise self._not_saved(step, reason_of(error), "ended by a signal; make room") from error
+    for line in self._retention.words():
+      say(line)
 
-  def _start_save(self, step: int, state: TrainState, meta: Mapping[str, Any], knn_top1: float | None) -> None:
+  def _not_saved(self, step: int, reason: str, advice: str) -> UserError:
+    return UserError(f"the checkpoint of step {step} could not be written to {self._folder} ({reason}); on disk are "
+                     f"{self.steps()}; {advice}, and the same command resumes from there")
+
+  def _start_save(self, step: int, state: TrainState, meta: Mapping[str, Any], knn_top1: float | None,
+                  say: Callable[[str], None]) -> None:
+    if first_failure("there" if self.has(step) else ""):
+      self.close()
+      self._set_aside(step, "is not of this run, which comes to this step only now", say)
     items = _items(state)
     self._knn_top1[step] = knn_top1
-    meta = {**meta, "format": FORMAT, BEST_METRIC: knn_top1,
+    meta = {**meta, "step": step, "format": FORMAT, BEST_METRIC: knn_top1,
             "checksums": {item: checksums(fields) for item, fields in items.items()}}
-    saved = self._open(writing=True).save(
-      step, args=args.Composite(**{item: args.StandardSave(fields) for item, fields in items.items()},
-                                meta=args.JsonSave({**meta, "checksum": json_checksum(meta)})))
-    if not saved:
-      raise RuntimeError(f"Orbax skipped the checkpoint of step {step}; on disk are {self.steps()}")
+    self._checksum = json_checksum(meta)
+    # Without `force` Orbax would silently skip the checkpoint if there is one of a higher step.
+    self._open(writing=True).save(
+      step, force=True,
+      args=args.Composite(**{item: args.StandardSave(fields) for item, fields in items.items()},
+                          meta=args.JsonSave({**meta, "checksum": self._checksum})))
+    if jax.process_index() == 0:
+      self._retention.expect(step)
+
+  def _is_on_disk(self, step: int) -> bool:
+    """Returns whether the checkpoint that was last to be saved is on disk, although an error has come."""
+    try:
+      return read_object(self._folder / str(step) / "meta" / "metadata").get("checksum") == self._checksum
+    except (OSError, ValueError):
+      return False
 
   def _abandon(self) -> None:
     """Gives up the save in progress; the next save removes its files."""
@@ -334,12 +420,15 @@ class Checkpoints:
     with contextlib.suppress(Exception):  # closing raises the error of the save once more
       if manager is not None:
         manager.close()
+    self._retention.settle()
+    self._retention.give_up()
 
   def close(self) -> None:
     """Waits until everything is on disk. A later call of another method opens the folder again."""
     if self._manager is not None:
       self._manager.close()
       self._manager = None
+      self._retention.settle()
 
   def _open(self, *, writing: bool = False) -> CheckpointManager:
     """Returns Orbax's manager.
@@ -350,29 +439,10 @@ class Checkpoints:
     if writing and not self._writing:
       self.close()
     if self._manager is None:
-      for path in map(self._legacy_metrics, filter(str.isdigit, (child.name for child in self._folder.glob("*")))):
-        # Orbax reads this file of every checkpoint; if one of them is damaged, Orbax opens none of the checkpoints.
-        if path.exists() and read_json(path) is None:
-          raise UserError(f"{path} is damaged; move {path.parent} away: the checkpoint itself is whole, but without "
-                          "its kNN accuracy it is not kept as the best one")
       self._manager = CheckpointManager(self._folder, options=CheckpointManagerOptions(
-        preservation_policy=AnyPreservationPolicy([LatestN(self._keep), _Best(self.best_metric)]),
-        cleanup_tmp_directories=writing))
+        lightweight_initialize=True, cleanup_tmp_directories=writing))
       self._writing = writing
     return self._manager
-
-
-class _Best(PreservationPolicy):
-  """Keeps the checkpoint with the best kNN. Orbax's own policy would read the metric from a file without a checksum."""
-
-  def __init__(self, metric_of: Callable[[int], float | None]) -> None:
-    self._metric_of = metric_of
-
-  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-    del context
-    found = {info.step: metric for info in checkpoints if (metric := self._metric_of(info.step)) is not None}
-    best = max(found, key=lambda step: (found[step], step), default=None)
-    return [info.step == best for info in checkpoints]
 
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:
@@ -390,18 +460,10 @@ def _changed(meta: Mapping[str, Any], items: Mapping[str, Any]) -> str:
     return ""
   wrong = []
   for item, tree in items.items():
-    saved, found = meta["checksums"][item], checksums(tree)
+    saved, found = meta["checksums"].get(item, {}), checksums(tree)
     wrong += [f"{item}/{name}" for name in sorted(saved.keys() | found.keys()) if saved.get(name) != found.get(name)]
   more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
   return f"not as it was saved: {', '.join(wrong[:3])}{more}" if wrong else ""
-
-
-def reason_of(error: Exception | str) -> str:
-  """Returns the message of an error in one line; the disk's own words come before TensorStore's long text."""
-  text = " ".join(str(error).split()) or type(error).__name__
-  if of_the_disk := re.search(r"([^:]+) \[os_error_code=", text):
-    text = f"{of_the_disk[1].strip()}: {text}"
-  return text if len(text) < 200 else f"{text[:200]} ..."
 
 
 def _divides(tree: Any, mesh: jax.sharding.Mesh) -> bool:

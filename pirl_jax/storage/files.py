@@ -1,10 +1,12 @@
 """Writes files atomically (complete or not at all), and locks folders against other processes."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,29 +14,60 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+DEEPEST = 100
+"""Groups within groups that a JSON file may have; more of them may exceed Python's recursion limit somewhere."""
+
+
+UNFINISHED = ".unfinished"
+"""End of the name of a file that is being written."""
+
+OLD_SECONDS = 3600
+"""If nothing was written to a temporary file for this time, its program was killed."""
+
+LOCK = ".lock"
+"""Name of the file by which a folder is locked."""
+
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
+"""Errors of file systems that have no locks, or none of this kind."""
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
   """Yields a temporary file, open for writing bytes. It becomes `path` at the end; after an error it is deleted.
 
-  An old file at `path` stays until the new file is on disk. The folder is created. Only one process at a time may write
-  to a path: the temporary file always has the same name, so that files of killed programs are overwritten and do not
-  pile up.
+  An old file at `path` stays until the new file is on disk. The folder is created. Every writer has a temporary file of
+  its own; if several processes write to one path at once, the file is that of the last one. Temporary files of killed
+  programs are deleted by the next writer after `OLD_SECONDS`.
 
   Raises:
     OSError: the file cannot be written.
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.unfinished")
+  start = f".{path.name[:50]}."  # names have a largest length
+  _tidy(path.parent, start)
+  temporary = path.parent / f"{start}{os.getpid()}-{secrets.token_hex(4)}{UNFINISHED}"
   try:
-    with open(temporary, "wb") as file:
+    with open(temporary, "xb", opener=_new_file) as file:
       yield file
       file.flush()
       os.fsync(file.fileno())  # without this a power cut may leave half of the content under the new name
-    os.replace(temporary, path)
+      os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def _new_file(path: str, flags: int) -> int:
+  return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _tidy(folder: Path, start: str) -> None:
+  """Deletes the temporary files of killed programs whose names begin with `start`."""
+  with contextlib.suppress(OSError):
+    for name in os.listdir(folder):
+      path = folder / name
+      if name.startswith(start) and name.endswith(UNFINISHED) and time.time() - path.lstat().st_mtime > OLD_SECONDS:
+        path.unlink()
 
 
 def write_file(path: str | os.PathLike, content: bytes) -> None:
@@ -67,20 +100,52 @@ def strict(obj: Any) -> Any:
   return obj
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
-  """Returns the object in a JSON file, or None if there is no such file or it cannot be read."""
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+  """Returns the object in a JSON file.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: the file holds something else, for example NaN, which JSON does not have.
+  """
+  content = Path(path).read_bytes()
   try:
-    stored = json.loads(Path(path).read_text())
+    stored = json.loads(content.decode(), parse_constant=_no_number, parse_float=_finite)
+  except RecursionError:
+    raise ValueError("too many brackets") from None
+  if not isinstance(stored, dict):
+    raise ValueError("not an object")
+  groups: list[Any] = [stored]
+  for _ in range(DEEPEST):
+    groups = [value for group in groups for value in (group.values() if isinstance(group, dict) else group)
+              if isinstance(value, dict | list)]
+  if groups:
+    raise ValueError("too many brackets")
+  return stored
+
+
+def _no_number(name: str) -> Any:
+  raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+  return number if math.isfinite(number := float(digits)) else _no_number(digits)
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any] | None:
+  """Returns the object in a JSON file, or None if there is no such file or it cannot be read; see `read_object`."""
+  try:
+    return read_object(path)
   except (OSError, ValueError):
     return None
-  return stored if isinstance(stored, dict) else None
 
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike, *, patience: float = math.inf) -> Iterator[None]:
   """Locks a folder against other processes that use this function. The lock ends with the process that holds it.
 
-  On a file system without locks nothing is locked.
+  Two locks are taken: that of a file in the folder, because NFS locks only what is open for writing, and that of the
+  folder itself, by which older versions of this program are kept out. On a file system without locks a warning is
+  printed.
 
   Args:
     folder: the folder, which is created.
@@ -88,26 +153,64 @@ def locked(folder: str | os.PathLike, *, patience: float = math.inf) -> Iterator
 
   Raises:
     TimeoutError: another process still holds the lock.
-    OSError: the folder cannot be created.
+    OSError: the folder or the file cannot be created.
   """
   Path(folder).mkdir(parents=True, exist_ok=True)
-  handle = os.open(folder, os.O_RDONLY)
-  try:
-    began = time.monotonic()
-    while _is_held(handle):
-      if time.monotonic() - began >= patience:
+  path, began = Path(folder) / LOCK, time.monotonic()
+  with contextlib.ExitStack() as opened:
+    while not (held := _lock_both(Path(folder), path, opened)):
+      if held is not None and time.monotonic() - began >= patience:
         raise TimeoutError(f"{folder} is held by another process")
-      time.sleep(0.2)
+      time.sleep(0.2 if held is not None else 0)
     yield
-  finally:
-    os.close(handle)
 
 
-def _is_held(handle: int) -> bool:
+def _lock_both(folder: Path, path: Path, opened: contextlib.ExitStack) -> bool | None:
+  """Locks the file and the folder until `opened` is closed, which deletes the file.
+
+  Returns True, or False if another process holds a lock, or None if another process has just deleted the file.
+  """
+  with contextlib.ExitStack() as opening:
+    handles = []
+    try:
+      handles.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
+    except OSError as error:
+      if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):  # where nothing can be written, less is at stake
+        raise
+    handles.append(os.open(folder, os.O_RDONLY))
+    for handle in handles:
+      opening.callback(os.close, handle)
+    taken = []
+    for handle in handles:
+      taken.append(_take(handle))
+      if taken[-1] is False:
+        return False
+    if len(handles) == 2:
+      if not _is_at(handles[0], path):
+        return None
+      opening.callback(path.unlink, missing_ok=True)  # is called before the file is closed, so while it is locked
+    if not any(taken):
+      print(f"WARNING: the file system of {folder} has no locks; only one program at a time may use this folder")
+    opened.push(opening.pop_all())
+    return True
+
+
+def _take(handle: int) -> bool | None:
+  """Locks an open file or folder. Returns False if another process holds the lock, None if there are no locks."""
   try:
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
-    return True
-  except OSError:  # a file system without locks
-    pass
-  return False
+    return False
+  except OSError as error:
+    if error.errno not in NO_LOCKS:
+      raise
+    return None
+  return True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+  """Returns whether the open file is the one that has this path."""
+  try:
+    return os.path.samestat(os.fstat(handle), os.stat(path))
+  except FileNotFoundError:
+    return False

@@ -17,28 +17,14 @@ from typing import Any, BinaryIO, Self, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from pirl_jax.storage.files import strict, write_file
+from pirl_jax.storage.files import replacing, strict
+from pirl_jax.storage.rows import Rows, read_rows
 from pirl_jax.storage.tensorboard import TensorBoard
 
 METRICS = "metrics.jsonl"
 
 PLAIN_SECONDS = 10.0
 """Shortest time between two progress lines if there is no terminal; the lines of five minutes fit on one page."""
-
-
-def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """Returns the rows of a metrics.jsonl, or [] if there is no file; a line that a crash has cut is left out."""
-  try:
-    lines = Path(path).read_bytes().splitlines()
-  except FileNotFoundError:
-    return []
-  rows = []
-  for line in lines:
-    with contextlib.suppress(ValueError):  # raised for text that is not JSON and for bytes that are not UTF-8
-      row = json.loads(line)
-      if isinstance(row, dict) and isinstance(row.get("step"), int):
-        rows.append(row)
-  return rows
 
 
 class Logbook:
@@ -76,7 +62,7 @@ class Logbook:
     self._closed = False
 
     self._path = Path(workdir) / METRICS
-    self._rows = [row for row in read_rows(self._path) if row["step"] <= start_step]
+    self._rows = read_rows(self._path, start_step)
     self._behind = False  # whether rows are missing in the file, because they could not be written
     if enabled:
       self._write_all()
@@ -135,13 +121,13 @@ class Logbook:
       self._show_progress(max(step, self._logged_step))
 
   @property
-  def rows(self) -> list[dict[str, Any]]:
+  def rows(self) -> Rows:
     """Returns the rows of metrics.jsonl, including rows that could not be written yet."""
-    return list(self._rows)
+    return self._rows
 
   def has(self, step: int, name: str) -> bool:
-    """Returns whether the row of a step has a figure of this name."""
-    return any(row["step"] == step and name in row for row in reversed(self._rows))
+    """Returns whether the last row is that of a step and has a figure of this name."""
+    return bool(self._rows) and (row := self._rows[-1])["step"] == step and name in row
 
   def say(self, text: str) -> None:
     """Prints a message on lines of its own, above the progress line."""
@@ -248,6 +234,9 @@ class Logbook:
     # with the same beginning.
     line, file = _line(row), self._file
     assert file is not None  # open from the beginning to `close`
+    if not os.fstat(file.fileno()).st_nlink:  # somebody has deleted or replaced the file
+      self._write_all()
+      return
     file.seek(offset)
     file.write(line)
     file.flush()
@@ -259,12 +248,12 @@ class Logbook:
     if self._file is not None:
       with contextlib.suppress(OSError):  # nothing is lost: the rows are in memory, too
         self._file.close()
-    lines = [_line(row) for row in self._rows]
-    write_file(self._path, b"".join(lines))
+    size = start = 0
+    with replacing(self._path) as file:
+      for row in self._rows:
+        start, size = size, size + file.write(_line(row))
     self._file = open(self._path, "r+b")  # noqa: SIM115, open as long as the run
-    # The last row starts here; it is written again when figures are added to it.
-    self._row_offset = sum(map(len, lines[:-1]))
-    self._file_size = sum(map(len, lines))
+    self._row_offset, self._file_size = start, size  # the last row is written again when figures are added to it
     self._behind = False
 
   def _show_progress(self, step: int) -> None:
@@ -284,28 +273,25 @@ class Logbook:
     # The most important parts come first, because a narrow terminal cuts the end.
     parts = [f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}",
              f"epoch {step / self._steps_per_epoch:.1f}/{self._total_steps / self._steps_per_epoch:.4g}"]
-    loss = self._last("loss")
+    loss = self._rows.last("loss")
     if "loss" in self._rows[-1] or loss is not None:
       # If the last row has a loss that is not finite, the line says so instead of showing an older, finite loss.
       now = self._rows[-1].get("loss", loss)
       parts.append("loss not finite" if now is None else f"loss {now:.3f}")
     for name, text in (("knn_top1", "kNN"), ("other_knn_top1", "other kNN")):
-      if (knn := self._last(name)) is not None:
+      if (knn := self._rows.last(name)) is not None:
         parts.append(f"{text} {knn:.1%}")
-    if (rank := self._last("bank_rank")) is not None:
+    if (rank := self._rows.last("bank_rank")) is not None:
       parts.append(f"bank rank {rank:.0f}")
     left = self._seconds_left(step)
     if left is not None:
       parts.append(f"{_clock(left)} left")
-    if (rank := self._last("feature_rank")) is not None:
+    if (rank := self._rows.last("feature_rank")) is not None:
       parts.append(f"feature rank {rank:.0f}")
     if len(self._rates) > 1:
       images, seconds, wait = self._rates[-1]
       parts += [f"{images / seconds:,.0f} images/s", f"data wait {wait / seconds:.0%}"]
     return "  ".join(parts)
-
-  def _last(self, name: str) -> Any:
-    return next((row[name] for row in reversed(self._rows) if row.get(name) is not None), None)
 
   def _seconds_left(self, step: int) -> float | None:
     """Returns an estimate from the wall time since the first log, including evaluations and checkpoints."""

@@ -16,7 +16,7 @@ def field_meanings(path: Path) -> dict[str, str]:
     path: a Python file that assigns `config.FIELD = VALUE`, `config.GROUP = group = ConfigDict()` and
       `group.FIELD = VALUE`.
   """
-  source = path.read_text()
+  source = path.read_text(encoding="utf-8")
   lines = source.splitlines()
   comments = {token.start[0]: token.string.lstrip("# ") for token in tokenize.generate_tokens(
     io.StringIO(source).readline) if token.type == tokenize.COMMENT}

@@ -1,6 +1,7 @@
 """Snapshots of a long evaluation, from which the same command resumes."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,11 @@ import jax
 from orbax.checkpoint import CheckpointManager, CheckpointManagerOptions, args
 
 from pirl_jax.runtime.mesh import whole
-from pirl_jax.runtime.processes import first_failure
-from pirl_jax.storage.checkpoints import reason_of, template_of
+from pirl_jax.runtime.processes import first_failure, wait_for_all
+from pirl_jax.storage.checkpoints import template_of
 from pirl_jax.storage.checksums import checksums
+from pirl_jax.storage.reading import try_reading, reason_of
+from pirl_jax.storage.retention import Retention, steps_in
 
 
 class Snapshots:
@@ -26,6 +29,7 @@ class Snapshots:
     """Opens `folder`; the first save creates it."""
     self._folder = Path(folder).absolute()
     self._manager: CheckpointManager | None = None
+    self._retention = Retention(self._folder, keep=1, what="snapshot")
 
   def __enter__(self) -> Self:
     return self
@@ -35,31 +39,37 @@ class Snapshots:
       manager, self._manager = self._manager, None
       if manager is not None:
         manager.close()
+        self._retention.settle()
 
   def restore(self, like: Any, mesh: jax.sharding.Mesh) -> tuple[int, Any]:
     """Returns (step, tree) of the newest snapshot, or (0, `like`) if there is no snapshot that can be read.
 
-    A snapshot that cannot be read is named and deleted; only computing time is lost.
+    A snapshot that is damaged is named and deleted; only computing time is lost.
 
     Args:
       like: the tree at the start; its arrays are replicated on every device.
       mesh: the devices for the arrays.
+
+    Raises:
+      UserError: the disk does not allow reading now.
     """
-    if self._folder.is_dir():
-      template = template_of(like, whole(mesh))
-      for step in sorted(self._open().all_steps(), reverse=True):
-        failure, found = "", {}
-        try:
-          found = self._open().restore(
-            step, args=args.Composite(tree=args.StandardRestore(template), checksums=args.JsonRestore()))
-        except Exception as error:  # Orbax raises Exception itself for a damaged file
-          failure = reason_of(error)
-        failure = first_failure(failure)  # all processes compute the checksums together
-        if not failure and found["checksums"] == checksums(found["tree"]):
-          return step, found["tree"]
-        print(f"snapshot {self._folder / str(step)} cannot be read, deleted: {failure or 'not as it was saved'}")
-        self._open().delete(step)  # otherwise Orbax would silently skip every save up to this step
+    template = template_of(like, whole(mesh))
+    for step in reversed(steps_in(self._folder)):
+      folder = self._folder / str(step)
+      found, damage = try_reading(f"snapshot {folder}", functools.partial(self._read, step, template), folder=folder,
+                                agree=first_failure)
+      # All processes compute the checksums together. So first every process must have read its part.
+      if not damage and found["checksums"] == checksums(found["tree"]):
+        return step, found["tree"]
+      print(f"snapshot {folder} cannot be read, deleted: {damage or 'not as it was saved'}")
+      if jax.process_index() == 0:
+        self._retention.remove(step)
+    wait_for_all("removing the snapshots that cannot be read")
     return 0, like
+
+  def _read(self, step: int, template: Any) -> Any:
+    return self._open().restore(
+      step, args=args.Composite(tree=args.StandardRestore(template), checksums=args.JsonRestore()))
 
   def save(self, step: int, tree: Any) -> None:
     """Starts writing a tree of arrays and returns before it is on disk.
@@ -73,8 +83,11 @@ class Snapshots:
     """
     items = args.Composite(tree=args.StandardSave(tree), checksums=args.JsonSave(checksums(tree)))
     with self._tolerant(f"that of step {step}"):
-      if not self._open().save(step, args=items):
-        raise RuntimeError("Orbax skipped it")
+      self._open().save(step, args=items, force=True)  # without it Orbax skips a snapshot if a later one is left
+      if jax.process_index() == 0:
+        self._retention.expect(step)
+    for line in self._retention.words():
+      print(line)
 
   @contextlib.contextmanager
   def _tolerant(self, which: str) -> Iterator[None]:
@@ -86,6 +99,7 @@ class Snapshots:
       print(f"WARNING: a snapshot could not be written to {self._folder}, {which} ({reason_of(error)}); the evaluation "
             "continues without it")
       manager, self._manager = self._manager, None
+      self._retention.give_up()
       with contextlib.suppress(Exception):  # closing raises the error of the save once more
         if manager is not None:
           manager.close()
@@ -93,5 +107,5 @@ class Snapshots:
   def _open(self) -> CheckpointManager:
     if self._manager is None:
       self._manager = CheckpointManager(self._folder, options=CheckpointManagerOptions(
-        max_to_keep=1, cleanup_tmp_directories=True))
+        lightweight_initialize=True, cleanup_tmp_directories=True))
     return self._manager

@@ -16,6 +16,7 @@ from pirl_jax.configs import evaluate as evaluations
 from pirl_jax.configs.base import get_base
 from pirl_jax.configs.study import OWN_EVALUATION_FIELDS, OWN_FIELDS, systems
 from pirl_jax.errors import UserError
+from pirl_jax.storage.checksums import json_checksum
 from pirl_jax.storage.files import read_json
 from pirl_jax.storage.formats import YOUNGER_FIELDS, upgrade_config
 from pirl_jax.storage.settings import difference, flatten
@@ -74,6 +75,13 @@ class Trial:
     return (read_json(self.folder / MARK) or {}).get("step")
 
   @property
+  def weights(self) -> str | None:
+    """Returns what `Run.weights` is for the last checkpoint; None if the checkpoint has no checksums."""
+    meta = read_json(self.folder / "checkpoints" / str(self.step) / "meta" / "metadata") or {}
+    model = meta.get("checksums", {}).get("model")
+    return json_checksum(model) if model else None
+
+  @property
   def trained(self) -> bool:
     """Returns whether the training has ended and its last checkpoint is on disk."""
     return self.step is not None and (self.folder / "checkpoints" / str(self.step)).is_dir()
@@ -86,7 +94,10 @@ class Trial:
     for path in sorted((self.folder / "results").glob(f"{self.evaluation.name}*.json")):
       stored = read_json(path) or {}
       settings = stored.get("settings", {})
-      if (stored.get("step"), settings.get(protocol), settings.get("seed")) == (self.step, asked, self.evaluation.seed):
+      # A result that is older than the field `weights`, or than checksums, is taken as it is.
+      same_weights = settings.get("weights") is None or self.weights in (None, settings["weights"])
+      if same_weights and (stored.get("step"), settings.get(protocol), settings.get("seed")) == (
+          self.step, asked, self.evaluation.seed):
         return stored
     return None
 

@@ -1,6 +1,7 @@
 """Builds the parts of a run from its config. All checks are made before anything compiles."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -97,13 +98,18 @@ RULES = (
   (("num_negatives",), lambda value: value >= 0, "0 (every row) or more is needed"),
   (("data.num_images", "evaluate.num_images", "jigsaw.num_permutations"), lambda value: value >= 0,
    "0 (all) or more is needed"),
-  (("pretext_weight", "bank.momentum", "optimizer.momentum", "data.max_bad_fraction"), lambda value: 0 <= value <= 1,
-   "it lies in [0, 1]"),
-  (("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.end_factor", "optimizer.warmup_epochs",
-    "optimizer.warmup_factor"), lambda value: 0 <= value < float("inf"), "a finite number from 0 is needed"),
+  (("pretext_weight", "bank.momentum", "optimizer.momentum", "data.max_bad_fraction", "optimizer.end_factor",
+    "optimizer.warmup_factor"), lambda value: 0 <= value <= 1, "it lies in [0, 1]"),
+  (("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.warmup_epochs"),
+   lambda value: 0 <= value < float("inf"), "a finite number from 0 is needed"),
   (("data.holdout",), lambda value: 0 <= value < 1, "it lies in [0, 1)"),
   (("data.kept_side",), lambda value: value >= 0, "0 (not kept) or more is needed"),
-  (("evaluate.temperature",), lambda value: 0 < value < float("inf"), "a number above 0 is needed"),
+  (("seed",), lambda value: 0 <= value < 2**32, "it lies in [0, 2**32)"),
+  (("name",), lambda value: re.fullmatch(r"[\w.+\- ]{0,200}", value) and value.strip(".") or not value,
+   "it becomes a folder: letters, digits, _ . + - and spaces only"),
+  (("model.width",), lambda value: value <= 64, "at most 64 is possible"),
+  (("evaluate.batch_size",), lambda value: value <= 65_536, "at most 65,536 is possible"),
+  (("temperature", "evaluate.temperature"), lambda value: 0 < value <= 1_000, "it lies in (0, 1000]"),
   (("evaluate.crop_fraction",), lambda value: 0.1 <= value <= 1, "it lies in [0.1, 1]"),
   (("optimizer.decay_factor",), lambda value: 0 < value <= 1, "it lies in (0, 1]"),
   (("data.image_scale", "jigsaw.crop_scale"), lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
@@ -136,6 +142,9 @@ def check_config(config: ConfigDict) -> None:
   if config.num_negatives == 0 and config.own_row_is_negative:
     raise UserError("own_row_is_negative=True is not possible: num_negatives=0 takes every row once, and an image has "
                     "its own row as the positive")
+  if config.data.source == "embedded" and (given := config.data.root or config.data.name):
+    raise UserError(f"data.source='embedded' draws its images, and {given!r} is given; for a folder of images take "
+                    "--config=configs/pirl.py:folder --config.data.root=DIR")
   if config.data.holdout and config.evaluate.split:
     raise UserError(f"data.holdout={config.data.holdout} and evaluate.split={config.evaluate.split!r} are not possible "
                     "together: both say which images are held out")

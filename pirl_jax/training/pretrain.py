@@ -5,6 +5,7 @@ Only the files of this folder read the config; the packages below get plain valu
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,15 @@ from pirl_jax.reporting import report
 from pirl_jax.reporting.looking import Sight, look
 from pirl_jax.runs import Run
 from pirl_jax.runtime import caching, devices, out_of_memory, processes
+from pirl_jax.runtime.environment import numeric_environment
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import write_json
 from pirl_jax.storage.formats import FORMAT
 from pirl_jax.storage.logbook import Logbook
+from pirl_jax.storage.probing import probe
 from pirl_jax.storage.settings import flatten
 from pirl_jax.training import resuming, verdict
+from pirl_jax.training.beginning import note_saved
 from pirl_jax.training.describing import ExpectedTime, describe, dry_run, way_out
 from pirl_jax.training.guards import Broken, Guard
 from pirl_jax.training.in_flight import InFlight
@@ -43,8 +47,8 @@ from pirl_jax.training.parts import Parts, build, check_config, make_step, test_
 from pirl_jax.training.resuming import (
   begin,
   changed_schedule,
+  check_beginning,
   check_images,
-  check_new,
   hold,
   moved,
   other_root,
@@ -102,17 +106,21 @@ def _pretrain(parts: Parts, stopping: Stopping, other: Callable | None) -> None:
     "the folder of the run": str(workdir), **flatten(config.to_dict()),
     "the training images": parts.train.fingerprint,
     "the held-out images": parts.test and parts.test.fingerprint,
-    "the version of jax": jax.__version__, "the format of checkpoints": FORMAT})
+    **numeric_environment()["draws"], "the version of jax": jax.__version__, "the format of checkpoints": FORMAT})
   with processes.together(hold, workdir), Checkpoints(
-      workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-    if checkpoints.steps():
+      workdir / "checkpoints", keep=config.checkpoint.keep, note=partial(note_saved, workdir)) as checkpoints:
+    processes.together(probe, workdir)
+    steps = processes.together(checkpoints.steps)
+    processes.check_alike({f"the list of the checkpoints in {workdir}": steps})
+    if steps:
       state = restore(parts, checkpoints)
     else:
-      processes.together(check_new, parts)
+      processes.together(check_beginning, parts)
       state = first_state(parts)
     start_step = int(state.step)
     schedule = changed_schedule(parts, start_step) if start_step else ""
-    processes.together(begin, parts, parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    processes.together(begin, parts, parameter_overview.get_parameter_overview(state.params, include_stats=False),
+                       start_step if steps else None)
     number = parameter_overview.count_parameters(state.params)
     print(f"parameters: {number:,}, listed in {workdir / resuming.PARAMETERS}")
     with Logbook(workdir, start_step=start_step, total_steps=parts.total_steps,
@@ -129,9 +137,9 @@ def _pretrain(parts: Parts, stopping: Stopping, other: Callable | None) -> None:
         with stopping.held():
           state = train(parts, state, checkpoints, book, stopping, evaluations)
         stopping.check()
-      elif not checkpoints.steps():
+      elif not steps:
         state = calibrate(parts, state, test_images(parts, parts.train).test_batches())
-        save(parts, state, checkpoints, knn_top1=None, surely=True, say=book.say)
+        save(parts, state, checkpoints, knn_top1=None, surely=True, say=book.say, pause=stopping.pause)
       finish(parts, state, book, views)
 
 
@@ -204,7 +212,7 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
     if stop:
       in_flight.drain()
       guard.check()
-      say_stopped(parts, book, save_unless(saved, parts, state, checkpoints, book))
+      say_stopped(parts, book, save_unless(saved, parts, state, checkpoints, book, stopping))
       stopping.stop()
     waited += time.perf_counter() - started
     broken.note(step, batch)
@@ -228,7 +236,7 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
           # An evaluation may take minutes, but after a signal there may be only seconds. Therefore a signal interrupts
           # the evaluation; when the run resumes, the evaluation is made up for.
           knn_top1, stop = interruptibly(stopping, evaluations.measure, step, state)
-        save(parts, state, checkpoints, knn_top1=knn_top1, surely=stop or last, say=book.say)
+        save(parts, state, checkpoints, knn_top1=knn_top1, surely=stop or last, say=book.say, pause=stopping.pause)
       saved = step
     if stop:
       say_stopped(parts, book, step)
@@ -246,11 +254,12 @@ def interruptibly(stopping: Stopping, fn: Callable, *args: Any) -> tuple[Any, bo
     return None, True
 
 
-def save_unless(saved: int, parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbook) -> int:
+def save_unless(saved: int, parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbook,
+                stopping: Stopping) -> int:
   """Saves the state, unless it is that of step `saved`, which is on disk; returns its step."""
   step = int(state.step)
   if step > saved:
-    save(parts, state, checkpoints, knn_top1=None, surely=True, say=book.say)
+    save(parts, state, checkpoints, knn_top1=None, surely=True, say=book.say, pause=stopping.pause)
   return step
 
 

@@ -19,12 +19,16 @@ from pirl_jax.data.records import Source, same_images
 from pirl_jax.errors import UserError
 from pirl_jax.method.memory_bank import Layout
 from pirl_jax.method.state import TrainState
-from pirl_jax.storage.checkpoints import Checkpoints
-from pirl_jax.storage.files import locked, read_json, write_file, write_json
+from pirl_jax.runtime.environment import numeric_environment
+from pirl_jax.storage.checkpoints import Checkpoints, Incomplete
+from pirl_jax.storage.files import locked, read_json, read_object, write_file, write_json
 from pirl_jax.storage.formats import FIRST_BITS, FIRST_RESUMED, upgrade_config
-from pirl_jax.storage.logbook import METRICS, read_rows
+from pirl_jax.storage.logbook import METRICS
+from pirl_jax.storage.reading import try_reading
+from pirl_jax.storage.rows import read_rows
 from pirl_jax.storage.settings import difference, flatten
 from pirl_jax.training import growing
+from pirl_jax.training.beginning import SAVED, check_new, note_saved, saved_step
 from pirl_jax.training.parts import Parts, make_schedule
 
 FREE_ON_RESUME = ("num_epochs", "dry_run", "data.root", "data.grown", "checkpoint.", "evaluate.", "log.", "report",
@@ -65,30 +69,29 @@ def _unwritable(workdir: Path, error: OSError) -> UserError:
   return UserError(f"nothing can be written to {workdir} ({error.strerror}); make room, or choose another --workdir")
 
 
-def check_new(parts: Parts) -> None:
-  """Raises UserError if metrics.jsonl shows that this run had checkpoints but none are left.
-
-  Starting over would erase its metrics as well.
-  """
-  rows, before = read_rows(parts.workdir / METRICS), read_json(parts.workdir / "config.json") or parts.config.to_dict()
-  # A crash may come before the first checkpoint is complete. But the first checkpoint is complete before the second one
-  # is started, so after twice the interval there must be one.
-  if rows and rows[-1]["step"] > 2 * before["checkpoint"]["every_steps"]:
-    raise UserError(f"{parts.workdir / METRICS} reaches step {rows[-1]['step']}, but {parts.workdir / 'checkpoints'} "
-                    "holds no checkpoint; bring the checkpoints back, or choose another --workdir, or delete that file "
-                    "to start from the beginning")
+def check_beginning(parts: Parts) -> None:
+  """Raises UserError if something in the folder shows that this run had checkpoints, see `beginning.check_new`."""
+  # The interval and the number of epochs may be others now than when the rows were written.
+  before = stored_config(parts.workdir) or parts.config.to_dict()
+  check_new(parts.workdir, every_steps=before["checkpoint"]["every_steps"],
+            total_steps=before["num_epochs"] * parts.steps_per_epoch)
 
 
 def _chosen(workdir: Path) -> list[dict[str, Any]]:
   """Returns the choices that are stored with a run: field, value and why."""
   try:
-    return json.loads((workdir / CHOSEN).read_text()) if _saved(workdir) else []
+    return json.loads((workdir / CHOSEN).read_bytes()) if _saved(workdir) else []
   except (OSError, ValueError):
     return []
 
 
-def begin(parts: Parts, parameters: str) -> None:
+def begin(parts: Parts, parameters: str, newest: int | None) -> None:
   """Writes the run's config, the list of its images and the table of its parameters into the run's folder.
+
+  Args:
+    parts: of the run.
+    parameters: the table.
+    newest: step of the checkpoint from which the run resumes, or None if it starts from the beginning.
 
   Raises:
     UserError: the folder cannot be written to.
@@ -102,9 +105,12 @@ def begin(parts: Parts, parameters: str) -> None:
       made = [dataclasses.asdict(choice) for choice in parts.choices]
       anew = {choice.field for choice in parts.choices}
       write_json(parts.workdir / CHOSEN, [each for each in _chosen(parts.workdir) if each["field"] not in anew] + made)
+    if newest is None:
+      (parts.workdir / contents.FILE).unlink(missing_ok=True)  # of a run that has saved nothing, maybe on other images
     contents.remember(parts.train, parts.workdir)
     if parts.config.data.grown:
       contents.remember_grown(parts.train, parts.workdir)
+    note_saved(parts.workdir, newest)
   except OSError as error:
     raise _unwritable(parts.workdir, error) from error
 
@@ -131,13 +137,18 @@ def with_stored_choices(config: ConfigDict, workdir: Path) -> ConfigDict:
 def _saved(workdir: Path) -> bool:
   """Returns whether there is a checkpoint in the folder of a run, whole or not."""
   folder = workdir / "checkpoints"
-  return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+  try:
+    return saved_step(workdir) is not None or folder.is_dir() and any(path.is_dir() for path in folder.iterdir())
+  except OSError:
+    return True  # not known; who lists the checkpoints names the error
 
 
 def other_root(config: ConfigDict, workdir: Path) -> str:
   """Returns the root of the images of the run in `workdir`, if it is not that of the config, else ""."""
   stored = read_json(workdir / "config.json") or {}
-  root = stored.get("data", {}).get("root", "")
+  root = flatten(stored).get("data.root")
+  if not isinstance(root, str):
+    return ""
   same = os.path.abspath(os.path.expanduser(root)) == os.path.abspath(os.path.expanduser(config.data.root))
   return "" if same or not root or not _saved(workdir) else root
 
@@ -151,21 +162,35 @@ def stored_config(workdir: Path) -> dict[str, Any] | None:
   """Returns the config of the run in `workdir` in the current format, or None if there is none.
 
   Raises:
-    UserError: its config.json is damaged.
+    UserError: its config.json is damaged or cannot be read.
   """
   path = workdir / "config.json"
-  if path.exists():
-    try:
-      return upgrade_config(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it to resume the run, because the "
-                      "checkpoints hold the config, too; or choose another --workdir") from error
+  if os.path.lexists(path):
+    stored, damage = try_reading(str(path), lambda: _config_of(read_object(path)), folder=path)
+    if damage:
+      raise UserError(f"{path} is damaged ({damage}); delete it to resume the run, because the checkpoints hold the "
+                      "config, too; or choose another --workdir")
+    return stored
   if (workdir / "checkpoints").is_dir():
     with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
       for step in reversed(checkpoints.steps()):
         with contextlib.suppress(Exception):  # a damaged one; the restore says so
           return upgrade_config(checkpoints.read_meta(step)["config"])
   return None
+
+
+def _config_of(stored: dict[str, Any]) -> dict[str, Any]:
+  """Returns a stored config in the current format.
+
+  Raises:
+    Exception: it is not a config, or a field that is used before the configs are compared is of another type.
+  """
+  config = upgrade_config(stored)
+  for value, kind in ((config["num_epochs"], int), (config["checkpoint"]["every_steps"], int),
+                      (config["data"]["root"], str)):
+    if type(value) is not kind:
+      raise TypeError(f"{value!r} is not a value of its field")
+  return config
 
 
 def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -> None:
@@ -177,6 +202,25 @@ def compare_configs(config: ConfigDict, stored: dict[str, Any], workdir: Path) -
     field, before, now = found
     raise UserError(f"{workdir} holds a run with {field}={before!r}, and now it is {now!r}; choose another --workdir, "
                     "or give the old value to resume the run")
+
+
+def compare_environment(meta: Mapping[str, Any], workdir: Path) -> None:
+  """Prints a warning if the environment rounds in another way than when the checkpoint with this `meta` was saved.
+
+  Raises:
+    UserError: the environment draws other random numbers, or computes in other types.
+  """
+  before, now = meta.get("environment"), numeric_environment()
+  if before is None:  # the checkpoint was saved before the environment was recorded
+    return
+  if found := difference(before["draws"], now["draws"]):
+    name, was, given = found
+    raise UserError(f"the run in {workdir} started with {name}={was!r}, and now it is {given!r}: views and negatives "
+                    f"would be others; set {name.upper()}={was} in the environment, or choose another --workdir")
+  if found := difference(before["rounding"], now["rounding"]):
+    name, was, given = found
+    print(f"WARNING: {name} was {was!r} when the newest checkpoint was saved, and now it is {given!r}; from here on "
+          "last bits may differ from those of a run that was not interrupted")
 
 
 def check_images(train: Source, workdir: Path) -> None:
@@ -210,6 +254,8 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
 
   def expect(meta: Mapping[str, Any]) -> TrainState:
     nonlocal grown_from
+    if missing := {"config", "step", *expected} - meta.keys():
+      raise Incomplete(f"meta has no {min(missing)}")
     if meta["format"] < FIRST_RESUMED:
       raise UserError(f"the checkpoint in {parts.workdir} has format {meta['format']}, in which a part of the state is "
                       "missing: the run can be evaluated, but not resumed; choose another --workdir")
@@ -225,6 +271,7 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
         raise UserError(f"the checkpoint in {parts.workdir} has {name} {meta.get(name)!r}, and this run {now!r}; "
                         "choose another --workdir")
     compare_configs(parts.config, meta["config"], parts.workdir)
+    compare_environment(meta, parts.workdir)
     if meta["step"] > parts.total_steps:
       raise UserError(f"{parts.workdir} has already done {meta['step']} steps, and num_epochs="
                       f"{parts.config.num_epochs} are {parts.total_steps} steps; raise num_epochs")
@@ -232,6 +279,10 @@ def restore(parts: Parts, checkpoints: Checkpoints) -> TrainState:
     return jax.eval_shape(dataclasses.replace(parts, layout=layout).initial_state)
 
   state = checkpoints.restore_newest(expect, parts.mesh, say=print)
+  lost = saved_step(parts.workdir)
+  if lost is not None and lost > int(state.step):
+    print(f"WARNING: the checkpoint of step {lost}, which was saved as {parts.workdir / SAVED} says, is gone or cannot "
+          f"be used; the run goes on from step {int(state.step)}")
   return growing.carry_over(parts, state, grown_from) if grown_from else state
 
 
@@ -262,4 +313,5 @@ def run_meta(parts: Parts) -> dict[str, Any]:
 def save(parts: Parts, state: TrainState, checkpoints: Checkpoints, **options: Any) -> None:
   """Starts writing a checkpoint of the state, see `Checkpoints.save`."""
   step = int(state.step)
-  checkpoints.save(step, state, {**run_meta(parts), "step": step, "config": parts.config.to_dict()}, **options)
+  checkpoints.save(step, state, {
+    **run_meta(parts), "environment": numeric_environment(), "config": parts.config.to_dict()}, **options)

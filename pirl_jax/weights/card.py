@@ -11,7 +11,8 @@ import jax
 import pirl_jax
 from pirl_jax.runs import Run
 from pirl_jax.storage.files import read_json, strict
-from pirl_jax.storage.logbook import METRICS, read_rows
+from pirl_jax.storage.logbook import METRICS
+from pirl_jax.storage.rows import read_rows
 from pirl_jax.views.normalisation import MEAN, STD
 from pirl_jax.weights import peers
 

@@ -23,6 +23,7 @@ from pirl_jax.reporting.meanings import FIGURES
 from pirl_jax.runs import Run
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
+from pirl_jax.storage.checksums import checksums, json_checksum
 from pirl_jax.storage.formats import FORMAT
 from pirl_jax.storage.settings import flatten
 from pirl_jax.training import pretrain
@@ -296,6 +297,27 @@ def test_a_result_with_other_settings_is_not_lost(run):
 
 
 @pytest.mark.slow
+def test_runs_of_one_config_and_other_weights_keep_their_own_figures(runs, run, tmp_path, monkeypatch, capsys):
+  """As two machines or versions make them: nothing but the weights tells them apart."""
+  copy, *others = open_subjects(f"{run},{runs[0]},{runs[1]}", 0, mesh_lib.create_mesh(1))
+  assert copy.weights == others[0].weights != others[1].weights
+  computed = checksums(dict(copy.model.variables))
+  assert copy.weights == json_checksum(computed)  # also without those of the checkpoint
+  twin = shutil.copytree(run, tmp_path / "twin")
+  monkeypatch.setattr(Run, "weights", property(lambda self: self.folder.name))
+  evaluate.run(config_of("knn", run, twin, knn__k=20), str(tmp_path / "compare"))
+  assert "done before" not in capsys.readouterr().out
+  evaluate.run(config_of("knn", run, knn__k=20), "")
+  monkeypatch.setattr(Run, "weights", "of another training")
+  with pytest.raises(UserError, match="same settings and step but of other weights; --config.name=NAME keeps both"):
+    evaluate.run(config_of("knn", run, knn__k=20), "")
+  path = run / "results" / "knn.json"
+  stored = json.loads(path.read_text())
+  del stored["settings"]["weights"]  # as older versions stored it
+  path.write_text(json.dumps(stored))
+  evaluate.run(config_of("knn", run, knn__k=20), "")
+
+
 def test_when_the_run_has_gone_on_the_result_of_the_earlier_step_keeps_a_name_of_its_own(tmp_path):
   folder = small_run(tmp_path / "run")
   evaluate.run(config_of("knn", folder, knn__k=20), "")

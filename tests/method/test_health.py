@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pirl_jax.method.health import QUANTITIES, Similarities, not_finite, similarities, watch
+from pirl_jax.method.health import QUANTITIES, Similarities, not_finite, similarities, spread, watch
 
 SOUND = jnp.float32(1), {"w": jnp.ones(3)}, {"w": jnp.ones((2, 2))}, {"mean": jnp.zeros(2)}, (jnp.ones((4, 2)),)
 
@@ -36,3 +36,18 @@ def test_figures_of_similarity_by_hand(views):
   assert figures.keys() == expected.keys()
   for name, value in expected.items():
     np.testing.assert_allclose(figures[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_a_single_negative_is_one():
+  seen = {"image": Similarities(*(jnp.array([value]) for value in (2.0, 1.0, 1.5, 1.0)))}
+  figures = similarities(seen, mean=jnp.sum, temperature=0.5)
+  assert [float(figures[name]) for name in ("similarity_negatives", "negatives_beaten")] == [0.75, 1.0]
+
+
+def test_spread_by_hand():
+  """Of the images that count: the standard deviation over both parts, averaged over 4 dimensions, times sqrt(4)."""
+  rng = np.random.default_rng(0)
+  emb = rng.normal(size=(2, 3, 4)).astype(np.float32)
+  share = np.array([[0.25, 0.25, 0.0], [0.25, 0.25, 0.0]], np.float32)
+  expected = 2 * np.mean(np.std(emb[:, :2].reshape(4, 4).astype(np.float64), axis=0))
+  np.testing.assert_allclose(spread(emb, share), expected, rtol=1e-6)

@@ -139,3 +139,10 @@ def test_order_of_negatives_and_left_out_ones_do_not_matter(name):
 def test_unknown_loss_and_low_temperature_are_refused(name, temperature):
   with pytest.raises(UserError, match=r"nec|0\.02|nan"):
     losses.make_loss(name, temperature=temperature, num_images=10, num_negatives=2)
+
+
+def test_without_a_normaliser_yet_a_loss_is_finite_so_that_no_weight_makes_it_nothing():
+  scores = random_scores(0, batch=4, num_negatives=6, temperature=0.5)
+  found, at_one = (call("nce", *scores, temperature=0.5, normaliser=z) for z in (0, 1))
+  np.testing.assert_array_equal(found, at_one)
+  assert np.isfinite(found).all()

@@ -42,15 +42,27 @@ def test_value_and_gradient_on_this_platform_are_exact():
   assert not jax.grad(value, argnums=2)(products.in_halves, embeddings, rows).any()  # rows are constants
 
 
-@pytest.mark.parametrize(("platform", "types"), [("cuda", "bf16"), ("tpu", "bf16"), ("cpu", "f32")])
-def test_a_chip_multiplies_bfloat16(platform, types):
+def dots(product, platform):
+  """Returns the lines of the products in the program of a value and its gradient."""
   def gradient(embeddings, rows):
-    return jax.grad(lambda x: jnp.sum(products.in_halves(x, rows) ** 2))(embeddings)
+    return jax.grad(lambda x: jnp.sum(product(x, rows) ** 2))(embeddings)
 
   shapes = jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((16, 8), jnp.float32)
   text = jax.jit(gradient).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
-  dots = [line.rpartition(" : ")[2] for line in text.splitlines() if "stablehlo.dot_general" in line]
-  assert len(dots) == 2 and all(f"x{types}>, " in dot for dot in dots)
+  found = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+  assert len(found) == 2
+  return found
+
+
+@pytest.mark.parametrize(("platform", "types"), [("cuda", "bf16"), ("tpu", "bf16"), ("cpu", "f32")])
+def test_a_chip_multiplies_bfloat16(platform, types):
+  assert all(f"x{types}>, " in dot.rpartition(" : ")[2] for dot in dots(products.in_halves, platform))
+
+
+@pytest.mark.parametrize(("product", "platform"), [
+  (products.exact, "cuda"), (products.exact, "tpu"), (products.exact, "cpu"), (products.in_halves, "cpu")])
+def test_exact_products_are_in_full_float32(product, platform):
+  assert all("precision = [HIGHEST, HIGHEST]" in dot for dot in dots(product, platform))
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])

@@ -431,9 +431,8 @@ def test_health_figures_by_hand():
   assert abs(figures["similarity_negatives"]) < 0.2
 
 
-@functools.cache
-def compile_big_step(num_devices, *, num_negatives):
-  """Returns the programs of a step over a bank that dwarfs all else, 32 MiB, compiled."""
+def lower_big_step(num_devices, *, num_negatives):
+  """Returns the programs of a step over a bank that dwarfs all else, 32 MiB."""
   mesh = mesh_lib.create_mesh(num_devices)
   layout = memory_bank.create_layout(BIG, num_devices=num_devices, num_negatives=num_negatives)
   network = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(128), PatchesHead(128))
@@ -446,7 +445,21 @@ def compile_big_step(num_devices, *, num_negatives):
     Contrast(loss_fn, layout, num_negatives=num_negatives, temperature=TAU), mesh, pretext_weight=0.5,
     bank_momentum=0.5)
   lowered = step.lower(state, make_batch(0))
-  return [program.compile() for program in (lowered if isinstance(lowered, tuple) else (lowered,))]
+  return lowered if isinstance(lowered, tuple) else (lowered,)
+
+
+@functools.cache
+def compile_big_step(num_devices, *, num_negatives):
+  return [program.compile() for program in lower_big_step(num_devices, num_negatives=num_negatives)]
+
+
+@pytest.mark.parametrize("num_negatives", [256, 0])
+def test_a_step_takes_the_place_of_its_state(num_negatives):
+  """Also of the bank, if a second program writes it; the batch stays with the caller."""
+  programs = lower_big_step(8, num_negatives=num_negatives)
+  donated = [[all(one.donated for one in jax.tree.leaves(given)) for given in program.args_info[0]]
+             for program in programs]
+  assert donated == ([[True, False]] if num_negatives else [[True, False, False], [True, *[False] * 4]])
 
 
 @pytest.mark.parametrize("num_negatives", [256, pytest.param(0, marks=pytest.mark.slow)])

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ModifyScopeVariableError
 
 from pirl_jax.errors import UserError
 from pirl_jax.models.heads import ImageHead, PatchesHead
@@ -99,6 +100,17 @@ def test_network_joins_trunk_and_heads_patches_first():
   joined = np.stack([linear(patches["pooled"][9 * i:9 * i + 9], head["patch"]).reshape(-1) for i in range(4)])
   np.testing.assert_allclose(pretext_emb, linear(joined, head["embedding"]), atol=1e-5)
   np.testing.assert_allclose(image_emb, linear(pooled["pooled"], params["image_head"]["embedding"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["embed_image", "embed_pretext", "features"])
+def test_unless_told_otherwise_a_network_does_not_train(method):
+  network = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(8), PatchesHead(8))
+  view = jnp.zeros((2, 4, 8, 8, 3) if method == "embed_pretext" else (2, 8, 8, 3))
+  variables = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)),
+                                                  jnp.zeros((1, 4, 8, 8, 3)), train=False))
+  jax.eval_shape(lambda variables: network.apply(variables, view, method=method), variables)
+  with pytest.raises(ModifyScopeVariableError):  # it would move the running statistics
+    jax.eval_shape(lambda variables: network.apply(variables, view, train=True, method=method), variables)
 
 
 def test_trunk_against_pytorch_operations_by_hand():

@@ -92,10 +92,12 @@ def test_the_best_is_known_in_all_formats_and_is_not_believed_where_it_was_chang
     checkpoints.save(4, state, {}, knn_top1=0.74)
     checkpoints.save(5, state, {}, knn_top1=None)
   with Checkpoints(tmp_path, keep=1) as checkpoints:
-    assert checkpoints.steps() == [1, 5]
-  (tmp_path / "1" / "metrics" / "metrics").write_text("")
-  with Checkpoints(tmp_path, keep=1) as checkpoints, pytest.raises(UserError, match="metrics is damaged; move "):
-    checkpoints.steps()
+    assert checkpoints.steps() == [1, 3, 5]  # what cannot be judged is not removed
+    (tmp_path / "1" / "metrics" / "metrics").write_text("")
+    assert checkpoints.best_metric(1) is None
+    checkpoints.save(6, state, {}, knn_top1=0.1)
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    assert checkpoints.steps() == [1, 3, 6]
 
 
 @pytest.mark.parametrize("damage", ["emptied", "item", "truncated"])

@@ -68,3 +68,5 @@ def test_there_is_never_a_second_copy(full_compile):
 def test_json():
   assert json_checksum({"a": 1, "b": (1.5, None)}) == json_checksum({"b": [1.5, None], "a": 1})
   assert json_checksum({"a": 1}) != json_checksum({"a": 2})
+  # Checkpoints have it: the first 16 digits of the SHA-256 of {"a": [1.5, null], "b": "x"}.
+  assert json_checksum({"b": "x", "a": (1.5, None)}) == "5386e1f6dc1519f3"

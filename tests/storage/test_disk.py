@@ -32,6 +32,9 @@ class FullDisk:
   def write(self, _):
     raise OSError(errno.ENOSPC, "No space left on device")
 
+  def fileno(self):
+    return 1  # of a file that is there
+
   def __getattr__(self, _):
     return lambda *_: None
 

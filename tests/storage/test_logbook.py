@@ -9,7 +9,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from pirl_jax.storage import logbook
-from pirl_jax.storage.logbook import Logbook, read_rows
+from pirl_jax.storage.logbook import Logbook
+from pirl_jax.storage.rows import read_rows
 
 
 class Clock:

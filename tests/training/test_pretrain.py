@@ -15,7 +15,7 @@ from pirl_jax.reporting.meanings import METRICS
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import locked
-from pirl_jax.storage.logbook import read_rows
+from pirl_jax.storage.rows import read_rows
 from pirl_jax.training import guards, pretrain, resuming
 from pirl_jax.training import parts as parts_lib
 
@@ -185,7 +185,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(whole_run, tmp_path)
   shutil.copytree(whole_run, tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "checkpoints")
   before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-  with pytest.raises(UserError, match=r"metrics.jsonl reaches step 12, but .*checkpoints holds no checkpoint; bring"):
+  with pytest.raises(UserError, match=r"checkpoint of step 12 was saved, but .*checkpoints holds no checkpoint; bring"):
     pretrain.run(tiny(**{"checkpoint.every_steps": 1_000}), str(tmp_path / "run"))
   assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
@@ -315,3 +315,24 @@ def test_parts_of_a_batch_and_all_rows_in_a_run(tmp_path):
   config.num_epochs = 2
   pretrain.run(config, str(tmp_path / "run"))
   assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("name, value", [("jax_default_prng_impl", "rbg"), ("jax_random_seed_offset", 1)])
+def test_a_run_does_not_go_on_where_other_numbers_are_drawn(whole_run, name, value):
+  before = getattr(jax.config, name)
+  try:
+    jax.config.update(name, value)
+    with pytest.raises(UserError, match=f"{name}={before!r}, and now it is {value!r}.*{name.upper()}"):
+      pretrain.run(tiny(num_epochs=4), str(whole_run))
+  finally:
+    jax.config.update(name, before)
+
+
+def test_other_rounding_is_told(whole_run, capsys):
+  meta = final_state(whole_run)[1]
+  capsys.readouterr()
+  resuming.compare_environment(meta, whole_run)
+  assert not capsys.readouterr().out
+  meta["environment"]["rounding"]["XLA_FLAGS"] = "--xla_cpu_enable_fast_math=true"
+  resuming.compare_environment(meta, whole_run)
+  assert "WARNING: XLA_FLAGS was '--xla_cpu_enable_fast_math=true'" in capsys.readouterr().out

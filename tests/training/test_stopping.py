@@ -1,12 +1,17 @@
 """SIGTERM and Ctrl-C, as a user or a scheduler sends them."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from launching import ROOT, TRAINING, Launch, launch, rows, wait_for
+
+from pirl_jax.training.stopping import Stopping
 
 BOUND = 60  # seconds in which a run ends that was asked to, with other tests beside it
 ENDLESS = *TRAINING, "--config.num_epochs=5_000", "--config.checkpoint.every_steps=1_000_000"
@@ -21,7 +26,8 @@ def steps(folder):
 
 
 @pytest.mark.parametrize("number, code", [
-  (signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+  (signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+  pytest.param(signal.SIGHUP, 0, marks=pytest.mark.slow)])
 def test_a_run_saves_before_it_ends_and_goes_on(tmp_path, number, code):
   with Launch(*ENDLESS, f"--workdir={tmp_path}") as running:
     wait_for(lambda: len(rows(tmp_path)) > 3)
@@ -37,10 +43,52 @@ def test_a_run_saves_before_it_ends_and_goes_on(tmp_path, number, code):
   assert steps(tmp_path) == list(range(1, len(rows(tmp_path)) + 1))
 
 
+@contextlib.contextmanager
+def training():
+  """As if the first step was over; before that a signal ends the program at once."""
+  with Stopping() as stopping:
+    stopping.requested()
+    with stopping.held():
+      yield stopping
+
+
+@pytest.mark.parametrize("number, code", [
+  (signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGUSR1, 0), (signal.SIGUSR2, 0), (signal.SIGXCPU, 0),
+  (signal.SIGALRM, 0), (signal.SIGQUIT, 131), (signal.SIGINT, 130)])
+def test_every_signal_that_would_end_a_run_asks_it_to_stop(number, code):
+  before = signal.getsignal(number)
+  with training() as stopping:
+    os.kill(os.getpid(), number)
+    assert stopping.requested()
+    with pytest.raises(SystemExit) as ended:
+      stopping.stop()
+  assert ended.value.code == code and signal.getsignal(number) is before
+
+
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored():
+  """As nohup does it for SIGHUP."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with training() as stopping:
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert not stopping.requested()
+  finally:
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_ends_a_pause_and_one_that_came_before_does_not():
+  with training() as stopping:
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stopping.requested() and not stopping.pause(0.2)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    assert stopping.pause(60) and time.monotonic() - began < 30
+
+
 @pytest.mark.parametrize("trains, code", [(True, 0), (False, -signal.SIGTERM)])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_signal_while_jax_loads_is_answered_once_the_job_has_said_what_it_is_to_it(trains, code, when):
-  lines = ["import os, signal, sys", "from pirl_jax.training.stopping import note_sigterm", "settle = note_sigterm()",
+  lines = ["import os, signal, sys", "from pirl_jax.training.stopping import note_signals", "settle = note_signals()",
            "assert 'jax' not in sys.modules", "ask = lambda: os.kill(os.getpid(), signal.SIGTERM)"]
   lines += ["ask()", "print('noted', flush=True)", f"settle({trains})"] if when == "before" else [
     f"settle({trains})", "print('noted', flush=True)", "ask()"]

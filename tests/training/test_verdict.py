@@ -14,7 +14,7 @@ import pytest
 from pirl_jax.configs import jigsaw, pirl, rotnet, supervised
 from pirl_jax.models import resnet
 from pirl_jax.runtime import mesh as mesh_lib
-from pirl_jax.storage.logbook import read_rows
+from pirl_jax.storage.rows import read_rows
 from pirl_jax.training import guards, measuring, pretrain, verdict, view_figures
 from pirl_jax.training import parts as parts_lib
 

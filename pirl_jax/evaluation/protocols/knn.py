@@ -322,8 +322,8 @@ def accuracy(references: jax.Array | np.ndarray, reference_labels: np.ndarray, q
 def _check_vote(k: int, temperature: float) -> None:
   if k < 1:
     raise UserError(f"kNN with k={k}: k must be 1 or more (NPID: 200)")
-  if temperature <= 0:
-    raise UserError(f"kNN with temperature={temperature}: it must be above 0 (NPID: 0.07)")
+  if not 0 < temperature <= 1_000:
+    raise UserError(f"kNN with temperature={temperature}: it lies in (0, 1000] (NPID: 0.07)")
 
 
 _Found = tuple[jax.Array, jax.Array]

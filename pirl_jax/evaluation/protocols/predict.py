@@ -163,10 +163,14 @@ def _chosen(evaluation: Evaluation) -> Kept:
   if not found:
     raise UserError(f"there is no classifier in {folder}; train one, with labelled images: {train}")
   fitting = [kept for kept in found if kept.about["step"] == subject.step]
+  own = [kept for kept in fitting if kept.about.get("weights", subject.weights) == subject.weights]
+  if fitting and not own:
+    raise UserError(f"{fitting[0].path} was trained on other weights than those of {subject.label}, although its step "
+                    f"is the same; train one again: {train}")
   if not fitting:
     raise UserError(f"{found[0].path} was trained on step {found[0].about['step']}, and the run is opened at step "
                     f"{subject.step}; choose --config.step={found[0].about['step']}, or train one again: {train}")
-  kept = fitting[0]
+  kept = own[0]
   if kept.about["image_size"] != images.image_size:
     raise UserError(f"{kept.path} was trained on images of {kept.about['image_size']} pixels, and here they have "
                     f"{images.image_size}; add --config.data.image_size={kept.about['image_size']}")

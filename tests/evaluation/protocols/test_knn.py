@@ -211,10 +211,13 @@ def test_nearest_is_the_same_bit_for_bit_however_the_references_come(monkeypatch
   mesh = create_mesh(num_devices)
   nearest = knn.Nearest(queries, k=20, mesh=mesh)
   cuts = np.sort(rng.integers(0, 333, 9))  # parts of any size, some of them empty
-  parts = zip(np.split(references, cuts), np.split(ids, cuts), strict=True)
+  parts, seen = zip(np.split(references, cuts), np.split(ids, cuts), strict=True), np.zeros(0, np.int32)
   for rows, row_ids in knn.gather_blocks(parts, num_references=333, dim=16, mesh=mesh):
     assert rows.shape == (-(-block // num_devices) * num_devices, 16)
+    seen = np.append(seen, row_ids)
     nearest.visit(rows, row_ids)
+  np.testing.assert_array_equal(seen[:333], ids)
+  assert (seen[333:] == -1).all()  # the padding of the last block is never a neighbour
   found = nearest.result()
   np.testing.assert_array_equal(found.ids, expected)
   np.testing.assert_array_equal(found.similarity, similarity.astype(np.float32))
@@ -451,3 +454,15 @@ def test_images_without_labels_are_refused_at_once(name, monkeypatch):
   source.class_names = ()
   with pytest.raises(UserError, match="--config.data.labels=folder"):
     exact_knn(**{name: source})
+
+
+@pytest.mark.parametrize(("k", "steps"), [
+  (1, [1]), (7, [1, 5, 7]), (10, [1, 5, 10]), (1_200, [1, 5, 10, 20, 50, 100, 200, 500, 1_000, 1_200])])
+def test_numbers_of_neighbours_rise_to_k(k, steps):
+  assert knn.ladder(k) == steps
+
+
+def test_labels_of_other_references_are_refused():
+  with pytest.raises(ValueError, match="5 references, but labels of shape"):
+    knn.predict(np.eye(5, dtype=np.float32), np.zeros(4, np.int32), np.eye(5, dtype=np.float32), mesh=create_mesh(1),
+                k=1, temperature=0.1)

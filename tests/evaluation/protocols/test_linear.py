@@ -659,3 +659,10 @@ def test_further_sets_of_other_classes_are_refused_before_the_training(make, pro
   make(tmp_path)
   with pytest.raises(UserError, match=problem):
     linear.PROTOCOL.check(further_evaluation(tmp_path, str(tmp_path / "x")))
+
+
+@pytest.mark.parametrize(("num_images", "batch_size"), [(64, 64), (65, 64), (63, 56), (9, 8), (8, 8), (7, 64)])
+def test_a_batch_is_never_larger_than_the_images_that_8_devices_can_share(num_images, batch_size):
+  settings = dataclasses.replace(SETTINGS, batch_size=64)
+  found = linear.with_batches_that_fill(settings, num_images, create_mesh(8))
+  assert found == dataclasses.replace(settings, batch_size=batch_size)

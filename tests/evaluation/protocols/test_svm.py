@@ -16,6 +16,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.protocols import svm
 from pirl_jax.evaluation.protocols.svm import average_precision
+from pirl_jax.figures.curves import Curve
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Model, Network
 from pirl_jax.models.resnet import create_resnet
@@ -77,8 +78,9 @@ def test_average_precision_where_precision_only_falls_is_that_of_scikit_learn():
 
 
 def test_grids():
-  assert len(svm.PAPER_COSTS) == 26 and svm.PAPER_COSTS[:2] == (1e-7, 1e-6) and svm.PAPER_COSTS[9] == 100
-  assert svm.PAPER_COSTS[10:12] == (0.0625, 0.03125) and svm.PAPER_COSTS[-1] == 2**-19
+  assert svm.PAPER_COSTS[:10] == (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 1, 10, 100)
+  assert [cost * 2**19 for cost in svm.PAPER_COSTS[10:]] == [2**power for power in range(15, -1, -1)]
+  assert svm.MAX_ITER == 2_000  # vissl's svm_trainer.py
   assert svm.VISSL_COSTS == (0.01, 0.1, 1, 2, 5, 10, 15, 20, 50, 100, 1000)
 
 
@@ -313,3 +315,21 @@ def test_missing_and_other_labels_are_refused(model):
   for other, said in ((Bare, "SVMs need labels, and the held-out images"), (Renamed, "others: a, b")):
     with pytest.raises(UserError, match=said):
       measure(model, whole, images(other, 20, "test"))
+
+
+def test_the_curve_is_over_the_layers_or_over_the_classes_of_a_single_one():
+  one = {"mean_average_precision": 0.5, "average_precision": {"cat": 0.4, "dog": 0.6}, "top1": 0.75}
+  other = {"mean_average_precision": 0.25, "average_precision": {"cat": 0.25, "dog": 0.25}}
+  assert svm._table_and_curve({"res5": one}) == (
+    {"mean average precision": 0.5, "top-1": 0.75}, Curve("class", "average precision", ["cat", "dog"], [0.4, 0.6]))
+  assert svm._table_and_curve({"res4": other, "res5": one}) == (
+    {"mean average precision, res4": 0.25, "mean average precision, res5": 0.5},
+    Curve("layer", "mean average precision", ["res4", "res5"], [0.25, 0.5]))
+
+
+@pytest.mark.parametrize(("image_size", "layers"), [
+  (32, ("pooled",)), (96, ("pooled",)), (97, ("conv1", "res2", "res3", "res4"))])
+def test_without_names_small_images_have_pooled_features_and_others_all_maps(image_size, layers):
+  model = Model(Network(create_resnet("resnet8")), {})
+  assert svm.svm_layers(model, "", image_size=image_size, field="svm.layers") == layers
+  assert svm.svm_layers(model, "res3, pooled", image_size=image_size, field="svm.layers") == ("res3", "pooled")
