@@ -26,7 +26,7 @@ from pirl_jax.runtime.processes import first_failure
 from pirl_jax.storage.checksums import checksums, json_checksum
 from pirl_jax.storage.files import read_object
 from pirl_jax.storage.formats import FIRST_CHECKED, FORMAT, upgrade
-from pirl_jax.storage.reading import try_reading, reason_of
+from pirl_jax.storage.reading import reason_of, try_reading
 from pirl_jax.storage.retention import Retention, steps_in
 
 ITEMS = {"model": ("params", "batch_stats"), "train": ("opt_state", "step", "seed", "normaliser"),

@@ -14,7 +14,7 @@ from pirl_jax.runtime.mesh import whole
 from pirl_jax.runtime.processes import first_failure, wait_for_all
 from pirl_jax.storage.checkpoints import template_of
 from pirl_jax.storage.checksums import checksums
-from pirl_jax.storage.reading import try_reading, reason_of
+from pirl_jax.storage.reading import reason_of, try_reading
 from pirl_jax.storage.retention import Retention, steps_in
 
 

@@ -207,15 +207,14 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
 
   in_flight, saved = InFlight(over), start_step
   for step in range(start_step + 1, parts.total_steps + 1):
-    started = time.perf_counter()
-    batch, stop = interruptibly(stopping, next, stream)  # a read of a stalled disk never returns
+    found, stop = interruptibly(stopping, next_batch, stream, broken, step)  # a read of a stalled disk never returns
     if stop:
       in_flight.drain()
       guard.check()
       say_stopped(parts, book, save_unless(saved, parts, state, checkpoints, book, stopping))
       stopping.stop()
-    waited += time.perf_counter() - started
-    broken.note(step, batch)
+    batch, seconds = found
+    waited += seconds
     if step == 1 and jax.process_index() == 0:
       with book.paused(), book.tolerant("views.png"):
         save_views(parts, batch)
@@ -243,6 +242,15 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
       stopping.stop()
   stream.close()
   return state
+
+
+def next_batch(stream: batches.Batches, broken: Broken, step: int) -> tuple[batches.Batch, float]:
+  """Returns (the batch of a step, the seconds of waiting for it); `broken` names its images that cannot be read."""
+  started = time.perf_counter()
+  batch = next(stream)
+  seconds = time.perf_counter() - started
+  broken.note(step, batch)  # reads them once more
+  return batch, seconds
 
 
 def interruptibly(stopping: Stopping, fn: Callable, *args: Any) -> tuple[Any, bool]:
