@@ -89,6 +89,8 @@ def _add_images(config: ConfigDict) -> None:
   data.upright = False
   # True: an image of 16 bits is scaled by its own largest value; False: the upper 8 bits are kept.
   data.full_range = False
+  # True: a JPEG whose decoder finds corrupt data counts as broken; False: it is an image, and what is missing is grey.
+  data.strict = True
   # folder, webdataset: "common" reads .jpg, .jpeg, .png, .webp and .bmp; "all" also .jfif, .jpe, .tif, .tiff, .gif and
   # .avif, and .heic and .heif if pillow-heif is installed.
   data.formats = "common"

@@ -24,7 +24,8 @@ def get_base() -> ConfigDict:
   config.seed = 0  # of everything random in the evaluation
 
   # A field without a value is taken from the run. If data.source is given, only sizes, threads and how images are
-  # decoded (reduced_decoding, full_range, upright) are taken from the run; the other fields have the source's defaults.
+  # decoded (reduced_decoding, full_range, upright, strict) are taken from the run; the other fields have the source's
+  # defaults.
   config.data = data = ConfigDict()
   data.source = placeholder(str)  # "embedded", "folder", "tfds" or "webdataset"
   data.name = placeholder(str)  # tfds: name of the data set

@@ -34,6 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
   data.root = ""  # folder: the folder of images; tfds: folder of prepared sets ("": TFDS's default)
   data.labels = "none"  # folder: "folder" takes the sub-folders as classes
   data.formats = "all"  # folder: see configs/base.py
+  data.strict = True  # a JPEG whose decoder finds corrupt data counts as broken
   data.full_range = True  # an image of 16 bits is scaled by its own largest value
   data.upright = True  # a copy is turned as the EXIF orientation of the image says
   data.num_images = 0  # number of images to take at random of each split, 0 for all

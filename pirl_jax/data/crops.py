@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import re
 import struct
 import threading
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -43,6 +45,13 @@ memory is bounded by the view."""
 
 _AGAIN = threading.Lock()
 """Held while an image is decoded for the second time."""
+
+_CORRUPT = re.compile("Corrupt JPEG data|Premature end of JPEG file|Invalid JPEG file structure")
+"""What libjpeg says if a JPEG lacks data, or if its data stand for no image. Its other warnings concern oddities of
+sound images, as do trailing bytes, of which it says nothing."""
+
+_EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+_PADDING = 16  # bytes between the data and the end marker that some cameras write
 
 _DEEP = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 """OpenCV's flags for all bits of an image of 16 bits, in the order blue, green, red. With IMREAD_COLOR_RGB OpenCV 5.0.0
@@ -79,11 +88,14 @@ class Decoding:
       10 to 14 of the bits. False keeps the upper 8 bits.
     upright: True turns an image as its EXIF orientation says. False keeps the stored orientation, as PIL's usual loader
       does: the method was tuned on images loaded in that way. HEIF is always turned: its decoder does it.
+    strict: True takes a JPEG for broken if its decoder finds corrupt data. False takes its pixels; what is missing is
+      grey.
   """
 
   reduced: bool = False
   full_range: bool = False
   upright: bool = False
+  strict: bool = False
 
 
 AS_STORED = Decoding()
@@ -107,6 +119,7 @@ class OpenedImage:
     content: the bytes of an ordinary JPEG or PNG, else the pixels u8[H, W, 3] before the turn.
     reducible: True for an ordinary JPEG, if `Decoding.reduced` allows to decode it at a part of its size.
     orientation: how the pixels are turned, by the numbers of EXIF; 1 leaves them as they are.
+    strict: True for an ordinary JPEG, if `Decoding.strict` asks for it.
   """
 
   height: int
@@ -114,6 +127,7 @@ class OpenedImage:
   content: bytes | np.ndarray
   reducible: bool = False
   orientation: int = 1
+  strict: bool = False
 
   def reduction(self, shrunk: float) -> int:
     """Returns the strongest reduction by at most the factor `shrunk`; 1 if the image is not `reducible`."""
@@ -134,8 +148,35 @@ class OpenedImage:
     """
     if isinstance(self.content, np.ndarray):
       return _turned(self.content, self.orientation)
+    if self.strict:
+      height, width = (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+      if (decoded := _decode_strictly(self.content, height, width, reduction)) is not None:
+        return _turned(decoded, self.orientation)
     decoded = _decode_with_opencv(self.content, _REDUCTIONS[reduction], self.height * self.width)
     return _turned(decoded, self.orientation)
+
+
+def _decode_strictly(image: bytes, height: int, width: int, reduction: int) -> np.ndarray | None:
+  """Returns the pixels u8[H / r, W / r, 3] of a JPEG, or None if this decoder cannot tell whether it is damaged.
+
+  The pixels are those of OpenCV to the bit: both decode with libjpeg-turbo. OpenCV prints what libjpeg warns of on
+  stderr, and nobody else hears of it.
+
+  Raises:
+    BrokenImage: the data are corrupt.
+    MemoryError: memory is short.
+  """
+  least_height, least_width = (0, 0) if reduction == 1 else (-(-height // reduction), -(-width // reduction))
+  try:
+    return simplejpeg.decode_jpeg(image, "RGB", min_height=least_height, min_width=least_width, min_factor=1)
+  except ValueError as error:
+    said = str(error)
+    if "memory" in said.lower():
+      raise MemoryError(said) from error
+    extra = _EXTRANEOUS.search(said)
+    if _CORRUPT.search(said) and not (extra and int(extra[1]) <= _PADDING):
+      raise BrokenImage(said) from error
+  return None
 
 
 def _decode_with_opencv(image: bytes, flags: int, num_pixels: int) -> np.ndarray:
@@ -166,12 +207,12 @@ def _turned(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _opened(height: int, width: int, content: bytes | np.ndarray, orientation: Any, *,
-            reducible: bool = False) -> OpenedImage:
+            reducible: bool = False, strict: bool = False) -> OpenedImage:
   """Returns the opened image of this stored size; an orientation that EXIF does not define counts as upright."""
   orientation = orientation if orientation in range(1, 9) else 1
   if orientation >= 5:
     height, width = width, height
-  return OpenedImage(height, width, content, reducible, orientation)
+  return OpenedImage(height, width, content, reducible, orientation, strict)
 
 
 def open_image(image: bytes | np.ndarray, decoding: Decoding = AS_STORED) -> OpenedImage:
@@ -218,7 +259,8 @@ def open_image(image: bytes | np.ndarray, decoding: Decoding = AS_STORED) -> Ope
   _check_size(height, width, len(image))
   if not opencv:
     return _open_with_pillow(image, decoding)
-  return _opened(height, width, image, orientation, reducible=jpeg and decoding.reduced)
+  return _opened(height, width, image, orientation, reducible=jpeg and decoding.reduced,
+                 strict=jpeg and decoding.strict)
 
 
 def _check_size(height: int, width: int, num_bytes: int) -> None:

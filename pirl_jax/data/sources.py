@@ -41,7 +41,7 @@ class DataSettings:
     grown: folder: whether a run may go on with other images than before.
     formats: folder and webdataset: "common" reads files ending in .jpg, .jpeg, .png, .webp and .bmp; "all" reads every
       ending of a format that can be decoded.
-    reduced_decoding, full_range, upright: see `Decoding`.
+    reduced_decoding, full_range, upright, strict: see `Decoding`.
     image_size: side in pixels of the image view, and of the embedded images.
     image_scale: range of the share of the image's area that the image crop covers.
     num_threads: number of threads that decode and crop.
@@ -61,6 +61,7 @@ class DataSettings:
   reduced_decoding: bool = False
   full_range: bool = False
   upright: bool = False
+  strict: bool = True
   image_size: int = 224
   image_scale: tuple[float, float] = (0.08, 1.0)
   num_threads: int = 16
@@ -76,10 +77,11 @@ class DataSettings:
   @property
   def decoding(self) -> Decoding:
     """Returns how the images are decoded."""
-    return Decoding(reduced=self.reduced_decoding, full_range=self.full_range, upright=self.upright)
+    return Decoding(reduced=self.reduced_decoding, full_range=self.full_range, upright=self.upright,
+                    strict=self.strict)
 
 
-DECODING = ("reduced_decoding", "full_range", "upright")
+DECODING = ("reduced_decoding", "full_range", "upright", "strict")
 """The fields that say how an image is decoded, see `Decoding`."""
 
 READING = ("image_size", "image_scale", "kept_side", "grown", *DECODING, "num_threads", "max_bad_fraction")

@@ -71,7 +71,8 @@ def open_sets(evaluation: Evaluation, folders: str) -> dict[str, Images]:
     decoding = train.source.decoding
     settings = sources.DataSettings(
       source="folder", root=root, split="", labels="folder", formats="all", image_size=train.image_size,
-      reduced_decoding=decoding.reduced, full_range=decoding.full_range, upright=decoding.upright)
+      reduced_decoding=decoding.reduced, full_range=decoding.full_range, upright=decoding.upright,
+      strict=decoding.strict)
     name = Path(root).expanduser().absolute().name
     if name in found:
       raise UserError(f"linear.further={folders}: two folders are called {name}; rename one of them")

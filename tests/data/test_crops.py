@@ -514,3 +514,55 @@ def test_a_lack_of_memory_in_opencv_is_no_fault_of_the_image(kind, monkeypatch):
   monkeypatch.setattr(cv2, "imdecode", fail)
   with pytest.raises(MemoryError):
     decode(FILES[kind])
+
+
+def damaged_jpegs():
+  """Returns {name: JPEG whose data are damaged, though it has a header and an end marker}."""
+  one, other = (encoded(Image.fromarray(photograph_like(300, 400) // (1 + i)), "JPEG", quality=90) for i in range(2))
+  middle = len(one) // 2
+  return {"cut, with an end marker": one[:middle] + b"\xff\xd9",
+          "zeroed middle": one[:middle] + bytes(4096) + one[middle + 4096:],
+          "joined": one[:middle] + other,
+          "half of another": one[:middle] + other[middle:],
+          "a missing piece": one[:middle] + one[middle + 1000:],
+          "progressive, cut": encoded(Image.fromarray(photograph_like(300, 400)), "JPEG", progressive=True)[:-900]
+          + b"\xff\xd9"}
+
+
+@pytest.mark.parametrize("reduction", [1, 2, 8])
+@pytest.mark.parametrize("name", damaged_jpegs())
+def test_a_jpeg_with_corrupt_data_is_broken(name, reduction):
+  data = damaged_jpegs()[name]
+  with pytest.raises(BrokenImage, match="JPEG"):
+    open_image(data, Decoding(strict=True, reduced=True)).pixels(reduction)
+  assert "joined" in name or open_image(data, Decoding(reduced=True)).pixels(reduction).ndim == 3  # grey, as ever
+
+
+def odd_jpegs():
+  """Returns {name: JPEG that is sound in spite of an oddity that cameras and programs write}."""
+  whole = encoded(Image.fromarray(photograph_like(300, 400)), "JPEG", quality=90)
+  end, scan = whole.rindex(b"\xff\xd9"), whole.index(b"\xff\xda")
+  wrong_scan = bytearray(whole)
+  wrong_scan[scan + 11:scan + 14] = b"\0\0\0"  # the range of coefficients, which a sequential JPEG does not need
+  return {"as it is": whole, "trailing bytes": whole + b"trailer" * 99, "a second image behind it": whole + whole,
+          "padding": whole[:end] + bytes(9) + whole[end:], "fill bytes": whole[:end] + b"\xff" * 5 + whole[end:],
+          "odd range of coefficients": bytes(wrong_scan)}
+
+
+@pytest.mark.parametrize("name", odd_jpegs())
+def test_an_odd_jpeg_is_an_image(name):
+  data = odd_jpegs()[name]
+  np.testing.assert_array_equal(open_image(data, Decoding(strict=True)).pixels(), decode(data))
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("mode, progressive", [("RGB", False), ("RGB", True), ("L", False)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_strict_decoding_changes_no_bit_of_a_sound_image(mode, progressive, subsampling, orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  image = Image.fromarray(photograph_like(301, 403)).convert(mode)
+  data = encoded(image, "JPEG", subsampling=subsampling, progressive=progressive, exif=exif)
+  strict, plain = (open_image(data, Decoding(reduced=True, upright=True, strict=strict)) for strict in (True, False))
+  for reduction in (1, 2, 4, 8):
+    np.testing.assert_array_equal(strict.pixels(reduction), plain.pixels(reduction))
