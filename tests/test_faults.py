@@ -203,7 +203,7 @@ EVALUATING = {
 
 def figures(folder):
   found = json.loads((folder / "results" / "linear.json").read_text())
-  return {name: value for name, value in found.items() if "second" not in name and name not in ("checkpoint",)}
+  return {layer: values for layer, values in found["figures"]["layers"].items()} | {"settings": found["settings"]}
 
 
 @pytest.mark.slow

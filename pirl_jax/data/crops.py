@@ -95,7 +95,7 @@ class Decoding:
   reduced: bool = False
   full_range: bool = False
   upright: bool = False
-  strict: bool = False
+  strict: bool = True
 
 
 AS_STORED = Decoding()

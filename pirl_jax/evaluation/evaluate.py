@@ -292,7 +292,9 @@ def settings_of(evaluation: Evaluation) -> dict[str, Any]:
     "run_config": evaluation.subject.config,
   }
   # Results from before these fields existed do not have them.
-  settings |= {name: value for name, value in dataclasses.asdict(evaluation.train.source.decoding).items() if value}
+  usual = sources.DataSettings(source="").decoding
+  settings |= {name: value for name, value in dataclasses.asdict(evaluation.train.source.decoding).items()
+               if value != getattr(usual, name)}
   if isinstance(evaluation.train.source, InMemory):
     settings["kept_side"] = evaluation.train.source.shorter_side
   if evaluation.subject.is_ensemble:
