@@ -65,6 +65,7 @@ class Row:
     goes_on: the process must train to its end in spite of the fault.
     lasts: seconds after which the fault passes; None: it lasts until the process has ended.
     signal: sent when the fault has begun.
+    saves: the process must save the steps that it has done.
   """
 
   rules: tuple
@@ -72,6 +73,7 @@ class Row:
   goes_on: bool = False
   lasts: float | None = None
   signal: int | None = None
+  saves: bool = False
 
 
 def steps_on_disk(folder):
@@ -119,6 +121,8 @@ def check(command, folder, images, expected, row, *, processes=1):
       assert ends_clearly(code, output), output[-3000:]
     if row.goes_on:
       assert code == 0, output[-3000:]
+  if row.saves:
+    assert max(steps_on_disk(folder), default=0) >= row.at, ended[0][1][-3000:]
   if before and not killed:
     assert max(steps_on_disk(folder)) >= max(before), "a checkpoint is lost"
   outputs = launch(*command, f"--workdir={folder}", processes=processes)
@@ -145,9 +149,11 @@ ROWS = {
   "a folder of images is away for a moment": Row((("open", "ESTALE", "IMAGES/train/cats/*"),
                                                   ("stat", "ESTALE", "IMAGES/train/cats*")), lasts=2, goes_on=True),
   "no more files can be opened": Row((("open", "EMFILE", "IMAGES/*", 0, 5),), goes_on=True),
-  "images stay away": Row((("open", "EIO", "IMAGES/train/*"),)),
-  "a read that never returns, and SIGTERM": Row((("open", "stall", "IMAGES/train/*"),), signal=signal.SIGTERM),
-  "a read that never returns, and a closed terminal": Row((("open", "stall", "IMAGES/train/*"),), signal=signal.SIGHUP),
+  "images stay away": Row((("open", "EIO", "IMAGES/train/*"),), saves=True),
+  "a read that never returns, and SIGTERM": Row((("open", "stall", "IMAGES/train/*"),), signal=signal.SIGTERM,
+                                                saves=True),
+  "a read that never returns, and a closed terminal": Row((("open", "stall", "IMAGES/train/*"),), signal=signal.SIGHUP,
+                                                         saves=True),
   # a restart
   "killed in a write of a checkpoint": Row((("write", "kill", "RUN/checkpoints/*", 3, 1),)),
   "killed in a rename of a checkpoint": Row((("rename", "kill", "RUN/checkpoints/*", 0, 1),)),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from pirl_jax import system
 from pirl_jax.data import batches
-from pirl_jax.errors import UserError
+from pirl_jax.errors import Unreadable, UserError
 from pirl_jax.evaluation.protocols import learning
 from pirl_jax.evaluation.representation import rank_me
 from pirl_jax.figures import plots
@@ -208,11 +208,10 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
   in_flight, saved = InFlight(over), start_step
   for step in range(start_step + 1, parts.total_steps + 1):
     found, stop = interruptibly(stopping, next_batch, stream, broken, step)  # a read of a stalled disk never returns
-    if stop:
+    if stop or isinstance(found, Unreadable):
       in_flight.drain()
       guard.check()
-      say_stopped(parts, book, save_unless(saved, parts, state, checkpoints, book, stopping))
-      stopping.stop()
+      end_early(parts, state, checkpoints, book, stopping, failure=found, saved=saved)
     batch, seconds = found
     waited += seconds
     if step == 1 and jax.process_index() == 0:
@@ -244,12 +243,21 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
   return state
 
 
-def next_batch(stream: batches.Batches, broken: Broken, step: int) -> tuple[batches.Batch, float]:
-  """Returns (the batch of a step, the seconds of waiting for it); `broken` names its images that cannot be read."""
+def next_batch(stream: batches.Batches, broken: Broken, step: int) -> tuple[batches.Batch, float] | Unreadable:
+  """Returns (the batch of a step, the seconds of waiting for it); `broken` names its images that cannot be read.
+
+  If the storage of the images fails for too long, a process that runs alone gets the error as the result, because its
+  state has to be saved. In several processes the others have begun the next step, and the error is raised.
+  """
   started = time.perf_counter()
-  batch = next(stream)
-  seconds = time.perf_counter() - started
-  broken.note(step, batch)  # reads them once more
+  try:
+    batch = next(stream)
+    seconds = time.perf_counter() - started
+    broken.note(step, batch)  # reads them once more
+  except Unreadable as error:
+    if not processes.alone():
+      raise
+    return error
   return batch, seconds
 
 
@@ -262,13 +270,21 @@ def interruptibly(stopping: Stopping, fn: Callable, *args: Any) -> tuple[Any, bo
     return None, True
 
 
-def save_unless(saved: int, parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbook,
-                stopping: Stopping) -> int:
-  """Saves the state, unless it is that of step `saved`, which is on disk; returns its step."""
+def end_early(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbook, stopping: Stopping, *,
+              failure: Unreadable | None, saved: int) -> NoReturn:
+  """Ends the run before the next batch is there; saves its state, unless it is that of step `saved`.
+
+  Raises:
+    Unreadable: `failure`, if the images cannot be read.
+    Stopped: the run was asked to stop.
+  """
   step = int(state.step)
   if step > saved:
-    save(parts, state, checkpoints, knn_top1=None, surely=True, say=book.say, pause=stopping.pause)
-  return step
+    save(parts, state, checkpoints, knn_top1=None, surely=not failure, say=book.say, pause=stopping.pause)
+  if failure:
+    raise failure
+  say_stopped(parts, book, step)
+  stopping.stop()
 
 
 def say_stopped(parts: Parts, book: Logbook, step: int) -> None:

@@ -535,7 +535,8 @@ def test_a_jpeg_with_corrupt_data_is_broken(name, reduction):
   data = damaged_jpegs()[name]
   with pytest.raises(BrokenImage, match="JPEG"):
     open_image(data, Decoding(strict=True, reduced=True)).pixels(reduction)
-  assert "joined" in name or open_image(data, Decoding(strict=False, reduced=True)).pixels(reduction).ndim == 3  # grey, as ever
+  lenient = open_image(data, Decoding(strict=False, reduced=True))
+  assert "joined" in name or lenient.pixels(reduction).ndim == 3  # grey, as ever
 
 
 def odd_jpegs():
