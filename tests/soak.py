@@ -75,7 +75,8 @@ def session(command, run, images, rng, faults):
     if number is not None:
       running.signal(0, number)
     time.sleep(rng.uniform(0, 6))
-    if kind != "stall":
+    # Images that never come must not keep the process; for its own folder it waits, until the stall is over.
+    if kind != "stall" or any("images" not in place for _, _, place, *_ in rules):
       faults.end()
     while not running.ended() and time.monotonic() - started < SESSION_SECONDS:
       time.sleep(0.05)
