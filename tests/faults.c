@@ -44,7 +44,7 @@ static void read_schedule(void) {
   if (now.st_mtim.tv_sec == changed.tv_sec && now.st_mtim.tv_nsec == changed.tv_nsec) return;
   changed = now.st_mtim;
   num_rules = 0;
-  char text[1 << 16];
+  static char text[1 << 16];  /* not on the stack: threads of libraries have small ones */
   int file = syscall(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC, 0);
   long size = file < 0 ? 0 : syscall(SYS_read, file, text, sizeof text - 1);
   if (file >= 0) syscall(SYS_close, file);
@@ -110,8 +110,15 @@ static const char *absolute(int folder, const char *path, char *into) {
   return into;
 }
 
+/* Sockets and pipes never fail: a signal handler writes to one, and must not wait for the lock. */
+static long fault_at(const char *op, int folder, const char *path) {
+  static __thread char into[PATH_MAX];
+  const char *place = absolute(folder, path, into);
+  return place[0] == '/' ? fault_of(op, place) : 0;
+}
+
 #define FAIL(op, folder, path, result) do { \
-  if (has_rules()) { char into[PATH_MAX]; int before = errno; long fault = fault_of(op, absolute(folder, path, into)); \
+  if (has_rules()) { int before = errno; long fault = fault_at(op, folder, path); \
     if (fault > 0) { errno = fault; return result; } errno = before; } } while (0)
 
 #define FAIL_FD(op, fd, result) FAIL(op, fd, "", result)
@@ -135,9 +142,9 @@ ssize_t pread64(int fd, void *to, size_t size, off64_t at) {
 ssize_t readv(int fd, const struct iovec *to, int count) { FAIL_FD("read", fd, -1); return REAL(readv)(fd, to, count); }
 
 /* A write may be cut: half of the bytes are taken, as on a disk that becomes full. */
-#define WRITE(fd, size, whole, part) do { if (has_rules()) { char into[PATH_MAX]; \
-  long fault = fault_of("write", absolute(fd, "", into)); \
+#define WRITE(fd, size, whole, part) do { if (has_rules()) { int before = errno; long fault = fault_at("write", fd, ""); \
   if (fault > 0) { errno = fault; return -1; } \
+  errno = before; \
   if (fault == SHORT && (size) > 1) return part; } return whole; } while (0)
 ssize_t write(int fd, const void *from, size_t size) {
   WRITE(fd, size, REAL(write)(fd, from, size), REAL(write)(fd, from, size / 2)); }

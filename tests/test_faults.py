@@ -159,7 +159,8 @@ ROWS = {
   "killed in a rename of a checkpoint": Row((("rename", "kill", "RUN/checkpoints/*", 0, 1),)),
   "killed in the write of a row": Row((("write", "kill", "RUN/metrics.jsonl", 1, 1),)),
   "killed while an old checkpoint is removed": Row((("remove", "kill", "RUN/checkpoints/*", 2, 1),)),
-  "no locks": Row((("lock", "ENOLCK", "RUN*"),), at=0, goes_on=True),
+  "no locks, which Orbax needs": Row((("lock", "ENOLCK", "RUN*"),), at=0),
+  "no lock of a folder, as on NFS": Row((("lock", "EBADF", "RUN"),), at=0, goes_on=True),
   "the clock jumps back": Row((("clock", -86_400, "*"),), goes_on=True),
 }
 QUICK_ROWS = "full for a while", "nothing can be removed", "an image is unreadable for a moment", (

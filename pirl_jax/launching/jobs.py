@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 from ml_collections import ConfigDict
 
-from pirl_jax.errors import UserError
+from pirl_jax.errors import Unreadable, UserError
 from pirl_jax.runtime.quieting import quiet
 from pirl_jax.training import stopping
 
@@ -31,7 +31,7 @@ def carry_out(config: ConfigDict, workdir: str, by_hand: tuple[str, int | None, 
     compilation_cache: the argument of `caching.keep_compiled`.
 
   Raises:
-    UserError: there is no such job; or see the job's `run`.
+    UserError: there is no such job; a file could not be read or written; or see the job's `run`.
     Stopped, KeyboardInterrupt: raised after a signal.
   """
   if config.job not in JOBS:
@@ -46,4 +46,11 @@ def carry_out(config: ConfigDict, workdir: str, by_hand: tuple[str, int | None, 
   jax.config.update("jax_enable_preemption_service", trains)
   with processes.processes(*by_hand), stopping.Stopping() if trains and processes.alone() else nullcontext():
     caching.keep_compiled(compilation_cache)
-    job.run(config, workdir)
+    try:
+      job.run(config, workdir)
+    except OSError as error:
+      if error.errno is None:  # a library's own error
+        raise
+      where = f"{error.filename}: " if error.filename else ""
+      raise Unreadable(f"{where}{error.strerror}; when the disk or the network works again, the same command goes "
+                       "on") from error
