@@ -231,3 +231,70 @@ def test_an_evaluation_gives_the_same_figures(name, trained, images, tmp_path):
   assert code == -signal.SIGKILL or ends_clearly(code, output), output[-3000:]
   launch(*command(folder))
   assert figures(folder) == figures(expected)
+
+
+# Several commands of other kinds: a study, a preparation of images, two processes.
+
+def end_of(command, faults, rules, *, processes=1):
+  """Gives a command twice: with the faults, which must end clearly, and without them, which must end well."""
+  faults.begin(*rules)
+  with Launch(*command, processes=processes, faults=faults) as running:
+    ended = running.wait()
+  faults.end()
+  for code, output in ended:
+    assert processes > 1 or code == -signal.SIGKILL or ends_clearly(code, output), output[-3000:]
+  launch(*command, processes=processes)
+
+
+OTHERS = {
+  "the disk is full for a moment": (("create", "ENOSPC", "OUT/*", 3, 2), ("write", "ENOSPC", "OUT/*", 5, 2)),
+  "an image is unreadable for a moment": (("open", "EIO", "IMAGES/*", 2, 3),),
+  "killed while something gets its name": (("rename", "kill", "OUT/*", 3, 1),),
+  "killed in a write": (("write", "kill", "OUT/*", 4, 1),),
+}
+
+
+def rules_of(name, out, images):
+  places = {"OUT": str(out), "IMAGES": str(images)}
+  return [(operation, fault, re.sub("OUT|IMAGES", lambda match: places[match[0]], pattern), *numbers)
+          for operation, fault, pattern, *numbers in OTHERS[name]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_study_has_the_same_figures(name, images, tmp_path):
+  def command(out):
+    points = [("PIRL", "", "pirl", {}), ("NPID", "", "npid", {})]
+    return ("--config=configs/study.py:own", f"--workdir={out}", "--config.variant=folder_small",
+            f"--config.more_points={points}", "--config.seeds=(0,)", f"--config.settings.data.root={images}",
+            "--config.settings.data.split=train", "--config.settings.data.labels=folder",
+            "--config.settings.evaluate.split=test", "--config.settings.num_epochs=2",
+            *(flag.replace("--config.", "--config.settings.") for flag in SMALL))
+  launch(*command(tmp_path / "expected"))
+  end_of(command(tmp_path / "met"), Faults(tmp_path / "schedule"), rules_of(name, tmp_path / "met", images))
+  found, expected = ((tmp_path / out / "own" / "study.csv").read_text() for out in ("met", "expected"))
+  assert found == expected and len(found.splitlines()) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_preparation_writes_the_same_images(name, images, tmp_path):
+  def command(out):
+    return ("--config=configs/prepare.py", f"--config.data.root={images}", "--config.splits=('train','test')",
+            "--config.data.labels=folder", "--config.name=small", f"--config.root={out}", "--config.shorter_side=16")
+  launch(*command(tmp_path / "expected"))
+  end_of(command(tmp_path / "met"), Faults(tmp_path / "schedule"), rules_of(name, tmp_path / "met", images))
+  def files(out):
+    return {str(path.relative_to(out)): path.read_bytes() for path in (out / "small").rglob("*") if path.is_file()}
+  found, expected = files(tmp_path / "met"), files(tmp_path / "expected")
+  assert found.keys() == expected.keys() and len(found) > 3
+  assert all(found[path] == content for path, content in expected.items() if "array_record" in path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_two_processes_end_in_the_same_bits(name, training, images, tmp_path):
+  launch(*training, f"--workdir={tmp_path / 'expected'}", processes=2)
+  met = tmp_path / "met"
+  end_of((*training, f"--workdir={met}"), Faults(tmp_path / "schedule"), rules_of(name, met, images), processes=2)
+  assert_same(met, tmp_path / "expected", STEPS)

@@ -142,9 +142,6 @@ def check_config(config: ConfigDict) -> None:
   if config.num_negatives == 0 and config.own_row_is_negative:
     raise UserError("own_row_is_negative=True is not possible: num_negatives=0 takes every row once, and an image has "
                     "its own row as the positive")
-  if config.data.source == "embedded" and (given := config.data.root or config.data.name):
-    raise UserError(f"data.source='embedded' draws its images, and {given!r} is given; for a folder of images take "
-                    "--config=configs/pirl.py:folder --config.data.root=DIR")
   if config.data.holdout and config.evaluate.split:
     raise UserError(f"data.holdout={config.data.holdout} and evaluate.split={config.evaluate.split!r} are not possible "
                     "together: both say which images are held out")

@@ -1,5 +1,7 @@
 """The state before the first step."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,8 @@ def make_state(seed, *, with_bank=True, bank_dtype=jnp.float32):
   network = Network(ResNet(blocks=(1,), bottleneck=False, channels=4, stem="3x3s2"), ImageHead(4))
   optimizer = create_optimizer(optax.constant_schedule(0.1), momentum=0.9, weight_decay=0)
   layout = memory_bank.create_layout(16, num_devices=2, num_negatives=4)
-  return create_state(seed, network, optimizer, layout, mesh=create_mesh(2), dim=4, bank_dtype=bank_dtype,
+  return create_state(seed, network, optimizer, layout, mesh=create_mesh(2),
+                      create_bank=partial(memory_bank.create, dim=4, dtype=bank_dtype),
                       inputs=(jnp.zeros((1, 8, 8, 3)), None), with_bank=with_bank)
 
 

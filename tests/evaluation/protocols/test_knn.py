@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
+from pirl_jax.data.crops import BrokenImage
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images
@@ -277,7 +278,7 @@ class Arrays(TextureSource):
   def __getitem__(self, index):
     record = super().__getitem__(index)
     if index in self._damaged[:1]:
-      raise FileNotFoundError(index)
+      raise BrokenImage(index)
     return record._replace(image=b"broken") if index in self._damaged else record
 
   def image_name(self, index):

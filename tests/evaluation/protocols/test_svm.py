@@ -10,6 +10,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 
+from pirl_jax.data.crops import BrokenImage
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
 from pirl_jax.errors import UserError
@@ -99,7 +100,7 @@ class Damaged(TextureSource):
 
   def __getitem__(self, index):
     if index % 7 == 3:
-      raise FileNotFoundError(index)
+      raise BrokenImage(index)
     return super().__getitem__(index)._replace(label=int(self.labels()[index]))
 
   def labels(self):
