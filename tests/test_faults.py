@@ -163,8 +163,8 @@ ROWS = {
   "no lock of a folder, as on NFS": Row((("lock", "EBADF", "RUN"),), at=0, goes_on=True),
   "the clock jumps back": Row((("clock", -86_400, "*"),), goes_on=True),
 }
-QUICK_ROWS = "full for a while", "nothing can be removed", "an image is unreadable for a moment", (
-  "a read that never returns, and SIGTERM"), "killed in a write of a checkpoint"
+QUICK_ROWS = ("an image is unreadable for a moment", "a read that never returns, and SIGTERM",
+              "killed in a write of a checkpoint")
 
 
 def rows_of(names):
