@@ -9,6 +9,7 @@ import errno
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -39,9 +40,14 @@ def library():
 class Faults:
   """A schedule of faults that can be changed while the processes run."""
 
-  def __init__(self, folder):
-    """Starts without faults; `folder` keeps the schedule."""
-    self._path = Path(folder) / "faults"
+  def __init__(self, folder, **places):
+    """Starts without faults.
+
+    Args:
+      folder: keeps the schedule.
+      places: {"RUN": path}: in the patterns of rules such a name in capitals stands for the path.
+    """
+    self._path, self._places = Path(folder) / "faults", places
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self.end()
 
@@ -62,6 +68,7 @@ class Faults:
     for operation, fault, pattern, *numbers in rules:
       after, count = numbers or (0, -1)
       assert operation in (*OPERATIONS, "clock"), operation
+      pattern = re.sub("[A-Z]+", lambda match: str(self._places.get(match[0], match[0])), pattern)
       lines.append(f"{operation} {getattr(errno, str(fault), fault)} {after} {count} {pattern}\n")
     following = self._path.with_name("faults-next")
     following.write_text("".join(lines))

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -28,6 +29,27 @@ TRAINING = (
   "--config.num_epochs=5", "--config.log.every_steps=1", "--config.checkpoint.every_steps=10",
   "--config.evaluate.split=", "--config.evaluate.learning=False", "--config.report=False",
   "--config.export=False")
+SMALL = (  # of a run over small images, with little to compile and a row for each step
+  "--config.data.image_size=16", "--config.jigsaw.crop_size=18", "--config.jigsaw.patch_size=5",
+  "--config.data.num_threads=2", "--config.log.every_steps=1", "--config.evaluate.learning=False",
+  "--config.report=False", "--config.export=False", "--config.evaluate.batch_size=8", "--config.batch_size=8",
+  "--config.num_negatives=16")
+
+
+def write_images(root, *, train, test):
+  """Writes a folder of images of noise: so many of each of two classes, to train and to test."""
+  rng = np.random.default_rng(0)
+  for split, count in (("train", train), ("test", test)):
+    for label in ("cats", "dogs"):
+      (root / split / label).mkdir(parents=True)
+      for i in range(count):
+        cv2.imwrite(str(root / split / label / f"{i:02}.png"), rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+
+
+def over_folder(root):
+  """Returns the flags of a small run over a folder that `write_images` has written."""
+  return ("--config=configs/pirl.py:folder_small", f"--config.data.root={root}", "--config.data.split=train",
+          "--config.data.labels=folder", "--config.evaluate.split=test", *SMALL)
 
 
 class Launch:

@@ -15,11 +15,10 @@ import time
 import traceback
 from pathlib import Path
 
-import cv2
 import numpy as np
 from faults import OPERATIONS, Faults
-from launching import Launch, assert_same, launch
-from test_faults import SMALL, ends_clearly, steps_on_disk
+from launching import Launch, assert_same, launch, over_folder, write_images
+from test_faults import ends_clearly, steps_on_disk
 
 from pirl_jax.storage.rows import read_rows
 
@@ -30,22 +29,13 @@ SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.S
 SESSION_SECONDS = 300  # a session that takes longer has hung
 
 
-def make_images(root):
-  rng = np.random.default_rng(0)
-  for split, count in (("train", 16), ("test", 4)):
-    for label in ("cats", "dogs"):
-      (root / split / label).mkdir(parents=True)
-      for i in range(count):
-        cv2.imwrite(str(root / split / label / f"{i:02}.png"), rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
-
-
-def draw(rng, run, images):
+def draw(rng):
   """Returns (rules, signal or None): what a session meets."""
   kind = rng.choice(["errno", "errno", "errno", "kill", "stall", "short", "clock", "signal"])
   number = None if kind != "signal" else int(rng.choice(SIGNALS))
   rules = []
   for _ in range(0 if kind == "signal" else rng.integers(1, 4)):
-    place = str(rng.choice(PLACES)).replace("RUN", str(run)).replace("IMAGES", str(images))
+    place = str(rng.choice(PLACES))
     operation, fault = str(rng.choice(OPERATIONS)), {"errno": str(rng.choice(ERRNOS))}.get(kind, kind)
     if kind == "clock":
       operation, fault, place = "clock", int(rng.integers(-10**6, 10**6)), "*"
@@ -58,9 +48,9 @@ def draw(rng, run, images):
   return str(kind), rules, number
 
 
-def session(command, run, images, rng, faults):
+def session(command, run, rng, faults):
   """Returns (kind of the fault, how the session ended); raises AssertionError if it broke a promise."""
-  kind, rules, number = draw(rng, run, images)
+  kind, rules, number = draw(rng)
   before, reached = steps_on_disk(run), len(read_rows(run / "metrics.jsonl"))
   progress, at_start = int(rng.integers(0, 40)), rng.random() < 0.2
   if at_start:
@@ -76,7 +66,7 @@ def session(command, run, images, rng, faults):
       running.signal(0, number)
     time.sleep(rng.uniform(0, 6))
     # Images that never come must not keep the process; for its own folder it waits, until the stall is over.
-    if kind != "stall" or any("images" not in place for _, _, place, *_ in rules):
+    if kind != "stall" or any("IMAGES" not in place for _, _, place, *_ in rules):
       faults.end()
     while not running.ended() and time.monotonic() - started < SESSION_SECONDS:
       time.sleep(0.05)
@@ -103,17 +93,16 @@ def main():
   found, broken, runs = collections.Counter(), [], 0
   with tempfile.TemporaryDirectory() as temporary:
     root = Path(temporary)
-    make_images(root / "images")
-    command = ("--config=configs/pirl.py:folder_small", f"--config.data.root={root / 'images'}",
-               "--config.data.split=train", "--config.data.labels=folder", "--config.evaluate.split=test",
-               "--config.evaluate.every_epochs=4", "--config.checkpoint.every_steps=7", "--config.num_epochs=24",
-               *SMALL)
+    write_images(root / "images", train=16, test=4)
+    command = (*over_folder(root / "images"), "--config.evaluate.every_epochs=4", "--config.checkpoint.every_steps=7",
+               "--config.num_epochs=24", "--config.evaluate.views=0")
     launch(*command, f"--workdir={root / 'expected'}")
     while time.monotonic() < end:
-      run, faults = root / f"run{runs}", Faults(root / "schedule")
+      run = root / f"run{runs}"
+      faults = Faults(root / "schedule", RUN=run, IMAGES=root / "images")
       while STEPS not in steps_on_disk(run) and time.monotonic() < end:
         try:
-          found[session(command, run, root / "images", rng, faults)] += 1
+          found[session(command, run, rng, faults)] += 1
         except AssertionError as error:
           broken.append(str(error))
           print(f"BROKEN: {error}", file=sys.stderr, flush=True)

@@ -11,40 +11,28 @@ import shutil
 import signal
 import time
 
-import cv2
-import numpy as np
 import pytest
 from faults import Faults
-from launching import LIMIT, Launch, assert_same, launch
+from launching import LIMIT, SMALL, Launch, assert_same, launch, over_folder, write_images
 
 from pirl_jax.storage.rows import read_rows
 
 STEPS = 24
-SMALL = (
-  "--config.data.image_size=16", "--config.jigsaw.crop_size=18", "--config.jigsaw.patch_size=5",
-  "--config.data.num_threads=2", "--config.log.every_steps=1", "--config.evaluate.learning=False",
-  "--config.report=False", "--config.export=False", "--config.evaluate.batch_size=8", "--config.batch_size=8",
-  "--config.num_negatives=16", "--config.evaluate.views=0")
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
   """Returns a folder of 32 images of two classes, and 8 to test."""
-  root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-  for split, count in (("train", 16), ("test", 4)):
-    for label in ("cats", "dogs"):
-      (root / split / label).mkdir(parents=True)
-      for i in range(count):
-        cv2.imwrite(str(root / split / label / f"{i:02}.png"), rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+  root = tmp_path_factory.mktemp("images")
+  write_images(root, train=16, test=4)
   return root
 
 
 @pytest.fixture(scope="module")
 def training(images):
   """Returns the flags of a run of 24 steps, with a checkpoint every 4 and a measurement every 8."""
-  return ("--config=configs/pirl.py:folder_small", f"--config.data.root={images}", "--config.data.split=train",
-          "--config.data.labels=folder", "--config.evaluate.split=test", "--config.evaluate.every_epochs=2",
-          "--config.checkpoint.every_steps=4", "--config.num_epochs=6", *SMALL)
+  return (*over_folder(images), "--config.evaluate.every_epochs=2", "--config.checkpoint.every_steps=4",
+          "--config.num_epochs=6", "--config.evaluate.views=0")
 
 
 @pytest.fixture(scope="module")
@@ -86,49 +74,45 @@ def ends_clearly(code, output):
   return "Traceback" not in output and (code in (0, 130) or code == 2 and last.startswith("error: "))
 
 
-def meet(command, folder, images, row, *, processes=1):
-  """Starts the command, lets it meet the faults of a row, and returns (exit codes, outputs, steps on disk before)."""
-  faults = Faults(folder.parent / "schedule")
-  names = {"RUN": str(folder), "IMAGES": str(images)}
-  rules = [(operation, fault, re.sub("RUN|IMAGES", lambda match: names[match[0]], pattern), *numbers)
-           for operation, fault, pattern, *numbers in row.rules]
+def meet(command, folder, images, row):
+  """Starts the command, lets it meet the faults of a row, and returns (exit code, output, steps on disk before)."""
+  faults = Faults(folder.parent / "schedule", RUN=folder, IMAGES=images)
   if not row.at:
-    faults.begin(*rules)
-  with Launch(*command, f"--workdir={folder}", processes=processes, faults=faults) as running:
+    faults.begin(*row.rules)
+  with Launch(*command, f"--workdir={folder}", faults=faults) as running:
     end = time.monotonic() + LIMIT
     while len(read_rows(folder / "metrics.jsonl")) < row.at and not running.ended():
       assert time.monotonic() < end
       time.sleep(0.01)
     before = steps_on_disk(folder)
-    faults.begin(*rules)
+    faults.begin(*row.rules)
     if row.signal:
       running.signal(0, row.signal)
     if row.lasts is not None:
       time.sleep(row.lasts)
       faults.end()
-    ended = running.wait()
+    (code, output), = running.wait()
   faults.end()
-  return ended, before
+  return code, output, before
 
 
-def check(command, folder, images, expected, row, *, processes=1):
-  ended, before = meet(command, folder, images, row, processes=processes)
+def check(command, folder, images, expected, row):
+  code, output, before = meet(command, folder, images, row)
   killed = any("kill" in rule for rule in row.rules)
-  for code, output in ended:
-    if killed:
-      assert code in (-signal.SIGKILL, 0, 1), output[-3000:]
-    elif processes == 1:
-      assert ends_clearly(code, output), output[-3000:]
-    if row.goes_on:
-      assert code == 0, output[-3000:]
+  if killed:
+    assert code in (-signal.SIGKILL, 0, 1), output[-3000:]
+  else:
+    assert ends_clearly(code, output), output[-3000:]
+  if row.goes_on:
+    assert code == 0, output[-3000:]
   if row.saves:
-    assert max(steps_on_disk(folder), default=0) >= row.at, ended[0][1][-3000:]
+    assert max(steps_on_disk(folder), default=0) >= row.at, output[-3000:]
   if before and not killed:
     assert max(steps_on_disk(folder)) >= max(before), "a checkpoint is lost"
-  outputs = launch(*command, f"--workdir={folder}", processes=processes)
+  resumes, = launch(*command, f"--workdir={folder}")
   if before and max(before) < STEPS and not row.goes_on:
-    resumed = re.search(r"resumes from step (\d+)", outputs[0])
-    assert resumed and int(resumed[1]) >= max(before) or max(steps_on_disk(folder)) == STEPS, outputs[0][-2000:]
+    resumed = re.search(r"resumes from step (\d+)", resumes)
+    assert resumed and int(resumed[1]) >= max(before) or max(steps_on_disk(folder)) == STEPS, resumes[-2000:]
   assert_same(folder, expected, STEPS)
 
 
@@ -191,7 +175,7 @@ def test_a_fault_while_restoring_condemns_no_checkpoint(name, training, trained,
   shutil.copytree(trained, folder)
   shutil.rmtree(folder / "checkpoints" / str(STEPS))
   before = sorted(path.name for path in (folder / "checkpoints").iterdir())
-  (code, output), = meet(training, folder, images, Row(RESTORING[name], at=0))[0]
+  code, output, _ = meet(training, folder, images, Row(RESTORING[name], at=0))
   assert ends_clearly(code, output), output[-3000:]
   left = sorted(path.name for path in (folder / "checkpoints").iterdir())
   assert not any("unreadable" in other for other in left) and set(before) <= set(left) | {str(STEPS)}
@@ -216,16 +200,15 @@ def figures(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EVALUATING)
 def test_an_evaluation_gives_the_same_figures(name, trained, images, tmp_path):
-  expected, folder, faults = tmp_path / "expected" / "run", tmp_path / "met" / "run", Faults(tmp_path / "schedule")
+  expected, folder = tmp_path / "expected" / "run", tmp_path / "met" / "run"
+  faults = Faults(tmp_path / "schedule", RUN=folder, IMAGES=images)
   def command(run):
     return ("--config=configs/evaluate.py:linear", f"--config.checkpoint={run}", "--config.linear.num_epochs=3",
             "--config.linear.batch_size=8")
   for run in (expected, folder):
     shutil.copytree(trained, run)
   launch(*command(expected))
-  names = {"RUN": str(folder), "IMAGES": str(images)}
-  faults.begin(*((operation, fault, re.sub("RUN|IMAGES", lambda match: names[match[0]], pattern), *numbers)
-                 for operation, fault, pattern, *numbers in EVALUATING[name]))
+  faults.begin(*EVALUATING[name])
   with Launch(*command(folder), faults=faults) as running:
     (code, output), = running.wait()
   assert code == -signal.SIGKILL or ends_clearly(code, output), output[-3000:]
@@ -255,12 +238,6 @@ OTHERS = {
 }
 
 
-def rules_of(name, out, images):
-  places = {"OUT": str(out), "IMAGES": str(images)}
-  return [(operation, fault, re.sub("OUT|IMAGES", lambda match: places[match[0]], pattern), *numbers)
-          for operation, fault, pattern, *numbers in OTHERS[name]]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_study_has_the_same_figures(name, images, tmp_path):
@@ -270,9 +247,10 @@ def test_a_study_has_the_same_figures(name, images, tmp_path):
             f"--config.more_points={points}", "--config.seeds=(0,)", f"--config.settings.data.root={images}",
             "--config.settings.data.split=train", "--config.settings.data.labels=folder",
             "--config.settings.evaluate.split=test", "--config.settings.num_epochs=2",
+            "--config.settings.evaluate.views=0",
             *(flag.replace("--config.", "--config.settings.") for flag in SMALL))
   launch(*command(tmp_path / "expected"))
-  end_of(command(tmp_path / "met"), Faults(tmp_path / "schedule"), rules_of(name, tmp_path / "met", images))
+  end_of(command(tmp_path / "met"), Faults(tmp_path / "schedule", OUT=tmp_path / "met", IMAGES=images), OTHERS[name])
   found, expected = ((tmp_path / out / "own" / "study.csv").read_text().replace(str(tmp_path / out), "")
                      for out in ("met", "expected"))
   assert found == expected and len(found.splitlines()) >= 3
@@ -285,7 +263,7 @@ def test_a_preparation_writes_the_same_images(name, images, tmp_path):
     return ("--config=configs/prepare.py", f"--config.data.root={images}", "--config.splits=('train','test')",
             "--config.data.labels=folder", "--config.name=small", f"--config.root={out}", "--config.shorter_side=16")
   launch(*command(tmp_path / "expected"))
-  end_of(command(tmp_path / "met"), Faults(tmp_path / "schedule"), rules_of(name, tmp_path / "met", images))
+  end_of(command(tmp_path / "met"), Faults(tmp_path / "schedule", OUT=tmp_path / "met", IMAGES=images), OTHERS[name])
   def files(out):
     # What a killed preparation has left under another name stays; the next one names it.
     folder = out / "small" / "1.0.0"
@@ -300,5 +278,6 @@ def test_a_preparation_writes_the_same_images(name, images, tmp_path):
 def test_two_processes_end_in_the_same_bits(name, training, images, tmp_path):
   launch(*training, f"--workdir={tmp_path / 'expected'}", processes=2)
   met = tmp_path / "met"
-  end_of((*training, f"--workdir={met}"), Faults(tmp_path / "schedule"), rules_of(name, met, images), processes=2)
+  end_of((*training, f"--workdir={met}"), Faults(tmp_path / "schedule", OUT=met, IMAGES=images), OTHERS[name],
+         processes=2)
   assert_same(met, tmp_path / "expected", STEPS)

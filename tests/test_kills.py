@@ -5,11 +5,10 @@ import shutil
 import time
 from glob import glob
 
-import cv2
 import numpy as np
 import pytest
 from archives import cifar_archive
-from launching import LIMIT, TRAINING, Launch, assert_same, launch, rows
+from launching import LIMIT, TRAINING, Launch, assert_same, launch, over_folder, rows, write_images
 
 from pirl_jax.storage.rows import read_rows
 
@@ -19,24 +18,14 @@ STEPS = 120
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
   """Returns the flags of a run of 120 steps over 40 images, three of them broken, and few checkpoints apart."""
-  root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-  for split, count in (("train", 20), ("test", 8)):
-    for label in ("cats", "dogs"):
-      (root / split / label).mkdir(parents=True)
-      for i in range(count):
-        cv2.imwrite(str(root / split / label / f"{i:02}.png"), rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+  root = tmp_path_factory.mktemp("images")
+  write_images(root, train=20, test=8)
   (root / "train" / "cats" / "03.png").write_bytes(b"no image at all")
   for name in ("cats/11.png", "dogs/19.png"):
     path = root / "train" / name
     path.write_bytes(path.read_bytes()[:300])
-  return (
-    "--config=configs/pirl.py:folder_small", f"--config.data.root={root}", "--config.data.split=train",
-    "--config.data.labels=folder", "--config.evaluate.split=test", "--config.evaluate.every_epochs=4",
-    "--config.evaluate.batch_size=8", "--config.batch_size=8", "--config.num_negatives=16",
-    "--config.data.image_size=16", "--config.jigsaw.crop_size=18", "--config.jigsaw.patch_size=5",
-    "--config.data.num_threads=2", "--config.log.every_steps=1", "--config.checkpoint.every_steps=7",
-    "--config.num_epochs=24", "--config.evaluate.learning=False", "--config.report=False", "--config.export=False",
-    "--config.data.max_bad_fraction=0.1")
+  return (*over_folder(root), "--config.evaluate.every_epochs=4", "--config.checkpoint.every_steps=7",
+          "--config.num_epochs=24", "--config.data.max_bad_fraction=0.1")
 
 
 @pytest.fixture(scope="module")

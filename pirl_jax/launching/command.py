@@ -34,6 +34,7 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, fr
 
 FLAGS = (CONFIG, WORKDIR, COMPILATION_CACHE, KEEP_MEMORY, COORDINATOR, NUM_PROCESSES, PROCESS_ID)
 
+
 def parse_flags(argv: list[str]) -> list[str]:
   """Returns the arguments that are not flags: the program's name and nothing else.
 

@@ -98,7 +98,7 @@ class Checkpoints:
       ValueError: the file is missing or damaged: its content does not have its checksum, or is of another step.
     """
     meta, damage = try_reading(f"checkpoint {self._folder / str(step)}", lambda: self._read_meta(step),
-                             folder=self._folder / str(step))
+                               folder=self._folder / str(step))
     if damage:
       raise ValueError(damage)
     return meta

@@ -57,7 +57,7 @@ class Snapshots:
     for step in reversed(steps_in(self._folder)):
       folder = self._folder / str(step)
       found, damage = try_reading(f"snapshot {folder}", functools.partial(self._read, step, template), folder=folder,
-                                agree=first_failure)
+                                  agree=first_failure)
       # All processes compute the checksums together. So first every process must have read its part.
       if not damage and found["checksums"] == checksums(found["tree"]):
         return step, found["tree"]

@@ -89,13 +89,13 @@ class Trial:
   def result(self) -> dict[str, Any] | None:
     """Returns the content of the result file of this evaluation of the last checkpoint, or None."""
     protocol = self.evaluation.protocol
-    asked = json.loads(json.dumps(self.evaluation[protocol].to_dict()))
+    asked, weights = json.loads(json.dumps(self.evaluation[protocol].to_dict())), self.weights
     # If the evaluation uses images other than the run's own, the file has a longer name.
     for path in sorted((self.folder / "results").glob(f"{self.evaluation.name}*.json")):
       stored = read_json(path) or {}
       settings = stored.get("settings", {})
       # A result that is older than the field `weights`, or than checksums, is taken as it is.
-      same_weights = settings.get("weights") is None or self.weights in (None, settings["weights"])
+      same_weights = settings.get("weights") is None or weights in (None, settings["weights"])
       if same_weights and (stored.get("step"), settings.get(protocol), settings.get("seed")) == (
           self.step, asked, self.evaluation.seed):
         return stored

@@ -6,7 +6,7 @@ from pirl_jax.runtime.environment import numeric_environment
 
 def test_flags_that_change_no_number_are_left_out(monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_cpu_enable_fast_math=true "
-                                  "--xla_dump_to=/tmp/x --xla_allow_excess_precision=false")
+                                  "--xla_dump_to=programs --xla_allow_excess_precision=false")
   assert numeric_environment()["rounding"]["XLA_FLAGS"] == (
     "--xla_allow_excess_precision=false --xla_cpu_enable_fast_math=true")
 

@@ -9,8 +9,8 @@ There are two kinds of batch norm. The batch norm of the paper's own code has no
 2019, `BN_NO_SCALE_SHIFT`); vissl's has both (vissl/models/heads/linear_eval_mlp.py). In training both use the
 statistics of the whole batch over all devices; on test images both use running statistics. The linear layer is
 initialised from N(0, 0.01^2) with a bias of 0, as in the paper's own code and in MoCo, or as PyTorch does by default,
-as in vissl. Weight decay applies to kernels
-and biases of the linear layers, not to the batch norm's scale and shift, as in vissl; the paper does not say.
+as in vissl. Weight decay applies to kernels and biases of the linear layers, not to the batch norm's scale and shift,
+as in vissl; the paper does not say.
 
 Letters: B batch of all devices, b this device's part of the batch, N images, H side in pixels, h w C height, width and
 channels of a pooled map (a vector has C alone), D numbers of a pooled map, L classes.
