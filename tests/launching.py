@@ -56,7 +56,7 @@ class Launch:
   """launch.py in one or several processes, as started; a context manager that leaves none of them behind."""
 
   def __init__(self, *arguments, processes=1, devices=1, other=None, slurm=False, double=False, largest_file=None,
-               changed=None, quick=True, faults=None):
+               changed=None, quick=True, faults=None, struck=None):
     """Starts them.
 
     Args:
@@ -70,6 +70,7 @@ class Launch:
       changed: {module: {constant: value}} to set before.
       quick: programs compile with `QUICK`, which changes last bits; never in float64.
       faults: `Faults` that they meet.
+      struck: those that meet them; None: all.
     """
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
@@ -88,7 +89,7 @@ class Launch:
       elif processes > 1:
         flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={process}"]
       command = [sys.executable, *_program(changed), *flags, *arguments, *(other or {}).get(process, ())]
-      environment |= faults.environment if faults else {}
+      environment |= faults.environment if faults and (struck is None or process in struck) else {}
       if largest_file:
         environment["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # nor is it to be damaged
         command = ["prlimit", f"--fsize={largest_file}", *command]

@@ -13,7 +13,7 @@ import time
 
 import pytest
 from faults import Faults
-from launching import LIMIT, SMALL, Launch, assert_same, launch, over_folder, write_images
+from launching import LIMIT, SMALL, Launch, assert_same, launch, over_folder, wait_for, write_images
 
 from pirl_jax.storage.rows import read_rows
 
@@ -127,6 +127,8 @@ ROWS = {
   "nothing can be synchronised": Row((("sync", "EIO", "RUN/*", 0, 3),), goes_on=True),
   "read-only": Row((("create", "EROFS", "RUN/*"), ("rename", "EROFS", "RUN/*"), ("remove", "EROFS", "RUN/*")), lasts=4,
                    goes_on=True),
+  "nothing can be looked at for a moment": Row((("stat", "EDQUOT", "RUN/checkpoints/*"),), lasts=2, goes_on=True),
+  "nothing can be listed for a moment": Row((("list", "EIO", "RUN*"),), lasts=2, goes_on=True),
   "nothing can be removed": Row((("remove", "EPERM", "RUN/*"),), goes_on=True),
   # images
   "an image is unreadable for a moment": Row((("open", "EIO", "IMAGES/train/*", 0, 3),), goes_on=True),
@@ -271,6 +273,49 @@ def test_a_preparation_writes_the_same_images(name, images, tmp_path):
   found, expected = files(tmp_path / "met"), files(tmp_path / "expected")
   assert found.keys() == expected.keys() and len(found) > 3
   assert all(found[path] == content for path, content in expected.items() if "array_record" in path)
+
+
+# Two processes of which one is struck. The other waits for it in the middle of a step.
+
+@pytest.mark.parametrize("told", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_one_of_two_processes_waits_for_its_disk_and_both_save(told, training, images, tmp_path):
+  """`told` is the process that gets SIGTERM."""
+  launch(*training, f"--workdir={tmp_path / 'expected'}", processes=2)
+  met = tmp_path / "met"
+  faults = Faults(tmp_path / "schedule", RUN=met, IMAGES=images)
+  with Launch(*training, f"--workdir={met}", processes=2, faults=faults, struck=(1,)) as running:
+    wait_for(lambda: len(read_rows(met / "metrics.jsonl")) >= 6)
+    faults.begin(("open", "stall", "IMAGES/train/*"))
+    time.sleep(2)
+    reached = len(read_rows(met / "metrics.jsonl"))
+    running.signal(told, signal.SIGTERM)
+    ended = running.wait()
+  faults.end()
+  assert [code for code, _ in ended] == [0, 0], ended
+  assert reached < STEPS and max(steps_on_disk(met)) >= reached, ended
+  assert len(read_rows(met / "metrics.jsonl")) == max(steps_on_disk(met))
+  resumes = launch(*training, f"--workdir={met}", processes=2)
+  assert f"resumes from step {max(steps_on_disk(met))}" in resumes[0] or max(steps_on_disk(met)) == STEPS
+  assert_same(met, tmp_path / "expected", STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("struck", [0, 1])
+def test_the_images_of_one_of_two_processes_stay_away_and_both_save(struck, training, images, tmp_path):
+  launch(*training, f"--workdir={tmp_path / 'expected'}", processes=2)
+  met = tmp_path / "met"
+  faults = Faults(tmp_path / "schedule", RUN=met, IMAGES=images)
+  with Launch(*training, f"--workdir={met}", processes=2, faults=faults, struck=(struck,)) as running:
+    wait_for(lambda: len(read_rows(met / "metrics.jsonl")) >= 6)
+    faults.begin(("open", "EIO", "IMAGES/train/*"))
+    ended = running.wait()
+  faults.end()
+  for code, output in ended:
+    assert code == 2 and ends_clearly(code, output), output
+    assert f"error: in process {struck}: " in output and "the disk or the network fails" in output
+  assert max(steps_on_disk(met)) == len(read_rows(met / "metrics.jsonl")) >= 6
+  launch(*training, f"--workdir={met}", processes=2)
+  assert_same(met, tmp_path / "expected", STEPS)
 
 
 @pytest.mark.slow

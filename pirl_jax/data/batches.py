@@ -100,6 +100,20 @@ def train_batches(
     partial=partial)
 
 
+def void_batch(crops: Mapping[str, tuple[int, tuple[float, float]]], num_images: int, *, partial: bool) -> Batch:
+  """Returns a batch of `train_batches` without its images: their index is -1, and the step with this batch is void.
+
+  Args:
+    crops: see `train_batches`.
+    num_images: b.
+    partial: see `train_batches`.
+  """
+  nothing = {name: np.zeros((num_images, size, size, 3), np.uint8) for name, (size, _) in crops.items()}
+  numbers = {name: np.full(num_images, -1, np.int32) for name in ("index", "label")}
+  flags = {name: np.zeros(num_images, bool) for name in ("valid", *(["fills"] if partial else []))}
+  return {**nothing, **numbers, **flags}
+
+
 def labelled_batches(
   source: Source,
   *,

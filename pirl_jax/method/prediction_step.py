@@ -29,7 +29,7 @@ def make_prediction_step(network: Network, optimizer: Optimizer, views_fn: Calla
   The loss is a cross-entropy in nats. If the network has a pretext head, the loss predicts the label of the transform
   (paper, equation 2). Otherwise it predicts the batch's `label` i32[B]; an image whose label is -1 has no weight.
   `metrics` holds `loss` f32[], `top1` f32[] in [0, 1], `learning_rate` f32[], and those of `health.not_finite` and
-  `health.num_usable`.
+  `health.num_usable` and `programs.VOID`.
 
   Args:
     network: with a single head, which gives logits f32[B, L].
@@ -75,4 +75,4 @@ def make_prediction_step(network: Network, optimizer: Optimizer, views_fn: Calla
     metrics[health.NUM_USABLE] = health.num_usable(state.usable)
     return state, metrics
 
-  return map_step(device_step, mesh, with_bank=False)
+  return map_step(device_step, mesh)

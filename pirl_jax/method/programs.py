@@ -1,6 +1,9 @@
 """A step as one compiled program or two, mapped over the devices.
 
 Letters: R rows of the bank, D embedding, B batch. `moved` is what the update of the bank takes: `Memory.moved`.
+
+A step is void if one of its images has the index -1. A process gives such images if its disk does not answer: the other
+processes have begun the step and wait. A void step returns the state that it was given.
 """
 
 import dataclasses
@@ -8,10 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pirl_jax.method.state import TrainState, state_specs
-from pirl_jax.runtime.mesh import SPLIT, WHOLE
+from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE
+
+VOID = "void"
+"""Name of bool[] among the metrics of a step: whether the step is void."""
 
 
 class Step(Protocol):
@@ -35,10 +42,10 @@ def in_one_program(device_step: Callable, update: Callable, mesh: Mesh) -> Step:
     mesh: the devices.
   """
   def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-    rest, moved, metrics = device_step(state.replace(bank=None), state.bank, batch)
+    rest, moved, metrics = _bank_step(device_step)(state.replace(bank=None), state.bank, batch)
     return rest.replace(bank=update(state.bank, *moved)), metrics
 
-  return map_step(step, mesh)
+  return _mapped(step, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +76,7 @@ class TwoPrograms:
 def in_two_programs(device_step: Callable, update: Callable, mesh: Mesh) -> TwoPrograms:
   """Returns the step of `in_one_program` with the bank [R, D] written in a program of its own, see `TwoPrograms`."""
   rest = state_specs().replace(bank=None)
-  look = jax.shard_map(device_step, mesh=mesh, in_specs=(rest, SPLIT, SPLIT), out_specs=(rest, WHOLE, WHOLE))
+  look = jax.shard_map(_bank_step(device_step), mesh=mesh, in_specs=(rest, SPLIT, SPLIT), out_specs=(rest, WHOLE, WHOLE))
   write = jax.shard_map(update, mesh=mesh, in_specs=(SPLIT, *[WHOLE] * 4), out_specs=SPLIT)
   return TwoPrograms(jax.jit(look, donate_argnums=0), jax.jit(write, donate_argnums=0))
 
@@ -113,14 +120,40 @@ def _is_set(state: TrainState) -> bool:
   return bool(jax.device_get(state.normaliser) > 0)
 
 
-def map_step(device_step: Callable, mesh: Mesh, *, with_bank: bool = True) -> Step:
-  """Returns device_step(state, batch) -> (state, metrics), mapped over the devices, compiled, its state donated.
+def map_step(device_step: Callable, mesh: Mesh) -> Step:
+  """Returns device_step(state, batch) -> (state, metrics), of a state without a bank, as one program.
 
   Args:
-    device_step: what one device does, with its images of a batch [B, ...] and its rows of a bank [R, D].
+    device_step: what one device does, with its images of a batch [B, ...].
     mesh: the devices.
-    with_bank: whether the state has a bank.
   """
+  def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+    after, metrics = device_step(state, batch)
+    after, void = _unless_void(state, after, batch)
+    return after, {**metrics, VOID: void}
+
+  return _mapped(step, mesh, with_bank=False)
+
+
+def _bank_step(device_step: Callable) -> Callable:
+  """Returns `device_step`, see `in_one_program`, whose state and rows of the bank do not move if the step is void."""
+  def step(state: TrainState, bank: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[TrainState, tuple, dict]:
+    after, (*moved, valid), metrics = device_step(state, bank, batch)
+    after, void = _unless_void(state, after, batch)
+    return after, (*moved, valid & ~void), {**metrics, VOID: void}
+
+  return step
+
+
+def _unless_void(before: TrainState, after: TrainState,
+                 batch: Mapping[str, jax.Array]) -> tuple[TrainState, jax.Array]:
+  """Returns (`after`, or `before` if the step is void; whether it is void, bool[])."""
+  void = jax.lax.psum(jnp.any(batch["index"] < 0).astype(jnp.int32), AXIS) > 0
+  return jax.tree.map(lambda old, new: jnp.where(void, old, new), before, after), void
+
+
+def _mapped(device_step: Callable, mesh: Mesh, *, with_bank: bool = True) -> Step:
+  """Returns device_step(state, batch) -> (state, metrics), mapped over the devices, compiled, its state donated."""
   specs = state_specs(with_bank=with_bank)
   mapped = jax.shard_map(device_step, mesh=mesh, in_specs=(specs, SPLIT), out_specs=(specs, WHOLE))
   return jax.jit(mapped, donate_argnums=0)

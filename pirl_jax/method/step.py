@@ -32,7 +32,8 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
   The state given in is donated: its memory becomes that of the state returned, so there is never a second bank.
   `batch` holds `image_crop` u8[B, H, W, 3], `pretext_crop` u8[B, S, S, 3], `index` i32[B] and `valid` bool[B], split
   over the devices, and `fills` bool[B] if the last batch of an epoch may be partial (`micro_batches.weighed`).
-  `metrics` is a flat dict of f32[], but for those of `health.not_finite` and `health.num_usable`.
+  `metrics` is a flat dict of f32[], but for those of `health.not_finite`, `health.num_usable` and `programs.VOID`. A
+  step with an index of -1 is void, see `programs`.
 
   Args:
     network: its batch norm may take statistics over the mesh axis, over each device, or over groups of images.

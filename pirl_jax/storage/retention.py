@@ -93,15 +93,17 @@ class Retention:
     self._awaited = None
 
   def settle(self) -> None:
-    """Notes the checkpoint that is expected, if it is on disk, and removes the checkpoints that are not kept."""
-    with self._lock:
+    """Notes the checkpoint that is expected, if it is on disk, and removes the checkpoints that are not kept.
+
+    If the folder cannot be read now, the next call is the next try.
+    """
+    with self._lock, contextlib.suppress(UserError, OSError):
       if self._awaited is None or not (self._folder / str(self._awaited)).is_dir():
         return
       step, self._awaited = self._awaited, None
       self._over.set()
       self._note(step)
-      with contextlib.suppress(UserError):  # the folder cannot be read now; the next checkpoint is the next try
-        self._remove_before(step)
+      self._remove_before(step)
 
   def words(self) -> list[str]:
     """Returns what is to be said since the last call."""
@@ -109,9 +111,8 @@ class Retention:
     return words
 
   def _watch(self, step: int, over: threading.Event) -> None:
-    while not over.wait(LOOK_SECONDS):
-      if (self._folder / str(step)).is_dir():
-        self.settle()
+    while not over.wait(LOOK_SECONDS) and self._awaited == step:
+      self.settle()
 
   def _remove_before(self, newest: int) -> None:
     for step in self._spare([step for step in steps_in(self._folder) if step <= newest]):

@@ -3,7 +3,6 @@
 Only the files of this folder read the config; the packages below get plain values.
 """
 
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from pirl_jax.evaluation.protocols import learning
 from pirl_jax.evaluation.representation import rank_me
 from pirl_jax.figures import plots
 from pirl_jax.method.health import NOT_FINITE, NUM_USABLE
+from pirl_jax.method.programs import VOID
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import TrainState
 from pirl_jax.models.network import Model
@@ -41,6 +41,7 @@ from pirl_jax.training.beginning import note_saved
 from pirl_jax.training.describing import ExpectedTime, describe, dry_run, way_out
 from pirl_jax.training.guards import Broken, Guard
 from pirl_jax.training.in_flight import InFlight
+from pirl_jax.training.incoming import Incoming, interruptibly
 from pirl_jax.training.measuring import Evaluations, calibrate, learning_of, make_evaluation, unlabelled
 from pirl_jax.training.other_set import make_other_evaluation
 from pirl_jax.training.parts import Parts, build, check_config, make_step, test_images
@@ -58,7 +59,7 @@ from pirl_jax.training.resuming import (
   with_stored_choices,
 )
 from pirl_jax.training.starting import first_state
-from pirl_jax.training.stopping import Stopped, Stopping
+from pirl_jax.training.stopping import Stopping
 from pirl_jax.training.view_figures import ViewFigures, make_bank_rows
 from pirl_jax.views.normalisation import denormalise
 from pirl_jax.weights.export import WeightsSettings, export
@@ -174,26 +175,23 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
   config, start_step = parts.config, int(state.step)
   train_step = make_step(parts)
   bank_rows = make_bank_rows(parts) if system.has_bank(config) else None
-  stream = batches.train_batches(
-    parts.train, crops=system.crops_of(config), batch_size=config.batch_size, seed=config.seed, start_step=start_step,
-    process=(jax.process_index(), jax.process_count()), num_threads=config.data.num_threads,
-    partial=config.partial_batch)
 
   if start_step and evaluations.missing(start_step):
     with stopping.held(False), book.paused():
       evaluations.measure(start_step, state)
   guard = Guard(parts.workdir, image_name=parts.train.image_name, say=book.say)
-  broken, expected, waited = Broken(parts, book), ExpectedTime(parts.total_steps, book.say), 0.0
+  broken, expected, waited, void = Broken(parts, book), ExpectedTime(parts.total_steps, book.say), 0.0, False
 
   def logs(step: int) -> bool:
     return step % config.log.every_steps == 0 or step == parts.total_steps
 
   def over(step: int, index: np.ndarray, metrics: dict[str, jax.Array]) -> None:
-    nonlocal waited
+    nonlocal waited, void
     expected.note(step)
     guard.note(step, index, metrics.pop(NOT_FINITE))
     num_usable, rows = metrics.pop(NUM_USABLE), metrics.pop(BANK_ROWS, None)
-    if not logs(step):
+    void = metrics.pop(VOID)
+    if not logs(step) or void:
       return
     figures = jax.device_get(metrics)
     if rows is not None:
@@ -205,14 +203,13 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
     if step > parts.steps_per_epoch:
       guard.warn_of_collapse(step, figures)
 
-  in_flight, saved = InFlight(over), start_step
+  in_flight, incoming, saved = InFlight(over), Incoming(parts, start_step, broken, stopping), start_step
   for step in range(start_step + 1, parts.total_steps + 1):
-    found, stop = interruptibly(stopping, next_batch, stream, broken, step)  # a read of a stalled disk never returns
-    if stop or isinstance(found, Unreadable):
+    batch, seconds = incoming.next(step)
+    if batch is None:
       in_flight.drain()
       guard.check()
-      end_early(parts, state, checkpoints, book, stopping, failure=found, saved=saved)
-    batch, seconds = found
+      end_early(parts, state, checkpoints, book, stopping, failure=incoming.failure, saved=saved)
     waited += seconds
     if step == 1 and jax.process_index() == 0:
       with book.paused(), book.tolerant("views.png"):
@@ -229,6 +226,10 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
       in_flight.drain()
       with book.paused():
         guard.check()  # a bad state must never be saved in place of a good checkpoint
+        if void:  # then so are all steps after this one, and all processes know it
+          if stop or last:
+            end_early(parts, state, checkpoints, book, stopping, failure=incoming.failure, saved=saved)
+          continue
         knn_top1 = None
         if evaluations.due(step) and not stop:
           # An evaluation may take minutes, but after a signal there may be only seconds. Therefore a signal interrupts
@@ -239,50 +240,25 @@ def train(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbo
     if stop:
       say_stopped(parts, book, step)
       stopping.stop()
-  stream.close()
+  incoming.close()
   return state
-
-
-def next_batch(stream: batches.Batches, broken: Broken, step: int) -> tuple[batches.Batch, float] | Unreadable:
-  """Returns (the batch of a step, the seconds of waiting for it); `broken` names its images that cannot be read.
-
-  If the storage of the images fails for too long, a process that runs alone gets the error as the result, because its
-  state has to be saved. In several processes the others have begun the next step, and the error is raised.
-  """
-  started = time.perf_counter()
-  try:
-    batch = next(stream)
-    seconds = time.perf_counter() - started
-    broken.note(step, batch)  # reads them once more
-  except Unreadable as error:
-    if not processes.alone():
-      raise
-    return error
-  return batch, seconds
-
-
-def interruptibly(stopping: Stopping, fn: Callable, *args: Any) -> tuple[Any, bool]:
-  """Returns (fn(*args), False), or (None, True) if the run was asked to stop meanwhile."""
-  try:
-    with stopping.held(False):
-      return fn(*args), False
-  except Stopped:
-    return None, True
 
 
 def end_early(parts: Parts, state: TrainState, checkpoints: Checkpoints, book: Logbook, stopping: Stopping, *,
               failure: Unreadable | None, saved: int) -> NoReturn:
   """Ends the run before the next batch is there; saves its state, unless it is that of step `saved`.
 
+  All processes call this together.
+
   Raises:
-    Unreadable: `failure`, if the images cannot be read.
+    UserError: `failure`, or that of another process: its images cannot be read.
     Stopped: the run was asked to stop.
   """
-  step = int(state.step)
+  step, text = int(state.step), processes.first_failure(str(failure or ""))
   if step > saved:
-    save(parts, state, checkpoints, knn_top1=None, surely=not failure, say=book.say, pause=stopping.pause)
-  if failure:
-    raise failure
+    save(parts, state, checkpoints, knn_top1=None, surely=not text, say=book.say, pause=stopping.pause)
+  if text:
+    raise UserError(text) from failure
   say_stopped(parts, book, step)
   stopping.stop()
 
@@ -351,7 +327,8 @@ def finish(parts: Parts, state: TrainState, book: Logbook, views: ViewFigures | 
     with book.tolerant(report.NAME):
       found = report.read_run(parts.workdir.name, parts.workdir, lambda: sight_of(parts, state))
       report.write(parts.workdir / report.NAME, [found])
-  book.say("written:")
-  for path in sorted(parts.workdir.glob("[!.]*")):
-    names = ", ".join(sorted(child.name for child in path.iterdir())) if path.is_dir() else ""
-    book.say(f"  {path}{'/' if names else ''} {names}".rstrip())
+  with book.tolerant("this list of files"):
+    book.say("written:")
+    for path in sorted(parts.workdir.glob("[!.]*")):
+      names = ", ".join(sorted(child.name for child in path.iterdir())) if path.is_dir() else ""
+      book.say(f"  {path}{'/' if names else ''} {names}".rstrip())

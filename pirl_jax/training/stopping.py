@@ -29,6 +29,9 @@ ALWAYS = {signal.SIGTERM, signal.SIGINT}
 """Signals that are taken even if the program was started with them ignored, as shells do for `command &`. The others
 stay ignored: SIGHUP under nohup."""
 
+PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
+"""Under this key JAX's preemption service tells all processes that one of them got SIGTERM."""
+
 PAUSE_SECONDS = 0.1
 """How often a pause looks whether a signal has come."""
 
@@ -135,6 +138,24 @@ class Stopping:
 
     self._questions += 1
     return self._asked is not None if self._alone else multihost_utils.reached_preemption_sync_point(self._questions)
+
+  def ask(self) -> None:
+    """Asks all processes to stop, as a signal to this one does."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  def asked(self) -> bool:
+    """Returns whether one of the processes has been asked to stop, which this process may not yet have acted upon.
+
+    Unlike `requested` this asks nobody to agree on a step, and may be called at any time.
+    """
+    if self._alone:
+      return self._asked is not None
+    from jax._src.distributed import global_state  # JAX has no public function that tells this
+
+    try:
+      return bool(global_state.client.key_value_try_get(PREEMPTION_NOTICE))
+    except RuntimeError:  # no process has been asked
+      return False
 
   def pause(self, seconds: float) -> bool:
     """Waits. Returns True, at once, if a signal comes meanwhile; a signal that came before does not count."""

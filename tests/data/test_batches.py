@@ -16,7 +16,14 @@ from launching import ROOT
 from PIL import Image
 
 from pirl_jax.data import reading
-from pirl_jax.data.batches import eval_batches, labelled_batches, place, steps_per_epoch, train_batches
+from pirl_jax.data.batches import (
+  eval_batches,
+  labelled_batches,
+  place,
+  steps_per_epoch,
+  train_batches,
+  void_batch,
+)
 from pirl_jax.data.crops import BrokenImage, centre_crop
 from pirl_jax.data.embedded import TextureSource
 from pirl_jax.data.records import Record
@@ -62,6 +69,15 @@ def test_shapes_and_types():
   }
   assert batch["valid"].all()
   np.testing.assert_array_equal(batch["label"], SOURCE.labels()[batch["index"]])
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_void_batch_looks_like_the_others_and_names_no_image(partial):
+  (batch,) = take(1, partial=partial)
+  void = void_batch({"image_crop": (24, (0.2, 1.0)), "pretext_crop": (30, (0.6, 1.0))}, BATCH, partial=partial)
+  assert {name: (value.shape, value.dtype) for name, value in void.items()} == {
+    name: (value.shape, value.dtype) for name, value in batch.items()}
+  assert (void["index"] == -1).all() and not void["valid"].any()
 
 
 def test_crops_nobody_asks_for_are_not_made_and_the_first_is_the_same_without_the_others():

@@ -15,6 +15,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.method import memory_bank
 from pirl_jax.method.optimizer import create_optimizer
 from pirl_jax.method.prediction_step import make_prediction_step
+from pirl_jax.method.programs import VOID
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import create_state
 from pirl_jax.models.heads import ClassHead, PatchesClassHead
@@ -68,14 +69,20 @@ def broken_of(system):
 
 @functools.cache  # compiling costs seconds, and several tests look at the same run
 def run(system, num_devices):
-  """Returns the states after each of two steps, the start included, and the metrics of each step, on the host."""
+  """Returns the states after each of three steps, the start included, and the metrics of each step, on the host.
+
+  The last step is void: two images are not there.
+  """
   network, views_fn, _ = parts(system)
   mesh = mesh_lib.create_mesh(num_devices)
   step = make_prediction_step(network.with_batch_norm(axis=mesh_lib.AXIS), OPTIMIZER, views_fn, LAYOUT, mesh)
   state = make_state(system, num_devices)
   states, metrics = [jax.device_get(state)], []
-  for i in range(2):
-    state, figures = step(state, jax.device_put(make_batch(system, i, broken=broken_of(system)), mesh_lib.split(mesh)))
+  for i in range(3):
+    batch = make_batch(system, i, broken=broken_of(system))
+    if i == 2:
+      batch["index"][:2], batch["valid"][:2] = -1, False
+    state, figures = step(state, jax.device_put(batch, mesh_lib.split(mesh)))
     states.append(jax.device_get(state))
     metrics.append(jax.device_get(figures))
   return states, metrics
@@ -93,6 +100,15 @@ def forward(system, params, batch_stats, batch):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_a_step_without_the_images_of_one_process_changes_nothing(system, num_devices):
+  states, metrics = run(system, num_devices)
+  assert [bool(figures[VOID]) for figures in metrics] == [False, False, True]
+  jax.tree.map(np.testing.assert_array_equal, states[2], states[3])
+  assert states[2].step == 2
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_loss_top1_and_gradient_of_the_first_step_by_hand(system):
   broken = broken_of(system)
   states, metrics = run(system, 1)
@@ -107,7 +123,7 @@ def test_loss_top1_and_gradient_of_the_first_step_by_hand(system):
       losses.append(math.log(sum(math.exp(x) for x in row)) - row[label])
       hits.append(max(range(len(row)), key=lambda i: row[i]) == label)  # noqa: B023, used at once
   assert len(losses) == np.sum(weighed if system == "covariant" else weighed & (batch["label"] >= 0)) < B - 1
-  assert set(metrics[0]) == {"loss", "top1", "learning_rate", "not_finite", "num_usable"}
+  assert set(metrics[0]) == {"loss", "top1", "learning_rate", "not_finite", "num_usable", VOID}
   assert not metrics[0]["not_finite"].any()
   assert metrics[0]["num_usable"] == N - 1 and metrics[0]["learning_rate"] == np.float32(RATE)
   np.testing.assert_allclose(metrics[0]["loss"], np.mean(losses), rtol=1e-5)
@@ -141,7 +157,7 @@ def test_step_is_the_same_on_one_device_and_on_eight(system):
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_state_without_a_bank_comes_back_on_another_number_of_devices(system, tmp_path):
-  (_, _, last), _ = run(system, 8)
+  last = run(system, 8)[0][2]
   assert last.bank is None and last.normaliser is None
   heads = {"trunk", "pretext_head" if system == "covariant" else "image_head"}
   assert set(last.params) == heads

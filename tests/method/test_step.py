@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from pirl_jax.method import losses, memory_bank
 from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.optimizer import Optimizer, create_optimizer
+from pirl_jax.method.programs import VOID
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import create_state
 from pirl_jax.method.step import make_contrastive_step
@@ -230,7 +231,7 @@ def test_without_a_pretext_term_it_is_the_image_term_alone_by_hand():
                                         loss="nce", pretext_weight=0)
   states, metrics = run(1, pretext_weight=0, broken=broken)
   assert set(metrics[0]) == {"loss", "loss_image", "similarity_own", "similarity_negatives", "negatives_beaten",
-                             "embedding_spread", "learning_rate", "not_finite", "num_usable"}
+                             "embedding_spread", "learning_rate", "not_finite", "num_usable", VOID}
   assert [figures["num_usable"] for figures in metrics] == [N - 1] * 3
   np.testing.assert_allclose(metrics[0]["loss"], terms["loss"], rtol=1e-4)
   assert metrics[0]["loss"] == metrics[0]["loss_image"]
@@ -477,3 +478,19 @@ def test_step_holds_one_bank_and_never_gathers_it(full_compile, num_negatives):
     for line in program.as_text().splitlines():
       if "all-gather" in line or "all-reduce" in line or "collective-permute" in line or "all-to-all" in line:
         assert f"[{BIG}" not in line and f"[{BIG // 8}" not in line, line
+
+
+@pytest.mark.parametrize("options", [{}, {"loss": "infonce", "num_negatives": 0}, {"pretext_weight": 0}])
+def test_a_step_without_the_images_of_one_process_changes_nothing(options):
+  """Neither do images that are found broken in this step, nor the rows of those that are there."""
+  _, _, network, make_state, step = build(8, **options)
+  mesh, state = mesh_lib.create_mesh(8), make_state()
+  batches = [make_batch(i, broken=(5, 6), with_pretext=network.pretext_head is not None) for i in range(2)]
+  state, metrics = step(state, jax.device_put(batches[0], mesh_lib.split(mesh)))
+  before = jax.device_get(state)
+  assert not metrics[VOID]
+  lost = np.arange(B) < B // 8
+  batches[1]["index"][lost], batches[1]["valid"][lost | (np.arange(B) == B - 1)] = -1, False
+  state, metrics = step(state, jax.device_put(batches[1], mesh_lib.split(mesh)))
+  assert metrics[VOID]
+  jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))

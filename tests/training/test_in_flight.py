@@ -25,6 +25,9 @@ class Pending:
   def __int__(self):
     return int(np.asarray(self))
 
+  def __bool__(self):
+    return bool(np.asarray(self))
+
 
 def test_steps_are_over_in_order_and_the_newest_are_never_waited_for():
   asked, over = [], []
