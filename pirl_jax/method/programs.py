@@ -76,7 +76,8 @@ class TwoPrograms:
 def in_two_programs(device_step: Callable, update: Callable, mesh: Mesh) -> TwoPrograms:
   """Returns the step of `in_one_program` with the bank [R, D] written in a program of its own, see `TwoPrograms`."""
   rest = state_specs().replace(bank=None)
-  look = jax.shard_map(_bank_step(device_step), mesh=mesh, in_specs=(rest, SPLIT, SPLIT), out_specs=(rest, WHOLE, WHOLE))
+  look = jax.shard_map(_bank_step(device_step), mesh=mesh, in_specs=(rest, SPLIT, SPLIT),
+                       out_specs=(rest, WHOLE, WHOLE))
   write = jax.shard_map(update, mesh=mesh, in_specs=(SPLIT, *[WHOLE] * 4), out_specs=SPLIT)
   return TwoPrograms(jax.jit(look, donate_argnums=0), jax.jit(write, donate_argnums=0))
 

@@ -6,7 +6,7 @@ Only the files of this folder read the config; the packages below get plain valu
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp

@@ -152,6 +152,7 @@ class Stopping:
       return self._asked is not None
     from jax._src.distributed import global_state  # JAX has no public function that tells this
 
+    assert global_state.client is not None  # there are several processes
     try:
       return bool(global_state.client.key_value_try_get(PREEMPTION_NOTICE))
     except RuntimeError:  # no process has been asked

@@ -414,7 +414,7 @@ def test_health_figures_by_hand():
   figures = metrics[0]
   assert set(figures) == {"loss", "loss_image", "loss_pretext", "similarity_own", "similarity_own_pretext",
                           "similarity_negatives", "negatives_beaten", "embedding_spread", "learning_rate", "not_finite",
-                          "num_usable"}
+                          "num_usable", VOID}
   assert not figures["not_finite"].any()
   batch = make_batch(0)
   mesh, layout, network, make_state, _ = build(1)
