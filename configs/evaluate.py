@@ -200,6 +200,10 @@ def invariance(config: ConfigDict) -> None:
   invariance.num_pictures = 2_000  # number of images; the field keeps this name because stored results have it
   invariance.num_transforms = 10  # random transforms of each image
   invariance.num_bins = 50  # bins of the histogram over [0, 2]
+  # True: the mean vector of the images is subtracted from theirs, that of the transformed images from theirs; only then
+  # can distances of different networks be compared.
+  invariance.centred = False
+  invariance.augmented = False  # True: the transformed images have the run's photometric augmentations, too
 
 
 def retrieval(config: ConfigDict) -> None:

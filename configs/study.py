@@ -148,12 +148,15 @@ def layers(config: ConfigDict) -> None:
 
 
 def invariance(config: ConfigDict) -> None:
-  """Distances between the representations of an image and of its transformed version: the paper's figure 4."""
-  config.points = [("PIRL", "", "pirl", {}), ("Jigsaw", "", "jigsaw", {}), RANDOM]
+  """Distances between the representations of an image and of its transformed version: the paper's figure 4.
+
+  The vectors are centred, and the transformed images have the photometric augmentations: docs/evaluation.md says why.
+  """
+  config.points = [("PIRL", "", "pirl", {}), ("NPID++", "", "npid", {}), ("Jigsaw", "", "jigsaw", {}), RANDOM]
   config.reference = "PIRL"
   config.evaluation = "invariance"
   # A network that predicts the transform has no f to compare g with.
-  config.evaluation_settings.invariance.representation = "trunk"
+  config.evaluation_settings.invariance.update(representation="trunk", centred=True, augmented=True)
   config.update(plot="distances", x_label="distance between image and transformed image")
 
 

@@ -27,7 +27,8 @@ MARK = "trained.json"
 EXAMPLE = '''--config.points='[("PIRL", 0.5, "pirl", {"pretext_weight": 0.5}), ...]\''''
 
 
-YOUNGER_OF_EVALUATIONS = {**dict.fromkeys(YOUNGER_FIELDS), "linear.further": "", "linear.init": "normal"}
+YOUNGER_OF_EVALUATIONS = {**dict.fromkeys(YOUNGER_FIELDS), "linear.further": "", "linear.init": "normal",
+                           "invariance.centred": False, "invariance.augmented": False}
 """What `YOUNGER_FIELDS` are for the config of an evaluation: the values with which a digest leaves a field out."""
 
 

@@ -250,6 +250,16 @@ def test_a_run_without_heads_f_and_g_is_refused_before_another_is_judged(runs, t
   assert {label: result["figures"]["representation"] for label, result in found.items()} == {"a": "trunk", "b": "trunk"}
 
 
+def test_an_image_is_harder_to_know_again_under_the_colours_of_the_run(run, tmp_path):
+  separation = {}
+  for augmented in (False, True):
+    name = f"augmented-{augmented}"
+    evaluate.run(config_of("invariance", run, name=name, invariance__representation="trunk", invariance__centred=True,
+                           invariance__num_transforms=2, invariance__augmented=augmented), str(tmp_path))
+    separation[augmented] = result_of(tmp_path, name)["figures"]["separation"]
+  assert separation[True] < separation[False] - 0.02
+
+
 def test_running_out_of_memory_is_one_line_with_flags(run, monkeypatch):
   def exhausted(_):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.")

@@ -386,7 +386,8 @@ FOUND = {
   "low_shot": {"shots": {"1": {"mean": 0.1}, "2": {"mean": 0.2}}},
   "semi_supervised": {"fractions": {"0.01": {"top1": 0.1}, "0.1": {"top1": 0.2}}},
   "retrieval": {"mean_average_precision": 0.3},
-  "invariance": {"matched": {"mean": 0.8, "std": 0.1, "counts": [1, 3], "edges": [0, 1, 2]}, "separation": 0.9},
+  "invariance": {"matched": {"mean": 0.8, "std": 0.1, "counts": [1, 3], "edges": [0, 1, 2]},
+                 "mismatched": {"mean": 1.6}, "separation": 0.9},
 }
 
 
@@ -403,7 +404,7 @@ def test_which_figures_are_taken(protocol):
     "semi_supervised": {("fine-tuned top-1 at 0.01", ""): 0.1, ("fine-tuned top-1 at 0.1", ""): 0.2},
     "retrieval": {("retrieval mAP", ""): 0.3},
     "invariance": {("mean distance", ""): 0.8, ("standard deviation of the distance", ""): 0.1,
-                   ("separation", ""): 0.9},
+                   ("distance over that to another image", ""): 0.5, ("separation", ""): 0.9},
   }[protocol] == found
   with pytest.raises(UserError, match=f"the result of {protocol} has no"):
     report.read_figures(protocol, {})
@@ -430,7 +431,7 @@ def test_every_study_has_its_figure(tmp_path, variant, num_panels, num_seeds):
     assert len(plot.convert("L").getcolors()) > 10
   with open(tmp_path / "out" / "study.csv", newline="") as file:
     rows = list(csv.DictReader(file))
-  figures = {"layers": 3, "invariance": 3}.get(variant, 1)  # both layers and the best one
+  figures = {"layers": 3, "invariance": 4}.get(variant, 1)  # both layers and the best one
   assert len(rows) == len(trials) * figures
 
   results = {trial.folder: trial.result() for trial in trials}

@@ -23,7 +23,6 @@ from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
 from pirl_jax.figures.curves import Curve
-from pirl_jax.method.memory_bank import normalise
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.models.network import Model, Network
 from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE, split, whole
@@ -56,6 +55,11 @@ class InvarianceSettings:
       all are taken. This field keeps its old name because older results have it.
     num_transforms: T.
     num_bins: number of bins of the histogram.
+    centred: whether the mean vector of the images is subtracted from those of the images, and that of the transformed
+      images from theirs. These means say nothing about an image. Without them, distances of different networks and
+      representations can be compared.
+    augmented: whether the transformed images have the photometric augmentations of the run. Without these, an untrained
+      network knows an image again by its colours.
 
   Raises:
     UserError: the representation is unknown, or a number is below 1.
@@ -66,6 +70,8 @@ class InvarianceSettings:
   num_pictures: int
   num_transforms: int
   num_bins: int
+  centred: bool
+  augmented: bool
 
   def __post_init__(self) -> None:
     if self.representation not in AXES:
@@ -84,7 +90,7 @@ def measure_invariance(model: Model, images: Images, settings: InvarianceSetting
   random draws. With "heads" the vectors are f(v_I) and g(v_It), as in the paper. With "trunk" they are the pooled
   features of v_I, and the mean of the pooled features of the P views of v_It; every network has these, whatever it was
   trained for. Trunk features follow a ReLU and are never negative, so their distances are at most sqrt(2). Therefore
-  distances of heads and distances of trunks cannot be compared.
+  distances of heads and distances of trunks cannot be compared, unless `settings.centred`.
 
   A network that maps all images to one vector has small distances, too. For comparison, distances between an image and
   the transformed version of another image (the next one) are measured as well ("mismatched").
@@ -98,7 +104,7 @@ def measure_invariance(model: Model, images: Images, settings: InvarianceSetting
     images: the images to choose from.
     settings: what is compared; `split` is not used here, because `images` are of that split already.
     mesh: the devices.
-    views_fn: see `make_views`; with `NO_AUGMENTATION` the two views differ by the transform alone.
+    views_fn: see `make_views`; with `NO_AUGMENTATION` for both views they differ by the transform alone.
     pretext_size: S, side in pixels of the crop that `views_fn` transforms.
     seed: of the choice of images and of the transforms. A transform depends on the seed, its number in 0, ..., T - 1
       and the image alone.
@@ -113,6 +119,9 @@ def measure_invariance(model: Model, images: Images, settings: InvarianceSetting
                                               pretext_size=pretext_size, seed=seed)
   if len(image_emb) < 2:
     raise UserError(f"{len(image_emb)} of {len(index)} images can be read; distances to another image need two images")
+  if settings.centred:
+    image_emb, pretext_emb = image_emb - image_emb.mean(0), pretext_emb - pretext_emb.mean((0, 1))
+  image_emb, pretext_emb = _unit(image_emb), _unit(pretext_emb)
   matched = _distances(image_emb, pretext_emb)
   mismatched = _distances(image_emb, np.roll(pretext_emb, -1, axis=0))
   is_other = np.repeat([0, 1], [matched.size, mismatched.size])
@@ -126,8 +135,9 @@ def measure_invariance(model: Model, images: Images, settings: InvarianceSetting
   return Outcome(
     figures,
     table={"mean distance": figures["matched"]["mean"], "standard deviation": figures["matched"]["std"],
-           "mean distance to another image": figures["mismatched"]["mean"], "separation (chance: 0.5)": separation},
-    curve=Curve(AXES[representation], "density", ((edges[1:] + edges[:-1]) / 2).tolist(), density.tolist()))
+           "mean distance to another image": figures["mismatched"]["mean"],
+           "the first over the third": _relative(figures), "separation (chance: 0.5)": separation},
+    curve=Curve(f"{AXES[representation]}{', centred' if settings.centred else ''}", "density", ((edges[1:] + edges[:-1]) / 2).tolist(), density.tolist()))
 
 
 def check_representation(network: Network, representation: str) -> None:
@@ -140,9 +150,9 @@ def check_representation(network: Network, representation: str) -> None:
 
 def _embed(model: Model, images: Images, index: Sequence[int], settings: InvarianceSettings, *, mesh: Mesh,
            views_fn: Callable, pretext_size: int, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
-  """Returns (vectors of the images f32[N, D], of the transformed images f32[N, T, D], number of broken images).
+  """Returns (vectors of the images f64[N, D], of the transformed images f64[N, T, D], number of broken images).
 
-  The vectors have unit norm; images that cannot be read are left out.
+  Images that cannot be read are left out.
   """
   embed = _make_embed(model.single, views_fn, mesh, settings.representation, settings.num_transforms, seed)
   variables = jax.device_put(model.variables, whole(mesh))
@@ -160,7 +170,7 @@ def _embed(model: Model, images: Images, index: Sequence[int], settings: Invaria
       parts.append((image_emb[valid], np.swapaxes(pretext_emb, 0, 1)[valid]))
       num_broken += int(np.count_nonzero(there & ~valid))
       progress.update(int(there.sum()))
-  image_emb, pretext_emb = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+  image_emb, pretext_emb = (np.concatenate(arrays).astype(np.float64) for arrays in zip(*parts, strict=True))
   return image_emb, pretext_emb, num_broken
 
 
@@ -176,12 +186,12 @@ def _make_embed(network: Network, views_fn: Callable, mesh: Mesh, representation
     def transformed(draw: jax.Array | int) -> tuple[jax.Array, jax.Array]:
       image_view, pretext_view, _ = views_fn(view_keys(seed, draw, number), image, crop)
       pretext_emb: Any = network.apply(variables, pretext_view, method=embed_pretext)
-      return image_view, normalise(pretext_emb)
+      return image_view, pretext_emb
 
     image_view, _ = transformed(0)
     image_emb: Any = network.apply(variables, image_view, method=embed_image)
     # One transform at a time: T transforms at once would need T times the memory of a training batch's patches.
-    return normalise(image_emb), jax.lax.map(lambda draw: transformed(draw)[1], jnp.arange(num_transforms))
+    return image_emb, jax.lax.map(lambda draw: transformed(draw)[1], jnp.arange(num_transforms))
 
   mapped = jax.shard_map(device_embed, mesh=mesh, in_specs=(WHOLE, SPLIT, SPLIT, SPLIT),
                          out_specs=(SPLIT, PartitionSpec(None, AXIS)))
@@ -200,9 +210,20 @@ def _trunk_of_pretext(network: Network, pretext: jax.Array) -> jax.Array:
   return jnp.mean(jnp.reshape(pooled, (batch, views, -1)), axis=1)
 
 
+def _unit(x: np.ndarray) -> np.ndarray:
+  """Returns x f64[..., D] with unit norm; a zero vector stays zero."""
+  return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
 def _distances(image_emb: np.ndarray, pretext_emb: np.ndarray) -> np.ndarray:
-  """Returns the l2 distances f64[N, T] of vectors f32[N, D] and f32[N, T, D]."""
-  return np.linalg.norm(image_emb[:, None].astype(np.float64) - pretext_emb, axis=-1)
+  """Returns the l2 distances f64[N, T] of vectors f64[N, D] and f64[N, T, D]."""
+  return np.linalg.norm(image_emb[:, None] - pretext_emb, axis=-1)
+
+
+def _relative(figures: Mapping[str, Any]) -> float:
+  """Returns the mean distance to the own transformed version over that to another one; NaN if both are 0."""
+  own, other = figures["matched"]["mean"], figures["mismatched"]["mean"]
+  return own / other if other else float("nan")
 
 
 def _describe(distances: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
@@ -215,11 +236,13 @@ def _describe(distances: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
 
 def _measure(evaluation: Evaluation) -> Outcome:
   run = evaluation.single_run()
-  pretext = system.pretext_of(run.meta["config"])
+  config = run.meta["config"]
+  pretext = system.pretext_of(config)
+  colours = system.recipe_of(config, "pretext_photometric") if evaluation.settings.augmented else NO_AUGMENTATION
   return measure_invariance(
     run.model, evaluation.either(evaluation.settings.split, "invariance.split"), evaluation.settings,
     mesh=evaluation.mesh, pretext_size=pretext.crop_size, seed=evaluation.config.seed,
-    views_fn=make_views(pretext, recipe=NO_AUGMENTATION, pretext_recipe=NO_AUGMENTATION))
+    views_fn=make_views(pretext, recipe=NO_AUGMENTATION, pretext_recipe=colours))
 
 
 def _check(evaluation: Evaluation) -> None:
@@ -228,7 +251,7 @@ def _check(evaluation: Evaluation) -> None:
 
 def _figures_of_a_study(found: Mapping[str, Any]) -> dict[str, float]:
   return {"mean distance": found["matched"]["mean"], "standard deviation of the distance": found["matched"]["std"],
-          "separation": found["separation"]}
+          "distance over that to another image": _relative(found), "separation": found["separation"]}
 
 
 PROTOCOL = Protocol(InvarianceSettings, _measure, _check, share=False,

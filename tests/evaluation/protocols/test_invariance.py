@@ -48,7 +48,8 @@ def model():
 def measure(model, *, num_devices=1, source=None, batch_size=8, **changes):
   images = Images(source or Textures(21), 16, 0.8, batch_size, 0)
   arguments = {"views_fn": VIEWS, "pretext_size": 18, "seed": 5}
-  given = {"split": None, "representation": "heads", "num_pictures": 13, "num_transforms": 3, "num_bins": 40}
+  given = {"split": None, "representation": "heads", "num_pictures": 13, "num_transforms": 3, "num_bins": 40,
+           "centred": False, "augmented": False}
   settings = InvarianceSettings(**{name: changes.pop(name, value) for name, value in given.items()})
   return measure_invariance(model, images, settings, mesh=create_mesh(num_devices), **(arguments | changes))
 
@@ -73,7 +74,7 @@ def embed_trunk(model):
   return lambda image, patches: (pooled(image), sum(pooled(patches[:, i]) for i in range(9)) / 9)
 
 
-def loop(embed, source, index, *, num_transforms=3, seed=5):
+def loop(embed, source, index, *, num_transforms=3, seed=5, centred=False):
   """Returns matched and mismatched distances, one image and one transform at a time."""
   views_fn = jax.jit(VIEWS)
   f, g = [], []
@@ -84,8 +85,13 @@ def loop(embed, source, index, *, num_transforms=3, seed=5):
     views = [views_fn(view_keys(seed, draw, jnp.int32([i])), image[None], crop[None])[1]
              for draw in range(num_transforms)]
     pairs = [embed(normalise_image(jnp.asarray(image[None])), view) for view in views]
-    f.append(unit(pairs[0][0]))
-    g.append([unit(pair[1]) for pair in pairs])
+    f.append(np.float64(pairs[0][0]))
+    g.append([np.float64(pair[1]) for pair in pairs])
+  of_images, of_transformed = 0, 0
+  if centred:
+    of_images, of_transformed = sum(f) / len(f), sum(sum(g, [])) / len(f) / num_transforms
+  f = [unit(vector - of_images) for vector in f]
+  g = [[unit(vector - of_transformed) for vector in vectors] for vectors in g]
   matched = [np.linalg.norm(f[i] - g[i][t]) for i in range(len(f)) for t in range(num_transforms)]
   other = [np.linalg.norm(f[i] - g[(i + 1) % len(f)][t]) for i in range(len(f)) for t in range(num_transforms)]
   return matched, other
@@ -125,6 +131,21 @@ def test_trunks_of_networks_without_heads_are_those_of_a_plain_loop(model):
       assert found["max"] < 2**0.5
     assert outcome.figures["separation"] == pytest.approx(separation, abs=1e-3)
     assert outcome.figures["representation"] == "trunk" and "trunk" in outcome.curve.x_label
+
+
+def test_centred_distances_are_those_of_a_plain_loop_whatever_is_added_to_all_images(model):
+  matched, mismatched = loop(embed_trunk(model), Textures(21), shuffled(range(21), seed=5)[:13], centred=True)
+  outcome = measure(model, representation="trunk", centred=True)
+  assert outcome.figures["matched"]["mean"] == pytest.approx(np.mean(matched), rel=1e-4)
+  assert outcome.figures["mismatched"]["max"] == pytest.approx(max(mismatched), rel=1e-4)
+  assert outcome.table["the first over the third"] == pytest.approx(np.mean(matched) / np.mean(mismatched), rel=1e-4)
+  # A bias of the last layer of g moves all transformed images alike.
+  head = model.variables["params"]["pretext_head"]
+  biased = jax.tree.map(lambda x: x + 3.0 if x.ndim == 1 else x, head)
+  shifted = Model(NETWORK, {**model.variables, "params": {**model.variables["params"], "pretext_head": biased}})
+  assert measure(shifted).figures["separation"] != measure(model).figures["separation"]
+  found, expected = (measure(one, centred=True).figures["matched"]["mean"] for one in (shifted, model))
+  assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.slow
