@@ -137,7 +137,8 @@ def measure_invariance(model: Model, images: Images, settings: InvarianceSetting
     table={"mean distance": figures["matched"]["mean"], "standard deviation": figures["matched"]["std"],
            "mean distance to another image": figures["mismatched"]["mean"],
            "the first over the third": _relative(figures), "separation (chance: 0.5)": separation},
-    curve=Curve(f"{AXES[representation]}{', centred' if settings.centred else ''}", "density", ((edges[1:] + edges[:-1]) / 2).tolist(), density.tolist()))
+    curve=Curve(f"{AXES[representation]}{', centred' if settings.centred else ''}", "density",
+                ((edges[1:] + edges[:-1]) / 2).tolist(), density.tolist()))
 
 
 def check_representation(network: Network, representation: str) -> None:
