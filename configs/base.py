@@ -42,6 +42,11 @@ def get_base() -> ConfigDict:
   # True: a draw that holds the image's own row counts this row as a negative, too, as in the official code. False: the
   # own row is never a negative, as in the paper.
   config.own_row_is_negative = False
+  # Weight of a second loss, whose positive is the row of another image that is nearest to the own row (NNCLR); 0: none.
+  config.nearest_positive = 0.0
+  # The negatives that count, by their rank among an image's negatives, most similar first: (0.0, 0.08) is the hardest
+  # 8 %, (0.01, 0.1) a ring without the nearest hundredth. Not with loss=nce.
+  config.negative_ranks = (0.0, 1.0)
   config.temperature = 0.07  # tau: cosine similarities are divided by it
   config.loss = "nce"  # "nce" (official code), "infonce" (softmax), "eq4" (the paper's equations as written)
   config.pretext = "jigsaw"  # the transform: "jigsaw", "rotation", "rotation_jigsaw"

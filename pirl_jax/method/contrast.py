@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pirl_jax.method import losses, memory_bank, products
+from pirl_jax.method import losses, memory_bank, neighbours, products
 from pirl_jax.method.health import Similarities, watch
 from pirl_jax.method.micro_batches import gather, weighed
 from pirl_jax.method.negatives import EveryRow, Scores
@@ -38,6 +38,8 @@ class BatchRows(NamedTuple):
   """f32[M, B / M], the weight of each image in every mean over the batch; 0 if it is not valid."""
   drawn: Draws
   """Rows i32[M, B / M, K] and vectors f32[M, B / M, K, D] for each view, if each image has negatives of its own."""
+  near: tuple[()] | tuple[jax.Array, jax.Array]
+  """Rows i32[M, B / M] and vectors f32[M, B / M, D] of the nearest other images, if they are positives, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,9 @@ class Contrast:
     negative_sampling: "shared", one draw of negatives for the whole batch, or "per_image", as the official code draws.
     own_row_is_negative: True if a draw may hold the image's own row and then counts it, as in the official code; False
       leaves the own row out, as in the paper. Not for K = 0.
+    nearest_positive: weight in [0, 1] of a second loss, in which the row of another image that is nearest to the own
+      row is the positive, see `neighbours.nearest`. This row is then no negative.
+    negative_ranks: the negatives that count, see `neighbours.ranked`.
     temperature: tau.
     product: of embeddings and rows, see `products`.
   """
@@ -87,8 +92,15 @@ class Contrast:
   num_negatives: int
   negative_sampling: str = "shared"
   own_row_is_negative: bool = False
+  nearest_positive: float = 0.0
+  negative_ranks: tuple[float, float] = (0.0, 1.0)
   temperature: float
   product: Callable = products.exact
+
+  @property
+  def reads_every_row(self) -> bool:
+    """Returns whether a step reads the whole bank, so that the bank has to be written by a program of its own."""
+    return not self.num_negatives or self.nearest_positive > 0
 
   @jax.named_scope("bank")
   def look_up(self, bank: jax.Array, usable: jax.Array, batch: Mapping[str, jax.Array], keys: Mapping[str, jax.Array],
@@ -116,8 +128,12 @@ class Contrast:
     own, *vectors = memory_bank.read(bank, rows.reshape(-1), *negatives.values(), axis=AXIS)
     drawn = dict(zip(negatives, zip(negatives.values(), vectors, strict=True), strict=True))
     share = valid / jnp.maximum(jnp.sum(valid), 1)
+    near: Any = ()
+    if self.nearest_positive:
+      near = neighbours.nearest(bank, usable, rows.reshape(-1), own, axis=AXIS, product=self.product)
+      near = jax.tree.map(lambda x: x.reshape(*rows.shape, *x.shape[1:]), near)
     of_images, of_all = (drawn, {}) if self.negative_sampling == "per_image" else ({}, drawn)
-    return Memory(bank, usable, BatchRows(rows, own.reshape(*rows.shape, -1), valid, share, of_images), of_all)
+    return Memory(bank, usable, BatchRows(rows, own.reshape(*rows.shape, -1), valid, share, of_images, near), of_all)
 
   def normaliser(self, memory: Memory, embs_fn: Callable, parts: Any) -> jax.Array:
     """Returns Z, f32[], of this batch; 0 if no image of it could be read.
@@ -151,6 +167,10 @@ class Contrast:
     for view, emb in embs.items():
       positive, negatives = self.scores(memory, images, view, emb)
       each[view], sums = self.loss_fn(positive, negatives, normaliser=normaliser, watch=watch)
+      if images.near:
+        second = memory_bank.positive_scores(images.near[1], emb, temperature=self.temperature)
+        of_near, _ = self.loss_fn(second, negatives, normaliser=normaliser)
+        each[view] = (1 - self.nearest_positive) * each[view] + self.nearest_positive * of_near
       seen[view] = Similarities(positive, *sums)
     return each, seen
 
@@ -165,10 +185,20 @@ class Contrast:
       emb: f32[B / M, D], unit vectors.
     """
     positive = memory_bank.positive_scores(images.own, emb, temperature=self.temperature)
+    negatives = self._negatives(memory, images, view, emb)
+    if tuple(self.negative_ranks) != (0, 1):
+      still = self._negatives(memory, images, view, jax.lax.stop_gradient(emb))
+      negatives = neighbours.ranked(negatives, still, self.negative_ranks, len(emb))
+    return positive, negatives
+
+  def _negatives(self, memory: Memory, images: BatchRows, view: str, emb: jax.Array) -> losses.Negatives:
+    no_negatives = [images.rows, *images.near[:1]]
     if not self.num_negatives:
-      local, _ = memory_bank.local_rows(memory.bank, images.rows, axis=AXIS)
-      return positive, EveryRow(memory.bank, memory.usable, local, emb, self.temperature, AXIS, self.product)
+      local = [memory_bank.local_rows(memory.bank, rows, axis=AXIS)[0] for rows in no_negatives]
+      return EveryRow(memory.bank, memory.usable, jnp.stack(local, axis=-1), emb, self.temperature, AXIS, self.product)
     rows, vectors = (images.drawn or memory.drawn)[view]
     score = memory_bank.negative_scores(vectors, emb, temperature=self.temperature, product=self.product)
     weights = memory_bank.weights(memory.usable, images.rows, rows, with_own=self.own_row_is_negative, axis=AXIS)
-    return positive, Scores(score, weights, AXIS)
+    for near in images.near[:1]:
+      weights *= memory_bank.weights(memory.usable, near, rows, axis=AXIS)
+    return Scores(score, weights, AXIS)

@@ -20,7 +20,7 @@ CHUNK_ROWS = 8_192
 
 
 _Shard = tuple[jax.Array, jax.Array, jax.Array]
-"""What a device holds: bank [R, D], usable bool[R], own i32[B]."""
+"""What a device holds: bank [R, D], usable bool[R], own i32[B] or i32[B, E]."""
 
 _Inputs = tuple[jax.Array, tuple[jax.Array, ...]]
 """What the sums have a gradient by: embeddings f32[B, D], and f32[B] of each image."""
@@ -56,7 +56,8 @@ class EveryRow:
   Attributes:
     bank: [R, D], this device's rows, see `memory_bank.stored`; a constant.
     usable: bool[R]; a row that is not has weight 0.
-    own: i32[B], the images' own rows as this device numbers them; those of other devices are outside of [0, R).
+    own: i32[B], the images' own rows as this device numbers them; those of other devices are outside of [0, R). With
+      i32[B, E] there are E rows for each image that are no negatives.
     embeddings: f32[B, D], unit vectors.
     temperature: tau.
     axis: mesh axis that splits the bank.
@@ -94,7 +95,10 @@ def _chunk_sums(terms: Callable, product: Callable, temperature: float, shard: _
   row = first + jnp.arange(size)
   block = memory_bank.vectors(lax.dynamic_slice_in_dim(bank, first, size)).astype(embeddings.dtype)
   fresh = lax.dynamic_slice_in_dim(usable, first, size) & (row >= start)
-  weight = (fresh[None] & (row[None] != own[:, None])).astype(embeddings.dtype)
+  weight = fresh[None]
+  for left_out in own.reshape(len(own), -1).T:
+    weight &= row[None] != left_out[:, None]
+  weight = weight.astype(embeddings.dtype)
   return _row_sums(terms, product(embeddings, block) / temperature, weight, per_image)
 
 

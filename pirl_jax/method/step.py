@@ -88,7 +88,7 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
     metrics[health.NUM_USABLE] = health.num_usable(state.usable)
     return state, memory.moved(image_emb), metrics
 
-  step = (in_one_program if contrast.num_negatives else in_two_programs)(
+  step = (in_two_programs if contrast.reads_every_row else in_one_program)(
     device_step, partial(memory_bank.update, momentum=bank_momentum, axis=AXIS), mesh)
   if not contrast.loss_fn.has_normaliser:
     return step

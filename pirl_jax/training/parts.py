@@ -98,8 +98,8 @@ RULES = (
   (("num_negatives",), lambda value: value >= 0, "0 (every row) or more is needed"),
   (("data.num_images", "evaluate.num_images", "jigsaw.num_permutations"), lambda value: value >= 0,
    "0 (all) or more is needed"),
-  (("pretext_weight", "bank.momentum", "optimizer.momentum", "data.max_bad_fraction", "optimizer.end_factor",
-    "optimizer.warmup_factor"), lambda value: 0 <= value <= 1, "it lies in [0, 1]"),
+  (("pretext_weight", "nearest_positive", "bank.momentum", "optimizer.momentum", "data.max_bad_fraction",
+    "optimizer.end_factor", "optimizer.warmup_factor"), lambda value: 0 <= value <= 1, "it lies in [0, 1]"),
   (("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.warmup_epochs"),
    lambda value: 0 <= value < float("inf"), "a finite number from 0 is needed"),
   (("data.holdout",), lambda value: 0 <= value < 1, "it lies in [0, 1)"),
@@ -114,6 +114,8 @@ RULES = (
   (("optimizer.decay_factor",), lambda value: 0 < value <= 1, "it lies in (0, 1]"),
   (("data.image_scale", "jigsaw.crop_scale"), lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1,
    "it is (smallest, largest), within (0, 1]"),
+  (("negative_ranks",), lambda value: len(value) == 2 and 0 <= value[0] < value[1] <= 1,
+   "it is (first, last), two shares of the ranks within [0, 1]"),
   (("objective",), *_one_of(system.OBJECTIVES)),
   (("negative_sampling",), *_one_of(("shared", "per_image"))),
   (("jigsaw.permutation_subset",), *_one_of(SUBSETS)),
@@ -142,6 +144,9 @@ def check_config(config: ConfigDict) -> None:
   if config.num_negatives == 0 and config.own_row_is_negative:
     raise UserError("own_row_is_negative=True is not possible: num_negatives=0 takes every row once, and an image has "
                     "its own row as the positive")
+  if tuple(config.negative_ranks) != (0, 1) and config.loss == "nce":
+    raise UserError(f"negative_ranks={tuple(config.negative_ranks)} is not possible with loss='nce', which counts on "
+                    "negatives drawn at random; choose --config.loss=infonce")
   if config.data.holdout and config.evaluate.split:
     raise UserError(f"data.holdout={config.data.holdout} and evaluate.split={config.evaluate.split!r} are not possible "
                     "together: both say which images are held out")
@@ -305,6 +310,7 @@ def contrast_of(config: ConfigDict, layout: memory_bank.Layout, *, num_negatives
   """Returns what embeddings are compared with, and the loss of it, for a bank of this layout; see `Contrast`."""
   return Contrast(loss_of(config, layout), layout, num_negatives=num_negatives,
                   negative_sampling=config.negative_sampling, own_row_is_negative=config.own_row_is_negative,
+                  nearest_positive=config.nearest_positive, negative_ranks=tuple(config.negative_ranks),
                   temperature=config.temperature,
                   product=products.in_halves if config.model.dtype == "bfloat16" else products.exact)
 

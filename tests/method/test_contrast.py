@@ -92,7 +92,7 @@ def drawn_by_hand(view, num_draws):
   return np.broadcast_to(draw(jax.random.split(jax.random.fold_in(jax.random.key(SEED), STEP), 3)[number]), (B, K))
 
 
-def by_hand(case, view, emb, negatives, loss, normaliser, *, with_own=False):
+def by_hand(case, view, emb, negatives, loss, normaliser, *, with_own=False, nearest=0.0, ranks=(0, 1)):
   """Returns (losses, similarities) of one view, f64[B] each, and Z as this view would set it."""
   bank, usable, batch, _ = case
   rows = LAYOUT.row_of(batch["index"])
@@ -103,26 +103,43 @@ def by_hand(case, view, emb, negatives, loss, normaliser, *, with_own=False):
   is_own = drawn == rows[:, None]
   assert is_own.any()
   weight = usable[drawn] & (~is_own | with_own) & ~np.isin(drawn, left_out)
+  near = [max((row for row in np.flatnonzero(usable) if row != own and row not in left_out),
+              key=lambda row: bank[row].astype(float) @ bank[own]) for own in rows]  # noqa: B023, used at once
+  if nearest:
+    assert np.isin(near, drawn).any()
+    weight &= drawn != np.array(near)[:, None]
   positive = np.array([bank[rows[i]].astype(float) @ emb[i] / TAU for i in range(B)])
   score = np.einsum("bkd,bd->bk", bank[drawn].astype(float), emb) / TAU
+  for i in range(B):
+    order = np.sort(score[i][weight[i]])[::-1]
+    skipped, taken = int(np.floor(ranks[0] * len(order))), int(np.ceil(ranks[1] * len(order)))
+    weight[i] &= score[i] >= order[taken - 1]
+    if skipped:
+      weight[i] &= score[i] < order[skipped - 1]
   z = oracles.nce_normaliser(positive, score, weight, batch["valid"], num_images=N)
+  loss_of = getattr(oracles, loss)
   if loss == "nce":
-    each = oracles.nce(positive, score, weight, normaliser=normaliser or z, num_images=N,
-                       num_negatives=N if negatives == "every" else K)
-  else:
-    each = getattr(oracles, loss)(positive, score, weight)
+    loss_of = partial(oracles.nce, normaliser=normaliser or z, num_images=N,
+                      num_negatives=N if negatives == "every" else K)
+  each = loss_of(positive, score, weight)
+  if nearest:
+    second = np.array([bank[near[i]].astype(float) @ emb[i] / TAU for i in range(B)])
+    each = (1 - nearest) * each + nearest * loss_of(second, score, weight)
   beaten = np.sum((score < positive[:, None]) * weight, axis=1)
   return each, (positive, beaten, np.sum(score * weight, axis=1), np.sum(weight, axis=1)), z
 
 
-@pytest.mark.parametrize("negatives, loss, num_parts, with_own", [
-  ("shared", "nce", 1, False), ("shared", "eq4", 2, False), ("per_image", "infonce", 2, False),
-  ("per_image", "nce", 1, True), ("every", "infonce", 1, False), ("every", "nce", 2, False)])
+@pytest.mark.parametrize("negatives, loss, num_parts, with_own, nearest, ranks", [
+  ("shared", "nce", 1, False, 0, (0, 1)), ("shared", "eq4", 2, False, 0, (0, 1)),
+  ("per_image", "infonce", 2, False, 0, (0, 1)), ("per_image", "nce", 1, True, 0, (0, 1)),
+  ("every", "infonce", 1, False, 0, (0, 1)), ("every", "nce", 2, False, 0, (0, 1)),
+  ("shared", "nce", 1, False, 0.5, (0, 1)), ("every", "infonce", 2, False, 0.3, (0.1, 0.5)),
+  ("per_image", "infonce", 1, False, 0, (0, 0.08)), ("shared", "eq4", 1, False, 0.2, (0.05, 0.4))])
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_losses_similarities_and_gradients(case, negatives, loss, num_parts, with_own, num_devices):
+def test_losses_similarities_and_gradients(case, negatives, loss, num_parts, with_own, nearest, ranks, num_devices):
   contrast = contrast_of(loss, 0 if negatives == "every" else K, "per_image" if negatives == "per_image" else "shared",
-                         own_row_is_negative=with_own)
-  expect = partial(by_hand, case, negatives=negatives, loss=loss, with_own=with_own)
+                         own_row_is_negative=with_own, nearest_positive=nearest, negative_ranks=ranks)
+  expect = partial(by_hand, case, negatives=negatives, loss=loss, with_own=with_own, nearest=nearest, ranks=ranks)
   (each, seen, normaliser), grads, usable, _ = compared(contrast, case, num_devices=num_devices, num_parts=num_parts)
   _, before, batch, embs = case
   assert set(each) == set(seen) == set(VIEWS)

@@ -49,7 +49,7 @@ def make_batch(step, *, broken=(), with_pretext=True):
 
 
 def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, group=None, optimizer=None, pretext_weight=0.4,
-          dtype=jnp.float32, num_negatives=K, negative_sampling="shared", micro_batches=1, trunk=None):
+          dtype=jnp.float32, num_negatives=K, negative_sampling="shared", micro_batches=1, trunk=None, **choice):
   mesh = mesh_lib.create_mesh(num_devices)
   layout = memory_bank.create_layout(N, num_devices=num_devices, num_negatives=num_negatives)
   trunk = trunk or ResNet(blocks=(1,), bottleneck=False, channels=16, stem="3x3s2", dtype=dtype)  # little to compile
@@ -60,7 +60,7 @@ def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, group=None, opti
                        inputs=INPUTS if pretext_weight else (INPUTS[0], None))
   loss_fn = losses.make_loss(loss, temperature=TAU, num_images=N, num_negatives=num_negatives or N)
   contrast = Contrast(loss_fn, layout, num_negatives=num_negatives, negative_sampling=negative_sampling,
-                      temperature=TAU)
+                      temperature=TAU, **choice)
   step = make_contrastive_step(network.with_batch_norm(axis=batch_norm, group=group), optimizer, views_fn, contrast,
                                mesh, pretext_weight=pretext_weight, bank_momentum=0.5, micro_batches=micro_batches)
   return mesh, layout, network, make_state, step
@@ -117,6 +117,13 @@ def test_step_is_the_same_on_one_device_and_on_eight(loss):
   one, eight = run(1, loss=loss, broken=broken), run(8, loss=loss, broken=broken)
   # Only the order of the sums differs; a wrong mean or a missed row shows up far above this.
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), one, eight)
+
+
+def test_neighbours_are_chosen_from_the_bank_of_all_devices():
+  options = dict(loss="infonce", nearest_positive=0.5, negative_ranks=(0.05, 0.5), broken=(3, 9))
+  one, eight = run(1, **options), run(8, **options)
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), one, eight)
+  assert one[1][-1]["loss"] != run(1, loss="infonce", broken=(3, 9))[1][-1]["loss"]
 
 
 def test_gradients_are_the_same_on_one_device_and_on_eight():
