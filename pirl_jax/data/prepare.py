@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from pirl_jax.data.crops import BrokenImage, OpenedImage, shrink
 from pirl_jax.data.reading import read_image, why_broken
 from pirl_jax.data.sources import DataSettings, Source, open_source
+from pirl_jax.data.tfds_source import FAILED_CALL
 from pirl_jax.errors import UserError
 from pirl_jax.runtime.progress import Progress
 from pirl_jax.storage.files import locked
@@ -83,9 +84,13 @@ def run(config: ConfigDict, workdir: str) -> None:
       raise UserError(f"{builder.data_dir} is there already; choose another name, or delete this folder")
     try:
       builder.download_and_prepare(file_format="array_record")
-    except OSError as error:
-      raise UserError(f"the set cannot be written into {root} ({error.strerror or error}); when that works again, or "
-                      "with another root, start again") from error
+    except (OSError, RuntimeError) as error:
+      call = FAILED_CALL.search(str(error))
+      if isinstance(error, RuntimeError) and not call:
+        raise
+      reason = call[1] if call else getattr(error, "strerror", None) or error
+      raise UserError(f"the set cannot be written into {root} ({reason}); when that works again, or with another root, "
+                      "start again") from error
   files = sum(path.stat().st_size for path in Path(builder.data_dir).rglob("*") if path.is_file())
   print(f"written: {builder.data_dir}, {files / 1e6:,.1f} MB\nread it with --config.data.source=tfds "
         f"--config.data.name={config.name} --config.data.root={root}")

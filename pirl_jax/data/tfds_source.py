@@ -32,8 +32,8 @@ _T = TypeVar("_T")
 _LABEL_THREADS = 8
 _SAMPLED_RECORDS = 16  # number of records whose pixels go into the fingerprint
 
-_FAILED_CALL = re.compile(r"\w+\(\) failed: ([^;]*)")
-"""What array_record says if the system could not open or read a file, in a RuntimeError as for a damaged record."""
+FAILED_CALL = re.compile(r"\w+\(\) failed: ([^;]*)")
+"""What array_record says if the system could not open, read or write a file, in a RuntimeError as of a damaged record."""
 
 _FEATURES = "tensorflow_datasets.core.features."
 """Only classes of features below this package are loaded for a features.json."""
@@ -136,7 +136,7 @@ class TfdsSource(Source):
     except MemoryError:
       raise
     except Exception as error:
-      if call := _FAILED_CALL.search(str(error)):
+      if call := FAILED_CALL.search(str(error)):
         raise OSError(f"{printable(self._shard(index))}: {call[1]}") from error
       raise BrokenImage(f"damaged record: {' '.join(str(error).split())[:200]}") from error
     self._records = fresh
