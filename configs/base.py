@@ -42,6 +42,8 @@ def get_base() -> ConfigDict:
   # True: a draw that holds the image's own row counts this row as a negative, too, as in the official code. False: the
   # own row is never a negative, as in the paper.
   config.own_row_is_negative = False
+  # Weight of a loss beside these two: a head predicts by which of four angles the image is turned (e-SSL); 0: none.
+  config.angle_weight = 0.0
   # Weight of a second loss, whose positive is the row of another image that is nearest to the own row (NNCLR); 0: none.
   config.nearest_positive = 0.0
   # The negatives that count, by their rank among an image's negatives, most similar first: (0.0, 0.08) is the hardest

@@ -17,6 +17,7 @@ from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.views.pretext import Pretext
 from pirl_jax.views.recipe import Recipe
+from pirl_jax.views.rotation import NUM_ANGLES
 from pirl_jax.views.two_views import create_pretext, make_views
 
 Config = ConfigDict | Mapping[str, Any]
@@ -99,7 +100,8 @@ def network_of(config: Config, *, num_classes: int) -> Network:
     return Network(trunk, pretext_head=pretext.covariant_head(pretext.num_labels))
   dim, mlp = model["dim"], model["head"] == "mlp"
   return Network(trunk, image_head=ImageHead(dim, mlp=mlp),
-                 pretext_head=pretext_of(config).head(dim, mlp=mlp) if uses_pretext(config) else None)
+                 pretext_head=pretext_of(config).head(dim, mlp=mlp) if uses_pretext(config) else None,
+                 angle_head=ClassHead(NUM_ANGLES) if config["angle_weight"] else None)
 
 
 def network_inputs(config: Config) -> tuple[jax.Array | None, jax.Array | None]:

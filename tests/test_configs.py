@@ -85,7 +85,7 @@ def view_shapes(used):
 
 def used_for(config, *groups):
   """Returns what tells one network or one list of views from another, as JSON."""
-  names = "objective", "pretext", "pretext_weight", "jigsaw", *groups
+  names = "objective", "pretext", "pretext_weight", "angle_weight", "jigsaw", *groups
   sizes = {"image_size": config.data.image_size, "image_scale": config.data.image_scale}
   return json.dumps({"data": sizes, **{name: config.to_dict()[name] for name in names}}, sort_keys=True)
 

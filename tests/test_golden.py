@@ -5,6 +5,7 @@ After a change that is meant: python tests/test_golden.py
 
 import hashlib
 import json
+import os
 import re
 import tempfile
 from importlib.metadata import version
@@ -23,7 +24,8 @@ def machine():
   """Returns what the last bits depend on."""
   flags = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
   known = " ".join(sorted(flags[1].split())) if flags else ""
-  return {"jaxlib": version("jaxlib"), "cpu": hashlib.sha256(known.encode()).hexdigest()[:16]}
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  return {"jaxlib": version("jaxlib"), "cpu": hashlib.sha256(known.encode()).hexdigest()[:16], "cores": cores}
 
 
 def losses(folder, devices=1):

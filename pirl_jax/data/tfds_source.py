@@ -33,7 +33,7 @@ _LABEL_THREADS = 8
 _SAMPLED_RECORDS = 16  # number of records whose pixels go into the fingerprint
 
 FAILED_CALL = re.compile(r"\w+\(\) failed: ([^;]*)")
-"""What array_record says if the system could not open, read or write a file, in a RuntimeError as of a damaged record."""
+"""What array_record says, in a RuntimeError, if the system could not open, read or write a file."""
 
 _FEATURES = "tensorflow_datasets.core.features."
 """Only classes of features below this package are loaded for a features.json."""

@@ -86,7 +86,7 @@ def save_curves(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> N
     path: the file; its ending says the format, and its folder is created.
     rows: the metrics of a run, see `Logbook.rows`.
   """
-  panels = [("loss", {"loss": "loss", "loss_image": "image", "loss_pretext": "pretext"}),
+  panels = [("loss", {"loss": "loss", "loss_image": "image", "loss_pretext": "pretext", "loss_angle": "angle"}),
             ("learning rate", {"learning_rate": "learning rate"}), ("kNN top-1", {"knn_top1": "kNN top-1"})]
   panels = [(title, curves) for title, curves in panels
             if title == "loss" or any(name in row for name in curves for row in rows)]

@@ -12,13 +12,21 @@ import jax
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import TrainState
 from pirl_jax.models.network import Network
+from pirl_jax.views.rotation import draw_turns, rotate
+
+ANGLE = "angle"
+"""Name of the logits of the angle among the outputs of `forward`."""
+
+_ANGLE_KEY = 3
+"""Number of the key of an image's angle; `views.two_views` uses those below."""
 
 
 def forward(network: Network, views_fn: Callable, state: TrainState, params: Any,
             crops: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array | None, Any]:
   """Returns (outputs of the heads {"image", "pretext": f32[b, D]}, labels of the transforms i32[b], new batch_stats).
 
-  The outputs leave out a view that the network has no head for. The labels are None if there is no pretext view.
+  The outputs leave out a view that the network has no head for. The labels are None if there is no pretext view. If the
+  network has a head for the angle, the outputs have its logits f32[b, 4] of the image view after `quarter_turns`.
 
   Args:
     network: runs in training mode: its batch norm uses the statistics of these images and updates the running ones.
@@ -33,5 +41,15 @@ def forward(network: Network, views_fn: Callable, state: TrainState, params: Any
   with jax.named_scope("network"):
     outputs, updated = network.apply(
       {"params": params, "batch_stats": state.batch_stats}, image, pretext, train=True, mutable=["batch_stats"])
-  outputs = zip(("image", "pretext"), outputs, strict=True)
-  return {view: output for view, output in outputs if output is not None}, labels, updated["batch_stats"]
+    found = {view: output for view, output in zip(("image", "pretext"), outputs, strict=True) if output is not None}
+    if network.angle_head is not None:
+      turned = jax.vmap(rotate)(image, quarter_turns(state, crops["index"]))
+      found[ANGLE], updated = network.apply({"params": params, **updated}, turned, train=True, mutable=["batch_stats"],
+                                            method="predict_angle")
+  return found, labels, updated["batch_stats"]
+
+
+def quarter_turns(state: TrainState, index: jax.Array) -> jax.Array:
+  """Returns by how many quarter turns the images with these indices i32[b] are turned in a step, i32[b] in 0..3."""
+  keys = view_keys(state.seed, state.step, index)
+  return jax.vmap(lambda key: draw_turns(jax.random.fold_in(key, _ANGLE_KEY)))(keys)

@@ -4,17 +4,19 @@ Letters: B batch of all devices, M its parts, b this device's images of a part, 
 "pretext" or "image".
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from pirl_jax.method import health, memory_bank
 from pirl_jax.method.contrast import Contrast, Memory
-from pirl_jax.method.forward import forward
+from pirl_jax.method.forward import ANGLE, forward, quarter_turns
 from pirl_jax.method.micro_batches import accumulate, gather, split_batch, whole_batch_stats
 from pirl_jax.method.optimizer import Optimizer, descend
 from pirl_jax.method.programs import Step, WithNormaliser, in_one_program, in_two_programs
@@ -24,8 +26,28 @@ from pirl_jax.models.network import Network
 from pirl_jax.runtime.mesh import AXIS
 
 
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """The weights of the terms of the loss.
+
+  Attributes:
+    pretext: lambda of equation 5, of the pretext view; the image view has 1 - lambda. At 0 there is no pretext view,
+      and the loss is that of NPID.
+    angle: of a cross-entropy beside them, which predicts by which of four angles the image view was turned (e-SSL,
+      2111.00899, equation 3); at 0 the network has no head for the angle.
+  """
+
+  pretext: float
+  angle: float = 0.0
+
+  @property
+  def of_views(self) -> dict[str, float]:
+    """Returns the weight of each view that is compared with the bank."""
+    return {"pretext": self.pretext, "image": 1 - self.pretext} if self.pretext else {"image": 1}
+
+
 def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Callable,
-                          contrast: Contrast, mesh: Mesh, *, pretext_weight: float, bank_momentum: float,
+                          contrast: Contrast, mesh: Mesh, *, weights: Weights, bank_momentum: float,
                           micro_batches: int = 1) -> Step:
   """Returns train_step(state, batch) -> (state, metrics), compiled, and mapped over the devices of `mesh`.
 
@@ -41,13 +63,13 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
     views_fn: see `views.two_views.make_views`.
     contrast: what embeddings are compared with, and the loss.
     mesh: the devices.
-    pretext_weight: lambda of equation 5; at 0 there is no pretext view, and the loss is that of NPID.
+    weights: of the terms of the loss.
     bank_momentum: mu, the weight of the old row when a row moves.
     micro_batches: M, parts of the batch that pass through the network one after the other. The bank is read before the
       first and written after the last, and the gradient is that of the whole batch, but for the statistics of batch
       norm, which are those of a part, or of groups of images whatever the parts.
   """
-  view_weights = {"pretext": pretext_weight, "image": 1 - pretext_weight} if pretext_weight else {"image": 1}
+  view_weights = weights.of_views
 
   # 1. The bank as a step finds it: the rows m_I of the batch and, for each view, negatives. Both are constants.
   #    Randomness depends on seed, step and image alone: neither a restart nor the number of devices changes it.
@@ -57,9 +79,10 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
     return memory, {"crops": batch, "images": memory.images}
 
   # 2. Two views of every image, [b, H, W, 3] and [b, P, h, w, 3], and an embedding of each, f(v_I) and g(v_It).
-  def embed(state: TrainState, params: Any, part: Any) -> tuple[dict[str, jax.Array], Any]:
+  def embed(state: TrainState, params: Any, part: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array], Any]:
     outputs, _, batch_stats = forward(network, views_fn, state, params, part["crops"])
-    return {view: gather(memory_bank.normalise(outputs[view])) for view in view_weights}, batch_stats  # [B / M, D]
+    embs = {view: gather(memory_bank.normalise(outputs[view])) for view in view_weights}  # [B / M, D]
+    return embs, outputs, batch_stats
 
   def device_step(state: TrainState, bank: jax.Array,
                   batch: Mapping[str, jax.Array]) -> tuple[TrainState, tuple[jax.Array, ...], dict[str, jax.Array]]:
@@ -67,13 +90,16 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
 
     # 3. Equation 5: lambda L(m_I, g(v_It)) + (1 - lambda) L(m_I, f(v_I)). f and g meet in the bank alone.
     def objective(params: Any, part: Any) -> tuple[jax.typing.ArrayLike, Any]:
-      embs, batch_stats = embed(state, params, part)
+      embs, outputs, batch_stats = embed(state, params, part)
       each, seen = contrast(memory, part["images"], embs, state.normaliser)
       mean = partial(health.sum_of_shares, part["images"].share)
       means = {view: mean(loss) for view, loss in each.items()}
       loss = sum(weight * means[view] for view, weight in view_weights.items())
       metrics = {"loss": loss, **{f"loss_{view}": value for view, value in means.items()}}
       metrics |= health.similarities(seen, mean=mean, temperature=contrast.temperature)
+      if weights.angle:
+        metrics |= _angle_terms(outputs[ANGLE], quarter_turns(state, part["crops"]["index"]), mean)
+        metrics["loss"] = loss = loss + weights.angle * metrics["loss_angle"]
       return loss, (metrics, embs["image"], batch_stats)
 
     grads, (metrics, image_emb, batch_stats) = accumulate(jax.grad(objective, has_aux=True), state.params, parts)
@@ -99,3 +125,16 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
     return contrast.normaliser(memory, lambda part: embed(state, state.params, part)[0], parts)
 
   return WithNormaliser(step, normaliser, mesh)
+
+
+def _angle_terms(logits: jax.Array, turns: jax.Array, mean: Callable) -> dict[str, jax.Array]:
+  """Returns the cross-entropy in nats of the angles i32[b] of this device's images, and the share of hits, f32[] each.
+
+  Args:
+    logits: f32[b, 4].
+    turns: i32[b], quarter turns.
+    mean: from f32[B / M], of all devices, to f32[].
+  """
+  logits, turns = gather(logits), gather(turns)
+  return {"loss_angle": mean(optax.softmax_cross_entropy_with_integer_labels(logits, turns)),
+          "top1_angle": mean(jnp.argmax(logits, axis=1) == turns)}

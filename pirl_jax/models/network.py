@@ -20,11 +20,13 @@ class Network(nn.Module):
     trunk: the same for both views.
     image_head: f, or the classifier of the supervised baseline; None if the loss does not use the image view.
     pretext_head: g, or the classifier of a covariant task; None if there is no pretext view.
+    angle_head: a classifier of the angle by which an image is turned, beside f; None if nothing predicts it.
   """
 
   trunk: ResNet
   image_head: nn.Module | None = None
   pretext_head: nn.Module | None = None
+  angle_head: nn.Module | None = None
 
   if TYPE_CHECKING:
     def __hash__(self) -> int: ...  # Flax adds this method, but without a declaration
@@ -43,6 +45,9 @@ class Network(nn.Module):
     """
     pretext_out = None if pretext is None else self.embed_pretext(pretext, train=train)
     image_out = None if image is None else self.embed_image(image, train=train)
+    if self.angle_head is not None and self.is_initializing():
+      assert image is not None
+      self.predict_angle(image)
     return image_out, pretext_out
 
   @property
@@ -62,6 +67,11 @@ class Network(nn.Module):
     features = self.trunk(jnp.reshape(pretext, (batch * patches, *pretext.shape[2:])), train=train,
                           views=patches)["pooled"]
     return self.pretext_head(jnp.reshape(features, (batch, patches, -1)), train=train)
+
+  def predict_angle(self, image: jax.Array, *, train: bool = False) -> jax.Array:
+    """Returns the logits f32[B, 4] of the quarter turns of normalised images f32[B, H, W, 3]."""
+    assert self.angle_head is not None
+    return self.angle_head(self.trunk(image, train=train)["pooled"], train=train)
 
   def features(self, image: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
     """Returns the trunk's features by layer, see `ResNet.__call__`, of normalised images f32[B, H, W, 3]."""

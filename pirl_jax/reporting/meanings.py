@@ -22,10 +22,12 @@ class Meaning:
 METRICS = {
   "step": Meaning("number of updates so far"),
   "epoch": Meaning("passes over the training images so far"),
-  "loss": Meaning("pretext_weight x loss_pretext + (1 - pretext_weight) x loss_image, or the cross-entropy of a "
-                  "predicted label; in nats", "falls; below its chance level at the end"),
+  "loss": Meaning("pretext_weight x loss_pretext + (1 - pretext_weight) x loss_image + angle_weight x loss_angle, or "
+                  "the cross-entropy of a predicted label; in nats", "falls; below its chance level at the end"),
   "loss_image": Meaning("contrastive loss of the image view; in nats", "falls"),
   "loss_pretext": Meaning("contrastive loss of the pretext view; in nats", "falls"),
+  "loss_angle": Meaning("cross-entropy of the angle by which the image view was turned; in nats", "falls below ln 4"),
+  "top1_angle": Meaning("share of the batch whose angle is predicted rightly, in [0, 1]", "rises above 1/4"),
   "learning_rate": Meaning("learning rate of the step, already scaled to the batch size"),
   "top1": Meaning("share of the batch whose label is predicted rightly, in [0, 1]; runs without a bank only",
                   "rises above 1 / number of labels"),

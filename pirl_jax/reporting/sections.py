@@ -29,7 +29,7 @@ from pirl_jax.storage.settings import flatten
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "opencv-python-headless", "pillow")
 
-TOGETHER = (("loss", ("loss", "loss_image", "loss_pretext")),
+TOGETHER = (("loss", ("loss", "loss_image", "loss_pretext", "loss_angle")),
             ("similarity with the bank", ("similarity_own", "similarity_negatives")))
 """(Title, columns) of the charts that show several columns of metrics.jsonl; each other column has its own chart."""
 

@@ -27,7 +27,7 @@ from pirl_jax.method.optimizer import Optimizer, cosine_schedule, create_optimiz
 from pirl_jax.method.prediction_step import make_prediction_step
 from pirl_jax.method.programs import Step
 from pirl_jax.method.state import TrainState, create_state
-from pirl_jax.method.step import make_contrastive_step
+from pirl_jax.method.step import Weights, make_contrastive_step
 from pirl_jax.models.network import Network
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.views.permutations import SUBSETS
@@ -100,7 +100,7 @@ RULES = (
    "0 (all) or more is needed"),
   (("pretext_weight", "nearest_positive", "bank.momentum", "optimizer.momentum", "data.max_bad_fraction",
     "optimizer.end_factor", "optimizer.warmup_factor"), lambda value: 0 <= value <= 1, "it lies in [0, 1]"),
-  (("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.warmup_epochs"),
+  (("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.warmup_epochs", "angle_weight"),
    lambda value: 0 <= value < float("inf"), "a finite number from 0 is needed"),
   (("data.holdout",), lambda value: 0 <= value < 1, "it lies in [0, 1)"),
   (("data.kept_side",), lambda value: value >= 0, "0 (not kept) or more is needed"),
@@ -144,6 +144,9 @@ def check_config(config: ConfigDict) -> None:
   if config.num_negatives == 0 and config.own_row_is_negative:
     raise UserError("own_row_is_negative=True is not possible: num_negatives=0 takes every row once, and an image has "
                     "its own row as the positive")
+  if config.angle_weight and config.objective != "invariant":
+    raise UserError(f"angle_weight={config.angle_weight} is not possible with objective={config.objective!r}: the "
+                    "angle is predicted beside the invariant loss")
   if tuple(config.negative_ranks) != (0, 1) and config.loss == "nce":
     raise UserError(f"negative_ranks={tuple(config.negative_ranks)} is not possible with loss='nce', which counts on "
                     "negatives drawn at random; choose --config.loss=infonce")
@@ -302,8 +305,9 @@ def make_step(parts: Parts) -> Step:
   if not system.has_bank(config):
     return make_prediction_step(*common, parts.layout, parts.mesh, micro_batches=config.micro_batches)
   contrast = contrast_of(config, parts.layout, num_negatives=config.num_negatives)
-  return make_contrastive_step(*common, contrast, parts.mesh, pretext_weight=config.pretext_weight,
-                               bank_momentum=config.bank.momentum, micro_batches=config.micro_batches)
+  weights = Weights(config.pretext_weight, config.angle_weight)
+  return make_contrastive_step(*common, contrast, parts.mesh, weights=weights, bank_momentum=config.bank.momentum,
+                               micro_batches=config.micro_batches)
 
 
 def contrast_of(config: ConfigDict, layout: memory_bank.Layout, *, num_negatives: int) -> Contrast:

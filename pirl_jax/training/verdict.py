@@ -22,6 +22,7 @@ from pirl_jax.training.measuring import calibrate
 from pirl_jax.training.parts import Parts, loss_of
 from pirl_jax.training.starting import first_state
 from pirl_jax.training.view_figures import ViewFigures
+from pirl_jax.views.rotation import NUM_ANGLES
 
 LEARNT, NOT_LEARNT, DIVERGED, COLLAPSED = "has learnt", "has not learnt", "diverged", "collapsed"
 
@@ -58,10 +59,12 @@ def chance_loss(parts: Parts) -> float:
   if config.objective == "covariant":
     return math.log(system.pretext_of(config).num_labels)
   num_images = parts.layout.num_images
-  scores = jnp.zeros((1, config.num_negatives or num_images - 1))
+  first, last = config.negative_ranks
+  number = config.num_negatives or num_images - 1
+  scores = jnp.zeros((1, math.ceil(last * number) - math.floor(first * number)))
   loss, _ = loss_of(config, parts.layout)(jnp.zeros(1), Scores(scores, jnp.ones_like(scores)),
                                           normaliser=jnp.float32(num_images))
-  return float(loss[0])
+  return float(loss[0]) + config.angle_weight * math.log(NUM_ANGLES)
 
 
 def last_loss(rows: Sequence[Mapping[str, Any]], *, num_steps: int) -> float | None:

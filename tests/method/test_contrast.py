@@ -17,7 +17,7 @@ from pirl_jax.method.negatives import Scores
 from pirl_jax.method.optimizer import Optimizer
 from pirl_jax.method.randomness import step_keys
 from pirl_jax.method.state import create_state
-from pirl_jax.method.step import make_contrastive_step
+from pirl_jax.method.step import Weights, make_contrastive_step
 from pirl_jax.models.heads import ImageHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ResNet
@@ -228,7 +228,7 @@ def test_a_step_with_another_kind_of_loss_is_the_same_on_any_number_of_devices(c
                          inputs=(jnp.zeros((1, 12, 12, 3)), None))
     step = make_contrastive_step(
       network.with_batch_norm(axis=AXIS), optimizer, lambda keys, image, pretext: (image / 127.5 - 1, None, None),
-      contrast_of("infonce", K, "shared", BatchMates), mesh, pretext_weight=0, bank_momentum=MU)
+      contrast_of("infonce", K, "shared", BatchMates), mesh, weights=Weights(0), bank_momentum=MU)
     states.append(jax.device_get(step(state, jax.device_put(batch, mesh_lib.split(mesh)))))
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), *states)
   assert np.isfinite(states[0][1]["loss"])

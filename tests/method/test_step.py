@@ -16,8 +16,8 @@ from pirl_jax.method.optimizer import Optimizer, create_optimizer
 from pirl_jax.method.programs import VOID
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import create_state
-from pirl_jax.method.step import make_contrastive_step
-from pirl_jax.models.heads import ImageHead, PatchesHead
+from pirl_jax.method.step import Weights, make_contrastive_step
+from pirl_jax.models.heads import ClassHead, ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ResNet, create_resnet
 from pirl_jax.planning.program import COLLECTIVES, Program
@@ -49,11 +49,13 @@ def make_batch(step, *, broken=(), with_pretext=True):
 
 
 def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, group=None, optimizer=None, pretext_weight=0.4,
-          dtype=jnp.float32, num_negatives=K, negative_sampling="shared", micro_batches=1, trunk=None, **choice):
+          angle_weight=0.0, dtype=jnp.float32, num_negatives=K, negative_sampling="shared", micro_batches=1, trunk=None,
+          **choice):
   mesh = mesh_lib.create_mesh(num_devices)
   layout = memory_bank.create_layout(N, num_devices=num_devices, num_negatives=num_negatives)
   trunk = trunk or ResNet(blocks=(1,), bottleneck=False, channels=16, stem="3x3s2", dtype=dtype)  # little to compile
-  network = Network(trunk, ImageHead(D), PatchesHead(D) if pretext_weight else None)
+  network = Network(trunk, ImageHead(D), PatchesHead(D) if pretext_weight else None,
+                    ClassHead(4) if angle_weight else None)
   optimizer = optimizer or create_optimizer(optax.constant_schedule(0.05), momentum=0.9, weight_decay=1e-4)
   make_state = partial(create_state, 7, network, optimizer, layout, mesh=mesh,
                        create_bank=partial(memory_bank.create, dim=D),
@@ -62,7 +64,8 @@ def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, group=None, opti
   contrast = Contrast(loss_fn, layout, num_negatives=num_negatives, negative_sampling=negative_sampling,
                       temperature=TAU, **choice)
   step = make_contrastive_step(network.with_batch_norm(axis=batch_norm, group=group), optimizer, views_fn, contrast,
-                               mesh, pretext_weight=pretext_weight, bank_momentum=0.5, micro_batches=micro_batches)
+                               mesh, weights=Weights(pretext_weight, angle_weight), bank_momentum=0.5,
+                               micro_batches=micro_batches)
   return mesh, layout, network, make_state, step
 
 
@@ -225,6 +228,43 @@ def test_first_step_is_the_papers_objective_by_hand(loss):
     state.bank, oracles.bank_update(bank, rows, embs[0], batch["valid"], momentum=0.5), atol=2e-5)
   _, later = step(state, jax.device_put(make_batch(1), mesh_lib.split(mesh)))
   assert np.isfinite(later["loss"])
+
+
+def angle_by_hand(state, network, batch, params):
+  """Returns the cross-entropy of the angle in the first step over the valid images, twice, and the share of hits."""
+  keys = view_keys(7, 0, jnp.asarray(batch["index"]))
+  image, *_ = views_fn(keys, batch["image_crop"], batch["pretext_crop"])
+  turns = np.array([jax.random.randint(jax.random.fold_in(key, 3), (), 0, 4) for key in keys])
+  turned = np.stack([np.rot90(one, turn) for one, turn in zip(np.asarray(image), turns, strict=True)])
+  variables = {"params": params, "batch_stats": state.batch_stats}
+  logits, _ = network.apply(variables, turned, train=True, mutable=["batch_stats"], method="predict_angle")
+  each = -jax.nn.log_softmax(logits)[np.arange(B), turns]
+  loss = jnp.mean(each[batch["valid"]])
+  return loss, (loss, jnp.mean((jnp.argmax(logits, axis=1) == turns)[batch["valid"]]))
+
+
+def test_the_helper_of_e_ssl_by_hand():
+  broken = make_batch(0)["index"][2],
+  steps = {weight: run(1, loss="infonce", angle_weight=weight, optimizer=PLAIN_SGD, broken=broken, num_steps=1)
+           for weight in (0.4, 0.8)}
+  _, _, network, _, _ = build(1, angle_weight=0.4)
+  (start, _), (metrics,) = steps[0.4]
+  batch = make_batch(0, broken=broken)
+  slopes, (loss, top1) = jax.grad(lambda params: angle_by_hand(start, network, batch, params), has_aux=True)(
+    start.params)
+  np.testing.assert_allclose(metrics["loss_angle"], loss, rtol=1e-5)
+  np.testing.assert_allclose(metrics["top1_angle"], top1)
+  np.testing.assert_allclose(
+    metrics["loss"], 0.4 * metrics["loss_pretext"] + 0.6 * metrics["loss_image"] + 0.4 * loss, rtol=1e-5)
+  # With a weight that is 0.4 larger, the parameters move by 0.4 times the slope of this loss more.
+  moved = jax.tree.map(lambda a, b: (a - b) / 0.4, steps[0.4][0][1].params, steps[0.8][0][1].params)
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(slopes))
+  jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4 * largest), moved, slopes)
+
+
+def test_the_helper_of_e_ssl_on_eight_devices():
+  one, eight = (run(n, loss="infonce", angle_weight=0.4) for n in (1, 8))
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), one, eight)
 
 
 def test_without_a_pretext_term_it_is_the_image_term_alone_by_hand():
@@ -450,7 +490,7 @@ def lower_big_step(num_devices, *, num_negatives):
   loss_fn = losses.make_loss("nce", temperature=TAU, num_images=BIG, num_negatives=num_negatives or BIG)
   step = make_contrastive_step(
     network.with_batch_norm(axis=mesh_lib.AXIS), optimizer, views_fn,
-    Contrast(loss_fn, layout, num_negatives=num_negatives, temperature=TAU), mesh, pretext_weight=0.5,
+    Contrast(loss_fn, layout, num_negatives=num_negatives, temperature=TAU), mesh, weights=Weights(0.5),
     bank_momentum=0.5)
   lowered = step.lower(state, make_batch(0))
   return lowered if isinstance(lowered, tuple) else (lowered,)

@@ -274,7 +274,8 @@ def test_bad_images_of_every_kind_are_left_out_and_named_also_those_that_go_bad_
   ("micro_batches", 3, "choose a divisor of 2"), ("model.dtype", "float64", "JAX_ENABLE_X64=1"),
   ("bank.dtype", "float64", "JAX_ENABLE_X64=1"), ("model.batch_norm", "local", "global, groups, device"),
   ("model.batch_norm_group", 1, "2 images or more"), ("nearest_positive", -0.1, "[0, 1]"),
-  ("negative_ranks", (0.5, 0.5), "two shares"), ("negative_ranks", (0.0, 0.1), "--config.loss=infonce"),
+  ("angle_weight", -1.0, "from 0"), ("negative_ranks", (0.5, 0.5), "two shares"),
+  ("negative_ranks", (0.0, 0.1), "--config.loss=infonce"),
   ("model.batch_norm", "groups", "_group=32 does not divide the 2 images")])
 def test_impossible_value_is_named_with_what_is_possible_before_anything_is_written(tmp_path, field, value, said):
   config = tiny(**{field: value})
