@@ -99,10 +99,13 @@ def ranked(negatives: Negatives, still: Negatives, shares: tuple[float, float], 
   """
   low, high = shares
   number = still.sum(lambda score, weight: (weight > 0).astype(jnp.int32))
-  skipped = jnp.floor(low * number).astype(jnp.int32)
-  taken = jnp.ceil(high * number).astype(jnp.int32)
-  below = jnp.where(skipped > 0, score_of_rank(still, skipped, num_images), jnp.inf)
-  lowest = jnp.where(taken > 0, score_of_rank(still, taken, num_images), -jnp.inf)
+  below, lowest = jnp.full(num_images, jnp.inf), jnp.full(num_images, -jnp.inf)
+  if low > 0:
+    skipped = jnp.floor(low * number).astype(jnp.int32)
+    below = jnp.where(skipped > 0, score_of_rank(still, skipped, num_images), below)
+  if high < 1:
+    taken = jnp.ceil(high * number).astype(jnp.int32)
+    lowest = jnp.where(taken > 0, score_of_rank(still, taken, num_images), lowest)
   return Ranked(negatives, lowest, below)
 
 

@@ -95,7 +95,7 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
       mean = partial(health.sum_of_shares, part["images"].share)
       means = {view: mean(loss) for view, loss in each.items()}
       loss = sum(weight * means[view] for view, weight in view_weights.items())
-      metrics = {"loss": loss, **{f"loss_{view}": value for view, value in means.items()}}
+      metrics: dict[str, Any] = {"loss": loss, **{f"loss_{view}": value for view, value in means.items()}}
       metrics |= health.similarities(seen, mean=mean, temperature=contrast.temperature)
       if weights.angle:
         metrics |= _angle_terms(outputs[ANGLE], quarter_turns(state, part["crops"]["index"]), mean)
