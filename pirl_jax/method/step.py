@@ -34,7 +34,7 @@ class Weights:
     pretext: lambda of equation 5, of the pretext view; the image view has 1 - lambda. At 0 there is no pretext view,
       and the loss is that of NPID.
     angle: of a cross-entropy beside them, which predicts by which of four angles the image view was turned (e-SSL,
-      2111.00899, equation 3); at 0 the network has no head for the angle.
+      2111.00899); at 0 the network has no head for the angle.
   """
 
   pretext: float
