@@ -1,5 +1,6 @@
 """Runs started as users start them, by launch.py in processes of their own, and what they leave on disk."""
 
+import contextlib
 import json
 import os
 import signal
@@ -109,7 +110,8 @@ class Launch:
     self.signal(process, signal.SIGKILL)
 
   def signal(self, process, number):
-    os.killpg(self._started[process].pid, number)
+    with contextlib.suppress(ProcessLookupError):  # it may have ended just now
+      os.killpg(self._started[process].pid, number)
 
   def ended(self):
     """Returns whether all have."""
