@@ -12,7 +12,6 @@ import argparse
 import csv
 import dataclasses
 import json
-import os
 import platform
 import re
 import shlex
@@ -21,9 +20,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pirl_jax.runtime.devices import num_cores
 from pirl_jax.studies.statistics import Difference, paired_difference
 
 ROOT = Path(__file__).parents[1]
@@ -115,11 +116,8 @@ def run(name: str, *, series: Iterable[str], seeds: Sequence[int], workdir: str,
 
 def machine() -> str:
   """Returns processor, number of cores that this process may use, and the version of JAX."""
-  import jax
-
   name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "")
-  return (f"{name[1] if name else platform.processor()}, {len(os.sched_getaffinity(0))} core(s), "
-          f"jax {jax.__version__}")
+  return (f"{name[1] if name else platform.processor()}, {num_cores()} core(s), jax {version('jax')}")
 
 
 def keep(lines: Iterable[dict[str, Any]], kept: Path = KEPT) -> None:

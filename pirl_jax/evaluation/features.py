@@ -39,8 +39,8 @@ class Features(NamedTuple):
 
 
 def unit_norm(features: np.ndarray) -> np.ndarray:
-  """Returns f32[N, D]: `features` with every row scaled to unit norm, for cosine similarity; a row of zeros stays."""
-  length = np.linalg.norm(features, axis=1, keepdims=True)
+  """Returns `features` f[..., D], each vector scaled to unit norm, for cosine similarity; a vector of zeros stays."""
+  length = np.linalg.norm(features, axis=-1, keepdims=True)
   return features / np.maximum(length, np.finfo(np.float32).tiny)
 
 

@@ -186,7 +186,7 @@ class Contrast:
     """
     positive = memory_bank.positive_scores(images.own, emb, temperature=self.temperature)
     negatives = self._negatives(memory, images, view, emb)
-    if tuple(self.negative_ranks) != (0, 1):
+    if self.negative_ranks != (0, 1):
       still = self._negatives(memory, images, view, jax.lax.stop_gradient(emb))
       negatives = neighbours.ranked(negatives, still, self.negative_ranks, len(emb))
     return positive, negatives

@@ -9,6 +9,7 @@ import concurrent.futures
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -47,8 +48,10 @@ class Incoming:
       parts.train, crops=crops, batch_size=config.batch_size, seed=config.seed, start_step=start_step,
       process=(jax.process_index(), jax.process_count()), num_threads=config.data.num_threads,
       partial=config.partial_batch)
-    self._void = batches.void_batch(crops, config.batch_size // jax.process_count(), partial=config.partial_batch)
-    self._broken, self._stopping, self._missed = broken, stopping, False
+    self._broken, self._stopping = broken, stopping
+    self._make_void = partial(batches.void_batch, crops, config.batch_size // jax.process_count(),
+                              partial=config.partial_batch)
+    self._void: Batch | None = None  # once a batch has not come, all further ones are this one
     self.failure: Unreadable | None = None
 
   def next(self, step: int) -> tuple[Batch | None, float]:
@@ -58,12 +61,11 @@ class Incoming:
     batch is None in a process that runs alone, and void in one of several, from then on.
     """
     started = time.perf_counter()
-    batch = None if self._missed else self._await(step)
+    batch = self._void or self._await(step)
     if batch is None and not processes.alone():
-      if self.failure and not self._missed:
+      if self.failure:
         self._stopping.ask()
-      batch = self._void
-    self._missed |= batch is None or batch is self._void
+      batch = self._void = self._make_void()
     return batch, time.perf_counter() - started
 
   def close(self) -> None:

@@ -140,8 +140,8 @@ class Stopping:
     return self._asked is not None if self._alone else multihost_utils.reached_preemption_sync_point(self._questions)
 
   def ask(self) -> None:
-    """Asks all processes to stop, as a signal to this one does."""
-    os.kill(os.getpid(), signal.SIGTERM)
+    """Asks all processes to stop, as SIGTERM to this one does."""
+    os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the others
 
   def asked(self) -> bool:
     """Returns whether one of the processes has been asked to stop, which this process may not yet have acted upon.
@@ -190,7 +190,7 @@ class Stopping:
         if self._held:
           _say("Ctrl-C: finishes the step and saves; a second Ctrl-C ends at once")
       if number[0] in EXIT_CODES and number[0] != signal.SIGTERM and not self._alone:
-        os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the others
+        self.ask()
 
 
 def _say(text: str) -> None:

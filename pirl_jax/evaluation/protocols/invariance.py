@@ -19,6 +19,7 @@ from sklearn.metrics import roc_auc_score
 from pirl_jax import system
 from pirl_jax.data.subsets import Subset, shuffled
 from pirl_jax.errors import UserError
+from pirl_jax.evaluation.features import unit_norm
 from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.outcome import Outcome
 from pirl_jax.evaluation.protocol import Evaluation, Protocol, Reading
@@ -121,7 +122,7 @@ def measure_invariance(model: Model, images: Images, settings: InvarianceSetting
     raise UserError(f"{len(image_emb)} of {len(index)} images can be read; distances to another image need two images")
   if settings.centred:
     image_emb, pretext_emb = image_emb - image_emb.mean(0), pretext_emb - pretext_emb.mean((0, 1))
-  image_emb, pretext_emb = _unit(image_emb), _unit(pretext_emb)
+  image_emb, pretext_emb = unit_norm(image_emb), unit_norm(pretext_emb)
   matched = _distances(image_emb, pretext_emb)
   mismatched = _distances(image_emb, np.roll(pretext_emb, -1, axis=0))
   is_other = np.repeat([0, 1], [matched.size, mismatched.size])
@@ -209,11 +210,6 @@ def _trunk_of_pretext(network: Network, pretext: jax.Array) -> jax.Array:
   batch, views = pretext.shape[:2]
   pooled = network.features(jnp.reshape(pretext, (batch * views, *pretext.shape[2:])))["pooled"]
   return jnp.mean(jnp.reshape(pooled, (batch, views, -1)), axis=1)
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-  """Returns x f64[..., D] with unit norm; a zero vector stays zero."""
-  return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def _distances(image_emb: np.ndarray, pretext_emb: np.ndarray) -> np.ndarray:
