@@ -281,7 +281,8 @@ def test_a_preparation_writes_the_same_images(name, images, tmp_path):
 
 # Two processes of which one is struck. The other waits for it in the middle of a step.
 
-@pytest.mark.parametrize("told", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow  # by default tests/training/test_incoming.py and the void steps of tests/method stand for it
+@pytest.mark.parametrize("told", [0, 1])
 def test_one_of_two_processes_waits_for_its_disk_and_both_save(told, training, images, tmp_path):
   """`told` is the process that gets SIGTERM."""
   launch(*training, f"--workdir={tmp_path / 'expected'}", processes=2)
