@@ -25,7 +25,7 @@ from pirl_jax.method import losses, memory_bank
 from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.optimizer import Optimizer
 from pirl_jax.method.state import create_state
-from pirl_jax.method.step import Weights, make_contrastive_step
+from pirl_jax.method.step import Momenta, Weights, make_contrastive_step
 from pirl_jax.models.heads import ImageHead
 from pirl_jax.models.network import Network
 from pirl_jax.planning.program import sent_bytes
@@ -68,7 +68,7 @@ def measure(num_rows: int, *, dtype: str, num_devices: int, negatives: str, num_
   loss_fn = losses.make_loss("infonce", temperature=0.1, num_images=num_rows, num_negatives=count or num_rows)
   contrast = Contrast(loss_fn, layout, num_negatives=count, temperature=0.1,
                       negative_sampling="per_image" if negatives == "per_image" else "shared")
-  step = make_contrastive_step(network, optimizer, views_fn, contrast, mesh, weights=Weights(0.5), bank_momentum=0.5)
+  step = make_contrastive_step(network, optimizer, views_fn, contrast, mesh, weights=Weights(0.5), momenta=Momenta(0.5))
   state = create_state(0, network, optimizer, layout, mesh=mesh,
                        create_bank=partial(memory_bank.create, dim=DIM, dtype=DTYPES[dtype]),
                        inputs=(jnp.zeros((1, 4, 4, 3)), jnp.zeros((1, 1, 4, 4, 3))))

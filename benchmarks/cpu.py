@@ -103,7 +103,7 @@ def _create_step(network):
   from pirl_jax.method import losses, memory_bank, optimizer
   from pirl_jax.method.contrast import Contrast
   from pirl_jax.method.state import create_state
-  from pirl_jax.method.step import Weights, make_contrastive_step
+  from pirl_jax.method.step import Momenta, Weights, make_contrastive_step
   from pirl_jax.runtime import mesh as mesh_lib
 
   config, num_rows = _config(network), NETWORKS[network][2]
@@ -115,7 +115,7 @@ def _create_step(network):
   step = make_contrastive_step(
     model.with_batch_norm(axis=mesh_lib.AXIS), sgd, system.views_of(config),
     Contrast(loss_fn, layout, num_negatives=config.num_negatives, temperature=config.temperature), mesh,
-    weights=Weights(config.pretext_weight), bank_momentum=config.bank.momentum)
+    weights=Weights(config.pretext_weight), momenta=Momenta(config.bank.momentum))
   state = create_state(0, model, sgd, layout, mesh=mesh,
                        create_bank=partial(memory_bank.create, dim=config.model.dim),
                        inputs=system.network_inputs(config))

@@ -41,6 +41,11 @@ def has_bank(config: Config) -> bool:
   return config["objective"] == "invariant"
 
 
+def has_momentum_encoder(config: Config) -> bool:
+  """Returns whether a momentum encoder makes the rows of the bank, see `method.momentum_encoder`."""
+  return has_bank(config) and config["bank"]["encoder_momentum"] > 0
+
+
 def pretext_of(config: Config) -> Pretext:
   """Returns the pretext transform that a config names, even if the loss does not use it.
 
@@ -70,6 +75,8 @@ def crops_of(config: Config) -> dict[str, tuple[int, tuple[float, float]]]:
   if uses_pretext(config):
     pretext = pretext_of(config)
     crops["pretext_crop"] = pretext.crop_size, pretext.crop_scale
+  if has_momentum_encoder(config):
+    crops["second_crop"] = crops["image_crop"]
   return crops
 
 

@@ -97,7 +97,7 @@ def test_every_variant_of_a_pre_training_run_can_be_built(key):
   assert config.name == (f"{name}-{variant}" if variant else name)
   parts_lib.check_config(config)
 
-  image, pretext, label = view_shapes(used_for(config, "photometric", "pretext_photometric"))
+  image, pretext, label = view_shapes(used_for(config, "photometric", "pretext_photometric", "bank"))
   side, transform = config.data.image_size, system.pretext_of(config)
   crops = system.crops_of(config)
   groups, outputs = network_shapes(used_for(config, "model"))
@@ -112,7 +112,8 @@ def test_every_variant_of_a_pre_training_run_can_be_built(key):
   assert image == (None if outputs[0] is None else (B, side, side, 3))
   assert pretext == (None if outputs[1] is None else (B, *transform.view_shape))
   assert label == (None if outputs[1] is None else (B,))
-  assert set(crops) == {name for name, view in (("image_crop", image), ("pretext_crop", pretext)) if view}
+  views = {"image_crop": image, "pretext_crop": pretext, "second_crop": config.bank.encoder_momentum > 0}
+  assert set(crops) == {name for name, view in views.items() if view}
   if variant != "" and config.data.image_size > 96:  # the paper's sizes
     assert side == 224 and config.jigsaw.crop_size == 255 and config.jigsaw.patch_size == 64
 

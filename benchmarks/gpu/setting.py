@@ -22,7 +22,7 @@ from pirl_jax.method import losses, memory_bank, products
 from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.optimizer import create_optimizer
 from pirl_jax.method.state import TrainState, create_state
-from pirl_jax.method.step import Weights, make_contrastive_step
+from pirl_jax.method.step import Momenta, Weights, make_contrastive_step
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ResNet
@@ -115,7 +115,7 @@ def create(setting: Setting, *, views: bool = True) -> tuple[Callable, TrainStat
   optimizer = create_optimizer(optax.constant_schedule(0.12), momentum=0.9, weight_decay=1e-4)
   step = make_contrastive_step(
     setting.network.with_batch_norm(axis=mesh_lib.AXIS), optimizer, views_of(setting) if views else without_views,
-    contrast, mesh, weights=Weights(0.5), bank_momentum=0.5, micro_batches=setting.micro_batches)
+    contrast, mesh, weights=Weights(0.5), momenta=Momenta(0.5), micro_batches=setting.micro_batches)
   size, patch = setting.image_size, setting.patch_size
   state = create_state(
     0, setting.network, optimizer, contrast.layout, mesh=mesh,

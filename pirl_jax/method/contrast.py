@@ -58,11 +58,11 @@ class Memory:
   images: BatchRows
   drawn: Draws
 
-  def moved(self, emb: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  def to_write(self, emb: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns what `memory_bank.update` takes: rows i32[B], own f32[B, D], embeddings f32[B, D], valid bool[B].
 
     Args:
-      emb: f32[M, B / M, D], unit vectors f(v_I).
+      emb: f32[M, B / M, D], unit vectors, to which the rows move.
     """
     flat = partial(jnp.reshape, shape=(-1, emb.shape[-1]))
     return self.images.rows.reshape(-1), flat(self.images.own), flat(emb), self.images.valid.reshape(-1)
@@ -104,7 +104,7 @@ class Contrast:
 
   @jax.named_scope("bank")
   def look_up(self, bank: jax.Array, usable: jax.Array, batch: Mapping[str, jax.Array], keys: Mapping[str, jax.Array],
-              *, views: tuple[str, ...]) -> Memory:
+              *, views: tuple[str, ...], moved: Callable[[jax.Array], jax.Array] | None = None) -> Memory:
     """Returns what the batch is compared with. An image found broken has no weight from here on.
 
     Args:
@@ -114,6 +114,7 @@ class Contrast:
         perhaps `fills`, see `micro_batches.weighed`.
       keys: key[] of the negatives of each view.
       views: those that are compared.
+      moved: from the images' own rows f32[M, B / M, D] to what takes their place as positives, of the same shape.
     """
     rows = gather(self.layout.row_of(batch["index"]), axis=1)  # [M, B / M]
     usable, valid = memory_bank.retire(usable, rows, gather(batch["valid"], axis=1), axis=AXIS)
@@ -126,6 +127,8 @@ class Contrast:
     elif self.num_negatives:
       negatives = {view: draw(keys[view]) for view in views}  # [K]
     own, *vectors = memory_bank.read(bank, rows.reshape(-1), *negatives.values(), axis=AXIS)
+    if moved is not None:
+      own = moved(own.reshape(*rows.shape, -1)).reshape(own.shape)
     drawn = dict(zip(negatives, zip(negatives.values(), vectors, strict=True), strict=True))
     share = valid / jnp.maximum(jnp.sum(valid), 1)
     near: Any = ()

@@ -5,12 +5,13 @@ embedding, or the logits of D labels).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import TrainState
+from pirl_jax.models.batch_norm import MOMENTUM
 from pirl_jax.models.network import Network
 from pirl_jax.views.rotation import draw_turns, rotate
 
@@ -21,12 +22,26 @@ _ANGLE_KEY = 3
 """Number of the key of an image's angle; `views.two_views` uses those below."""
 
 
-def forward(network: Network, views_fn: Callable, state: TrainState, params: Any,
-            crops: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array | None, Any]:
-  """Returns (outputs of the heads {"image", "pretext": f32[b, D]}, labels of the transforms i32[b], new batch_stats).
+class Passed(NamedTuple):
+  """What the views of a part of the batch become on one device."""
 
-  The outputs leave out a view that the network has no head for. The labels are None if there is no pretext view. If the
-  network has a head for the angle, the outputs have its logits f32[b, 4] of the image view after `quarter_turns`.
+  outputs: dict[str, jax.Array]
+  """Outputs of the heads, {"image", "pretext": f32[b, D]}, and the logits f32[b, 4] of `ANGLE`."""
+  labels: jax.Array | None
+  """Labels of the transforms, i32[b]; None if there is no pretext view."""
+  batch_stats: Any
+  """The running statistics after all views."""
+  image_stats: Any
+  """The statistics of the image views of these images alone; None if there is no image view."""
+
+
+def forward(network: Network, views_fn: Callable, state: TrainState, params: Any,
+            crops: Mapping[str, jax.Array]) -> Passed:
+  """Returns outputs, labels and statistics; the outputs leave out a view that the network has no head for.
+
+  The trunk runs once for each view. Each pass has its own batch statistics, and moves the running ones, in the official
+  order: the pretext views before the images (vissl/models/base_ssl_model.py). If the network has a head for the angle,
+  the images after `quarter_turns` are the last.
 
   Args:
     network: runs in training mode: its batch norm uses the statistics of these images and updates the running ones.
@@ -38,15 +53,25 @@ def forward(network: Network, views_fn: Callable, state: TrainState, params: Any
   with jax.named_scope("views"):
     keys = view_keys(state.seed, state.step, crops["index"])
     image, pretext, labels = views_fn(keys, crops.get("image_crop"), crops.get("pretext_crop"))
+
+  def run(method: str, view: jax.Array, batch_stats: Any) -> tuple[jax.Array, Any]:
+    out, updated = network.apply({"params": params, "batch_stats": batch_stats}, view, train=True,
+                                 mutable=["batch_stats"], method=method)
+    return out, updated["batch_stats"]
+
+  outputs, batch_stats, image_stats = {}, state.batch_stats, None
   with jax.named_scope("network"):
-    outputs, updated = network.apply(
-      {"params": params, "batch_stats": state.batch_stats}, image, pretext, train=True, mutable=["batch_stats"])
-    found = {view: output for view, output in zip(("image", "pretext"), outputs, strict=True) if output is not None}
+    if pretext is not None:
+      outputs["pretext"], batch_stats = run("embed_pretext", pretext, batch_stats)
+    if image is not None:
+      before = batch_stats
+      outputs["image"], batch_stats = run("embed_image", image, before)
+      image_stats = jax.tree.map(lambda new, old: (new - MOMENTUM * old) / (1 - MOMENTUM), batch_stats, before)
     if network.angle_head is not None:
+      assert image is not None
       turned = jax.vmap(rotate)(image, quarter_turns(state, crops["index"]))
-      found[ANGLE], updated = network.apply({"params": params, **updated}, turned, train=True, mutable=["batch_stats"],
-                                            method="predict_angle")
-  return found, labels, updated["batch_stats"]
+      outputs[ANGLE], batch_stats = run("predict_angle", turned, batch_stats)
+  return Passed(outputs, labels, batch_stats, image_stats)
 
 
 def quarter_turns(state: TrainState, index: jax.Array) -> jax.Array:

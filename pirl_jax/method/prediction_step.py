@@ -55,15 +55,15 @@ def make_prediction_step(network: Network, optimizer: Optimizer, views_fn: Calla
     # 2. The cross-entropy of the label, predicted from the view.
     def objective(params: Any, part: Any) -> tuple[jax.Array, Any]:
       crops, share = part
-      outputs, transform, batch_stats = forward(network, views_fn, state, params, crops)
-      logits, = map(gather, outputs.values())  # [B / M, L]
-      target = crops["label"] if predicts_class else transform
+      passed = forward(network, views_fn, state, params, crops)
+      logits, = map(gather, passed.outputs.values())  # [B / M, L]
+      target = crops["label"] if predicts_class else passed.labels
       assert target is not None  # if there is a pretext head, the transform has labels
       label = gather(target)
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
       mean = partial(health.sum_of_shares, share)
       metrics = {"loss": mean(losses), "top1": mean(jnp.argmax(logits, axis=1) == label)}
-      return metrics["loss"], (metrics, batch_stats)
+      return metrics["loss"], (metrics, passed.batch_stats)
 
     grads, (metrics, batch_stats) = accumulate(jax.grad(objective, has_aux=True), state.params, (batch, share))
 

@@ -1,6 +1,6 @@
 """A step as one compiled program or two, mapped over the devices.
 
-Letters: R rows of the bank, D embedding, B batch. `moved` is what the update of the bank takes: `Memory.moved`.
+Letters: R rows of the bank, D embedding, B batch. `moved` is what the update of the bank takes: `Memory.to_write`.
 
 A step is void if one of its images has the index -1. A process gives such images if its disk does not answer: the other
 processes have begun the step and wait. A void step returns the state that it was given.

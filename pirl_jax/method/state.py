@@ -36,6 +36,8 @@ class TrainState(flax.struct.PyTreeNode):
   """[S * R, D], rows, see `memory_bank.stored`, split over the devices; None for a system without a bank."""
   normaliser: Any
   """f32[], Z of the `nce` loss; 0 before the first batch has set it, and for other losses; None without a bank."""
+  momentum_encoder: Any = None
+  """{"params", "batch_stats"} of the momentum encoder, f32; None without one."""
 
 
 def state_specs(*, with_bank: bool = True) -> TrainState:
@@ -51,7 +53,7 @@ def state_shardings(mesh: Mesh, *, with_bank: bool) -> TrainState:
 
 def create_state(seed: int, network: Network, optimizer: optax.GradientTransformation, layout: memory_bank.Layout, *,
                  mesh: Mesh, create_bank: Callable, inputs: tuple[jax.Array | None, jax.Array | None],
-                 with_bank: bool = True) -> TrainState:
+                 with_bank: bool = True, with_momentum_encoder: bool = False) -> TrainState:
   """Returns the state before the first step. Each device creates its own part, so no device ever holds a whole bank.
 
   Args:
@@ -64,6 +66,7 @@ def create_state(seed: int, network: Network, optimizer: optax.GradientTransform
     inputs: an image f32[1, H, W, 3] and a pretext view f32[1, P, h, w, 3]; None for a view that the network does not
       use.
     with_bank: True if the state has a bank.
+    with_momentum_encoder: True if the state has a copy of the network.
   """
   def init(seed: jax.Array) -> TrainState:
     params_key, bank_key = jax.random.split(jax.random.key(seed))
@@ -71,10 +74,11 @@ def create_state(seed: int, network: Network, optimizer: optax.GradientTransform
     bank, usable = create_bank(bank_key, layout)
     # Flax creates running statistics in float32, but a step returns them in the type of the parameters.
     batch_stats = optax.tree_utils.tree_cast(variables["batch_stats"], jax.tree.leaves(variables["params"])[0].dtype)
+    encoder = {"params": variables["params"], "batch_stats": batch_stats} if with_momentum_encoder else None
     return TrainState(
       step=jnp.zeros((), jnp.int32), seed=seed, params=variables["params"], batch_stats=batch_stats,
       opt_state=optimizer.init(variables["params"]), usable=usable, bank=bank if with_bank else None,
-      normaliser=jnp.zeros(()) if with_bank else None)
+      normaliser=jnp.zeros(()) if with_bank else None, momentum_encoder=encoder)
 
   # The seed is an argument of the compiled program, and the bits do not depend on the number of devices.
   return jax.jit(init, out_shardings=state_shardings(mesh, with_bank=with_bank))(jnp.uint32(seed % 2**32))

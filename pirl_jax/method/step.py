@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from pirl_jax.method import health, memory_bank
+from pirl_jax.method import health, memory_bank, momentum_encoder
 from pirl_jax.method.contrast import Contrast, Memory
-from pirl_jax.method.forward import ANGLE, forward, quarter_turns
+from pirl_jax.method.forward import ANGLE, Passed, forward, quarter_turns
 from pirl_jax.method.micro_batches import accumulate, gather, split_batch, whole_batch_stats
 from pirl_jax.method.optimizer import Optimizer, descend
 from pirl_jax.method.programs import Step, WithNormaliser, in_one_program, in_two_programs
@@ -46,14 +46,30 @@ class Weights:
     return {"pretext": self.pretext, "image": 1 - self.pretext} if self.pretext else {"image": 1}
 
 
+@dataclasses.dataclass(frozen=True)
+class Momenta:
+  """What stays of the old at each step.
+
+  Attributes:
+    bank: mu, the weight of the old row when a row moves.
+    encoder: in (0, 1), of a momentum encoder, whose embedding of a second crop is what a row moves to, see
+      `momentum_encoder`; the row moves before it is compared with. 0: there is none, and a row moves to the embedding
+      of the image view, after it was compared with.
+  """
+
+  bank: float
+  encoder: float = 0.0
+
+
 def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Callable,
-                          contrast: Contrast, mesh: Mesh, *, weights: Weights, bank_momentum: float,
+                          contrast: Contrast, mesh: Mesh, *, weights: Weights, momenta: Momenta,
                           micro_batches: int = 1) -> Step:
   """Returns train_step(state, batch) -> (state, metrics), compiled, and mapped over the devices of `mesh`.
 
   The state given in is donated: its memory becomes that of the state returned, so there is never a second bank.
   `batch` holds `image_crop` u8[B, H, W, 3], `pretext_crop` u8[B, S, S, 3], `index` i32[B] and `valid` bool[B], split
-  over the devices, and `fills` bool[B] if the last batch of an epoch may be partial (`micro_batches.weighed`).
+  over the devices, and `fills` bool[B] if the last batch of an epoch may be partial (`micro_batches.weighed`), and
+  `second_crop` u8[B, H, W, 3] for a momentum encoder.
   `metrics` is a flat dict of f32[], but for those of `health.not_finite`, `health.num_usable` and `programs.VOID`. A
   step with an index of -1 is void, see `programs`.
 
@@ -64,7 +80,7 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
     contrast: what embeddings are compared with, and the loss.
     mesh: the devices.
     weights: of the terms of the loss.
-    bank_momentum: mu, the weight of the old row when a row moves.
+    momenta: of the bank and of a momentum encoder.
     micro_batches: M, parts of the batch that pass through the network one after the other. The bank is read before the
       first and written after the last, and the gradient is that of the whole batch, but for the statistics of batch
       norm, which are those of a part, or of groups of images whatever the parts.
@@ -75,14 +91,20 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
   #    Randomness depends on seed, step and image alone: neither a restart nor the number of devices changes it.
   def look_up(state: TrainState, bank: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Memory, Any]:
     batch = split_batch(batch, micro_batches, group=network.trunk.batch_norm_group)  # [M, b, ...]
-    memory = contrast.look_up(bank, state.usable, batch, step_keys(state.seed, state.step), views=tuple(view_weights))
-    return memory, {"crops": batch, "images": memory.images}
+    moved = None
+    if momenta.encoder:
+      second = momentum_encoder.embed(network, views_fn, state, batch)
+      moved = partial(memory_bank.moved, embeddings=second, momentum=momenta.bank)
+    memory = contrast.look_up(bank, state.usable, batch, step_keys(state.seed, state.step), views=tuple(view_weights),
+                              moved=moved)
+    crops = {name: x for name, x in batch.items() if name != momentum_encoder.CROP}
+    return memory, {"crops": crops, "images": memory.images}
 
   # 2. Two views of every image, [b, H, W, 3] and [b, P, h, w, 3], and an embedding of each, f(v_I) and g(v_It).
-  def embed(state: TrainState, params: Any, part: Any) -> tuple[dict[str, jax.Array], dict[str, jax.Array], Any]:
-    outputs, _, batch_stats = forward(network, views_fn, state, params, part["crops"])
-    embs = {view: gather(memory_bank.normalise(outputs[view])) for view in view_weights}  # [B / M, D]
-    return embs, outputs, batch_stats
+  def embed(state: TrainState, params: Any, part: Any) -> tuple[dict[str, jax.Array], Passed]:
+    passed = forward(network, views_fn, state, params, part["crops"])
+    embs = {view: gather(memory_bank.normalise(passed.outputs[view])) for view in view_weights}  # [B / M, D]
+    return embs, passed
 
   def device_step(state: TrainState, bank: jax.Array,
                   batch: Mapping[str, jax.Array]) -> tuple[TrainState, tuple[jax.Array, ...], dict[str, jax.Array]]:
@@ -90,7 +112,7 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
 
     # 3. Equation 5: lambda L(m_I, g(v_It)) + (1 - lambda) L(m_I, f(v_I)). f and g meet in the bank alone.
     def objective(params: Any, part: Any) -> tuple[jax.typing.ArrayLike, Any]:
-      embs, outputs, batch_stats = embed(state, params, part)
+      embs, passed = embed(state, params, part)
       each, seen = contrast(memory, part["images"], embs, state.normaliser)
       mean = partial(health.sum_of_shares, part["images"].share)
       means = {view: mean(loss) for view, loss in each.items()}
@@ -98,24 +120,30 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
       metrics: dict[str, Any] = {"loss": loss, **{f"loss_{view}": value for view, value in means.items()}}
       metrics |= health.similarities(seen, mean=mean, temperature=contrast.temperature)
       if weights.angle:
-        metrics |= _angle_terms(outputs[ANGLE], quarter_turns(state, part["crops"]["index"]), mean)
+        metrics |= _angle_terms(passed.outputs[ANGLE], quarter_turns(state, part["crops"]["index"]), mean)
         metrics["loss"] = loss = loss + weights.angle * metrics["loss_angle"]
-      return loss, (metrics, embs["image"], batch_stats)
+      return loss, (metrics, embs["image"], passed.batch_stats, passed.image_stats)
 
-    grads, (metrics, image_emb, batch_stats) = accumulate(jax.grad(objective, has_aux=True), state.params, parts)
+    grads, (metrics, image_emb, batch_stats, image_stats) = accumulate(
+      jax.grad(objective, has_aux=True), state.params, parts)
 
-    # 4. The parameters move; then the rows of this batch, m_I <- mu m_I + (1 - mu) f(v_I), and no others.
+    # 4. The parameters move; then the rows of this batch, m_I <- mu m_I + (1 - mu) f(v_I), and no others. With a
+    #    momentum encoder the rows have moved already, and the encoder follows the network.
     learning_rate = jnp.asarray(optimizer.learning_rate(state.step))
     state = descend(state, optimizer, grads, batch_stats=whole_batch_stats(network, batch_stats), usable=memory.usable)
+    if momenta.encoder:
+      state = momentum_encoder.follow(state, whole_batch_stats(network, image_stats), momentum=momenta.encoder)
     metrics = jax.tree.map(jnp.sum, metrics) | {"embedding_spread": health.spread(image_emb, memory.images.share),
                                                 "learning_rate": learning_rate}
     metrics[health.NOT_FINITE] = health.not_finite(
       metrics["loss"], grads, state.params, state.batch_stats, (memory.images.own, image_emb))
     metrics[health.NUM_USABLE] = health.num_usable(state.usable)
-    return state, memory.moved(image_emb), metrics
+    return state, memory.to_write(memory.images.own if momenta.encoder else image_emb), metrics
 
+  # A row that has moved is written as it is.
+  momentum = 0.0 if momenta.encoder else momenta.bank
   step = (in_two_programs if contrast.reads_every_row else in_one_program)(
-    device_step, partial(memory_bank.update, momentum=bank_momentum, axis=AXIS), mesh)
+    device_step, partial(memory_bank.update, momentum=momentum, axis=AXIS), mesh)
   if not contrast.loss_fn.has_normaliser:
     return step
 

@@ -38,7 +38,7 @@ def loss_programs(contrast: Contrast, mesh: Mesh, *, views: Sequence[str], bank_
       return jnp.sum(jnp.stack([loss @ images.share for loss in each.values()])), watched
 
     (loss, watched), slopes = jax.value_and_grad(objective, has_aux=True)(embs)
-    return slopes, watched, memory.moved(embs["image"][None]), loss
+    return slopes, watched, memory.to_write(embs["image"][None]), loss
 
   write = partial(memory_bank.update, momentum=bank_momentum, axis=AXIS)
   return (jax.jit(jax.shard_map(look, mesh=mesh, in_specs=(SPLIT, SPLIT, SPLIT, WHOLE), out_specs=WHOLE)),

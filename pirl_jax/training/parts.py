@@ -27,7 +27,7 @@ from pirl_jax.method.optimizer import Optimizer, cosine_schedule, create_optimiz
 from pirl_jax.method.prediction_step import make_prediction_step
 from pirl_jax.method.programs import Step
 from pirl_jax.method.state import TrainState, create_state
-from pirl_jax.method.step import Weights, make_contrastive_step
+from pirl_jax.method.step import Momenta, Weights, make_contrastive_step
 from pirl_jax.models.network import Network
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.views.permutations import SUBSETS
@@ -77,7 +77,8 @@ class Parts:
                           averaged=config.bank.averaged)
     return create_state(
       config.seed, self.network, self.optimizer, self.layout, mesh=self.mesh, create_bank=create_bank,
-      inputs=system.network_inputs(config), with_bank=with_bank and system.has_bank(config))
+      inputs=system.network_inputs(config), with_bank=with_bank and system.has_bank(config),
+      with_momentum_encoder=system.has_momentum_encoder(config))
 
 
 def _one_of(choices: Iterable[str]) -> tuple[Callable[[Any], bool], str]:
@@ -102,7 +103,7 @@ RULES = (
     "optimizer.end_factor", "optimizer.warmup_factor"), lambda value: 0 <= value <= 1, "it lies in [0, 1]"),
   (("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.warmup_epochs", "angle_weight"),
    lambda value: 0 <= value < float("inf"), "a finite number from 0 is needed"),
-  (("data.holdout",), lambda value: 0 <= value < 1, "it lies in [0, 1)"),
+  (("data.holdout", "bank.encoder_momentum"), lambda value: 0 <= value < 1, "it lies in [0, 1)"),
   (("data.kept_side",), lambda value: value >= 0, "0 (not kept) or more is needed"),
   (("seed",), lambda value: 0 <= value < 2**32, "it lies in [0, 2**32)"),
   (("name",), lambda value: re.fullmatch(r"[\w.+\- ]{0,200}", value) and value.strip(".") or not value,
@@ -147,6 +148,9 @@ def check_config(config: ConfigDict) -> None:
   if config.angle_weight and config.objective != "invariant":
     raise UserError(f"angle_weight={config.angle_weight} is not possible with objective={config.objective!r}: the "
                     "angle is predicted beside the invariant loss")
+  if config.bank.encoder_momentum and config.objective != "invariant":
+    raise UserError(f"bank.encoder_momentum={config.bank.encoder_momentum} is not possible with "
+                    f"objective={config.objective!r}, which has no bank")
   if tuple(config.negative_ranks) != (0, 1) and config.loss == "nce":
     raise UserError(f"negative_ranks={tuple(config.negative_ranks)} is not possible with loss='nce', which counts on "
                     "negatives drawn at random; choose --config.loss=infonce")
@@ -306,7 +310,8 @@ def make_step(parts: Parts) -> Step:
     return make_prediction_step(*common, parts.layout, parts.mesh, micro_batches=config.micro_batches)
   contrast = contrast_of(config, parts.layout, num_negatives=config.num_negatives)
   weights = Weights(config.pretext_weight, config.angle_weight)
-  return make_contrastive_step(*common, contrast, parts.mesh, weights=weights, bank_momentum=config.bank.momentum,
+  momenta = Momenta(config.bank.momentum, config.bank.encoder_momentum)
+  return make_contrastive_step(*common, contrast, parts.mesh, weights=weights, momenta=momenta,
                                micro_batches=config.micro_batches)
 
 

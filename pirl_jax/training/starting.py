@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pirl_jax.errors import UserError
 from pirl_jax.method.state import TrainState
@@ -41,8 +42,9 @@ def first_state(parts: Parts) -> TrainState:
   left = [name for name in expected.params if name not in taken]
   print(f"starts from {path}, step {run.step}: takes {', '.join(taken)}"
         + (f"; new, because their shapes differ or they are missing there: {', '.join(left)}" if left else ""))
-  return state.replace(params=mixed(state.params, theirs["params"]),
-                       batch_stats=mixed(state.batch_stats, theirs["batch_stats"]))
+  params, batch_stats = mixed(state.params, theirs["params"]), mixed(state.batch_stats, theirs["batch_stats"])
+  encoder = state.momentum_encoder and jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
+  return state.replace(params=params, batch_stats=batch_stats, momentum_encoder=encoder)
 
 
 def check_trunk(given: str, own: dict[str, Any], theirs: dict[str, Any], flags: str) -> None:

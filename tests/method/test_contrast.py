@@ -17,7 +17,7 @@ from pirl_jax.method.negatives import Scores
 from pirl_jax.method.optimizer import Optimizer
 from pirl_jax.method.randomness import step_keys
 from pirl_jax.method.state import create_state
-from pirl_jax.method.step import Weights, make_contrastive_step
+from pirl_jax.method.step import Momenta, Weights, make_contrastive_step
 from pirl_jax.models.heads import ImageHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ResNet
@@ -69,7 +69,7 @@ def compared(contrast, case, *, num_devices, num_parts, known=None):
       return sum(jnp.sum(loss * memory.images.share) for loss in each.values()), (each, seen, normaliser)
 
     grads, found = jax.grad(objective, has_aux=True)(embs)
-    moved = memory_bank.update(bank, *memory.moved(embs["image"]), momentum=MU, axis=AXIS)
+    moved = memory_bank.update(bank, *memory.to_write(embs["image"]), momentum=MU, axis=AXIS)
     return found, grads, memory.usable, moved
 
   bank, usable, batch, embs = case
@@ -232,7 +232,7 @@ def test_a_step_with_another_kind_of_loss_is_the_same_on_any_number_of_devices(c
                          inputs=(jnp.zeros((1, 12, 12, 3)), None))
     step = make_contrastive_step(
       network.with_batch_norm(axis=AXIS), optimizer, lambda keys, image, pretext: (image / 127.5 - 1, None, None),
-      contrast_of("infonce", K, "shared", BatchMates), mesh, weights=Weights(0), bank_momentum=MU)
+      contrast_of("infonce", K, "shared", BatchMates), mesh, weights=Weights(0), momenta=Momenta(MU))
     states.append(jax.device_get(step(state, jax.device_put(batch, mesh_lib.split(mesh)))))
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), *states)
   assert np.isfinite(states[0][1]["loss"])

@@ -16,7 +16,7 @@ from pirl_jax.method.optimizer import Optimizer, create_optimizer
 from pirl_jax.method.programs import VOID
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import create_state
-from pirl_jax.method.step import Weights, make_contrastive_step
+from pirl_jax.method.step import Momenta, Weights, make_contrastive_step
 from pirl_jax.models.heads import ClassHead, ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ResNet, create_resnet
@@ -39,18 +39,20 @@ def views_fn(keys, image_crop, pretext_crop=None):
   return image, jnp.stack(patches, axis=1) / 127.5 - 1, None
 
 
-def make_batch(step, *, broken=(), with_pretext=True):
+def make_batch(step, *, broken=(), with_pretext=True, with_second=False):
   rng = np.random.default_rng(step)
   index = rng.permutation(N)[:B].astype(np.int32)
   batch = {"image_crop": rng.integers(0, 256, (B, 12, 12, 3), dtype=np.uint8),
            "pretext_crop": rng.integers(0, 256, (B, 12, 12, 3), dtype=np.uint8),
            "index": index, "valid": ~np.isin(index, broken)}
+  if with_second:
+    batch["second_crop"] = rng.integers(0, 256, (B, 12, 12, 3), dtype=np.uint8)
   return batch if with_pretext else {name: x for name, x in batch.items() if name != "pretext_crop"}
 
 
 def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, group=None, optimizer=None, pretext_weight=0.4,
-          angle_weight=0.0, dtype=jnp.float32, num_negatives=K, negative_sampling="shared", micro_batches=1, trunk=None,
-          **choice):
+          angle_weight=0.0, bank_momentum=0.5, encoder_momentum=0.0, dtype=jnp.float32, num_negatives=K,
+          negative_sampling="shared", micro_batches=1, trunk=None, **choice):
   mesh = mesh_lib.create_mesh(num_devices)
   layout = memory_bank.create_layout(N, num_devices=num_devices, num_negatives=num_negatives)
   trunk = trunk or ResNet(blocks=(1,), bottleneck=False, channels=16, stem="3x3s2", dtype=dtype)  # little to compile
@@ -59,13 +61,14 @@ def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, group=None, opti
   optimizer = optimizer or create_optimizer(optax.constant_schedule(0.05), momentum=0.9, weight_decay=1e-4)
   make_state = partial(create_state, 7, network, optimizer, layout, mesh=mesh,
                        create_bank=partial(memory_bank.create, dim=D),
-                       inputs=INPUTS if pretext_weight else (INPUTS[0], None))
+                       inputs=INPUTS if pretext_weight else (INPUTS[0], None),
+                       with_momentum_encoder=encoder_momentum > 0)
   loss_fn = losses.make_loss(loss, temperature=TAU, num_images=N, num_negatives=num_negatives or N)
   contrast = Contrast(loss_fn, layout, num_negatives=num_negatives, negative_sampling=negative_sampling,
                       temperature=TAU, **choice)
   step = make_contrastive_step(network.with_batch_norm(axis=batch_norm, group=group), optimizer, views_fn, contrast,
-                               mesh, weights=Weights(pretext_weight, angle_weight), bank_momentum=0.5,
-                               micro_batches=micro_batches)
+                               mesh, weights=Weights(pretext_weight, angle_weight),
+                               momenta=Momenta(bank_momentum, encoder_momentum), micro_batches=micro_batches)
   return mesh, layout, network, make_state, step
 
 
@@ -76,7 +79,8 @@ def run(num_devices, *, loss="nce", num_steps=3, broken=(), **options):
   state, states, metrics = make_state(), [], []
   states.append(jax.device_get(state))
   for i in range(num_steps):
-    batch = make_batch(i, broken=broken, with_pretext=network.pretext_head is not None)
+    batch = make_batch(i, broken=broken, with_pretext=network.pretext_head is not None,
+                       with_second=state.momentum_encoder is not None)
     state, figures = step(state, jax.device_put(batch, mesh_lib.split(mesh)))
     states.append(jax.device_get(state))
     metrics.append(jax.device_get(figures))
@@ -184,15 +188,18 @@ def draw_by_hand(mesh, layout, term, *, num_draws=None):
   return np.broadcast_to(draw(key), (B, K))
 
 
-def objective_by_hand(state, layout, embs, batch, negatives, *, loss, pretext_weight):
-  """Returns the terms of the first step and Z, in float64, from the rows i32[B, K] of the negatives of each term."""
+def objective_by_hand(state, layout, embs, batch, negatives, *, loss, pretext_weight, own=None):
+  """Returns the terms of the first step and Z, in float64, from the rows i32[B, K] of the negatives of each term.
+
+  The positives are the vectors `own` f64[B, D], or the images' own rows.
+  """
   bank = np.asarray(state.bank, np.float64)
   rows = layout.row_of(batch["index"])
   left_out = rows[~batch["valid"]]
   terms, normaliser = {}, None
   for name, drawn in negatives.items():
     emb = embs[("image", "pretext").index(name)]
-    positive = np.sum(bank[rows] * emb, axis=1) / TAU
+    positive = np.sum((bank[rows] if own is None else own) * emb, axis=1) / TAU
     negative = np.einsum("bd,bkd->bk", emb, bank[drawn]) / TAU
     weight = (drawn != rows[:, None]) & ~np.isin(drawn, left_out)
     if normaliser is None:  # from the first term of the first batch, and for both terms
@@ -491,7 +498,7 @@ def lower_big_step(num_devices, *, num_negatives):
   step = make_contrastive_step(
     network.with_batch_norm(axis=mesh_lib.AXIS), optimizer, views_fn,
     Contrast(loss_fn, layout, num_negatives=num_negatives, temperature=TAU), mesh, weights=Weights(0.5),
-    bank_momentum=0.5)
+    momenta=Momenta(0.5))
   lowered = step.lower(state, make_batch(0))
   return lowered if isinstance(lowered, tuple) else (lowered,)
 
