@@ -43,6 +43,9 @@ SCORE_PASSES, ROW_PASSES = 5, 14
 PARAMETER_PASSES, PART_PASSES = 13, 4.5
 """How often the parameters pass through memory for gradient, momentum and update, and for each further micro-batch."""
 
+ENCODER_PASSES, ENCODER_PARAMETER_PASSES = 2.3, 7
+"""How often the inputs and outputs of convolutions, and the parameters, pass through memory for a momentum encoder."""
+
 PASSING = "in passing: activations, gradient, scores"
 """Name of the memory that is needed during a step only."""
 
@@ -194,28 +197,32 @@ def estimate(config: ConfigDict, *, num_images: int, num_classes: int, num_devic
   calls, dim = max(layer.call for layer in counted.layers), config.model.dim
   exact, itemsize = 8 if config.model.dtype == "float64" else 4, jnp.dtype(config.model.dtype).itemsize
   rows = layout.num_rows / num_devices * has_bank
+  encoder = [layer for layer in counted.layers if layer.call == calls] if system.has_momentum_encoder(config) else []
   scored = min(config.num_negatives / num_devices or rows, rows)
   scores = config.batch_size * calls * scored  # by the embeddings of each view
   read = dim if config.negative_sampling == "per_image" else 1  # each image reads rows of its own
   held = scores * read / parts * (1 if config.num_negatives else min(1, CHUNK_ROWS / max(1, scored)))
   memory = {
-    "weights, momentum, statistics": exact * (2 * counted.parameters + counted.statistics),
+    "weights, momentum, statistics": exact * (2 * counted.parameters + counted.statistics
+                                              + bool(encoder) * (counted.parameters + counted.statistics)),
     "memory bank": rows * (dim * jnp.dtype(config.bank.dtype).itemsize + 1),
     "batch": pixels,
     PASSING: KEPT * itemsize * images / parts * counted.kept(remat=remat) + exact * counted.parameters * min(2, parts)
              + 2 * 4 * held}
   numbers = sum(layer.numbers * (PASSES + REMAT_PASSES * (remat and layer.stage.startswith("res")))
-                for layer in counted.layers)
+                for layer in counted.layers) + ENCODER_PASSES * sum(layer.numbers for layer in encoder)
   traffic = {
     "network": itemsize * images * numbers,
     "views": PIXEL_PASSES * pixels,
     "loss and bank": 4 * (SCORE_PASSES * scores * read + ROW_PASSES * parts * calls * scored * dim),
-    "optimizer": exact * counted.parameters * (PARAMETER_PASSES + PART_PASSES * (parts - 1))}
-  flops = 3 * images * sum(layer.flops for layer in counted.layers) + 4 * scores * dim
+    "optimizer": exact * counted.parameters * (PARAMETER_PASSES + PART_PASSES * (parts - 1)
+                                               + ENCODER_PARAMETER_PASSES * bool(encoder))}
+  flops = (images * (3 * sum(layer.flops for layer in counted.layers) + sum(layer.flops for layer in encoder))
+           + 4 * scores * dim)
   if num_devices == 1:
     return Needs(memory, traffic, flops)
   # The gradient, the embeddings and rows of the batch, and the statistics of each call of batch norm with their slopes.
   over_all = config.model.batch_norm == "global"
   sent = (exact * (counted.parameters + 2 * parts * calls * counted.statistics * over_all)
-          + 4 * dim * config.batch_size * (calls + 1) * has_bank)
+          + 4 * dim * config.batch_size * (calls + 1 + bool(encoder)) * has_bank)
   return Needs(memory, traffic, flops, sent, 2 * parts * counted.norms * over_all + 6)

@@ -17,6 +17,7 @@ from pirl_jax import system
 from pirl_jax.data.records import Source
 from pirl_jax.errors import UserError
 from pirl_jax.method import memory_bank
+from pirl_jax.method.momentum_encoder import CROP
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import state_shardings
 from pirl_jax.models.pooling import max_pool
@@ -118,7 +119,9 @@ def _views(config: ConfigDict, count: int, device: Mesh) -> tuple[Callable, tupl
   views_fn = system.views_of(config)
 
   def run(index: jax.Array, crops: dict[str, jax.Array]) -> Any:
-    return views_fn(view_keys(0, jnp.int32(0), index), crops.get("image_crop"), crops.get("pretext_crop"))
+    keys = view_keys(0, jnp.int32(0), index)
+    second = views_fn(keys, crops[CROP], None) if CROP in crops else ()
+    return views_fn(keys, crops.get("image_crop"), crops.get("pretext_crop")), second
 
   return run, (_shaped((count,), jnp.int32, device), _crops(config, count, device))
 

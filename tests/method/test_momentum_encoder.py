@@ -10,7 +10,6 @@ import pytest
 from test_step import (
   PLAIN_SGD,
   B,
-  N,
   PlainTrunk,
   build,
   draw_by_hand,
@@ -68,8 +67,8 @@ def test_the_encoder_follows_the_parameters_and_the_statistics_of_the_images_alo
     _, seen = network.apply({"params": before.params, "batch_stats": nothing}, image, None, train=True,
                             mutable=["batch_stats"])
     followed = {"params": after.params, "batch_stats": jax.tree.map(lambda x: 10 * x, seen["batch_stats"])}
-    kept = (1 + step) / (10 + step)
-    expected = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, before.momentum_encoder, followed)
+    expected = jax.tree.map(lambda old, new, kept=(1 + step) / (10 + step): kept * old + (1 - kept) * new,
+                            before.momentum_encoder, followed)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), after.momentum_encoder, expected)
 
 
@@ -112,5 +111,5 @@ def test_a_void_step_leaves_the_encoder_as_it_is():
   state = make_state()
   before = jax.device_get(state)
   after, metrics = step(state, jax.device_put(batch, mesh_lib.split(mesh)))
-  assert metrics[VOID] and N == before.usable.sum()
+  assert metrics[VOID]
   jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))

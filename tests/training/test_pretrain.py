@@ -33,9 +33,9 @@ def tiny(**changes):
   return config
 
 
-def final_state(workdir):
+def final_state(workdir, **changes):
   """Returns every array of the newest checkpoint by name, and its meta."""
-  parts = parts_lib.build(tiny(), workdir)
+  parts = parts_lib.build(tiny(**changes), workdir)
   with Checkpoints(workdir / "checkpoints", keep=20) as checkpoints:
     step = checkpoints.steps()[-1]
     state = checkpoints.restore(step, jax.eval_shape(parts.initial_state), parts.mesh)
@@ -82,15 +82,19 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole_run, tmp_path, m
   assert rows(tmp_path / "run") == rows(whole_run)
 
 
-@pytest.mark.slow
-def test_an_official_run_goes_on_bit_for_bit_with_a_partial_batch_in_every_epoch(tmp_path):
-  official = {"negative_sampling": "per_image", "own_row_is_negative": True, "bank.averaged": 32, "partial_batch": True}
+OFFICIAL = {"negative_sampling": "per_image", "own_row_is_negative": True, "bank.averaged": 32, "partial_batch": True}
+
+
+@pytest.mark.parametrize("options, num_steps", [
+  pytest.param(OFFICIAL, 10, marks=pytest.mark.slow),  # 72 images: four batches of 16, and one with 8 images that count
+  ({"bank.encoder_momentum": 0.9}, 8)], ids=["official", "momentum encoder"])
+def test_a_run_with_other_options_goes_on_bit_for_bit(tmp_path, options, num_steps):
+  options = options | {"optimizer.schedule": "steps", "optimizer.milestones": ()}
   for name, lengths in (("whole", (2,)), ("cut", (1, 2))):
     for num_epochs in lengths:
-      config = tiny(num_epochs=num_epochs, **official, **{"optimizer.schedule": "steps", "optimizer.milestones": ()})
-      pretrain.run(config, str(tmp_path / name))
-  (state, _), (expected, _) = final_state(tmp_path / "cut"), final_state(tmp_path / "whole")
-  assert state.step == 10  # 72 images: four batches of 16, and one with 8 images that count
+      pretrain.run(tiny(num_epochs=num_epochs, **options), str(tmp_path / name))
+  (state, _), (expected, _) = (final_state(tmp_path / name, **options) for name in ("cut", "whole"))
+  assert state.step == num_steps and (state.momentum_encoder is not None) == ("bank.encoder_momentum" in options)
   jax.tree.map(np.testing.assert_array_equal, state, expected)
   assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
