@@ -104,7 +104,7 @@ class Contrast:
 
   @jax.named_scope("bank")
   def look_up(self, bank: jax.Array, usable: jax.Array, batch: Mapping[str, jax.Array], keys: Mapping[str, jax.Array],
-              *, views: tuple[str, ...], moved: Callable[[jax.Array], jax.Array] | None = None) -> Memory:
+              views: tuple[str, ...], moved: Callable[[jax.Array], jax.Array] | None = None) -> Memory:
     """Returns what the batch is compared with. An image found broken has no weight from here on.
 
     Args:

@@ -301,7 +301,7 @@ def negative_scores(others: jax.Array, embeddings: jax.Array, *, temperature: fl
   return product(embeddings, others) / temperature
 
 
-def moved(own: jax.Array, *, embeddings: jax.Array, momentum: float) -> jax.Array:
+def moved_row(own: jax.Array, *, embeddings: jax.Array, momentum: float) -> jax.Array:
   """Returns normalise(momentum * row + (1 - momentum) * embedding), f32[..., D], of rows and embeddings f32[..., D]."""
   return normalise(momentum * own + (1 - momentum) * embeddings)
 
@@ -309,7 +309,7 @@ def moved(own: jax.Array, *, embeddings: jax.Array, momentum: float) -> jax.Arra
 @jax.named_scope("bank")
 def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Array, valid: jax.Array, *,
            momentum: float, axis: str) -> jax.Array:
-  """Returns this device's part of the bank after these rows have moved, see `moved`.
+  """Returns this device's part of the bank after these rows have moved, see `moved_row`.
 
   `momentum` is the weight of the old row (paper, section 2.2; vissl/losses/nce_loss.py, `update_memory`). No other row
   changes.
@@ -324,7 +324,7 @@ def update(bank: jax.Array, rows: jax.Array, own: jax.Array, embeddings: jax.Arr
     axis: the mesh axis that splits the bank.
   """
   local, mine = local_rows(bank, rows, axis=axis)
-  new = moved(own, embeddings=embeddings, momentum=momentum)
+  new = moved_row(own, embeddings=embeddings, momentum=momentum)
   dtype = jnp.bfloat16 if bank.dtype == jnp.uint16 else bank.dtype
   return bank.at[_own_or_dropped(bank, local, mine & valid)].set(stored(new, dtype), mode="drop")
 

@@ -60,18 +60,21 @@ class Momenta:
   bank: float
   encoder: float = 0.0
 
+  @property
+  def written(self) -> float:
+    """Returns the weight of the old row when a row is written; a row that has moved already is written as it is."""
+    return 0.0 if self.encoder else self.bank
 
-def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Callable,
-                          contrast: Contrast, mesh: Mesh, *, weights: Weights, momenta: Momenta,
-                          micro_batches: int = 1) -> Step:
+
+def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Callable, contrast: Contrast, mesh: Mesh,
+                          *, weights: Weights, momenta: Momenta, micro_batches: int = 1) -> Step:
   """Returns train_step(state, batch) -> (state, metrics), compiled, and mapped over the devices of `mesh`.
 
   The state given in is donated: its memory becomes that of the state returned, so there is never a second bank.
   `batch` holds `image_crop` u8[B, H, W, 3], `pretext_crop` u8[B, S, S, 3], `index` i32[B] and `valid` bool[B], split
-  over the devices, and `fills` bool[B] if the last batch of an epoch may be partial (`micro_batches.weighed`), and
-  `second_crop` u8[B, H, W, 3] for a momentum encoder.
-  `metrics` is a flat dict of f32[], but for those of `health.not_finite`, `health.num_usable` and `programs.VOID`. A
-  step with an index of -1 is void, see `programs`.
+  over the devices; `fills` bool[B] if the last batch of an epoch may be partial (`micro_batches.weighed`); and
+  `second_crop` u8[B, H, W, 3] for a momentum encoder. `metrics` is a flat dict of f32[], but for `health.not_finite`,
+  `health.num_usable` and `programs.VOID`. A step with an index of -1 is void, see `programs`.
 
   Args:
     network: its batch norm may take statistics over the mesh axis, over each device, or over groups of images.
@@ -91,14 +94,10 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
   #    Randomness depends on seed, step and image alone: neither a restart nor the number of devices changes it.
   def look_up(state: TrainState, bank: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Memory, Any]:
     batch = split_batch(batch, micro_batches, group=network.trunk.batch_norm_group)  # [M, b, ...]
-    moved = None
-    if momenta.encoder:
-      second = momentum_encoder.embed(network, views_fn, state, batch)
-      moved = partial(memory_bank.moved, embeddings=second, momentum=momenta.bank)
-    memory = contrast.look_up(bank, state.usable, batch, step_keys(state.seed, state.step), views=tuple(view_weights),
-                              moved=moved)
-    crops = {name: x for name, x in batch.items() if name != momentum_encoder.CROP}
-    return memory, {"crops": crops, "images": memory.images}
+    moved = partial(memory_bank.moved_row, momentum=momenta.bank, embeddings=momentum_encoder.embed(
+      network, views_fn, state, batch)) if momenta.encoder else None
+    memory = contrast.look_up(bank, state.usable, batch, step_keys(state.seed, state.step), tuple(view_weights), moved)
+    return memory, {"crops": batch, "images": memory.images}
 
   # 2. Two views of every image, [b, H, W, 3] and [b, P, h, w, 3], and an embedding of each, f(v_I) and g(v_It).
   def embed(state: TrainState, params: Any, part: Any) -> tuple[dict[str, jax.Array], Passed]:
@@ -124,35 +123,43 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
         metrics["loss"] = loss = loss + weights.angle * metrics["loss_angle"]
       return loss, (metrics, embs["image"], passed.batch_stats, passed.image_stats)
 
-    grads, (metrics, image_emb, batch_stats, image_stats) = accumulate(
-      jax.grad(objective, has_aux=True), state.params, parts)
+    grads, (metrics, image_emb, *stats) = accumulate(jax.grad(objective, has_aux=True), state.params, parts)
+    batch_stats, image_stats = (whole_batch_stats(network, each) for each in stats)
 
-    # 4. The parameters move; then the rows of this batch, m_I <- mu m_I + (1 - mu) f(v_I), and no others. With a
-    #    momentum encoder the rows have moved already, and the encoder follows the network.
+    # 4. The parameters move, and the momentum encoder follows; then the rows of this batch, if they have not moved
+    #    before: m_I <- mu m_I + (1 - mu) f(v_I).
     learning_rate = jnp.asarray(optimizer.learning_rate(state.step))
-    state = descend(state, optimizer, grads, batch_stats=whole_batch_stats(network, batch_stats), usable=memory.usable)
+    state = descend(state, optimizer, grads, batch_stats=batch_stats, usable=memory.usable)
     if momenta.encoder:
-      state = momentum_encoder.follow(state, whole_batch_stats(network, image_stats), momentum=momenta.encoder)
-    metrics = jax.tree.map(jnp.sum, metrics) | {"embedding_spread": health.spread(image_emb, memory.images.share),
-                                                "learning_rate": learning_rate}
-    metrics[health.NOT_FINITE] = health.not_finite(
-      metrics["loss"], grads, state.params, state.batch_stats, (memory.images.own, image_emb))
-    metrics[health.NUM_USABLE] = health.num_usable(state.usable)
+      state = momentum_encoder.follow(state, image_stats, momentum=momenta.encoder)
+    metrics = {"learning_rate": learning_rate, **jax.tree.map(jnp.sum, metrics)}
+    metrics |= _health_of(state, grads, metrics["loss"], memory, image_emb)
     return state, memory.to_write(memory.images.own if momenta.encoder else image_emb), metrics
 
-  # A row that has moved is written as it is.
-  momentum = 0.0 if momenta.encoder else momenta.bank
   step = (in_two_programs if contrast.reads_every_row else in_one_program)(
-    device_step, partial(memory_bank.update, momentum=momentum, axis=AXIS), mesh)
-  if not contrast.loss_fn.has_normaliser:
-    return step
+    device_step, partial(memory_bank.update, momentum=momenta.written, axis=AXIS), mesh)
 
   # Z of the `nce` loss: the first batch sets it, for ever after.
   def normaliser(state: TrainState, batch: Mapping[str, jax.Array]) -> jax.Array:
     memory, parts = look_up(state, state.bank, batch)
     return contrast.normaliser(memory, lambda part: embed(state, state.params, part)[0], parts)
 
-  return WithNormaliser(step, normaliser, mesh)
+  return WithNormaliser(step, normaliser, mesh) if contrast.loss_fn.has_normaliser else step
+
+
+def _health_of(state: TrainState, grads: Any, loss: jax.Array, memory: Memory, emb: jax.Array) -> dict[str, jax.Array]:
+  """Returns the figures of `health` after a step: spread of the embeddings, what is not finite, rows in use.
+
+  Args:
+    state: after the step.
+    grads: of the parameters.
+    loss: f32[].
+    memory: of the step.
+    emb: f32[M, B / M, D], of the image views.
+  """
+  return {"embedding_spread": health.spread(emb, memory.images.share),
+          health.NOT_FINITE: health.not_finite(loss, grads, state.params, state.batch_stats, (memory.images.own, emb)),
+          health.NUM_USABLE: health.num_usable(state.usable)}
 
 
 def _angle_terms(logits: jax.Array, turns: jax.Array, mean: Callable) -> dict[str, jax.Array]:

@@ -204,8 +204,10 @@ def test_a_run_starts_from_the_weights_of_another(images, first, tmp_path, capsy
     jax.tree.map(np.testing.assert_array_equal, getattr(state, group)["trunk"], theirs[group]["trunk"])
   said = capsys.readouterr().out
   assert "takes trunk; new, because their shapes differ or they are missing there: image_head, pretext_head" in said
-  whole = pretrain.first_state(pretrain.prepare(own(images, init_from=str(first)), tmp_path / "run"))
+  copied = own(images, init_from=str(first), **{"bank.encoder_momentum": 0.9})
+  whole = pretrain.first_state(pretrain.prepare(copied, tmp_path / "run"))
   jax.tree.map(np.testing.assert_array_equal, whole.params, theirs["params"])
+  jax.tree.map(np.testing.assert_array_equal, whole.momentum_encoder, dict(theirs))
   assert not int(whole.step)
 
 
