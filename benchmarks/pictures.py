@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -31,11 +32,11 @@ PARTS = 24
 """A curve is kept as its means over at most so many equal parts of the training."""
 
 QUERIES, SHOWN_NEIGHBOURS = 4, 5
-MAPPED = 8
-"""Number of classes on the map, evenly spread over the alphabet, as the queries are."""
+CLASSES = colormaps["Dark2"].colors
+"""The colours of the classes on the map; no system has them."""
 
-COLOURS = 64
-"""A picture with photographs has a palette of so many colours: a third of the bytes."""
+PALETTE = 64
+"""A picture has so many colours, which takes a third of the bytes."""
 
 WORDS = {
   "n01443537": "goldfish", "n01774750": "tarantula", "n01784675": "centipede", "n02074367": "dugong",
@@ -72,14 +73,13 @@ def trace(run: Path, layers: Mapping[str, float]) -> dict[str, Any]:
           "layers": dict(layers)}
 
 
-def panels_of(traces: Sequence[Mapping[str, Any]], title: str) -> list[Panel]:
+def panels_of(traces: Sequence[Mapping[str, Any]]) -> list[Panel]:
   """Returns the panels of a row: each curve over the epochs, and the accuracy over the layers, with a line a series.
 
   The line is the mean over the seeds, the band the standard deviation.
 
   Args:
     traces: the kept lines of the row: what `trace` returns, with `series` and `seed`.
-    title: of the panels.
   """
   of_series: dict[str, list[Mapping[str, Any]]] = {}
   for line in traces:
@@ -89,10 +89,10 @@ def panels_of(traces: Sequence[Mapping[str, Any]], title: str) -> list[Panel]:
     lines = {series: _band(found[0]["epoch"], [one["curves"][name] for one in found])
              for series, found in of_series.items() if all(name in one["curves"] for one in found)}
     if lines:
-      panels.append(Panel(title, f"{label}\n{_seeds(of_series)}", "bands", lines, "epoch"))
+      panels.append(Panel("", f"{label}\n{_seeds(of_series)}", "bands", lines, "epoch"))
   lines = {series: _band(list(found[0]["layers"]), [[100 * value for value in one["layers"].values()] for one in found])
            for series, found in of_series.items()}
-  return [*panels, Panel(title, f"linear top-1, %\n{_seeds(of_series)}", "bands", lines, "layer")]
+  return [*panels, Panel("", f"linear top-1, %\n{_seeds(of_series)}", "bands", lines, "layer")]
 
 
 def _band(x: Sequence[Any], values: Sequence[Sequence[float | None]]) -> Line:
@@ -108,14 +108,15 @@ def _seeds(of_series: Mapping[str, Sequence[Any]]) -> str:
 def save_row(name: str, title: str, traces: Sequence[Mapping[str, Any]], folder: Path = PICTURES) -> None:
   """Writes NAME.png with the panels of a row; nothing if no trace is kept."""
   if traces:
-    save_panels(folder / f"{name}.png", title, panels_of(traces, ""))
+    save_panels(folder / f"{name}.png", title, panels_of(traces))
+    _shrink(folder / f"{name}.png")
 
 
 def save_networks(runs: Mapping[str, Path], images: str, title: str, folder: Path = PICTURES) -> None:
   """Writes the nearest neighbours and the map of held-out images by the networks of some runs.
 
-  The queries are the first held-out images of `QUERIES` classes, and the map shows all held-out images of `MAPPED`
-  classes. The classes are evenly spread over the alphabet, so nobody has chosen them.
+  The queries are the first held-out images of `QUERIES` classes, and the map shows all held-out images of as many
+  classes as it has colours. The classes are evenly spread over the sorted names, so nobody has chosen them.
 
   Args:
     runs: {series: folder of a run}; the same images for all.
@@ -136,13 +137,10 @@ Features = dict[str, np.ndarray]
 def _features(run: Path, images: str) -> tuple[Features, Features]:
   """Returns the features of the training and of the held-out images by the network of a run."""
   command = ["--config=configs/evaluate.py:features", f"--config.checkpoint={run}", f"--config.data.root={images}"]
-  written = run / "results"
   subprocess.run([sys.executable, "launch.py", *command], cwd=ROOT, check=True)
-  found = []
-  for path in (written / "features-train.npz", written / "features-val.npz"):
-    with np.load(path) as file:
-      found.append(dict(file))
-  return found[0], found[1]
+  files = [run / "results" / f"features-{split}.npz" for split in ("train", "val")]
+  with np.load(files[0]) as train, np.load(files[1]) as test:
+    return dict(train), dict(test)
 
 
 def _word(class_name: str) -> str:
@@ -167,22 +165,27 @@ def _save_neighbours(features: Mapping[str, tuple[Features, Features]], images: 
       rows.append([shown("val", held_out, query, f"by {series}"),
                    *(shown("train", train, int(place), "", float(similarity[place])) for place in nearest)])
   save_neighbours(path, rows, title=f"{title}: held-out images and their nearest training images")
-  with Image.open(path) as image:
-    image.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+  _shrink(path)
 
 
 def _save_map(features: Mapping[str, Features], title: str, path: Path) -> None:
   figure = Figure(figsize=(4.2 * len(features), 4.8), layout="constrained")
   FigureCanvasAgg(figure)
-  figure.suptitle(f"{title}: held-out images of {MAPPED} classes", parse_math=False)
+  figure.suptitle(f"{title}: held-out images of {len(CLASSES)} classes", parse_math=False)
   for axes, (series, found) in zip(figure.subplots(1, len(features), squeeze=False)[0], features.items(), strict=True):
     count = len(found["class_names"])
-    classes = list(range(0, count, count // MAPPED))[:MAPPED]
+    classes = list(range(0, count, count // len(CLASSES)))[:len(CLASSES)]
     kept = np.isin(found["label"], classes)
     points, labels = plane(found["features"][kept]), found["label"][kept]
-    for number, label in enumerate(classes):
-      axes.scatter(*points[labels == label].T, s=12, color=f"C{number}", label=_word(str(found["class_names"][label])))
+    for colour, label in zip(CLASSES, classes, strict=True):
+      axes.scatter(*points[labels == label].T, s=12, color=colour, label=_word(str(found["class_names"][label])))
     share = same_class(found["features"][kept], labels)
     axes.set(title=f"{series}: {share:.0%} beside one of their class", xticks=[], yticks=[])
-  figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=MAPPED, frameon=False)
+  figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(CLASSES), frameon=False)
   figure.savefig(path, dpi=110)
+  _shrink(path)
+
+
+def _shrink(path: Path) -> None:
+  with Image.open(path) as image:
+    image.convert("RGB").quantize(PALETTE, dither=Image.Dither.NONE).save(path, optimize=True)

@@ -193,9 +193,9 @@ def keep(lines: Iterable[dict[str, Any]], kept: Path = KEPT) -> None:
 
 def keep_all(lines: Sequence[dict[str, Any]], workdir: str) -> None:
   """Keeps lines of `KEPT`, the curves of their runs, and the card of each that has the first seed of its point."""
-  keep(lines)
+  keep(lines, KEPT)
   keep(traces(lines, workdir), TRACES)
-  first = first_lines(read())
+  first = first_lines(read(KEPT))
   for line in lines:
     if first[line["row"], line["series"]]["seed"] == line["seed"]:
       folder = folder_of(line, workdir)
@@ -242,14 +242,14 @@ def table(name: str, lines: Sequence[dict[str, Any]]) -> str:
 
 def _exported(name: str, lines: Iterable[dict[str, Any]]) -> list[str]:
   """Returns lines of Markdown that name the cards of the row's exported networks; none if there are none."""
-  found = []
-  for (row, series), line in first_lines(lines).items():
+  found, first = [], first_lines(lines)
+  for series in ROWS[name].points:
+    line = first.get((name, series), {"run": "", "seed": ""})
     run = f"{line['run']}-{line['seed']}"
-    if row == name and (card := cards.read(run)):
-      found.append(f"[{series}](results/cards/{run}.json), seed {line['seed']}, step {card['step']:,}, weights "
-                   f"`{card['weights']['sha256'][:16]}`, config `{card['digest']}`, data "
-                   f"`{card['data']['fingerprint'].rpartition(':')[2][:16]}`")
-  return [f"Exported: {'; '.join(found)}.", ""] if found else []
+    if card := cards.read(run):
+      found.append(f"[{series}](results/cards/{run}.json), weights `{card['weights']['sha256'][:16]}`, config "
+                   f"`{card['digest']}`")
+  return [f"Exported, each of its first seed: {'; '.join(found)}.", ""] if found else []
 
 
 def _spread(values: Sequence[float], share: bool) -> str:
@@ -287,7 +287,8 @@ def write(page: Path = PAGE, kept: Path = KEPT) -> None:
 def draw(images: str, workdir: str) -> None:
   """Writes the picture of each row and, if the folder of images is given, neighbours and map of the row `LOOKED`."""
   for name, row in ROWS.items():
-    pictures.save_row(name, row.title, [line for line in read(TRACES) if line["row"] == name])
+    kept = [line for line in read(TRACES) if line["row"] == name]
+    pictures.save_row(name, row.title, sorted(kept, key=lambda line: list(row.points).index(line["series"])))
   if images:
     runs = {series: folder_of(line, workdir) for (row, series), line in first_lines(read()).items() if row == LOOKED}
     pictures.save_networks({one: runs[one] for one in ROWS[LOOKED].points if one in runs}, images, ROWS[LOOKED].title)
