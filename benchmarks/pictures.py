@@ -32,7 +32,7 @@ PARTS = 24
 """A curve is kept as its means over at most so many equal parts of the training."""
 
 QUERIES, SHOWN_NEIGHBOURS = 4, 5
-CLASSES = colormaps["Dark2"].colors
+CLASSES = [colormaps["Dark2"](number) for number in range(8)]
 """The colours of the classes on the map; no system has them."""
 
 PALETTE = 64
