@@ -2,10 +2,13 @@
 
   python -m benchmarks.results run tiny-24 --images=tiny-imagenet-40 --seeds=10,11     # trains, evaluates and keeps
   python -m benchmarks.results write                       # the tables of docs/results.md, from docs/results.jsonl
+  python -m benchmarks.results pictures                    # the curves of each row, from docs/results/traces.jsonl
+  python -m benchmarks.results pictures --images=tiny-imagenet-40     # neighbours and map too, by the networks
   python -m benchmarks.results --check                     # trains the smallest row once more, two minutes on two cores
 
 A row is a study (`ROWS`). `run` gives the commands that docs/results.md shows; it skips runs that are finished and goes
-on with those that are not. docs/results.jsonl has a line for each run, so rows can grow seed by seed.
+on with those that are not. docs/results.jsonl has a line for each run, so rows can grow seed by seed. `run` also keeps
+the curves of each run, exports the network of the first seed of each point, and keeps its card.
 """
 
 import argparse
@@ -19,24 +22,33 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks import cards, pictures
 from pirl_jax.runtime.devices import num_cores
 from pirl_jax.studies.statistics import Difference, paired_difference
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "results.jsonl"
 PAGE = ROOT / "docs" / "results.md"
-BEGIN, END = "<!-- tables: written by benchmarks.results -->", "<!-- end of tables -->"
+TRACES = ROOT / "docs" / "results" / "traces.jsonl"
+MARKS = {section: (f"<!-- {section}: written by benchmarks.results -->", f"<!-- end of {section} -->")
+         for section in ("tables", "invariance")}
+"""{section of the page: what stands before and after its tables}."""
 
 FIGURES = {"kNN top-1": "kNN, pooled", "linear top-1 of res3": "linear, res3", "linear top-1 of res4": "linear, res4"}
 """{name of a figure in study.csv: its name in the tables}; the first one decides."""
 
+INVARIANCE = {"plain: mean distance": "plain distance", "plain: separation": "plain separation",
+              "corrected: distance over that to another image": "corrected distance / to another",
+              "corrected: separation": "corrected separation"}
+"""The same for invariance, which is evaluated twice: names begin with the name of the evaluation."""
+
 POINT = 0.01
-"""A difference within +- this is called none."""
+"""A difference of two shares within +- this is called none."""
 
 CHECKED, TOLERANCE = ("textures", "PIRL", 0), 0.03
 """The run that `--check` repeats, and how far its kNN may be from the kept one: rounding differs between machines."""
@@ -44,7 +56,11 @@ CHECKED, TOLERANCE = ("textures", "PIRL", 0), 0.03
 EVALUATIONS = {
   "knn": (), "linear": ("--config.plot=layers", "--config.evaluation=linear_small",
                         "--config.evaluation_settings.linear.num_epochs=14",
-                        "--config.evaluation_settings.linear.cached=True")}
+                        "--config.evaluation_settings.linear.cached=True"),
+  **{name: ("--config.evaluation=invariance", "--config.evaluation_settings.invariance.representation=trunk",
+            f"--config.evaluation_settings.invariance.centred={corrected}",
+            f"--config.evaluation_settings.invariance.augmented={corrected}")
+     for name, corrected in (("plain", False), ("corrected", True))}}
 QUIET = ("--config.settings.evaluate.views=0", "--config.settings.report=False", "--config.settings.export=False",
          "--config.settings.checkpoint.every_steps=1000000", "--config.settings.checkpoint.keep=1")
 FOLDER = ("--config.variant=folder_small", "--config.settings.data.root={images}", "--config.settings.data.split=train",
@@ -61,11 +77,19 @@ class Row:
     title: what was trained on what.
     flags: of the study; {images} stands for the folder of images.
     points: {series: (system, {field: value})}; the others are compared with the first one.
+    evaluations: of every run, names of `EVALUATIONS`.
+    figures: {name of a figure, after "EVALUATION: " if several have it: its name in the tables}.
+    share: True if the figures are shares, shown in %.
+    section: of the page, a name of `MARKS`.
   """
 
   title: str
   flags: tuple[str, ...]
   points: dict[str, tuple[str, dict[str, Any]]]
+  evaluations: tuple[str, ...] = ("knn", "linear")
+  figures: Mapping[str, str] = dataclasses.field(default_factory=lambda: FIGURES)
+  share: bool = True
+  section: str = "tables"
 
   def command(self, name: str, evaluation: str, *, series: Iterable[str], seeds: Sequence[int], workdir: str,
               images: str) -> list[str]:
@@ -89,29 +113,70 @@ ROWS = {
   "cifar10-10": _photographs("CIFAR-10", "test", "ResNet-8", 10),
   "textures": Row("embedded textures, 1,024 images, ResNet-8, 24 epochs", QUIET,
                   {"PIRL": ("pirl", {}), "NPID++": ("npid", {})}),
+  "tiny-invariance": Row(
+    "Tiny-ImageNet-40, ResNet-8, 24 epochs", (*FOLDER, "--config.settings.evaluate.split=val"),
+    {"PIRL": ("pirl", {"num_epochs": 24}), "NPID++": ("npid", {"num_epochs": 24}),
+     "Jigsaw": ("jigsaw", {"num_epochs": 24, "optimizer.learning_rate": 0.05}),
+     "Random": ("random_init", {"num_epochs": 0})},
+    ("plain", "corrected"), INVARIANCE, share=False, section="invariance"),
 }
+
+LOOKED = "tiny-invariance"
+"""The row whose networks draw neighbours and map: that with the most systems."""
 
 
 def run(name: str, *, series: Iterable[str], seeds: Sequence[int], workdir: str, images: str) -> list[dict[str, Any]]:
   """Trains and evaluates what is not finished, and returns a line of `KEPT` for each run."""
   row, series = ROWS[name], list(series)
-  for evaluation in EVALUATIONS:
+  for evaluation in row.evaluations:
     command = row.command(name, evaluation, series=series, seeds=seeds, workdir=workdir, images=images)
     print(shlex.join(["python", "launch.py", *command]), flush=True)
     subprocess.run([sys.executable, "launch.py", *command], cwd=ROOT, check=True)
   figures: dict[tuple[str, int], dict[str, float]] = {}
   folders = {}
-  for evaluation in EVALUATIONS:
-    with open(Path(workdir) / f"{name}-{evaluation}" / "study.csv", newline="") as file:
-      for found in csv.DictReader(file):
-        key = found["series"], int(found["seed"])
-        folders[key] = Path(found["run"])
-        if found["figure"] in FIGURES:
-          figures.setdefault(key, {})[found["figure"]] = float(found["value"])
+  for evaluation, found in _measured(name, workdir):
+    key = found["series"], int(found["seed"])
+    folders[key] = Path(found["run"])
+    for figure in {found["figure"], f"{evaluation}: {found['figure']}"} & row.figures.keys():
+      figures.setdefault(key, {})[figure] = float(found["value"])
   return [{"row": name, "series": one, "seed": seed, "figures": figures[one, seed],
            "seconds": json.loads((folder / "trained.json").read_text())["seconds"],
            "run": folder.name.rpartition("-")[0], "machine": machine()}
           for (one, seed), folder in sorted(folders.items())]
+
+
+def _measured(name: str, workdir: str) -> Iterable[tuple[str, dict[str, str]]]:
+  """Yields (evaluation, line of its study.csv) of a row that was run."""
+  for evaluation in ROWS[name].evaluations:
+    with open(Path(workdir) / f"{name}-{evaluation}" / "study.csv", newline="") as file:
+      for found in csv.DictReader(file):
+        yield evaluation, found
+
+
+def folder_of(line: Mapping[str, Any], workdir: str) -> Path:
+  """Returns the folder of the run of a kept line."""
+  return Path(workdir) / "runs" / f"{line['run']}-{line['seed']}"
+
+
+def traces(lines: Iterable[Mapping[str, Any]], workdir: str) -> list[dict[str, Any]]:
+  """Returns a line of `TRACES` for each run of a row that was run with the evaluation "linear"."""
+  found = []
+  for line in lines:
+    layers = {one["layer"]: float(one["value"]) for evaluation, one in _measured(line["row"], workdir)
+              if (evaluation, one["series"], int(one["seed"])) == ("linear", line["series"], line["seed"])
+              and one["layer"]}
+    if layers:
+      found.append({**{name: line[name] for name in ("row", "series", "seed")},
+                    **pictures.trace(folder_of(line, workdir), layers)})
+  return found
+
+
+def first_lines(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
+  """Returns {(row, series): the line of its first seed}; these runs are exported."""
+  first: dict[tuple[str, str], Mapping[str, Any]] = {}
+  for line in sorted(lines, key=lambda line: line["seed"]):
+    first.setdefault((line["row"], line["series"]), line)
+  return first
 
 
 def machine() -> str:
@@ -126,61 +191,107 @@ def keep(lines: Iterable[dict[str, Any]], kept: Path = KEPT) -> None:
   kept.write_text("".join(f"{json.dumps(of_run[key])}\n" for key in sorted(of_run)))
 
 
+def keep_all(lines: Sequence[dict[str, Any]], workdir: str) -> None:
+  """Keeps lines of `KEPT`, the curves of their runs, and the card of each that has the first seed of its point."""
+  keep(lines, KEPT)
+  keep(traces(lines, workdir), TRACES)
+  first = first_lines(read(KEPT))
+  for line in lines:
+    if first[line["row"], line["series"]]["seed"] == line["seed"]:
+      folder = folder_of(line, workdir)
+      cards.keep(cards.export(folder, Path(workdir) / "exports" / folder.name))
+
+
 def read(kept: Path = KEPT) -> list[dict[str, Any]]:
   """Returns the lines of the file, [] if there is none."""
   return [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
 
 
 def table(name: str, lines: Sequence[dict[str, Any]]) -> str:
-  """Returns the section of a row in Markdown; only seeds that all of its points have are compared."""
+  """Returns the section of a row in Markdown, "" if its first point has no run.
+
+  Points without a run are left out; only seeds that all other points have are compared.
+  """
   row = ROWS[name]
-  by_point = {one: {line["seed"]: line for line in lines if line["row"] == name and line["series"] == one}
-              for one in row.points}
-  seeds = sorted(set.intersection(*(set(found) for found in by_point.values())))
+  by_point = {one: found for one in row.points if (found := {
+    line["seed"]: line for line in lines if line["row"] == name and line["series"] == one})}
+  reference, *others = row.points
+  seeds = sorted(set.intersection(*map(set, by_point.values()))) if reference in by_point else []
   if not seeds:
     return ""
-  reference, *others = row.points
   text = [f"#### {row.title}", "", f"Seeds {', '.join(map(str, seeds))}.", "",
-          f"| | {' | '.join(FIGURES.values())} | seconds of a run |", f"|---|{'---|' * (len(FIGURES) + 1)}"]
+          f"| | {' | '.join(row.figures.values())} | seconds of a run |", f"|---|{'---|' * (len(row.figures) + 1)}"]
   for one, found in by_point.items():
-    cells = [_spread([found[seed]["figures"][figure] for seed in seeds]) for figure in FIGURES]
+    cells = [_spread([found[seed]["figures"][figure] for seed in seeds], row.share) for figure in row.figures]
     text.append(f"| {one} | {' | '.join(cells)} | {statistics.median(found[seed]['seconds'] for seed in seeds):.0f} |")
-  for one in others:
+  for one in filter(by_point.get, others):
     cells = [_difference(paired_difference(*([by_point[point][seed]["figures"][figure] for seed in seeds]
-                                             for point in (reference, one)))) for figure in FIGURES]
+                                             for point in (reference, one))), row.share) for figure in row.figures]
     text.append(f"| {reference} - {one} | {' | '.join(cells)} | |")
+  if (pictures.PICTURES / f"{name}.png").exists():
+    text += ["", f"![{row.title}: loss, negatives and layers](results/{name}.png)"]
   machines = sorted({line["machine"] for found in by_point.values() for line in found.values()})
   runs = ", ".join(f"`{found[seeds[0]]['run']}`" for found in by_point.values())
   commands = [shlex.join(["python", "launch.py", *row.command(
-    name, evaluation, series=row.points, seeds=seeds, workdir="runs/results", images="IMAGES")])
-    for evaluation in EVALUATIONS]
+    name, evaluation, series=by_point, seeds=seeds, workdir="runs/results", images="IMAGES")])
+    for evaluation in row.evaluations]
   return "\n".join([*text, "", f"Runs: {runs} (the digests of their configs). {'; '.join(machines)}.", "",
-                    "<details><summary>commands</summary>", "", "```bash", *commands, "```", "", "</details>", ""])
+                    *_exported(name, lines), "<details><summary>commands</summary>", "", "```bash", *commands, "```",
+                    "", "</details>", ""])
 
 
-def _spread(values: Sequence[float]) -> str:
-  deviation = f" +- {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-  return f"{100 * statistics.fmean(values):.1f}{deviation}"
+def _exported(name: str, lines: Iterable[dict[str, Any]]) -> list[str]:
+  """Returns lines of Markdown that name the cards of the row's exported networks; none if there are none."""
+  found, first = [], first_lines(lines)
+  for series in ROWS[name].points:
+    line = first.get((name, series), {"run": "", "seed": ""})
+    run = f"{line['run']}-{line['seed']}"
+    if card := cards.read(run):
+      found.append(f"[{series}](results/cards/{run}.json), weights `{card['weights']['sha256'][:16]}`, config "
+                   f"`{card['digest']}`")
+  return [f"Exported, each of its first seed: {'; '.join(found)}.", ""] if found else []
 
 
-def _difference(found: Difference) -> str:
+def _spread(values: Sequence[float], share: bool) -> str:
+  deviation = f" +- {_number(statistics.stdev(values), share)}" if len(values) > 1 else ""
+  return f"{_number(statistics.fmean(values), share)}{deviation}"
+
+
+def _difference(found: Difference, share: bool) -> str:
   if found.low is None or found.high is None:
-    return f"{100 * found.mean:+.1f}"
+    return _number(found.mean, share, "+")
   if found.low > 0 or found.high < 0:
     words = "shown"
-  elif found.low > -POINT and found.high < POINT:
+  elif share and found.low > -POINT and found.high < POINT:
     words = "no difference of a point"
   else:
     words = "not decided"
-  return f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] {words}"
+  mean, low, high = (_number(value, share, "+") for value in (found.mean, found.low, found.high))
+  return f"{mean} [{low}, {high}] {words}"
+
+
+def _number(value: float, share: bool, sign: str = "") -> str:
+  return f"{100 * value:{sign}.1f}" if share else f"{value:{sign}.3f}"
 
 
 def write(page: Path = PAGE, kept: Path = KEPT) -> None:
-  """Puts the tables of all kept rows between the marks in the page."""
+  """Puts the tables of all kept rows between the marks of their sections in the page."""
   lines, text = read(kept), page.read_text()
-  before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
-  tables = "\n".join(filter(None, (table(name, lines) for name in ROWS)))
-  page.write_text(f"{text[:before]}\n\n{tables}\n{text[after:]}")
+  for section, (begin, end) in MARKS.items():
+    before, after = text.index(begin) + len(begin), text.index(end)
+    tables = "\n".join(filter(None, (table(name, lines) for name, row in ROWS.items() if row.section == section)))
+    text = f"{text[:before]}\n\n{tables}\n{text[after:]}"
+  page.write_text(text)
+
+
+def draw(images: str, workdir: str) -> None:
+  """Writes the picture of each row and, if the folder of images is given, neighbours and map of the row `LOOKED`."""
+  for name, row in ROWS.items():
+    kept = [line for line in read(TRACES) if line["row"] == name]
+    pictures.save_row(name, row.title, sorted(kept, key=lambda line: list(row.points).index(line["series"])))
+  if images:
+    runs = {series: folder_of(line, workdir) for (row, series), line in first_lines(read()).items() if row == LOOKED}
+    pictures.save_networks({one: runs[one] for one in ROWS[LOOKED].points if one in runs}, images, ROWS[LOOKED].title)
 
 
 def check() -> bool:
@@ -200,21 +311,25 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--check", action="store_true")
   commands = parser.add_subparsers(dest="command")
-  running = commands.add_parser("run")
+  running, drawing = commands.add_parser("run"), commands.add_parser("pictures")
   running.add_argument("row", choices=ROWS)
   running.add_argument("--images", default="", help="folder of the images, not for textures")
   running.add_argument("--seeds", required=True, type=lambda text: [int(seed) for seed in text.split(",")])
-  running.add_argument("--workdir", default="runs/results")
+  drawing.add_argument("--images", default="", help="folder of the images of neighbours and map; without, neither")
+  for one in (running, drawing):
+    one.add_argument("--workdir", default="runs/results")
   commands.add_parser("write")
   given = parser.parse_args()
   if given.check:
     sys.exit(not check())
-  if given.command == "run":
-    keep(run(given.row, series=ROWS[given.row].points, seeds=given.seeds, workdir=given.workdir, images=given.images))
-  if given.command == "write" or given.command == "run":
-    write()
   if given.command is None:
-    parser.error("nothing to do: run, write or --check")
+    parser.error("nothing to do: run, write, pictures or --check")
+  if given.command == "run":
+    lines = run(given.row, series=ROWS[given.row].points, seeds=given.seeds, workdir=given.workdir, images=given.images)
+    keep_all(lines, given.workdir)
+  if given.command == "pictures":
+    draw(given.images, given.workdir)
+  write()
 
 
 if __name__ == "__main__":

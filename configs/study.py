@@ -18,7 +18,8 @@ from pirl_jax import configs
 from pirl_jax.configs import base, evaluate
 from pirl_jax.errors import UserError
 
-NO_SYSTEMS = ("__init__", "base", "checkpoints", "data_sets", "evaluate", "export", "plan", "report", "study")
+NO_SYSTEMS = ("__init__", "base", "checkpoints", "data_sets", "evaluate", "export", "plan", "prepare", "report",
+              "study")
 """Files of configs/ that do not describe a pre-training."""
 
 OWN_FIELDS = ("job", "name", "seed")

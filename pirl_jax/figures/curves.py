@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pirl_jax.figures.colours import colours_of
 from pirl_jax.storage.files import replacing
 
 
@@ -38,15 +39,16 @@ def save_plot(path: str | os.PathLike, title: str, curves: Mapping[str, Curve]) 
   Args:
     path: the file; its ending says the format, and its folder is created.
     title: above the axes.
-    curves: by the run's name.
+    curves: by the run's name; its colour is that of its system, see `colours_of`.
   """
   figure = Figure(figsize=(6, 4), layout="constrained")
   FigureCanvasAgg(figure)  # needs no display, and the figure does not stay in pyplot's list of open figures
   axes = figure.subplots()
+  colours = colours_of(curves)
   for name, curve in curves.items():
-    (line,) = axes.plot(curve.x, curve.y, label=name, marker="." if len(curve.x) < 40 else None)
+    axes.plot(curve.x, curve.y, label=name, color=colours[name], marker="." if len(curve.x) < 40 else None)
     if curve.low is not None and curve.high is not None:
-      axes.fill_between(curve.x, curve.low, curve.high, alpha=0.2, color=line.get_color())
+      axes.fill_between(curve.x, curve.low, curve.high, alpha=0.2, color=colours[name])
   axes.set(xlabel=curve.x_label, ylabel=curve.y_label)
   if curve.log_x:  # to set the scale to "linear" would put numbers in place of the names of layers or classes
     axes.set_xscale("log")

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pirl_jax.figures.colours import colours_of
 from pirl_jax.storage.files import replacing
 from pirl_jax.studies.statistics import CONFIDENCE, Cell
 
@@ -27,7 +28,8 @@ class Line:
     x: numbers, or names; not used for a bar or an interval, which stands above its own name.
     y: numbers, as many as `x`.
     error: half the height of the error bars or of the band, as many numbers; None draws no error.
-    series: name of the series, if it differs from the name of the line. A series has the same colour in all panels.
+    series: name of the series, if it differs from the name of the line. A series has the same colour in all panels, and
+      a system in all figures, see `colours_of`.
   """
 
   x: Sequence[float] | Sequence[str]
@@ -186,7 +188,7 @@ def save_panels(path: str | os.PathLike, title: str, panels: Sequence[Panel]) ->
     title: above all panels.
     panels: at least one.
   """
-  colours = colours_of(panels)
+  colours = colours_of(line.series or name for panel in panels for name, line in panel.lines.items())
   figure = Figure(figsize=(5.6 * len(panels), 4.6), layout="constrained")
   FigureCanvasAgg(figure)  # needs no display, and the figure does not stay in pyplot's list of open figures
   figure.suptitle(title, parse_math=False)
@@ -197,12 +199,6 @@ def save_panels(path: str | os.PathLike, title: str, panels: Sequence[Panel]) ->
       axes.sharex(all_axes[0])  # with the x axis of the first panel a single point stands at its right place
   with replacing(path) as file:
     figure.savefig(file, dpi=120, format=Path(path).suffix[1:])
-
-
-def colours_of(panels: Sequence[Panel]) -> dict[str, str]:
-  """Returns a colour of matplotlib's cycle for each series, in the order in which the panels first show them."""
-  series = dict.fromkeys(line.series or name for panel in panels for name, line in panel.lines.items())
-  return {name: f"C{number}" for number, name in enumerate(series)}
 
 
 def _draw(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:

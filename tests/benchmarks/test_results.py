@@ -1,6 +1,7 @@
 """The figures of docs/results.md: what is kept, what the tables say of it, and that a repeated run is compared."""
 
 import json
+import re
 
 import pytest
 from scipy import stats
@@ -37,16 +38,31 @@ def test_only_seeds_of_both_systems_are_compared_and_the_interval_decides(tmp_pa
   assert "+0.1 [-0.1, +0.2] no difference of a point" in text and "not decided" in text
   assert results.table("tiny-6", ours) == ""  # no run of it
   page, kept = tmp_path / "page.md", tmp_path / "results.jsonl"
-  page.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+  (begin, end), (other_begin, other_end) = results.MARKS["tables"], results.MARKS["invariance"]
+  page.write_text(f"before\n{begin}\nold\n{end}\nmore\n{other_begin}\nold\n{other_end}\nafter\n")
   results.keep([*ours, *theirs], kept)
   results.write(page, kept)
-  assert page.read_text() == f"before\n{results.BEGIN}\n\n{text}\n{results.END}\nafter\n"
+  assert page.read_text() == f"before\n{begin}\n\n{text}\n{end}\nmore\n{other_begin}\n\n\n{other_end}\nafter\n"
+
+
+def test_distances_are_no_shares_and_a_system_without_a_run_is_left_out():
+  def lines(series, *values):
+    return [{**line("PIRL", seed, 0, 0, 0, row="tiny-invariance"), "series": series,
+             "figures": dict.fromkeys(results.INVARIANCE, value)} for seed, value in enumerate(values)]
+
+  found = [*lines("PIRL", 0.70, 0.71, 0.75), *lines("Random", 0.90, 0.94, 0.92, 0.99)]
+  text = results.table("tiny-invariance", found)
+  assert "Seeds 0, 1, 2." in text and "Jigsaw" not in text and "NPID++" not in text
+  assert "| PIRL | 0.720 +- 0.026 | 0.720 +- 0.026 | 0.720 +- 0.026 | 0.720 +- 0.026 | 11 |" in text
+  half = stats.t.ppf(0.975, 2) * 0.03 / 3**0.5  # of the differences -0.20, -0.23, -0.17
+  assert f"| PIRL - Random | -0.200 [{-0.2 - half:.3f}, {-0.2 + half:.3f}] shown |" in text
+  assert results.table("tiny-invariance", lines("Random", 0.9)) == ""
 
 
 @pytest.mark.parametrize("name", results.ROWS)
 def test_each_row_is_a_study_that_can_be_run(name, tmp_path):
   row = results.ROWS[name]
-  for evaluation in results.EVALUATIONS:
+  for evaluation in row.evaluations:
     command = row.command(name, evaluation, series=row.points, seeds=[3], workdir="runs", images=str(tmp_path))
     config, types = study.get_config("own"), flatten(study.get_config("own").to_dict())
     fields = {}
@@ -54,12 +70,54 @@ def test_each_row_is_a_study_that_can_be_run(name, tmp_path):
       field, _, value = flag.removeprefix("--config.").partition("=")
       if flag.startswith("--config."):
         assert field in types, flag
-        fields[field] = value if field.endswith(("root", "split", "labels", "variant", "name", "plot", "evaluation")) \
-          else eval(value)
+        fields[field] = value if field.endswith(("root", "split", "labels", "variant", "name", "plot", "evaluation",
+                                                       "representation")) else eval(value)
     config.update_from_flattened_dict(fields)
     trials = [create_trial(config, point, 3, tmp_path) for point in read_points(config)]
     assert [trial.point.series for trial in trials] == list(row.points)
     assert all(trial.config.seed == 3 for trial in trials)
+    rates = {trial.point.series: trial.config.optimizer.learning_rate for trial in trials}
+    assert name == "textures" or rates == {one: 0.05 if one == "Jigsaw" else 0.1 for one in row.points}
+
+
+def test_each_figure_is_taken_from_the_evaluation_that_its_name_says(monkeypatch, tmp_path):
+  asked = []
+
+  def run(command, **_):
+    name = next(flag.split("=")[1] for flag in command if flag.startswith("--config.name="))
+    asked.append(name)
+    folder = tmp_path / name
+    folder.mkdir()
+    value = 0.25 if name.endswith("plain") else 0.75
+    (folder / "study.csv").write_text("series,seed,figure,layer,value,run\n" + "".join(
+      f"PIRL,3,{figure},,{value},{tmp_path}/pirl-1-3\n"
+      for figure in ("mean distance", "separation", "distance over that to another image")))
+
+  (tmp_path / "pirl-1-3").mkdir()
+  (tmp_path / "pirl-1-3" / "trained.json").write_text('{"seconds": 5.0}')
+  monkeypatch.setattr(results.subprocess, "run", run)
+  found, = results.run("tiny-invariance", series=["PIRL"], seeds=[3], workdir=str(tmp_path), images="")
+  assert asked == ["tiny-invariance-plain", "tiny-invariance-corrected"]
+  assert (found["run"], found["seconds"]) == ("pirl-1", 5.0)
+  assert found["figures"] == {"plain: mean distance": 0.25, "plain: separation": 0.25, "corrected: separation": 0.75,
+                              "corrected: distance over that to another image": 0.75}
+
+
+def test_curves_are_kept_of_every_run_and_the_card_of_the_first_seed_alone(monkeypatch, tmp_path):
+  for name, value in (("KEPT", "kept"), ("TRACES", "traces")):
+    monkeypatch.setattr(results, name, tmp_path / value)
+  monkeypatch.setattr(results.pictures, "trace", lambda run, layers: {"folder": run.name, "layers": layers})
+  exported = []
+  monkeypatch.setattr(results.cards, "export", lambda run, folder: exported.append((run.name, folder.name)) or run.name)
+  monkeypatch.setattr(results.cards, "keep", exported.append)
+  rows = [("linear", {"series": one, "seed": str(seed), "layer": layer, "value": str(seed / 10)})
+          for one in ("PIRL", "NPID++") for seed in (1, 2) for layer in ("res2", "res3", "")]
+  monkeypatch.setattr(results, "_measured", lambda name, workdir: rows)
+  results.keep([line("PIRL", 1, 0, 0, 0)], results.KEPT)
+  results.keep_all([line("PIRL", 2, 0, 0, 0), line("NPID++", 2, 0, 0, 0)], "work")
+  assert exported == [("NPID++-1-2", "NPID++-1-2"), "NPID++-1-2"]  # PIRL's first seed is 1, and is not run now
+  assert [(found["series"], found["folder"], found["layers"]) for found in results.read(tmp_path / "traces")] == [
+    ("NPID++", "NPID++-1-2", {"res2": 0.2, "res3": 0.2}), ("PIRL", "PIRL-1-2", {"res2": 0.2, "res3": 0.2})]
 
 
 def test_the_page_and_the_kept_lines_belong_together(tmp_path):
@@ -67,7 +125,10 @@ def test_the_page_and_the_kept_lines_belong_together(tmp_path):
   page.write_text(results.PAGE.read_text())
   results.write(page)
   assert page.read_text() == results.PAGE.read_text()
-  assert {line["row"] for line in results.read()} <= set(results.ROWS)
+  assert {line["row"] for line in [*results.read(), *results.read(results.TRACES)]} <= set(results.ROWS)
+  linked = re.findall(r"\]\((results/[^)]*)\)", page.read_text())
+  kept = [path.relative_to(results.PAGE.parent).as_posix() for path in (results.PAGE.parent / "results").rglob("*.*")]
+  assert {name for name in kept if not name.endswith("traces.jsonl")} == set(linked)
 
 
 @pytest.mark.parametrize("moved, same", [(0.0, True), (0.02, True), (-0.04, False), (0.04, False)])

@@ -22,7 +22,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation import evaluate
 from pirl_jax.evaluation.protocols import PROTOCOLS, protocol_of
 from pirl_jax.studies import report, study
-from pirl_jax.studies.figures import PAPER, Line, Panel, bars_panels, colours_of, lines_panel, save_panels
+from pirl_jax.studies.figures import PAPER, Line, Panel, bars_panels, lines_panel, save_panels
 from pirl_jax.studies.points import Point, Trial, create_trial, digest, read_points, set_fields
 from pirl_jax.studies.statistics import Cell, Difference, format_cells, paired_difference
 from pirl_jax.training import parts as parts_lib
@@ -468,7 +468,6 @@ def test_a_series_has_one_colour_in_every_panel(monkeypatch, tmp_path):
   panels.append(Panel("elsewhere", "", "bars", {"C": Line([""], [1]), "B": Line([""], [2])}))
   panels.append(Panel("elsewhere", "", "lines", {"B": Line([1, 2], [1, 2]), "A (derived)": Line([1], [2], series="A")}))
   panels.append(Panel("elsewhere", "", "bands", {"C": Line([1, 2], [1, 2], [1, 1])}))
-  assert colours_of(panels) == {"A": "C0", "B": "C1", "C": "C2"}
   drawn = []
 
   def noted(kind, draw):
