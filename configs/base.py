@@ -162,6 +162,9 @@ def _add_network(config: ConfigDict) -> None:
   # Not 0: what a row moves to is what a copy of the network makes of a second crop of the image, and the image is
   # compared with the row that has moved (InfoMin, MoCo). This is what the copy keeps of itself at each step, in [0, 1).
   bank.encoder_momentum = 0.0
+  # Not 0: only rows that were written in so many last steps are negatives, as in MoCo's queue, which is as long as this
+  # number times the batch.
+  bank.max_age = 0
   # Number of unit vectors whose mean an initial row is. The official run averages the banks of its 32 GPUs: its initial
   # rows have a norm of 0.18, and Z is 1.31 million instead of 2.83 million.
   bank.averaged = 1

@@ -46,6 +46,11 @@ def has_momentum_encoder(config: Config) -> bool:
   return has_bank(config) and config["bank"]["encoder_momentum"] > 0
 
 
+def has_ages(config: Config) -> bool:
+  """Returns whether the rows of the bank leave the negatives when they are old, `bank.max_age`."""
+  return has_bank(config) and config["bank"]["max_age"] > 0
+
+
 def pretext_of(config: Config) -> Pretext:
   """Returns the pretext transform that a config names, even if the loss does not use it.
 

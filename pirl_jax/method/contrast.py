@@ -49,14 +49,21 @@ class Memory:
   Attributes:
     bank: [R, D], this device's rows, see `memory_bank.stored`.
     usable: bool[R]; False on padding and on the rows of images found broken, those of this batch included.
+    counts: bool[R]; the rows among which negatives are: usable ones, and none older than `Contrast.max_age`.
     images: of the whole batch, [M, B / M, ...].
     drawn: rows i32[K] and vectors f32[K, D] for each view, if the whole batch shares its negatives.
   """
 
   bank: jax.Array
   usable: jax.Array
+  counts: jax.Array
   images: BatchRows
   drawn: Draws
+
+  def stamped(self, written: jax.Array | None, step: jax.Array) -> jax.Array | None:
+    """Returns `TrainState.written` i32[R] after this step, whose number is i32[]; None stays None."""
+    return None if written is None else memory_bank.stamp(
+      written, self.images.rows.reshape(-1), self.images.valid.reshape(-1), step, axis=AXIS)
 
   def to_write(self, emb: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns what `memory_bank.update` takes: rows i32[B], own f32[B, D], embeddings f32[B, D], valid bool[B].
@@ -82,6 +89,8 @@ class Contrast:
     nearest_positive: weight in [0, 1] of a second loss, in which the row of another image that is nearest to the own
       row is the positive, see `neighbours.nearest`. This row is then no negative.
     negative_ranks: the negatives that count, see `neighbours.ranked`.
+    max_age: rows that were written more than this many steps ago are no negatives, as they would have left MoCo's
+      queue; 0: there is no limit.
     temperature: tau.
     product: of embeddings and rows, see `products`.
   """
@@ -94,6 +103,7 @@ class Contrast:
   own_row_is_negative: bool = False
   nearest_positive: float = 0.0
   negative_ranks: tuple[float, float] = (0.0, 1.0)
+  max_age: int = 0
   temperature: float
   product: Callable = products.exact
 
@@ -104,7 +114,8 @@ class Contrast:
 
   @jax.named_scope("bank")
   def look_up(self, bank: jax.Array, usable: jax.Array, batch: Mapping[str, jax.Array], keys: Mapping[str, jax.Array],
-              views: tuple[str, ...], moved: Callable[[jax.Array], jax.Array] | None = None) -> Memory:
+              views: tuple[str, ...], moved: Callable[[jax.Array], jax.Array] | None = None,
+              ages: jax.Array | None = None) -> Memory:
     """Returns what the batch is compared with. An image found broken has no weight from here on.
 
     Args:
@@ -115,6 +126,7 @@ class Contrast:
       keys: key[] of the negatives of each view.
       views: those that are compared.
       moved: from the images' own rows f32[M, B / M, D] to what takes their place as positives, of the same shape.
+      ages: i32[R], see `TrainState.ages`; needed for `max_age`.
     """
     rows = gather(self.layout.row_of(batch["index"]), axis=1)  # [M, B / M]
     usable, valid = memory_bank.retire(usable, rows, gather(batch["valid"], axis=1), axis=AXIS)
@@ -136,7 +148,9 @@ class Contrast:
       near = neighbours.nearest(bank, usable, rows.reshape(-1), own, axis=AXIS, product=self.product)
       near = jax.tree.map(lambda x: x.reshape(*rows.shape, *x.shape[1:]), near)
     of_images, of_all = (drawn, {}) if self.negative_sampling == "per_image" else ({}, drawn)
-    return Memory(bank, usable, BatchRows(rows, own.reshape(*rows.shape, -1), valid, share, of_images, near), of_all)
+    counts = usable & (ages <= self.max_age) if ages is not None else usable
+    images = BatchRows(rows, own.reshape(*rows.shape, -1), valid, share, of_images, near)
+    return Memory(bank, usable, counts, images, of_all)
 
   def normaliser(self, memory: Memory, embs_fn: Callable, parts: Any) -> jax.Array:
     """Returns Z, f32[], of this batch; 0 if no image of it could be read.
@@ -198,10 +212,10 @@ class Contrast:
     no_negatives = [images.rows, *images.near[:1]]
     if not self.num_negatives:
       local = [memory_bank.local_rows(memory.bank, rows, axis=AXIS)[0] for rows in no_negatives]
-      return EveryRow(memory.bank, memory.usable, jnp.stack(local, axis=-1), emb, self.temperature, AXIS, self.product)
+      return EveryRow(memory.bank, memory.counts, jnp.stack(local, axis=-1), emb, self.temperature, AXIS, self.product)
     rows, vectors = (images.drawn or memory.drawn)[view]
     score = memory_bank.negative_scores(vectors, emb, temperature=self.temperature, product=self.product)
-    weights = memory_bank.weights(memory.usable, images.rows, rows, with_own=self.own_row_is_negative, axis=AXIS)
+    weights = memory_bank.weights(memory.counts, images.rows, rows, with_own=self.own_row_is_negative, axis=AXIS)
     for near in images.near[:1]:
-      weights *= memory_bank.weights(memory.usable, near, rows, axis=AXIS)
+      weights *= memory_bank.weights(memory.counts, near, rows, axis=AXIS)
     return Scores(score, weights, AXIS)

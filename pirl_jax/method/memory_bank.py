@@ -347,6 +347,20 @@ def retire(usable: jax.Array, rows: jax.Array, valid: jax.Array, *, axis: str) -
   return usable, counts > 0
 
 
+def stamp(written: jax.Array, rows: jax.Array, valid: jax.Array, step: jax.Array, *, axis: str) -> jax.Array:
+  """Returns this device's part of `written` i32[...], with the number of this step, i32[], at the rows it writes.
+
+  Args:
+    written: i32[rows of this device].
+    rows: i32[B], global rows.
+    valid: bool[B]; the rows of broken images (False) are not written.
+    step: i32[].
+    axis: the mesh axis that splits the bank.
+  """
+  local, mine = local_rows(written, rows, axis=axis)
+  return written.at[_own_or_dropped(written, local, mine & valid)].set(step, mode="drop")
+
+
 def _own_or_dropped(array: jax.Array, local: jax.Array, chosen: jax.Array) -> jax.Array:
   # Rows that are not chosen get a number past the end, which `mode="drop"` ignores; a negative number would wrap.
   return jnp.where(chosen, local, array.shape[0])

@@ -96,14 +96,14 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
     batch = split_batch(batch, micro_batches, group=network.trunk.batch_norm_group)  # [M, b, ...]
     moved = partial(memory_bank.moved_row, momentum=momenta.bank, embeddings=momentum_encoder.embed(
       network, views_fn, state, batch)) if momenta.encoder else None
-    memory = contrast.look_up(bank, state.usable, batch, step_keys(state.seed, state.step), tuple(view_weights), moved)
+    keys, views = step_keys(state.seed, state.step), tuple(view_weights)
+    memory = contrast.look_up(bank, state.usable, batch, keys, views, moved, state.ages)
     return memory, {"crops": batch, "images": memory.images}
 
   # 2. Two views of every image, [b, H, W, 3] and [b, P, h, w, 3], and an embedding of each, f(v_I) and g(v_It).
   def embed(state: TrainState, params: Any, part: Any) -> tuple[dict[str, jax.Array], Passed]:
     passed = forward(network, views_fn, state, params, part["crops"])
-    embs = {view: gather(memory_bank.normalise(passed.outputs[view])) for view in view_weights}  # [B / M, D]
-    return embs, passed
+    return {view: gather(memory_bank.normalise(passed.outputs[view])) for view in view_weights}, passed  # [B / M, D]
 
   def device_step(state: TrainState, bank: jax.Array,
                   batch: Mapping[str, jax.Array]) -> tuple[TrainState, tuple[jax.Array, ...], dict[str, jax.Array]]:
@@ -126,10 +126,10 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
     grads, (metrics, image_emb, *stats) = accumulate(jax.grad(objective, has_aux=True), state.params, parts)
     batch_stats, image_stats = (whole_batch_stats(network, each) for each in stats)
 
-    # 4. The parameters move, and the momentum encoder follows; then the rows of this batch, if they have not moved
-    #    before: m_I <- mu m_I + (1 - mu) f(v_I).
+    # 4. The parameters move, and their copy; then this batch's rows, unless they have: m_I <- mu m_I + (1 - mu) f(v_I).
     learning_rate = jnp.asarray(optimizer.learning_rate(state.step))
-    state = descend(state, optimizer, grads, batch_stats=batch_stats, usable=memory.usable)
+    state = descend(state, optimizer, grads, batch_stats=batch_stats, usable=memory.usable,
+                    written=memory.stamped(state.written, state.step))
     if momenta.encoder:
       state = momentum_encoder.follow(state, image_stats, momentum=momenta.encoder)
     metrics = {"learning_rate": learning_rate, **jax.tree.map(jnp.sum, metrics)}

@@ -1,9 +1,9 @@
 """Checkpoints of a run. Only this file and snapshots.py use Orbax.
 
 A checkpoint is a folder STEP with several items, so that an evaluation can read the model alone: `model` (params,
-batch_stats), `train` (opt_state, step, seed, normaliser, momentum_encoder), `bank` (bank, usable) and `meta` (JSON). If
-a system does not have a field, for example a bank, the field is missing from its item. `meta` holds the checksums of
-all arrays and its own checksum.
+batch_stats), `train` (opt_state, step, seed, normaliser, momentum_encoder), `bank` (bank, usable, written) and `meta`
+(JSON). If a system does not have a field, for example a bank, the field is missing from its item. `meta` holds the
+checksums of all arrays and its own checksum.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from pirl_jax.storage.reading import reason_of, try_reading
 from pirl_jax.storage.retention import Retention, steps_in
 
 ITEMS = {"model": ("params", "batch_stats"), "train": ("opt_state", "step", "seed", "normaliser", "momentum_encoder"),
-         "bank": ("bank", "usable")}
+         "bank": ("bank", "usable", "written")}
 BEST_METRIC = "knn_top1"
 ASIDE = "unreadable-"
 """Start of the name of a folder into which a damaged checkpoint has been moved."""

@@ -51,7 +51,8 @@ def carry_over(parts: Parts, state: TrainState, meta: Mapping[str, Any]) -> Trai
   print(f"the images have changed: {len(pairs):,} keep their rows, {len(now) - len(pairs):,} are new, "
         f"{len(before) - len(pairs):,} are gone; an epoch has {parts.steps_per_epoch:,} steps, and the images have "
         "another order from now on")
-  return state.replace(usable=moved("usable"), bank=None if state.bank is None else moved("bank"))
+  return state.replace(**{name: moved(name) for name in ("usable", "bank", "written")
+                          if getattr(state, name) is not None})
 
 
 def _on_host(array: jax.Array) -> np.ndarray:

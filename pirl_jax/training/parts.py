@@ -26,7 +26,7 @@ from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.optimizer import Optimizer, cosine_schedule, create_optimizer, step_schedule
 from pirl_jax.method.prediction_step import make_prediction_step
 from pirl_jax.method.programs import Step
-from pirl_jax.method.state import TrainState, create_state
+from pirl_jax.method.state import Keeps, TrainState, create_state
 from pirl_jax.method.step import Momenta, Weights, make_contrastive_step
 from pirl_jax.models.network import Network
 from pirl_jax.runtime import mesh as mesh_lib
@@ -75,10 +75,11 @@ class Parts:
     config = self.config
     create_bank = partial(memory_bank.create, dim=config.model.dim, dtype=DTYPES[config.bank.dtype],
                           averaged=config.bank.averaged)
+    keeps = Keeps(bank=with_bank and system.has_bank(config), ages=system.has_ages(config),
+                  momentum_encoder=system.has_momentum_encoder(config))
     return create_state(
       config.seed, self.network, self.optimizer, self.layout, mesh=self.mesh, create_bank=create_bank,
-      inputs=system.network_inputs(config), with_bank=with_bank and system.has_bank(config),
-      with_momentum_encoder=system.has_momentum_encoder(config))
+      inputs=system.network_inputs(config), keeps=keeps)
 
 
 def _one_of(choices: Iterable[str]) -> tuple[Callable[[Any], bool], str]:
@@ -97,6 +98,7 @@ RULES = (
   (("bank.averaged",), lambda value: 1 <= value <= 1_024, "1 to 1,024 vectors are possible"),
   (("evaluate.every_epochs", "evaluate.views"), lambda value: value >= 0, "0 (never) or more is needed"),
   (("num_negatives",), lambda value: value >= 0, "0 (every row) or more is needed"),
+  (("bank.max_age",), lambda value: 0 <= value < 2**31, "a number of steps is needed, or 0 for no limit"),
   (("data.num_images", "evaluate.num_images", "jigsaw.num_permutations"), lambda value: value >= 0,
    "0 (all) or more is needed"),
   (("pretext_weight", "nearest_positive", "bank.momentum", "optimizer.momentum", "data.max_bad_fraction",
@@ -320,6 +322,7 @@ def contrast_of(config: ConfigDict, layout: memory_bank.Layout, *, num_negatives
   return Contrast(loss_of(config, layout), layout, num_negatives=num_negatives,
                   negative_sampling=config.negative_sampling, own_row_is_negative=config.own_row_is_negative,
                   nearest_positive=config.nearest_positive, negative_ranks=tuple(config.negative_ranks),
+                  max_age=config.bank.max_age,
                   temperature=config.temperature,
                   product=products.in_halves if config.model.dtype == "bfloat16" else products.exact)
 

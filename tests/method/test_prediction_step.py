@@ -17,7 +17,7 @@ from pirl_jax.method.optimizer import create_optimizer
 from pirl_jax.method.prediction_step import make_prediction_step
 from pirl_jax.method.programs import VOID
 from pirl_jax.method.randomness import view_keys
-from pirl_jax.method.state import create_state
+from pirl_jax.method.state import Keeps, create_state
 from pirl_jax.models.heads import ClassHead, PatchesClassHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ResNet
@@ -58,7 +58,7 @@ def parts(system):
 def make_state(system, num_devices):
   network, _, inputs = parts(system)
   return create_state(SEED, network, OPTIMIZER, LAYOUT, mesh=mesh_lib.create_mesh(num_devices),
-                      create_bank=partial(memory_bank.create, dim=8), inputs=inputs, with_bank=False)
+                      create_bank=partial(memory_bank.create, dim=8), inputs=inputs, keeps=Keeps(bank=False))
 
 
 def broken_of(system):
@@ -206,7 +206,7 @@ def test_orders_that_the_pixels_tell_are_learnt():
   network = Network(parts("covariant")[0].trunk, pretext_head=PatchesClassHead(24))
   mesh = mesh_lib.create_mesh(1)
   state = create_state(SEED, network, OPTIMIZER, LAYOUT, mesh=mesh, create_bank=partial(memory_bank.create, dim=8),
-                       inputs=(None, jnp.zeros((1, 4, 5, 5, 3))), with_bank=False)
+                       inputs=(None, jnp.zeros((1, 4, 5, 5, 3))), keeps=Keeps(bank=False))
   step = make_prediction_step(network, OPTIMIZER, make_views(jigsaw, recipe=nothing, pretext_recipe=nothing), LAYOUT,
                               mesh)
   batch = jax.device_put({"pretext_crop": crops, "index": np.arange(B, dtype=np.int32),

@@ -10,7 +10,7 @@ import pytest
 
 from pirl_jax.method import memory_bank
 from pirl_jax.method.optimizer import create_optimizer
-from pirl_jax.method.state import create_state
+from pirl_jax.method.state import Keeps, create_state
 from pirl_jax.models.heads import ImageHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import ResNet
@@ -23,7 +23,7 @@ def make_state(seed, *, with_bank=True, bank_dtype=jnp.float32):
   layout = memory_bank.create_layout(16, num_devices=2, num_negatives=4)
   return create_state(seed, network, optimizer, layout, mesh=create_mesh(2),
                       create_bank=partial(memory_bank.create, dim=4, dtype=bank_dtype),
-                      inputs=(jnp.zeros((1, 8, 8, 3)), None), with_bank=with_bank)
+                      inputs=(jnp.zeros((1, 8, 8, 3)), None), keeps=Keeps(bank=with_bank))
 
 
 @pytest.mark.parametrize(("seed", "as_"), [(2**32 + 70, 70), (-1, 2**32 - 1)])

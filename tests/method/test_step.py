@@ -15,7 +15,7 @@ from pirl_jax.method.contrast import Contrast
 from pirl_jax.method.optimizer import Optimizer, create_optimizer
 from pirl_jax.method.programs import VOID
 from pirl_jax.method.randomness import view_keys
-from pirl_jax.method.state import create_state
+from pirl_jax.method.state import Keeps, create_state
 from pirl_jax.method.step import Momenta, Weights, make_contrastive_step
 from pirl_jax.models.heads import ClassHead, ImageHead, PatchesHead
 from pirl_jax.models.network import Network
@@ -62,7 +62,7 @@ def build(num_devices, *, loss="nce", batch_norm=mesh_lib.AXIS, group=None, opti
   make_state = partial(create_state, 7, network, optimizer, layout, mesh=mesh,
                        create_bank=partial(memory_bank.create, dim=D),
                        inputs=INPUTS if pretext_weight else (INPUTS[0], None),
-                       with_momentum_encoder=encoder_momentum > 0)
+                       keeps=Keeps(ages=choice.get("max_age", 0) > 0, momentum_encoder=encoder_momentum > 0))
   loss_fn = losses.make_loss(loss, temperature=TAU, num_images=N, num_negatives=num_negatives or N)
   contrast = Contrast(loss_fn, layout, num_negatives=num_negatives, negative_sampling=negative_sampling,
                       temperature=TAU, **choice)
@@ -179,9 +179,9 @@ def embeddings_by_hand(state, network, batch):
           for emb in embs]
 
 
-def draw_by_hand(mesh, layout, term, *, num_draws=None):
-  """Returns the rows of the negatives of the first step, i32[B, K]: one draw for all, or one for each image."""
-  key = jax.random.split(jax.random.fold_in(jax.random.key(7), 0), 3)[("views", "pretext", "image").index(term)]
+def draw_by_hand(mesh, layout, term, *, num_draws=None, step=0):
+  """Returns the rows of the negatives of a step, i32[B, K]: one draw for all, or one for each image."""
+  key = jax.random.split(jax.random.fold_in(jax.random.key(7), step), 3)[("views", "pretext", "image").index(term)]
   draw = jax.jit(jax.shard_map(
     lambda key: memory_bank.draw(key, layout, num_negatives=K, axis=mesh_lib.AXIS, num_draws=num_draws), mesh=mesh,
     in_specs=mesh_lib.WHOLE, out_specs=mesh_lib.SPLIT if num_draws is None else P(None, mesh_lib.AXIS)))
@@ -235,6 +235,29 @@ def test_first_step_is_the_papers_objective_by_hand(loss):
     state.bank, oracles.bank_update(bank, rows, embs[0], batch["valid"], momentum=0.5), atol=2e-5)
   _, later = step(state, jax.device_put(make_batch(1), mesh_lib.split(mesh)))
   assert np.isfinite(later["loss"])
+
+
+@pytest.mark.parametrize("num_negatives", [0, K])
+def test_old_rows_are_no_negatives(num_negatives):
+  """In the third step only the rows of the second are new enough, and not all of them: one is the image's own."""
+  options = {"loss": "infonce", "pretext_weight": 0, "num_negatives": num_negatives, "max_age": 1}
+  mesh, layout, network, _, _ = build(1, **options)
+  (_, _, state, end), metrics = run(1, **options)
+  batch = make_batch(2, with_pretext=False)
+  image, *_ = views_fn(view_keys(7, 2, jnp.asarray(batch["index"])), batch["image_crop"])
+  emb, _ = network.apply({"params": state.params, "batch_stats": state.batch_stats}, image, None, train=True,
+                         mutable=["batch_stats"])[0]
+  emb = np.asarray(emb, np.float64) / np.linalg.norm(emb, axis=1, keepdims=True)
+  rows, second = layout.row_of(batch["index"]), layout.row_of(make_batch(1)["index"])
+  drawn = draw_by_hand(mesh, layout, "image", step=2) if num_negatives else np.broadcast_to(second, (B, B))
+  scores = np.einsum("bd,bkd->bk", emb, np.asarray(state.bank, np.float64)[drawn]) / TAU
+  weight = np.isin(drawn, second) & (drawn != rows[:, None])
+  assert weight.sum(axis=1).min() > 0 and not weight.all()
+  expected = oracles.infonce(np.sum(state.bank[rows] * emb, axis=1) / TAU, scores, weight)
+  np.testing.assert_allclose(metrics[2]["loss"], expected.mean(), rtol=1e-4)
+  assert (np.flatnonzero(end.written == 2) == np.sort(rows)).all() and end.written.max() == 2
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-5), ([state, end], metrics),
+               (lambda found: (found[0][2:], found[1]))(run(8, **options)))
 
 
 def angle_by_hand(state, network, batch, params):
