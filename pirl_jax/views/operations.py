@@ -47,18 +47,8 @@ def adjust_saturation(image: jax.Array, factor: jax.Array) -> jax.Array:
 
 @on_levels
 def adjust_sharpness(image: jax.Array, factor: jax.Array) -> jax.Array:
-  """Returns `image` (f32[3, H, W]) blended with a smoothed version: PIL's ImageEnhance.Sharpness. 1 is the identity.
-
-  Smoothed is PIL's ImageFilter.SMOOTH: 3 x 3 weights of 1, 5 in the middle, over 13; the outermost pixels stay.
-  """
-  height, width = image.shape[1:]
-  padded = jnp.pad(image, ((0, 0), (1, 1), (1, 1)))
-  rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
-  box = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
-  smooth = jnp.floor((box + 4.0 * image) * (1.0 / 13.0) + 0.5)  # n / 13 is at least 1/26 away from any half
-  y, x = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
-  inside = (y > 0) & (y < height - 1) & (x > 0) & (x < width - 1)
-  return blend(jnp.where(inside[None], smooth, image), image, factor)
+  """Returns `image` (f32[3, H, W]) blended with `smooth` of it: PIL's ImageEnhance.Sharpness. 1 is the identity."""
+  return blend(smooth(image), image, factor)
 
 
 @on_levels
@@ -90,7 +80,7 @@ def adjust_hue(image: jax.Array, turns: jax.Array) -> jax.Array:
 
 @on_levels
 def posterize(image: jax.Array, bits: jax.Array) -> jax.Array:
-  """Returns `image` (f32[3, H, W]) with only the upper `bits` (i32, 1..8) of each level: PIL's ImageOps.posterize."""
+  """Returns `image` (f32[3, H, W]) with only the upper `bits` (i32, 0..8) of each level: PIL's ImageOps.posterize."""
   step = (1 << (8 - bits)).astype(image.dtype)  # a power of two: dividing by it is exact
   return jnp.floor(image * (1.0 / step)) * step
 
@@ -99,6 +89,12 @@ def posterize(image: jax.Array, bits: jax.Array) -> jax.Array:
 def solarize(image: jax.Array, threshold: jax.Array) -> jax.Array:
   """Returns `image` (f32[3, H, W]) with levels >= `threshold` inverted: PIL's ImageOps.solarize. 256: identity."""
   return jnp.where(image < threshold, image, 255.0 - image)
+
+
+@on_levels
+def solarize_add(image: jax.Array, add: jax.Array) -> jax.Array:
+  """Returns `image` (f32[3, H, W]) with `add` (i32) more in each level below 128, and at most 255. 0: identity."""
+  return jnp.where(image < 128, jnp.minimum(image + add, 255.0), image)
 
 
 @on_levels
@@ -166,6 +162,21 @@ def luma(image: jax.Array) -> jax.Array:
   # PIL's weights are 16-bit fixed point: every partial sum is below 2^24 and so exact in float32.
   red, green, blue = image[0:1], image[1:2], image[2:3]
   return jnp.floor((19595.0 * red + 38470.0 * green + 7471.0 * blue + 32768.0) * 2.0**-16)
+
+
+def smooth(image: jax.Array) -> jax.Array:
+  """Returns `image` (f32[3, H, W]) after PIL's ImageFilter.SMOOTH.
+
+  3 x 3 weights of 1, 5 in the middle, over 13; the outermost pixels stay.
+  """
+  height, width = image.shape[1:]
+  padded = jnp.pad(image, ((0, 0), (1, 1), (1, 1)))
+  rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
+  box = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
+  smoothed = jnp.floor((box + 4.0 * image) * (1.0 / 13.0) + 0.5)  # n / 13 is at least 1/26 away from any half
+  y, x = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
+  inside = (y > 0) & (y < height - 1) & (x > 0) & (x < width - 1)
+  return jnp.where(inside[None], smoothed, image)
 
 
 def mean_level(grey: jax.Array) -> jax.Array:

@@ -1,0 +1,62 @@
+"""Tables of grey levels: how often each level occurs, what each level becomes, and PIL's equalize, which needs both.
+
+Images are those of `operations`: whole levels, [3, H, W] of any dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def histogram(image: jax.Array) -> jax.Array:
+  """Returns i32[3, 256]: how many pixels of each channel of `image` have each level."""
+  # A comparison with every level, without a scatter: on a GPU and a TPU the pixels of one level would wait for each
+  # other. Four levels are counted at once, in the bytes of one number, as far as a column has less than 256 pixels.
+  fields = 4 if image.shape[1] < 256 else 2
+  bits = 32 // fields
+  level, places = image.astype(jnp.uint32), bits * jnp.arange(fields, dtype=jnp.uint32)
+  one = jnp.uint32(1) << bits * (level % fields)
+  words = jnp.arange(256 // fields, dtype=jnp.uint32)[None, :, None, None]
+  sums = jnp.sum(jnp.where((level // fields)[:, None] == words, one[:, None], 0), axis=2, dtype=jnp.uint32)
+  counts = sums[..., None] >> places & (1 << bits) - 1  # [3, words, W, fields]
+  return jnp.sum(counts, axis=2, dtype=jnp.int32).reshape(3, 256)
+
+
+def lookup(image: jax.Array, table: jax.Array) -> jax.Array:
+  """Returns `image` with table[c, level] for each level of channel c; `table` is [3, 256], whole levels of any dtype."""
+  return jax.lax.platform_dependent(image, table, tpu=_by_selects, default=_by_gather)
+
+
+def _by_gather(image: jax.Array, table: jax.Array) -> jax.Array:
+  index = image.astype(jnp.int32) + 256 * jnp.arange(3)[:, None, None]
+  return table.astype(image.dtype).reshape(-1)[index]
+
+
+def _by_selects(image: jax.Array, table: jax.Array) -> jax.Array:
+  """Returns the same without a gather, which is slow on a TPU: four levels of a table are the bytes of one number."""
+  words = jnp.sum(table.astype(jnp.uint32).reshape(3, 64, 4) << 8 * jnp.arange(4, dtype=jnp.uint32), axis=2,
+                  dtype=jnp.uint32)
+  level = image.astype(jnp.uint32)
+  is_word = (level // 4)[:, None] == jnp.arange(64, dtype=jnp.uint32)[None, :, None, None]
+  word = jnp.sum(jnp.where(is_word, words[:, :, None, None], 0), axis=1, dtype=jnp.uint32)
+  return (word >> 8 * (level % 4) & 255).astype(image.dtype)
+
+
+def equalize(image: jax.Array) -> jax.Array:
+  """Returns `image` with levels that are about equally frequent in each channel: PIL's ImageOps.equalize."""
+  return lookup(image, equalize_table(histogram(image)))
+
+
+def equalize_table(counts: jax.Array) -> jax.Array:
+  """Returns i32[3, 256], PIL's table of new levels for a histogram i32[3, 256]."""
+  before = jnp.cumsum(counts, axis=1) - counts
+  rest = jnp.max(jnp.where(counts > 0, before, 0), axis=1, keepdims=True)  # all pixels but those of the highest level
+  step = rest // 255
+  table = jnp.minimum((step // 2 + before) // jnp.maximum(step, 1), 255)
+  return jnp.where(step > 0, table, jnp.arange(256)[None])
+
+
+def extent(counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns (lowest, highest), i32[3, 1] each: the outermost levels that a histogram i32[3, 256] counts."""
+  upto = jnp.cumsum(counts, axis=1)
+  return (jnp.sum(upto == 0, axis=1, keepdims=True, dtype=jnp.int32),
+          jnp.sum(upto < upto[:, -1:], axis=1, keepdims=True, dtype=jnp.int32))
