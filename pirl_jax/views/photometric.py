@@ -26,6 +26,7 @@ from pirl_jax.views.operations import (
   posterize,
   solarize,
 )
+from pirl_jax.views.randaugment import Drawn, apply_randaugment, draw_randaugment
 from pirl_jax.views.recipe import Recipe
 
 # The rows of `places`.
@@ -49,6 +50,7 @@ class Photometric(NamedTuple):
   autocontrast: jax.Array | None  # bool
   grayscale: jax.Array | None  # bool
   radius: jax.Array | None  # f32 pixels
+  randaugment: Drawn | None
   flip: jax.Array | None  # bool
 
 
@@ -76,12 +78,16 @@ def draw_photometric(key: jax.Array, *, recipe: Recipe) -> Photometric:
   def coin(u: jax.Array, probability: float) -> jax.Array | None:
     return u < probability if probability else None
 
-  hue = radius = None
+  hue = radius = randaugment = None
   if recipe.hue and recipe.jitter_probability:
     hue = jnp.where(jitter, recipe.hue * (2.0 * u_hue - 1.0), 0.0)
   if recipe.blur_probability:
     low, high = recipe.blur_radius
     radius = jnp.where(u_blur < recipe.blur_probability, low + (high - low) * u_radius, 0.0)
+  if recipe.randaugment_operations:
+    # The counters 0..16 of this key gave the numbers above, and 17 is the next.
+    randaugment = draw_randaugment(jax.random.fold_in(key, draws.size), count=recipe.randaugment_operations,
+                                   magnitude=recipe.randaugment_magnitude, deviation=recipe.randaugment_deviation)
   return Photometric(
     brightness=jitter_factor(u_brightness, recipe.brightness),
     contrast=jitter_factor(u_contrast, recipe.contrast),
@@ -94,6 +100,7 @@ def draw_photometric(key: jax.Array, *, recipe: Recipe) -> Photometric:
     autocontrast=coin(u_group, recipe.group_probability),
     grayscale=coin(u_gray, recipe.grayscale_probability),
     radius=radius,
+    randaugment=randaugment,
     flip=coin(u_flip, recipe.flip_probability),
   )
 
@@ -102,7 +109,9 @@ def apply_photometric(image: jax.Array, drawn: Photometric) -> jax.Array:
   """Returns `image` (f32[3, H, W], whole levels) after every operation in `drawn`, same shape and range.
 
   The order is jitter, posterize, sharpness, solarize, autocontrast, grayscale, blur, flip. vissl's blur list flips
-  first: a flip changes places with every other operation without a trace, so one order serves both lists.
+  first: a flip changes places with every other operation without a trace, so one order serves both lists. With
+  RandAugment grayscale comes last before the flip: blur, RandAugment, grayscale, flip, as in PyContrast's InfoMin. This
+  one flips first, too; as turns and shifts to both sides are equally likely, the flip may come last.
   """
   def in_bytes(image: jax.Array, drawn: Photometric) -> jax.Array:
     return _in_order(image.astype(jnp.uint8), drawn).astype(image.dtype)
@@ -128,10 +137,14 @@ def _in_order(image: jax.Array, drawn: Photometric) -> jax.Array:
     image = adjust_sharpness(image, drawn.sharpness)
     image = solarize(image, drawn.threshold)
     image = jnp.where(drawn.autocontrast, autocontrast(image), image)
-  if drawn.grayscale is not None:
+  if drawn.grayscale is not None and drawn.randaugment is None:
     image = jnp.where(drawn.grayscale, grayscale(image), image)
   if drawn.radius is not None:
     image = gaussian_blur(image, drawn.radius)
+  if drawn.randaugment is not None:
+    image = apply_randaugment(image, drawn.randaugment)
+    if drawn.grayscale is not None:
+      image = jnp.where(drawn.grayscale, grayscale(image), image)
   if drawn.flip is not None:
     image = jnp.where(drawn.flip, image[:, :, ::-1], image)
   return image

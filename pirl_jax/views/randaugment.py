@@ -76,53 +76,58 @@ def draw_randaugment(key: jax.Array, *, count: int, magnitude: float, deviation:
 
 def apply_randaugment(image: jax.Array, drawn: Drawn) -> jax.Array:
   """Returns `image` ([3, H, W], whole levels of any dtype) after the operations in `drawn`, in its dtype."""
-  def step(image: jax.Array, one: Drawn) -> tuple[jax.Array, None]:
-    return by_platform(image, one, gpu=_in_groups, default=_alone), None
-
-  # The copies of a carry of bytes are costly on a GPU, see `photometric.color_jitter`.
-  return jax.lax.scan(step, image, drawn, unroll=image.dtype == jnp.uint8)[0]
+  return by_platform(image, drawn, gpu=_in_groups, default=_alone)
 
 
 @jax.custom_batching.sequential_vmap
 def _alone(image: jax.Array, drawn: Drawn) -> jax.Array:
-  """Returns `image` after one operation. The images of a batch come one after the other, so that no other is computed.
+  """Returns the result, with the images of a batch one after the other, so that only what was drawn is computed.
 
   Computed at once for the batch, a switch computes all the operations for each image, and half of the draws are none.
   """
-  signed = drawn.share * drawn.sign
-  branches = [lambda image: image]
-  for of in (_OF_LEVELS, _OF_IMAGES):
-    branches += [lambda image, operation=operation: operation(image, drawn.share) for operation in of.values()]
-  branches += [lambda image, matrix=matrix: affine.affine(image, matrix(signed, *image.shape[1:]))
-               for matrix in _OF_PLACES.values()]
-  return jax.lax.switch(drawn.number, branches, image)
+  def step(image: jax.Array, one: Drawn) -> tuple[jax.Array, None]:
+    branches = [lambda image: image]
+    for of in (_OF_LEVELS, _OF_IMAGES):
+      branches += [lambda image, operation=operation: operation(image, one.share) for operation in of.values()]
+    branches.append(lambda image: affine.affine(image, _matrix(one, *image.shape[1:])))
+    return jax.lax.switch(one.number, branches, image), None  # the last branch has all numbers of `_OF_PLACES`
+
+  return jax.lax.scan(step, image, drawn)[0]
 
 
 def _in_groups(image: jax.Array, drawn: Drawn) -> jax.Array:
-  """Returns the same, computed at once for the images of a batch, for a GPU.
+  """Returns the result, computed at once for the images of a batch, for a GPU.
 
   Eight of the operations are tables of levels, two blend the image with another, five are affine transforms. So each
   image goes through one table, one blend and one transform, and those that are not its own leave it as it is.
   """
-  _, height, width = image.shape
-  share, signed, factor = drawn.share, drawn.share * drawn.sign, _factor(drawn.share)
-  levels, counts = jnp.broadcast_to(jnp.arange(256.0), (3, 256))[:, None], tables.histogram(image)  # [3, 1, 256]
-  made = {name: operation(levels, share) for name, operation in _OF_LEVELS.items()}
-  low, high = tables.extent(counts)
-  made["autocontrast"] = operations.autocontrast(jnp.clip(levels, low[:, None], high[:, None]))
-  made["equalize"] = tables.equalize_table(counts)[:, None]
-  grey = operations.luma(image.astype(levels.dtype))
-  made["contrast"] = operations.blend(operations.mean_level(grey), levels, factor)
-  image = tables.lookup(image, _chosen(drawn.number, made, levels)[:, 0])
+  def step(image: jax.Array, one: Drawn) -> tuple[jax.Array, None]:
+    share, factor = one.share, _factor(one.share)
+    levels, counts = jnp.broadcast_to(jnp.arange(256.0), (3, 256))[:, None], tables.histogram(image)  # [3, 1, 256]
+    made = {name: operation(levels, share) for name, operation in _OF_LEVELS.items()}
+    low, high = tables.extent(counts)
+    made["autocontrast"] = operations.autocontrast(jnp.clip(levels, low[:, None], high[:, None]))
+    made["equalize"] = tables.equalize_table(counts)[:, None]
+    grey = operations.luma(image.astype(levels.dtype))
+    made["contrast"] = operations.blend(operations.mean_level(grey), levels, factor)
+    image = tables.lookup(image, _chosen(one.number, made, levels)[:, 0])
 
-  @on_levels
-  def blended(image: jax.Array) -> jax.Array:
-    is_color, is_sharpness = (drawn.number == NUMBERS[name] for name in ("color", "sharpness"))
-    target = jnp.where(is_sharpness, operations.smooth(image), operations.luma(image))
-    return operations.blend(target, image, jnp.where(is_color | is_sharpness, factor, 1.0))
+    @on_levels
+    def blended(image: jax.Array) -> jax.Array:
+      is_color, is_sharpness = (one.number == NUMBERS[name] for name in ("color", "sharpness"))
+      target = jnp.where(is_sharpness, operations.smooth(image), operations.luma(image))
+      return operations.blend(target, image, jnp.where(is_color | is_sharpness, factor, 1.0))
 
-  matrices = {name: matrix(signed, height, width) for name, matrix in _OF_PLACES.items()}
-  return affine.affine(blended(image), _chosen(drawn.number, matrices, affine.translation()))
+    return affine.affine(blended(image), _matrix(one, *image.shape[1:])), None
+
+  # Not a loop: the copies of its carry would be costly, see `photometric.color_jitter`.
+  return jax.lax.scan(step, image, drawn, unroll=True)[0]
+
+
+def _matrix(drawn: Drawn, height: int, width: int) -> jax.Array:
+  share = drawn.share * drawn.sign
+  matrices = {name: matrix(share, height, width) for name, matrix in _OF_PLACES.items()}
+  return _chosen(drawn.number, matrices, affine.translation())
 
 
 def _chosen(number: jax.Array, values: dict[str, jax.Array], otherwise: jax.Array) -> jax.Array:
