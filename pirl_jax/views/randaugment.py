@@ -83,7 +83,9 @@ def apply_randaugment(image: jax.Array, drawn: Drawn) -> jax.Array:
 def _alone(image: jax.Array, drawn: Drawn) -> jax.Array:
   """Returns the result, with the images of a batch one after the other, so that only what was drawn is computed.
 
-  Computed at once for the batch, a switch computes all the operations for each image, and half of the draws are none.
+  Under vmap a switch computes all the operations for each image, and half of the draws are none. On one core, 64 images
+  of 224 pixels take 129 ms, and 2.7 s with `_in_groups`; 128 of 32 pixels 2 ms and 60 (one run on a busy machine). 128
+  images of 224 pixels take about 14 ms of a v5e, if its compiler's estimates are weighted with what is drawn.
   """
   def step(image: jax.Array, one: Drawn) -> tuple[jax.Array, None]:
     branches = [lambda image: image]
@@ -99,7 +101,8 @@ def _in_groups(image: jax.Array, drawn: Drawn) -> jax.Array:
   """Returns the result, computed at once for the images of a batch, for a GPU.
 
   Eight of the operations are tables of levels, two blend the image with another, five are affine transforms. So each
-  image goes through one table, one blend and one transform, and those that are not its own leave it as it is.
+  image goes through one table, one blend and one transform, and those that are not its own leave it as it is. 1,024
+  images of 224 pixels: 21 GB, 4.4 ms of an H200 by its bandwidth, where the views take 2.0 ms without RandAugment.
   """
   def step(image: jax.Array, one: Drawn) -> tuple[jax.Array, None]:
     share, factor = one.share, _factor(one.share)

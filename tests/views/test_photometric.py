@@ -336,7 +336,8 @@ def test_parameters_of_an_image_are_drawn_independently(recipe):
 
 def test_recipes_have_vissls_numbers():
   """VISSL's configs/config/pretrain/pirl/pirl_jigsaw_4node_resnet50.yaml and transforms/photo_gblur.yaml."""
-  common = {"grayscale_probability": 0.2, "blur_radius": (0.1, 2.0), "flip_probability": 0.5}
+  common = {"grayscale_probability": 0.2, "blur_radius": (0.1, 2.0), "flip_probability": 0.5,
+            "randaugment_operations": 0, "randaugment_magnitude": 10.0, "randaugment_deviation": 0.5}
   base = dict.fromkeys(("brightness", "contrast", "saturation"), 0.4) | {
     "hue": 0.2, "jitter_probability": 1.0, "group_probability": 0.66, "blur_probability": 0.0}
   blurred = dict.fromkeys(("brightness", "contrast", "saturation"), 0.8) | {
@@ -403,6 +404,12 @@ def test_ranks_put_equal_values_in_order():
     {"blur_radius": (0.1, 3.0)},
     {"blur_radius": (2.0, 0.1)},
     {"blur_radius": (1.0,)},
+    {"randaugment_operations": -1},
+    {"randaugment_operations": 1.5},
+    {"randaugment_magnitude": 11.0},
+    {"randaugment_magnitude": float("nan")},
+    {"randaugment_deviation": -0.5},
+    {"randaugment_deviation": float("inf")},
   ],
 )
 def test_impossible_recipes_are_refused(wrong):
