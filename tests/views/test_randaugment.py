@@ -82,6 +82,18 @@ def test_forms_of_tables_agree_and_equalize_equals_pil(size):
   np.testing.assert_array_equal(jax.jit(jax.vmap(tables.equalize))(levels), equalized)
 
 
+def test_the_largest_moves_are_those_of_pycontrast():
+  """30 degrees, 0.3 of the distance from the upper or left edge, and 0.45 of the image's own side."""
+  found = {name: matrix(jnp.float32(-1), 40, 60) for name, matrix in randaugment._OF_PLACES.items()}
+  cos, sin, across, down = (1024 * math.cos(math.pi / 6), 512, -2048 * 0.45 * 60, -2048 * 0.45 * 40)
+  expected = {"shear_x": [1024, -307.2, 0, 0, 1024, 0], "shear_y": [1024, 0, 0, -307.2, 1024, 0],
+              "translate_x": [1024, 0, across, 0, 1024, 0], "translate_y": [1024, 0, 0, 0, 1024, down],
+              "rotate": [cos, sin, (1024 - cos) * 60 - sin * 40, -sin, cos, (1024 - cos) * 40 + sin * 60]}
+  assert found.keys() == expected.keys()
+  for name, matrix in expected.items():  # c and f of the rotation have the rounded cosine, times a side
+    assert (np.abs(found[name] - np.array(matrix)) <= 0.5001 * np.array([1, 1, 60, 1, 1, 60])).all(), name
+
+
 def test_draws_have_their_probabilities():
   count = 20_000
   draw = jax.jit(jax.vmap(lambda key: randaugment.draw_randaugment(key, count=2, magnitude=9.0, deviation=0.5)))
