@@ -260,7 +260,8 @@ OPERATIONS = {  # with the numbers that they take, and the one of them that chan
   "adjust_brightness": (st.floats(0, 3), 1.0), "adjust_contrast": (st.floats(0, 3), 1.0),
   "adjust_saturation": (st.floats(0, 3), 1.0), "adjust_sharpness": (st.floats(0, 3), 1.0),
   "adjust_hue": (st.floats(-0.5, 0.5), 0.0), "posterize": (st.integers(0, 8), 8),
-  "solarize": (st.floats(0, 256), 256.0), "solarize_add": (st.integers(0, 110), 0), "gaussian_blur": (st.floats(0, 2.4), 0.0),
+  "solarize": (st.floats(0, 256), 256.0), "solarize_add": (st.integers(0, 110), 0),
+  "gaussian_blur": (st.floats(0, 2.4), 0.0),
   "autocontrast": (None, None), "grayscale": (None, None)}
 
 
