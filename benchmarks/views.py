@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pirl_jax.views import photometric
+from pirl_jax.views import operations, photometric
 from pirl_jax.views.jigsaw import Jigsaw
 from pirl_jax.views.recipe import BASE, GBLUR, Recipe
 from pirl_jax.views.two_views import make_views
 
 ROUNDS = 5
 STEPS = (
-  photometric.adjust_brightness,
-  photometric.adjust_contrast,
-  photometric.adjust_saturation,
-  photometric.adjust_hue,
+  operations.adjust_brightness,
+  operations.adjust_contrast,
+  operations.adjust_saturation,
+  operations.adjust_hue,
 )
 
 

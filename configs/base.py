@@ -132,6 +132,11 @@ def _add_views(config: ConfigDict) -> None:
   photometric.grayscale_probability = 0.2  # probability that the colours are taken away
   photometric.blur_probability = 0.0  # probability of a Gaussian blur
   photometric.blur_radius = (0.1, 2.0)  # pixels, range of the standard deviation of the blur
+  # RandAugment (PyContrast's InfoMin: 2 operations): the number of operations that are chosen for an image, of 15, each
+  # applied with probability 0.5; 0: none.
+  photometric.randaugment_operations = 0
+  photometric.randaugment_magnitude = 10.0  # mean of the magnitude of an operation, in [0, 10]
+  photometric.randaugment_deviation = 0.5  # standard deviation of the magnitude; it stays in [0, 10]
   photometric.flip_probability = 0.5  # probability of a horizontal flip
 
   # The photometric augmentations of the pretext views: those of the image, except for fields that are set here.

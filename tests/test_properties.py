@@ -27,7 +27,7 @@ from pirl_jax.runtime.mesh import AXIS, SPLIT, WHOLE
 from pirl_jax.storage.settings import flatten
 from pirl_jax.training import parts as parts_lib
 from pirl_jax.training import pretrain
-from pirl_jax.views import jigsaw, normalisation, permutations, photometric, rotation, two_views
+from pirl_jax.views import jigsaw, normalisation, operations, permutations, photometric, rotation, two_views
 from pirl_jax.views.recipe import Recipe
 
 # The same examples at every run, and no folder of them left behind.
@@ -259,14 +259,15 @@ def test_augmented_images_stay_images(seed, strength, blur, contents, side):
 OPERATIONS = {  # with the numbers that they take, and the one of them that changes nothing
   "adjust_brightness": (st.floats(0, 3), 1.0), "adjust_contrast": (st.floats(0, 3), 1.0),
   "adjust_saturation": (st.floats(0, 3), 1.0), "adjust_sharpness": (st.floats(0, 3), 1.0),
-  "adjust_hue": (st.floats(-0.5, 0.5), 0.0), "posterize": (st.integers(1, 8), 8),
-  "solarize": (st.floats(0, 256), 256.0), "gaussian_blur": (st.floats(0, 2.4), 0.0),
+  "adjust_hue": (st.floats(-0.5, 0.5), 0.0), "posterize": (st.integers(0, 8), 8),
+  "solarize": (st.floats(0, 256), 256.0), "solarize_add": (st.integers(0, 110), 0),
+  "gaussian_blur": (st.floats(0, 2.4), 0.0),
   "autocontrast": (None, None), "grayscale": (None, None)}
 
 
 @functools.cache
 def operation(name):
-  return jax.jit(getattr(photometric, name))
+  return jax.jit(getattr(operations, name))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -18,8 +18,9 @@ YOUNGER_FIELDS = ("dry_run", "init_from", "report", "export", "data.holdout", "d
                   "data.formats", "data.reduced_decoding", "data.full_range", "data.upright", "model.batch_norm_group",
                   "evaluate.views", "evaluate.source", "evaluate.root", "evaluate.name", "optimizer.nesterov",
                   "optimizer.decay_batch_norm", "own_row_is_negative", "bank.averaged", "partial_batch", "data.strict",
-                  "nearest_positive", "negative_ranks", "angle_weight", "bank.encoder_momentum",
-                  "bank.max_age")
+                  "nearest_positive", "negative_ranks", "angle_weight", "bank.encoder_momentum", "bank.max_age",
+                  *(f"{group}.randaugment_{field}" for group in ("photometric", "pretext_photometric")
+                    for field in ("operations", "magnitude", "deviation")))
 """Fields of a run's config that were added after November 2026. A digest that names a folder leaves a field out if the
 field has its value in configs/base.py, so a program that has the field finds the folders of one that has not."""
 

@@ -199,7 +199,8 @@ def half_recipe(config: ConfigDict) -> Recipe:
   """
   own = system.recipe_of(config, "photometric")
   strengths = {name: COLOUR_SHARE * getattr(own, name) for name in ("brightness", "contrast", "saturation", "hue")}
-  return dataclasses.replace(own, **strengths, group_probability=0, grayscale_probability=0, blur_probability=0)
+  return dataclasses.replace(own, **strengths, group_probability=0, grayscale_probability=0, blur_probability=0,
+                             randaugment_operations=0)
 
 
 def _make_forward(parts: Parts) -> Callable:

@@ -28,6 +28,9 @@ class Recipe:
   grayscale_probability: float = 0.2
   blur_probability: float = 0.0
   blur_radius: tuple[float, float] = (0.1, 2.0)  # pixels, PIL's radius = standard deviation of the Gaussian
+  randaugment_operations: int = 0  # n, the operations that are chosen for an image, each applied with probability 1/2
+  randaugment_magnitude: float = 10.0  # m, in [0, 10]
+  randaugment_deviation: float = 0.5  # standard deviation of the magnitude, which stays in [0, 10]
   flip_probability: float = 0.5
 
   def __post_init__(self) -> None:
@@ -44,6 +47,14 @@ class Recipe:
     radius = self.blur_radius
     if len(radius) != 2 or not 0 <= radius[0] <= radius[1] <= _MAX_BLUR_RADIUS:
       raise UserError(f"blur_radius={radius} must be (smallest, largest), both in [0, {_MAX_BLUR_RADIUS}] pixels")
+    number, magnitude, deviation = (
+      self.randaugment_operations, self.randaugment_magnitude, self.randaugment_deviation)
+    if number < 0 or number != int(number):
+      raise UserError(f"randaugment_operations={number} is no number of operations; give 2, as InfoMin, or 0 for none")
+    if not 0 <= magnitude <= 10:
+      raise UserError(f"randaugment_magnitude={magnitude} is not in [0, 10]")
+    if not 0 <= deviation < float("inf"):
+      raise UserError(f"randaugment_deviation={deviation} is no standard deviation; give a number of at least 0")
 
 
 BASE = Recipe()

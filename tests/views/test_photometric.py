@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from pirl_jax.errors import UserError
-from pirl_jax.views import photometric
+from pirl_jax.views import operations, photometric
 from pirl_jax.views.photometric import apply_photometric, draw_photometric
 from pirl_jax.views.recipe import BASE, GBLUR, Recipe
 
@@ -69,10 +69,10 @@ GRID_FACTORS = [0.0, 0.5, 1.0, 1.5, 2.0, *(RNG.integers(0, 8193, 12) / 4096)]
 @pytest.mark.parametrize(
   ("operation", "enhancer"),
   [
-    (photometric.adjust_brightness, ImageEnhance.Brightness),
-    (photometric.adjust_contrast, ImageEnhance.Contrast),
-    (photometric.adjust_saturation, ImageEnhance.Color),
-    (photometric.adjust_sharpness, ImageEnhance.Sharpness),
+    (operations.adjust_brightness, ImageEnhance.Brightness),
+    (operations.adjust_contrast, ImageEnhance.Contrast),
+    (operations.adjust_saturation, ImageEnhance.Color),
+    (operations.adjust_sharpness, ImageEnhance.Sharpness),
   ],
 )
 def test_blends_equal_pil(operation, enhancer):
@@ -86,7 +86,7 @@ def test_blends_equal_pil(operation, enhancer):
 def test_every_blend_of_two_levels_equals_pil():
   levels = np.arange(256, dtype=np.uint8)
   image, target = np.meshgrid(levels, levels)
-  blend = jax.jit(photometric._blend)
+  blend = jax.jit(operations.blend)
   for factor in [0.0, 0.25, 1.0, 2.0, *(RNG.integers(0, 8193, 60) / 4096)]:
     ours = blend(jnp.asarray(target, jnp.float32), jnp.asarray(image, jnp.float32), jnp.float32(factor))
     theirs = Image.blend(Image.fromarray(target), Image.fromarray(image), factor)
@@ -96,7 +96,7 @@ def test_every_blend_of_two_levels_equals_pil():
 def test_contrast_rounds_a_mean_of_one_half_up():
   image = np.full((2, 2, 3), 10, np.uint8)
   image[0] = 11
-  ours = apply_all(photometric.adjust_contrast, image[None], np.zeros(1, np.float32))
+  ours = apply_all(operations.adjust_contrast, image[None], np.zeros(1, np.float32))
   np.testing.assert_array_equal(ours[0], 11)
 
 
@@ -104,28 +104,28 @@ def test_contrast_of_a_large_image_is_exact():
   # 300 x 300 levels sum to more than 2^24, where float32 sums round; the mean is 1 / 90,000 short of 200.5.
   image = np.full((300, 300, 3), 201, np.uint8)
   image.reshape(-1, 3)[:45_001] = 200
-  ours = apply_all(photometric.adjust_contrast, image[None], np.zeros(1, np.float32))[0]
+  ours = apply_all(operations.adjust_contrast, image[None], np.zeros(1, np.float32))[0]
   np.testing.assert_array_equal(ours, np.asarray(ImageEnhance.Contrast(Image.fromarray(image)).enhance(0.0)))
   assert ours[0, 0, 0] == 200
 
 
 @pytest.mark.parametrize("bits", [1, 4, 5, 6, 7, 8])
 def test_posterize_equals_pil(bits):
-  ours = apply_all(photometric.posterize, IMAGES, np.full(len(IMAGES), bits, np.int32))
+  ours = apply_all(operations.posterize, IMAGES, np.full(len(IMAGES), bits, np.int32))
   theirs = np.stack([np.asarray(ImageOps.posterize(Image.fromarray(p), bits)) for p in IMAGES])
   np.testing.assert_array_equal(ours, theirs)
 
 
 def test_solarize_equals_pil():
   thresholds = [0, 1, 100, 128, 255, 256]
-  assert against_pil(photometric.solarize, lambda p, t: ImageOps.solarize(p, int(t)), thresholds).max() == 0
-  unchanged = apply_all(photometric.solarize, IMAGES, np.full(len(IMAGES), 256, np.int32))
+  assert against_pil(operations.solarize, lambda p, t: ImageOps.solarize(p, int(t)), thresholds).max() == 0
+  unchanged = apply_all(operations.solarize, IMAGES, np.full(len(IMAGES), 256, np.int32))
   np.testing.assert_array_equal(unchanged, IMAGES)
 
 
 def test_grayscale_equals_pil():
   colours = RNG.integers(0, 256, (1, 256, 256, 3), np.uint8)
-  ours = apply_all(photometric.grayscale, colours)[0]
+  ours = apply_all(operations.grayscale, colours)[0]
   theirs = np.asarray(Image.fromarray(colours[0]).convert("L"))
   np.testing.assert_array_equal(ours, np.repeat(theirs[:, :, None], 3, axis=2))
 
@@ -135,7 +135,7 @@ def test_autocontrast_equals_pil_over_every_range():
   low, high = np.triu_indices(256, k=1)
   rows = np.clip(np.arange(256)[None], low[:, None], high[:, None])
   image = jnp.broadcast_to(jnp.asarray(rows, jnp.float32)[:, None, None, :], (len(low), 3, 1, 256))
-  ours = np.asarray(jax.jit(jax.vmap(photometric.autocontrast))(image))[:, 0, 0]
+  ours = np.asarray(jax.jit(jax.vmap(operations.autocontrast))(image))[:, 0, 0]
   exact = (255 * (rows - low[:, None])) // (high - low)[:, None]
   np.testing.assert_array_equal(ours, exact)
   for i in RNG.integers(0, len(low), 500):
@@ -147,7 +147,7 @@ def test_autocontrast_equals_pil_over_every_range():
 
 
 def test_autocontrast_of_images_equals_pil():
-  ours = apply_all(photometric.autocontrast, IMAGES).astype(int)
+  ours = apply_all(operations.autocontrast, IMAGES).astype(int)
   theirs = np.stack([np.asarray(ImageOps.autocontrast(Image.fromarray(p))) for p in IMAGES])
   assert np.abs(ours - theirs).max() <= 1
   np.testing.assert_array_equal(ours[-2:], IMAGES[-2:])  # flat channels stay
@@ -155,7 +155,7 @@ def test_autocontrast_of_images_equals_pil():
 
 @pytest.mark.parametrize("turns", [-0.5, -0.2, -1 / 6, 0.0, 0.1, 1 / 3, 0.4999, 0.5])
 def test_hue_equals_float_hsv(turns):
-  ours = apply_all(photometric.adjust_hue, IMAGES, np.full(len(IMAGES), turns, np.float32)).astype(int)
+  ours = apply_all(operations.adjust_hue, IMAGES, np.full(len(IMAGES), turns, np.float32)).astype(int)
   theirs = np.stack([hue_oracle(p, float(np.float32(turns))) for p in IMAGES])
   assert np.abs(ours - theirs).max() <= 1
   assert (ours != theirs).mean() < 1e-3
@@ -163,13 +163,13 @@ def test_hue_equals_float_hsv(turns):
 
 def test_hue_of_zero_changes_no_colour():
   colours = np.stack(np.meshgrid(*[np.arange(0, 256, 5, dtype=np.uint8)] * 3), axis=-1).reshape(1, 52, -1, 3)
-  np.testing.assert_array_equal(apply_all(photometric.adjust_hue, colours, np.zeros(1, np.float32)), colours)
+  np.testing.assert_array_equal(apply_all(operations.adjust_hue, colours, np.zeros(1, np.float32)), colours)
 
 
 def test_gaussian_blur_equals_pil():
   # With 0.5, 1 and 2 many sums lie half way between two levels; at the root of 2 the box grows to 5 pixels.
   radii = [0.0, 0.1, 0.5, 1.0, 1.3, 1.41, 2**0.5, 1.42, 1.7, 2.0, 2.4, *RNG.uniform(0.1, 2.0, 6)]
-  off = against_pil(photometric.gaussian_blur, lambda p, r: p.filter(ImageFilter.GaussianBlur(float(r))), radii)
+  off = against_pil(operations.gaussian_blur, lambda p, r: p.filter(ImageFilter.GaussianBlur(float(r))), radii)
   assert off.max() <= 1
   assert (off > 0).mean() < 1e-3
 
@@ -214,10 +214,10 @@ def test_jitter_equals_the_plain_sequence_in_all_24_orders():
 @pytest.mark.parametrize("present", [(0,), (2, 3), (0, 2), (0, 1, 2), (0, 1, 2, 3), (3,), ()])
 def test_jitter_of_some_operations_equals_their_sequence(present):
   steps = [
-    (photometric.adjust_brightness, 1.25),
-    (photometric.adjust_contrast, 0.5),
-    (photometric.adjust_saturation, 1.75),
-    (photometric.adjust_hue, 0.125),
+    (operations.adjust_brightness, 1.25),
+    (operations.adjust_contrast, 0.5),
+    (operations.adjust_saturation, 1.75),
+    (operations.adjust_hue, 0.125),
   ]
   names = ("brightness", "contrast", "saturation", "hue")
   parameters = {name: jnp.float32(steps[i][1]) if i in present else None for i, name in enumerate(names)}
@@ -336,7 +336,8 @@ def test_parameters_of_an_image_are_drawn_independently(recipe):
 
 def test_recipes_have_vissls_numbers():
   """VISSL's configs/config/pretrain/pirl/pirl_jigsaw_4node_resnet50.yaml and transforms/photo_gblur.yaml."""
-  common = {"grayscale_probability": 0.2, "blur_radius": (0.1, 2.0), "flip_probability": 0.5}
+  common = {"grayscale_probability": 0.2, "blur_radius": (0.1, 2.0), "flip_probability": 0.5,
+            "randaugment_operations": 0, "randaugment_magnitude": 10.0, "randaugment_deviation": 0.5}
   base = dict.fromkeys(("brightness", "contrast", "saturation"), 0.4) | {
     "hue": 0.2, "jitter_probability": 1.0, "group_probability": 0.66, "blur_probability": 0.0}
   blurred = dict.fromkeys(("brightness", "contrast", "saturation"), 0.8) | {
@@ -403,6 +404,12 @@ def test_ranks_put_equal_values_in_order():
     {"blur_radius": (0.1, 3.0)},
     {"blur_radius": (2.0, 0.1)},
     {"blur_radius": (1.0,)},
+    {"randaugment_operations": -1},
+    {"randaugment_operations": 1.5},
+    {"randaugment_magnitude": 11.0},
+    {"randaugment_magnitude": float("nan")},
+    {"randaugment_deviation": -0.5},
+    {"randaugment_deviation": float("inf")},
   ],
 )
 def test_impossible_recipes_are_refused(wrong):
