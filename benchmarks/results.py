@@ -36,7 +36,7 @@ KEPT = ROOT / "docs" / "results.jsonl"
 PAGE = ROOT / "docs" / "results.md"
 TRACES = ROOT / "docs" / "results" / "traces.jsonl"
 MARKS = {section: (f"<!-- {section}: written by benchmarks.results -->", f"<!-- end of {section} -->")
-         for section in ("tables", "invariance")}
+         for section in ("tables", "options", "invariance")}
 """{section of the page: what stands before and after its tables}."""
 
 FIGURES = {"kNN top-1": "kNN, pooled", "linear top-1 of res3": "linear, res3", "linear top-1 of res4": "linear, res4"}
@@ -113,6 +113,15 @@ ROWS = {
   "cifar10-10": _photographs("CIFAR-10", "test", "ResNet-8", 10),
   "textures": Row("embedded textures, 1,024 images, ResNet-8, 24 epochs", QUIET,
                   {"PIRL": ("pirl", {}), "NPID++": ("npid", {})}),
+  "tiny-options": Row(
+    "Tiny-ImageNet-40, ResNet-8, 6 epochs", (*FOLDER, "--config.settings.evaluate.split=val"),
+    {name: ("pirl", {"num_epochs": 6, **fields}) for name, fields in {
+      "PIRL": {}, "nearest_positive=0.5": {"nearest_positive": 0.5},
+      "hardest 8 %": {"negative_ranks": (0.0, 0.08)}, "ring of 1 to 10 %": {"negative_ranks": (0.01, 0.1)},
+      "angle_weight=0.4": {"angle_weight": 0.4}, "temperature=0.2": {"temperature": 0.2},
+      "momentum encoder": {"bank.encoder_momentum": 0.999, "bank.momentum": 0.0, "bank.max_age": 64,
+                           "num_negatives": 0}}.items()},
+    ("knn",), {"kNN top-1": "kNN, pooled"}, section="options"),
   "tiny-invariance": Row(
     "Tiny-ImageNet-40, ResNet-8, 24 epochs", (*FOLDER, "--config.settings.evaluate.split=val"),
     {"PIRL": ("pirl", {"num_epochs": 24}), "NPID++": ("npid", {"num_epochs": 24}),

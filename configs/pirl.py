@@ -108,10 +108,10 @@ def pycontrast(config: ConfigDict) -> None:
 def infomin(config: ConfigDict) -> None:
   """InfoMin of HobbitLong/PyContrast: rows of a momentum encoder, RandAugment; linear top-1 is 70.1 in its README.
 
-  It is 67.4 after 100 epochs and 73.0 after 800. Differences beside those of `imagenet_pycontrast`: the encoder's batch
-  norm is that of EMAN, see pirl_jax/method/momentum_encoder.py; images are turned and sheared with bilinear
-  interpolation, in PyContrast half of them bicubic; the head of the patches has a ReLU before its last layer, as in
-  vissl.
+  It is 67.4 after 100 epochs and 73.0 after 800. Differences beside those of `imagenet_pycontrast`: images are turned
+  and sheared with bilinear interpolation, in PyContrast half of them bicubic; the head of the patches has a ReLU before
+  its last layer, as in vissl; the second crops are put into other groups of batch norm in a fixed way, in PyContrast at
+  random.
   """
   pycontrast(config)
   mlp(config)

@@ -203,8 +203,7 @@ def estimate(config: ConfigDict, *, num_images: int, num_classes: int, num_devic
   read = dim if config.negative_sampling == "per_image" else 1  # each image reads rows of its own
   held = scores * read / parts * (1 if config.num_negatives else min(1, CHUNK_ROWS / max(1, scored)))
   memory = {
-    "weights, momentum, statistics": exact * (2 * counted.parameters + counted.statistics
-                                              + bool(encoder) * (counted.parameters + counted.statistics)),
+    "weights, momentum, statistics": exact * ((2 + bool(encoder)) * counted.parameters + counted.statistics),
     "memory bank": rows * (dim * jnp.dtype(config.bank.dtype).itemsize + 1),
     "batch": pixels,
     PASSING: KEPT * itemsize * images / parts * counted.kept(remat=remat) + exact * counted.parameters * min(2, parts)

@@ -11,7 +11,6 @@ import jax
 
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import TrainState
-from pirl_jax.models.batch_norm import MOMENTUM
 from pirl_jax.models.network import Network
 from pirl_jax.views.rotation import draw_turns, rotate
 
@@ -31,8 +30,6 @@ class Passed(NamedTuple):
   """Labels of the transforms, i32[b]; None if there is no pretext view."""
   batch_stats: Any
   """The running statistics after all views."""
-  image_stats: Any
-  """The statistics of the image views of these images alone; None if there is no image view."""
 
 
 def forward(network: Network, views_fn: Callable, state: TrainState, params: Any,
@@ -59,19 +56,17 @@ def forward(network: Network, views_fn: Callable, state: TrainState, params: Any
                                  mutable=["batch_stats"], method=method)
     return out, updated["batch_stats"]
 
-  outputs, batch_stats, image_stats = {}, state.batch_stats, None
+  outputs, batch_stats = {}, state.batch_stats
   with jax.named_scope("network"):
     if pretext is not None:
       outputs["pretext"], batch_stats = run("embed_pretext", pretext, batch_stats)
     if image is not None:
-      before = batch_stats
-      outputs["image"], batch_stats = run("embed_image", image, before)
-      image_stats = jax.tree.map(lambda new, old: (new - MOMENTUM * old) / (1 - MOMENTUM), batch_stats, before)
+      outputs["image"], batch_stats = run("embed_image", image, batch_stats)
     if network.angle_head is not None:
       assert image is not None
       turned = jax.vmap(rotate)(image, quarter_turns(state, crops["index"]))
       outputs[ANGLE], batch_stats = run("predict_angle", turned, batch_stats)
-  return Passed(outputs, labels, batch_stats, image_stats)
+  return Passed(outputs, labels, batch_stats)
 
 
 def quarter_turns(state: TrainState, index: jax.Array) -> jax.Array:

@@ -1,17 +1,16 @@
 """A momentum encoder: a copy of the network that follows the network slowly and makes the rows of the bank.
 
 InfoMin (2005.10243) and its code, PyContrast, train PIRL in this way, as MoCo (1911.05722) does: a second crop of each
-image passes through the copy, and both views are compared with what comes out. Batch norm is that of EMAN (2101.08482):
-the copy has running statistics of its own, which follow those of the network. MoCo instead takes the statistics of a
-batch that is shuffled over the GPUs, because an image and its second crop must not share a batch's statistics, by which
-they would recognise each other; here no statistics of the batch are used at all.
+image passes through the copy, and both views are compared with what comes out. The copy takes batch statistics as the
+network does in training. An image and its second crop must not share the statistics of a small group of images, by
+which the network would recognise the group; so the second crops are put into other groups, as MoCo shuffles them over
+the GPUs.
 
 Letters: M parts of the batch, B batch of all devices, b this device's images of a part, H W sides in pixels, D
 embedding.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from pirl_jax.method.micro_batches import gather
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import TrainState
 from pirl_jax.models.network import Network
+from pirl_jax.runtime.mesh import AXIS
 
 CROP = "second_crop"
 """Name of the second crop in a batch, u8[B, H, W, 3]."""
@@ -44,27 +44,37 @@ def embed(network: Network, views_fn: Callable, state: TrainState, batch: Mappin
       keys = jax.vmap(lambda key: jax.random.fold_in(key, _KEY))(view_keys(state.seed, state.step, index))
       image, *_ = views_fn(keys, crop, None)
     with jax.named_scope("network"):
-      emb: Any = network.apply(state.momentum_encoder, image, method="embed_image")
+      variables = {"params": state.momentum_encoder, "batch_stats": state.batch_stats}
+      emb, _ = network.apply(variables, image, train=True, mutable=["batch_stats"], method="embed_image")
       return memory_bank.normalise(emb)
 
-  return gather(jax.lax.map(part, (batch[CROP], batch["index"])), axis=1)
+  crops = batch[CROP], batch["index"]
+  if network.trunk.batch_norm_axis:  # the statistics of the whole batch tell nothing about an image
+    return gather(jax.lax.map(part, crops), axis=1)
+  number = crops[1].shape[1]
+  order = other_groups(number * jax.lax.axis_size(AXIS), network.trunk.batch_norm_group or number)
+  mine = jax.lax.axis_index(AXIS) * number + jnp.arange(number)
+  shuffled = tuple(gather(x, axis=1)[:, order[mine]] for x in crops)
+  return gather(jax.lax.map(part, shuffled), axis=1)[:, jnp.argsort(order)]
+
+
+def other_groups(number: int, group: int) -> jax.Array:
+  """Returns an order i32[B] of B images in which those of a group are as far apart as can be.
+
+  Args:
+    number: B.
+    group: size of the groups, which are consecutive; a divisor of B.
+  """
+  return jnp.arange(number).reshape(-1, group).T.reshape(-1)
 
 
 @jax.named_scope("optimizer")
-def follow(state: TrainState, image_stats: Any, *, momentum: float) -> TrainState:
+def follow(state: TrainState, *, momentum: float) -> TrainState:
   """Returns the state whose momentum encoder e has moved to the network: e <- m e + (1 - m) w.
 
-  m is the smaller one of `momentum` and (1 + n) / (10 + n) after n steps. So a short run does not compare its images
-  with a copy of the random network, and the copy's statistics, which begin at 0 and 1, fit its layers soon.
-
   Args:
-    state: after the update of the parameters; its number of steps counts this one.
-    image_stats: f32[...], statistics of the image views of this batch. The running ones of the network would not do:
-      they also follow the pretext views, whose statistics are others.
-    momentum: in (0, 1).
+    state: after the update of the parameters.
+    momentum: m, in (0, 1).
   """
-  before = (state.step - 1).astype(float)
-  weight = jnp.minimum(momentum, (1 + before) / (10 + before))
   return state.replace(momentum_encoder=jax.tree.map(
-    lambda old, new: (weight * old + (1 - weight) * new).astype(new.dtype),
-    state.momentum_encoder, {"params": state.params, "batch_stats": image_stats}))
+    lambda old, new: momentum * old + (1 - momentum) * new, state.momentum_encoder, state.params))

@@ -40,7 +40,7 @@ class TrainState(flax.struct.PyTreeNode):
   written: Any = None
   """i32[S * R], split over the devices: the step in which each row was last written; None if nothing depends on it."""
   momentum_encoder: Any = None
-  """{"params", "batch_stats"} of the momentum encoder, f32; None without one."""
+  """Parameters of the momentum encoder, f32; None without one."""
 
   @property
   def ages(self) -> jax.Array | None:
@@ -101,12 +101,12 @@ def create_state(seed: int, network: Network, optimizer: optax.GradientTransform
     bank, usable = create_bank(bank_key, layout)
     # Flax creates running statistics in float32, but a step returns them in the type of the parameters.
     batch_stats = optax.tree_utils.tree_cast(variables["batch_stats"], jax.tree.leaves(variables["params"])[0].dtype)
-    encoder = {"params": variables["params"], "batch_stats": batch_stats} if keeps.momentum_encoder else None
     return TrainState(
       step=jnp.zeros((), jnp.int32), seed=seed, params=variables["params"], batch_stats=batch_stats,
       opt_state=optimizer.init(variables["params"]), usable=usable, bank=bank if keeps.bank else None,
       normaliser=jnp.zeros(()) if keeps.bank else None,
-      written=jnp.zeros(usable.shape, jnp.int32) if keeps.ages else None, momentum_encoder=encoder)
+      written=jnp.zeros(usable.shape, jnp.int32) if keeps.ages else None,
+      momentum_encoder=variables["params"] if keeps.momentum_encoder else None)
 
   # The seed is an argument of the compiled program, and the bits do not depend on the number of devices.
   return jax.jit(init, out_shardings=state_shardings(mesh, with_bank=keeps.bank))(jnp.uint32(seed % 2**32))

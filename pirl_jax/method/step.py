@@ -121,17 +121,16 @@ def make_contrastive_step(network: Network, optimizer: Optimizer, views_fn: Call
       if weights.angle:
         metrics |= _angle_terms(passed.outputs[ANGLE], quarter_turns(state, part["crops"]["index"]), mean)
         metrics["loss"] = loss = loss + weights.angle * metrics["loss_angle"]
-      return loss, (metrics, embs["image"], passed.batch_stats, passed.image_stats)
+      return loss, (metrics, embs["image"], passed.batch_stats)
 
-    grads, (metrics, image_emb, *stats) = accumulate(jax.grad(objective, has_aux=True), state.params, parts)
-    batch_stats, image_stats = (whole_batch_stats(network, each) for each in stats)
+    grads, (metrics, image_emb, batch_stats) = accumulate(jax.grad(objective, has_aux=True), state.params, parts)
 
     # 4. The parameters move, and their copy; then this batch's rows, unless they have: m_I <- mu m_I + (1 - mu) f(v_I).
     learning_rate = jnp.asarray(optimizer.learning_rate(state.step))
-    state = descend(state, optimizer, grads, batch_stats=batch_stats, usable=memory.usable,
+    state = descend(state, optimizer, grads, batch_stats=whole_batch_stats(network, batch_stats), usable=memory.usable,
                     written=memory.stamped(state.written, state.step))
     if momenta.encoder:
-      state = momentum_encoder.follow(state, image_stats, momentum=momenta.encoder)
+      state = momentum_encoder.follow(state, momentum=momenta.encoder)
     metrics = {"learning_rate": learning_rate, **jax.tree.map(jnp.sum, metrics)}
     metrics |= _health_of(state, grads, metrics["loss"], memory, image_emb)
     return state, memory.to_write(memory.images.own if momenta.encoder else image_emb), metrics

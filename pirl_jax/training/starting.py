@@ -43,7 +43,7 @@ def first_state(parts: Parts) -> TrainState:
   print(f"starts from {path}, step {run.step}: takes {', '.join(taken)}"
         + (f"; new, because their shapes differ or they are missing there: {', '.join(left)}" if left else ""))
   params, batch_stats = mixed(state.params, theirs["params"]), mixed(state.batch_stats, theirs["batch_stats"])
-  encoder = state.momentum_encoder and jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats})
+  encoder = state.momentum_encoder and jax.tree.map(jnp.copy, params)
   return state.replace(params=params, batch_stats=batch_stats, momentum_encoder=encoder)
 
 

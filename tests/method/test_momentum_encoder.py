@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
+import pytest
 from test_step import (
   PLAIN_SGD,
   B,
+  D,
   PlainTrunk,
   build,
   draw_by_hand,
@@ -19,22 +21,24 @@ from test_step import (
   views_fn,
 )
 
-from pirl_jax.method.momentum_encoder import follow
 from pirl_jax.method.programs import VOID
 from pirl_jax.method.randomness import view_keys
-from pirl_jax.method.state import TrainState
 from pirl_jax.runtime import mesh as mesh_lib
 
 MU, M = 0.3, 0.9
 OPTIONS = {"bank_momentum": MU, "encoder_momentum": M}
 
 
-def second_by_hand(state, network, batch, step):
-  """Returns what the momentum encoder of a state makes of the second crops, unit rows f64[B, D]."""
+def second_by_hand(state, network, batch, step, groups=(range(B),)):
+  """Returns what the momentum encoder makes of the second crops, unit rows f64[B, D], in groups with own statistics."""
   keys = jax.vmap(lambda key: jax.random.fold_in(key, 4))(view_keys(7, step, jnp.asarray(batch["index"])))
   image, *_ = views_fn(keys, batch["second_crop"])
-  emb, _ = network.apply(state.momentum_encoder, image, None, train=False)
-  return np.asarray(emb, np.float64) / np.linalg.norm(emb, axis=1, keepdims=True)
+  found = np.zeros((B, D))
+  for group in groups:
+    (emb, _), _ = network.apply({"params": state.momentum_encoder, "batch_stats": state.batch_stats},
+                                image[np.array(group)], None, train=True, mutable=["batch_stats"])
+    found[list(group)] = emb
+  return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
 def test_the_first_step_by_hand():
@@ -55,33 +59,32 @@ def test_the_first_step_by_hand():
   np.testing.assert_allclose(end.bank, bank, atol=2e-5)
 
 
-def test_later_rows_are_the_encoders_which_follows_parameters_and_the_statistics_of_the_images_alone():
+def test_later_rows_are_the_encoders_which_follows_the_network():
   _, layout, network, _, _ = build(1, loss="infonce", **OPTIONS)
   states, _ = run(1, loss="infonce", **OPTIONS)
-  jax.tree.map(np.testing.assert_array_equal, states[0].momentum_encoder["params"], states[0].params)
+  jax.tree.map(np.testing.assert_array_equal, states[0].momentum_encoder, states[0].params)
   for step, (before, after) in enumerate(zip(states, states[1:], strict=False)):
     batch = make_batch(step, with_second=True)
     np.testing.assert_allclose(after.bank, oracles.bank_update(
       before.bank, layout.row_of(batch["index"]), second_by_hand(before, network, batch, step), batch["valid"],
       momentum=MU), atol=2e-5)
-    image, *_ = views_fn(view_keys(7, step, jnp.asarray(batch["index"])), batch["image_crop"])
-    # Flax's statistics keep 0.9 of what they were: from nothing, ten times what is left is the batch's own.
-    nothing = jax.tree.map(np.zeros_like, before.batch_stats)
-    _, seen = network.apply({"params": before.params, "batch_stats": nothing}, image, None, train=True,
-                            mutable=["batch_stats"])
-    followed = {"params": after.params, "batch_stats": jax.tree.map(lambda x: 10 * x, seen["batch_stats"])}
-    expected = jax.tree.map(lambda old, new, kept=(1 + step) / (10 + step): kept * old + (1 - kept) * new,
-                            before.momentum_encoder, followed)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), after.momentum_encoder, expected)
+    expected = jax.tree.map(lambda old, new: M * old + (1 - M) * new, before.momentum_encoder, after.params)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), after.momentum_encoder, expected)
 
 
-def test_after_many_steps_the_encoder_keeps_the_share_that_is_given():
-  old, new = np.float32([1, 2]), np.float32([3, -1])
-  fields = dict.fromkeys(TrainState.__dataclass_fields__) | {
-    "params": new, "momentum_encoder": {"params": old, "batch_stats": old}}
-  for num_steps, kept in ((1, 0.1), (70, 70 / 79), (82, M), (1_000, M)):
-    found = follow(TrainState(**fields | {"step": jnp.int32(num_steps)}), new, momentum=M).momentum_encoder
-    np.testing.assert_allclose([*found.values()], [kept * old + (1 - kept) * new] * 2, rtol=1e-6)
+@pytest.mark.parametrize("num_devices, options, size", [
+  (1, {"group": 4}, 4), (2, {"group": 4}, 4), (4, {}, 4)], ids=["groups", "groups on two devices", "devices"])
+def test_second_crops_share_no_statistics_with_the_images_of_their_group(num_devices, options, size):
+  options = options | {"loss": "infonce", "batch_norm": None, **OPTIONS}
+  _, layout, network, _, _ = build(num_devices, **options)
+  (start, end), _ = run(num_devices, num_steps=1, **options)
+  batch = make_batch(0, with_second=True)
+  images = [set(range(first, first + size)) for first in range(0, B, size)]
+  groups = [[first + size * i for i in range(B // size)] for first in range(size)]
+  assert all(len(set(group) & together) <= 1 for group in groups for together in images)
+  bank = oracles.bank_update(start.bank, layout.row_of(batch["index"]),
+                             second_by_hand(start, network, batch, 0, groups), batch["valid"], momentum=MU)
+  np.testing.assert_allclose(end.bank, bank, atol=2e-5)
 
 
 def test_eight_devices_take_the_steps_of_one():
