@@ -38,11 +38,11 @@ def test_only_seeds_of_both_systems_are_compared_and_the_interval_decides(tmp_pa
   assert "+0.1 [-0.1, +0.2] no difference of a point" in text and "not decided" in text
   assert results.table("tiny-6", ours) == ""  # no run of it
   page, kept = tmp_path / "page.md", tmp_path / "results.jsonl"
-  (begin, end), (other_begin, other_end) = results.MARKS["tables"], results.MARKS["invariance"]
-  page.write_text(f"before\n{begin}\nold\n{end}\nmore\n{other_begin}\nold\n{other_end}\nafter\n")
+  sections = "before\n" + "\nmore\n".join(f"{begin}\nold\n{end}" for begin, end in results.MARKS.values()) + "\nafter\n"
+  page.write_text(sections)
   results.keep([*ours, *theirs], kept)
   results.write(page, kept)
-  assert page.read_text() == f"before\n{begin}\n\n{text}\n{end}\nmore\n{other_begin}\n\n\n{other_end}\nafter\n"
+  assert page.read_text() == sections.replace("\nold\n", f"\n\n{text}\n", 1).replace("\nold\n", "\n\n\n")
 
 
 def test_distances_are_no_shares_and_a_system_without_a_run_is_left_out():
