@@ -124,6 +124,16 @@ def infomin(config: ConfigDict) -> None:
   config.optimizer.schedule = "cosine"
 
 
+def infomin_small(config: ConfigDict) -> None:
+  """InfoMin's rows and views for small images: a queue of 4,096 rows, a faster encoder, no blur. Not measured."""
+  infomin_rows(config, encoder_momentum=0.99, queue=4_096)
+  config.model.head = "mlp"
+  config.temperature = 0.15
+  config.jigsaw.augment = "crop"
+  config.photometric.update(hue=0.1, jitter_probability=0.8, group_probability=0.0, randaugment_operations=2)
+  config.pretext_photometric.update(jitter_probability=0.0, grayscale_probability=0.0, randaugment_operations=0)
+
+
 def infomin_rows(config: ConfigDict, *, encoder_momentum: float, queue: int) -> None:
   """Sets what the rows of the bank are: what a momentum encoder makes of a second crop, and the last `queue` of them.
 
@@ -148,6 +158,7 @@ def yfcc_1m(config: ConfigDict) -> None:
 VARIANTS = {
   **data_sets.LABELLED,
   "stl10": data_sets.stl10,
+  "cifar10_infomin": compose(data_sets.cifar10, infomin_small),
   # All numbers in these comments are linear top-1 in %, as published.
   # The paper's main run, on 32 V100 GPUs: 63.6 (64.3 in vissl; 62.9 after 200 epochs).
   "imagenet": imagenet,
