@@ -73,7 +73,7 @@ def test_later_rows_are_the_encoders_which_follows_the_network():
 
 
 @pytest.mark.parametrize("num_devices, options, size", [
-  (1, {"group": 4}, 4), (2, {"group": 4}, 4), (4, {}, 4)], ids=["groups", "groups on two devices", "devices"])
+  (2, {"group": 4}, 4), (4, {}, 4)], ids=["groups on two devices", "devices"])
 def test_second_crops_share_no_statistics_with_the_images_of_their_group(num_devices, options, size):
   options = options | {"loss": "infonce", "batch_norm": None, **OPTIONS}
   _, layout, network, _, _ = build(num_devices, **options)
