@@ -68,6 +68,7 @@ def check_kills(command, folder, expected, moments, rng):
   return kills
 
 
+@pytest.mark.slow
 def test_killed_in_a_step_while_saving_and_while_evaluating(tmp_path, command, expected):
   kills = check_kills(command, tmp_path / "run", expected, ["steps", "save", "evaluation"], np.random.default_rng(0))
   assert len(kills) == 3

@@ -75,6 +75,7 @@ def interruptible():
   signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
 def test_a_run_interrupted_in_python_goes_on_and_is_evaluated(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from pirl_jax.errors import UserError
 from pirl_jax.method import memory_bank
 from pirl_jax.method.optimizer import create_optimizer
-from pirl_jax.method.state import create_state
+from pirl_jax.method.state import Keeps, create_state
 from pirl_jax.models.heads import ImageHead, PatchesHead
 from pirl_jax.models.network import Network
 from pirl_jax.models.resnet import create_resnet
@@ -29,7 +29,8 @@ def make_state(num_devices, num_images=103):
   optimizer = create_optimizer(optax.constant_schedule(0.1), momentum=0.9, weight_decay=0)
   return create_state(0, network, optimizer, layout, mesh=mesh_lib.create_mesh(num_devices),
                       create_bank=partial(memory_bank.create, dim=8),
-                      inputs=(jnp.zeros((1, 12, 12, 3)), jnp.zeros((1, 4, 6, 6, 3))))
+                      inputs=(jnp.zeros((1, 12, 12, 3)), jnp.zeros((1, 4, 6, 6, 3))),
+                      keeps=Keeps(ages=True, momentum_encoder=True))
 
 
 @pytest.fixture(scope="module")

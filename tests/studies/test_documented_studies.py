@@ -99,6 +99,7 @@ def test_the_documents_show_their_commands():
   assert len(commands(SYSTEMS)) == 10 and len(commands(EXTENDING)) == 3
 
 
+@pytest.mark.slow
 def test_the_sweep_of_the_documentation_runs_from_anywhere_and_goes_on(tmp_path):
   (tmp_path / "sweep.py").write_text(SWEEP)
   tiny = {"num_epochs": 2, "batch_size": 32, "num_negatives": 32, "data.num_images": 128, "data.image_size": 16,

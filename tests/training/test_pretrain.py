@@ -85,8 +85,9 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole_run, tmp_path, m
 OFFICIAL = {"negative_sampling": "per_image", "own_row_is_negative": True, "bank.averaged": 32, "partial_batch": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, num_steps", [
-  pytest.param(OFFICIAL, 10, marks=pytest.mark.slow),  # 72 images: four batches of 16, and one with 8 images that count
+  (OFFICIAL, 10),  # 72 images: four batches of 16, and one with 8 images that count
   ({"bank.encoder_momentum": 0.9}, 8)], ids=["official", "momentum encoder"])
 def test_a_run_with_other_options_goes_on_bit_for_bit(tmp_path, options, num_steps):
   options = options | {"optimizer.schedule": "steps", "optimizer.milestones": ()}
