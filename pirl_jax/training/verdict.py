@@ -61,6 +61,8 @@ def chance_loss(parts: Parts) -> float:
   num_images = parts.layout.num_images
   first, last = config.negative_ranks
   number = config.num_negatives or num_images - 1
+  if system.has_ages(config):  # of each draw, or of all rows, the share that is new enough
+    number = round(number * min(1, config.bank.max_age * config.batch_size / num_images))
   scores = jnp.zeros((1, math.ceil(last * number) - math.floor(first * number)))
   loss, _ = loss_of(config, parts.layout)(jnp.zeros(1), Scores(scores, jnp.ones_like(scores)),
                                           normaliser=jnp.float32(num_images))

@@ -81,6 +81,7 @@ def test_the_last_loss_is_that_of_the_last_steps():
 @pytest.mark.parametrize("system, changes, expected", [
   (pirl, {"loss": "infonce"}, math.log(17)), (pirl, {"loss": "infonce", "num_negatives": 0}, math.log(72)),
   (pirl, {"loss": "infonce", "negative_ranks": (0.1, 0.5), "angle_weight": 0.4}, math.log(8) + 0.4 * math.log(4)),
+  (pirl, {"loss": "infonce", "num_negatives": 0, "bank.max_age": 2}, math.log(33)),
   (pirl, {"loss": "eq4"}, math.log(17) + 16 * math.log(17 / 16)),
   (pirl, {"loss": "nce"}, math.log(17) + 16 * math.log(17 / 16)), (rotnet, {}, math.log(4)),
   (jigsaw, {"jigsaw.num_permutations": 7}, math.log(7)), (supervised, {}, None)])
