@@ -167,17 +167,16 @@ def folder_of(line: Mapping[str, Any], workdir: str) -> Path:
   return Path(workdir) / "runs" / f"{line['run']}-{line['seed']}"
 
 
-def traces(lines: Iterable[Mapping[str, Any]], workdir: str) -> list[dict[str, Any]]:
+def traces(lines: Sequence[Mapping[str, Any]], workdir: str) -> list[dict[str, Any]]:
   """Returns a line of `TRACES` for each run of a row that was run with the evaluation "linear"."""
-  found = []
-  for line in lines:
-    layers = {one["layer"]: float(one["value"]) for evaluation, one in _measured(line["row"], workdir)
-              if (evaluation, one["series"], int(one["seed"])) == ("linear", line["series"], line["seed"])
-              and one["layer"]}
-    if layers:
-      found.append({**{name: line[name] for name in ("row", "series", "seed")},
-                    **pictures.trace(folder_of(line, workdir), layers)})
-  return found
+  layers: dict[tuple[str, str, int], dict[str, float]] = {}
+  for row in {line["row"] for line in lines}:
+    for evaluation, one in _measured(row, workdir):
+      if evaluation == "linear" and one["layer"]:
+        layers.setdefault((row, one["series"], int(one["seed"])), {})[one["layer"]] = float(one["value"])
+  keys = [(line, (line["row"], line["series"], line["seed"])) for line in lines]
+  return [{**dict(zip(("row", "series", "seed"), key, strict=True)),
+           **pictures.trace(folder_of(line, workdir), layers[key])} for line, key in keys if key in layers]
 
 
 def first_lines(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from test_results import study_of
 
 from benchmarks import cards, results
-from pirl_jax.configs import study
 from pirl_jax.storage.formats import upgrade_config
 from pirl_jax.storage.settings import difference
 from pirl_jax.studies.points import create_trial, read_points
@@ -18,14 +18,7 @@ KEPT = [(row, series, line) for (row, series), line in results.first_lines(resul
 
 
 def config_of(row, series, seed, folder):
-  config = study.get_config("own")
-  for flag in row.flags:
-    field, _, value = flag.replace("{images}", "tiny-imagenet-40").removeprefix("--config.").partition("=")
-    group, _, name = field.rpartition(".")
-    holder = config
-    for part in filter(None, group.split(".")):
-      holder = holder[part]
-    holder[name] = value if holder.get_type(name) is str else eval(value)
+  config = study_of(flag.replace("{images}", "tiny-imagenet-40") for flag in row.flags)
   config.points = [(series, "", *row.points[series])]
   point, = read_points(config)
   return create_trial(config, point, seed, folder).config.to_dict()

@@ -1,5 +1,6 @@
 """The figures of docs/results.md: what is kept, what the tables say of it, and that a repeated run is compared."""
 
+import functools
 import json
 import re
 
@@ -15,6 +16,19 @@ from pirl_jax.studies.points import create_trial, read_points
 def line(series, seed, *values, row="tiny-24"):
   return {"row": row, "series": series, "seed": seed, "figures": dict(zip(results.FIGURES, values, strict=True)),
           "seconds": 10.0 + seed, "run": f"{series}-1", "machine": "a machine"}
+
+
+def study_of(flags):
+  """Returns the config of a study with these flags, --config.FIELD=VALUE each."""
+  config = study.get_config("own")
+  fields = flatten(config.to_dict())
+  for flag in flags:
+    field, _, value = flag.removeprefix("--config.").partition("=")
+    assert field in fields, flag
+    *groups, name = field.split(".")
+    group = functools.reduce(lambda group, name: group[name], groups, config)
+    group[name] = value if group.get_type(name) is str else eval(value)
+  return config
 
 
 def test_a_line_takes_the_place_of_an_older_one_of_the_same_run(tmp_path):
@@ -64,15 +78,7 @@ def test_each_row_is_a_study_that_can_be_run(name, tmp_path):
   row = results.ROWS[name]
   for evaluation in row.evaluations:
     command = row.command(name, evaluation, series=row.points, seeds=[3], workdir="runs", images=str(tmp_path))
-    config, types = study.get_config("own"), flatten(study.get_config("own").to_dict())
-    fields = {}
-    for flag in command:
-      field, _, value = flag.removeprefix("--config.").partition("=")
-      if flag.startswith("--config."):
-        assert field in types, flag
-        fields[field] = value if field.endswith(("root", "split", "labels", "variant", "name", "plot", "evaluation",
-                                                       "representation")) else eval(value)
-    config.update_from_flattened_dict(fields)
+    config = study_of(flag for flag in command if flag.startswith("--config."))
     trials = [create_trial(config, point, 3, tmp_path) for point in read_points(config)]
     assert [trial.point.series for trial in trials] == list(row.points)
     assert all(trial.config.seed == 3 for trial in trials)
