@@ -148,6 +148,10 @@ def run(name: str, *, series: Iterable[str], seeds: Sequence[int], workdir: str,
     folders[key] = Path(found["run"])
     for figure in {found["figure"], f"{evaluation}: {found['figure']}"} & row.figures.keys():
       figures.setdefault(key, {})[figure] = float(found["value"])
+  if missing := [f"{one}, seed {seed}" for one, seed in sorted(folders)
+                 if figures.get((one, seed), {}).keys() != row.figures.keys()]:
+    sys.exit(f"error: {name} has not all figures of {'; '.join(missing)}: an evaluation was stopped. Nothing was kept; "
+             "the same command goes on.")
   return [{"row": name, "series": one, "seed": seed, "figures": figures[one, seed],
            "seconds": json.loads((folder / "trained.json").read_text())["seconds"],
            "run": folder.name.rpartition("-")[0], "machine": machine()}
@@ -200,7 +204,12 @@ def keep(lines: Iterable[dict[str, Any]], kept: Path = KEPT) -> None:
 
 
 def keep_all(lines: Sequence[dict[str, Any]], workdir: str) -> None:
-  """Keeps lines of `KEPT`, the curves of their runs, and the card of each that has the first seed of its point."""
+  """Keeps lines of `KEPT`, the curves of their runs, and the card of each that has the first seed of its point.
+
+  A run that is kept already, with these seconds, was trained before and keeps the machine that trained it.
+  """
+  machines = {_training(line): line["machine"] for line in read(KEPT)}
+  lines = [{**line, "machine": machines.get(_training(line), line["machine"])} for line in lines]
   keep(lines, KEPT)
   keep(traces(lines, workdir), TRACES)
   first = first_lines(read(KEPT))
@@ -208,6 +217,10 @@ def keep_all(lines: Sequence[dict[str, Any]], workdir: str) -> None:
     if first[line["row"], line["series"]]["seed"] == line["seed"]:
       folder = folder_of(line, workdir)
       cards.keep(cards.export(folder, Path(workdir) / "exports" / folder.name))
+
+
+def _training(line: Mapping[str, Any]) -> tuple[str, int, float]:
+  return line["run"], line["seed"], line["seconds"]
 
 
 def read(kept: Path = KEPT) -> list[dict[str, Any]]:

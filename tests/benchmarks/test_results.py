@@ -39,6 +39,19 @@ def test_a_line_takes_the_place_of_an_older_one_of_the_same_run(tmp_path):
     ("NPID++", 1, 0.4), ("PIRL", 0, 0.2), ("PIRL", 1, 0.3)]
 
 
+def test_a_run_keeps_the_machine_that_trained_it(monkeypatch, tmp_path):
+  monkeypatch.setattr(results, "KEPT", tmp_path / "kept")
+  monkeypatch.setattr(results, "traces", lambda *_: [])
+  monkeypatch.setattr(results, "TRACES", tmp_path / "traces")
+  monkeypatch.setattr(results, "first_lines", lambda lines: {("tiny-24", "PIRL"): {"seed": 99}})
+  results.keep([line("PIRL", 0, 0.1, 0.1, 0.1), line("PIRL", 1, 0.1, 0.1, 0.1)], results.KEPT)
+  elsewhere = {"machine": "another machine"}
+  results.keep_all([{**line("PIRL", 0, 0.2, 0.2, 0.2), **elsewhere},  # evaluated again
+                    {**line("PIRL", 1, 0.2, 0.2, 0.2), **elsewhere, "seconds": 99.0}], "work")  # trained again
+  assert [(found["machine"], found["figures"]["kNN top-1"]) for found in results.read(results.KEPT)] == [
+    ("a machine", 0.2), ("another machine", 0.2)]
+
+
 def test_only_seeds_of_both_systems_are_compared_and_the_interval_decides(tmp_path):
   ours = [line("PIRL", seed, 0.30 + 0.01 * seed, 0.300, 0.30) for seed in range(4)]
   theirs = [line("NPID++", seed, 0.20 + 0.001 * seed, 0.299 + 0.001 * (seed % 2), 0.2 * seed) for seed in range(3)]
@@ -87,17 +100,17 @@ def test_each_row_is_a_study_that_can_be_run(name, tmp_path):
 
 
 def test_each_figure_is_taken_from_the_evaluation_that_its_name_says(monkeypatch, tmp_path):
-  asked = []
+  asked, evaluated = [], ["mean distance", "separation", "distance over that to another image"]
 
   def run(command, **_):
     name = next(flag.split("=")[1] for flag in command if flag.startswith("--config.name="))
     asked.append(name)
     folder = tmp_path / name
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     value = 0.25 if name.endswith("plain") else 0.75
     (folder / "study.csv").write_text("series,seed,figure,layer,value,run\n" + "".join(
       f"PIRL,3,{figure},,{value},{tmp_path}/pirl-1-3\n"
-      for figure in ("mean distance", "separation", "distance over that to another image")))
+      for figure in evaluated))
 
   (tmp_path / "pirl-1-3").mkdir()
   (tmp_path / "pirl-1-3" / "trained.json").write_text('{"seconds": 5.0}')
@@ -107,6 +120,9 @@ def test_each_figure_is_taken_from_the_evaluation_that_its_name_says(monkeypatch
   assert (found["run"], found["seconds"]) == ("pirl-1", 5.0)
   assert found["figures"] == {"plain: mean distance": 0.25, "plain: separation": 0.25, "corrected: separation": 0.75,
                               "corrected: distance over that to another image": 0.75}
+  evaluated.remove("separation")
+  with pytest.raises(SystemExit, match=r"tiny-invariance has not all figures of PIRL, seed 3: .* goes on"):
+    results.run("tiny-invariance", series=["PIRL"], seeds=[3], workdir=str(tmp_path), images="")
 
 
 def test_curves_are_kept_of_every_run_and_the_card_of_the_first_seed_alone(monkeypatch, tmp_path):
