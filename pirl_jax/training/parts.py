@@ -16,6 +16,7 @@ from pirl_jax import system
 from pirl_jax.choosing.arranging import arrange
 from pirl_jax.choosing.choices import Choice, choose_settings, format_choices, open_fields
 from pirl_jax.choosing.facts import facts_of
+from pirl_jax.configs.base import get_base
 from pirl_jax.data import batches, overlap, sources
 from pirl_jax.data.in_memory import keep
 from pirl_jax.data.records import check_text
@@ -132,6 +133,9 @@ RULES = (
 )
 """(Fields, function that says whether a value is possible, rule in words), in the order in which they are checked."""
 
+OF_THE_BANK = ("angle_weight", "nearest_positive", "negative_ranks", "bank.encoder_momentum", "bank.max_age")
+"""Fields of the comparison with the bank that are options; they are refused where there is no bank."""
+
 
 def check_config(config: ConfigDict) -> None:
   """Raises UserError for a value that is wrong whatever the data are. An open field has no value yet."""
@@ -147,12 +151,9 @@ def check_config(config: ConfigDict) -> None:
   if config.num_negatives == 0 and config.own_row_is_negative:
     raise UserError("own_row_is_negative=True is not possible: num_negatives=0 takes every row once, and an image has "
                     "its own row as the positive")
-  if config.angle_weight and config.objective != "invariant":
-    raise UserError(f"angle_weight={config.angle_weight} is not possible with objective={config.objective!r}: the "
-                    "angle is predicted beside the invariant loss")
-  if config.bank.encoder_momentum and config.objective != "invariant":
-    raise UserError(f"bank.encoder_momentum={config.bank.encoder_momentum} is not possible with "
-                    f"objective={config.objective!r}, which has no bank")
+  for field in OF_THE_BANK if config.objective != "invariant" else ():
+    if (value := _get(config, field)) != _get(get_base(), field):
+      raise UserError(f"{field}={value} is not possible with objective={config.objective!r}, which has no memory bank")
   if tuple(config.negative_ranks) != (0, 1) and config.loss == "nce":
     raise UserError(f"negative_ranks={tuple(config.negative_ranks)} is not possible with loss='nce', which counts on "
                     "negatives drawn at random; choose --config.loss=infonce")

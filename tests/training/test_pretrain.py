@@ -1,6 +1,7 @@
 """Whole runs on a few drawn textures."""
 
 import json
+import re
 import shutil
 
 import cv2
@@ -300,6 +301,16 @@ def test_a_draw_for_each_image_is_refused_where_every_row_is_taken(tmp_path):
 def test_an_own_row_is_no_negative_where_every_row_is_taken(tmp_path):
   with pytest.raises(UserError, match="own_row_is_negative=True is not possible: num_negatives=0"):
     pretrain.run(tiny(own_row_is_negative=True, num_negatives=0), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("objective", ["covariant", "supervised"])
+@pytest.mark.parametrize("field, value", [
+  ("angle_weight", 0.4), ("nearest_positive", 0.5), ("negative_ranks", (0.0, 0.08)), ("bank.encoder_momentum", 0.9),
+  ("bank.max_age", 8)])
+def test_an_option_of_the_bank_is_refused_where_there_is_none(tmp_path, objective, field, value):
+  with pytest.raises(UserError, match=rf"{re.escape(f'{field}={value}')} is not possible with objective='{objective}'"):
+    pretrain.run(tiny(objective=objective, **{field: value}), str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_covariant_task_of_one_label_is_refused(tmp_path):
