@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pirl_jax.storage.checksums import json_checksum
+from ml_collections import ConfigDict
+
+from pirl_jax.studies.points import digest, younger_fields
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "docs" / "results" / "cards"
@@ -34,12 +36,12 @@ def export(run: Path, folder: Path) -> dict[str, Any]:
 
 
 def digest_of(config: Mapping[str, Any]) -> str:
-  """Returns 16 hexadecimal digits, a hash of the config of a card without name and seed.
+  """Returns eight hexadecimal digits, a hash of the config of a card without name and seed.
 
   Unlike the digest in the name of a run, it does not depend on the place of the images: of a folder a card has only the
-  last name.
+  last name. As in that digest, a field that was added later counts only if it changes something.
   """
-  return json_checksum({name: value for name, value in config.items() if name not in ("name", "seed")})
+  return digest(ConfigDict(config), without=("name", "seed"), younger=json.loads(json.dumps(younger_fields())))
 
 
 def keep(card: Mapping[str, Any], cards: Path = CARDS) -> None:

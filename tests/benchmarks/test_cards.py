@@ -64,5 +64,7 @@ def test_what_is_exported_and_kept(monkeypatch, tmp_path):
   assert found["figures"]["results"]["invariance"] == {"matched": {"mean": 1.0}}
   assert found["digest"] == cards.digest_of({**card["config"], "name": "other", "seed": 1})
   assert found["digest"] != cards.digest_of({**card["config"], "num_epochs": 3})
+  assert found["digest"] == cards.digest_of({**card["config"], "angle_weight": 0.0, "negative_ranks": [0.0, 1.0]})
+  assert found["digest"] != cards.digest_of({**card["config"], "angle_weight": 0.4})
   cards.keep(found, tmp_path / "cards")
   assert cards.read("pirl-1-0", tmp_path / "cards") == found and cards.read("pirl-1-1", tmp_path / "cards") is None
