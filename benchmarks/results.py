@@ -76,11 +76,12 @@ class Row:
   Attributes:
     title: what was trained on what.
     flags: of the study; {images} stands for the folder of images.
-    points: {series: (system, {field: value})}; the others are compared with the first one.
+    points: {series: (system, {field: value})}; the first one is compared with each of the others.
     evaluations: of every run, names of `EVALUATIONS`.
     figures: {name of a figure, after "EVALUATION: " if several have it: its name in the tables}.
     share: True if the figures are shares, shown in %.
     section: of the page, a name of `MARKS`.
+    gains: True if a difference is what another point gains over the first one, instead of the reverse.
   """
 
   title: str
@@ -90,6 +91,7 @@ class Row:
   figures: Mapping[str, str] = dataclasses.field(default_factory=lambda: FIGURES)
   share: bool = True
   section: str = "tables"
+  gains: bool = False
 
   def command(self, name: str, evaluation: str, *, series: Iterable[str], seeds: Sequence[int], workdir: str,
               images: str) -> list[str]:
@@ -106,6 +108,18 @@ def _photographs(data: str, split: str, network: str, epochs: int, **fields: Any
              {"PIRL": ("pirl", given), "NPID++": ("npid", given)})
 
 
+NEAREST, HARDEST, ANGLE, SOFTER, ENCODER = (
+  {"nearest_positive": 0.5}, {"negative_ranks": (0.0, 0.08)}, {"angle_weight": 0.4}, {"temperature": 0.2},
+  {"bank.encoder_momentum": 0.999, "bank.momentum": 0.0, "bank.max_age": 64, "num_negatives": 0})
+"""Fields of the options of docs/systems.md, "Beyond the paper"."""
+
+
+def _options(epochs: int, title: str, points: Mapping[str, dict[str, Any]]) -> Row:
+  return Row(f"Tiny-ImageNet-40, ResNet-8, {title}", (*FOLDER, "--config.settings.evaluate.split=val"),
+             {name: ("pirl", {"num_epochs": epochs, **fields}) for name, fields in {"PIRL": {}, **points}.items()},
+             ("knn",), {"kNN top-1": "kNN, pooled"}, section="options", gains=True)
+
+
 ROWS = {
   "tiny-24": _photographs("Tiny-ImageNet-40", "val", "ResNet-8", 24),
   "tiny-6": _photographs("Tiny-ImageNet-40", "val", "ResNet-8", 6),
@@ -113,15 +127,12 @@ ROWS = {
   "cifar10-10": _photographs("CIFAR-10", "test", "ResNet-8", 10),
   "textures": Row("embedded textures, 1,024 images, ResNet-8, 24 epochs", QUIET,
                   {"PIRL": ("pirl", {}), "NPID++": ("npid", {})}),
-  "tiny-options": Row(
-    "Tiny-ImageNet-40, ResNet-8, 6 epochs", (*FOLDER, "--config.settings.evaluate.split=val"),
-    {name: ("pirl", {"num_epochs": 6, **fields}) for name, fields in {
-      "PIRL": {}, "nearest_positive=0.5": {"nearest_positive": 0.5},
-      "hardest 8 %": {"negative_ranks": (0.0, 0.08)}, "ring of 1 to 10 %": {"negative_ranks": (0.01, 0.1)},
-      "angle_weight=0.4": {"angle_weight": 0.4}, "temperature=0.2": {"temperature": 0.2},
-      "momentum encoder": {"bank.encoder_momentum": 0.999, "bank.momentum": 0.0, "bank.max_age": 64,
-                           "num_negatives": 0}}.items()},
-    ("knn",), {"kNN top-1": "kNN, pooled"}, section="options"),
+  "tiny-options": _options(6, "6 epochs", {
+    "nearest_positive=0.5": NEAREST, "hardest 8 %": HARDEST, "ring of 1 to 10 %": {"negative_ranks": (0.01, 0.1)},
+    "angle_weight=0.4": ANGLE, "temperature=0.2": SOFTER, "momentum encoder": ENCODER}),
+  "tiny-together": _options(6, "6 epochs, together", {
+    "hardest, softer": HARDEST | SOFTER, "hardest, softer, nearest, angle": HARDEST | SOFTER | NEAREST | ANGLE,
+    "all with the encoder": HARDEST | SOFTER | NEAREST | ANGLE | ENCODER}),
   "tiny-invariance": Row(
     "Tiny-ImageNet-40, ResNet-8, 24 epochs", (*FOLDER, "--config.settings.evaluate.split=val"),
     {"PIRL": ("pirl", {"num_epochs": 24}), "NPID++": ("npid", {"num_epochs": 24}),
@@ -246,9 +257,10 @@ def table(name: str, lines: Sequence[dict[str, Any]]) -> str:
     cells = [_spread([found[seed]["figures"][figure] for seed in seeds], row.share) for figure in row.figures]
     text.append(f"| {one} | {' | '.join(cells)} | {statistics.median(found[seed]['seconds'] for seed in seeds):.0f} |")
   for one in filter(by_point.get, others):
+    pair = (one, reference) if row.gains else (reference, one)
     cells = [_difference(paired_difference(*([by_point[point][seed]["figures"][figure] for seed in seeds]
-                                             for point in (reference, one))), row.share) for figure in row.figures]
-    text.append(f"| {reference} - {one} | {' | '.join(cells)} | |")
+                                             for point in pair)), row.share) for figure in row.figures]
+    text.append(f"| {' - '.join(pair)} | {' | '.join(cells)} | |")
   if (pictures.PICTURES / f"{name}.png").exists():
     text += ["", f"![{row.title}: loss, negatives and layers](results/{name}.png)"]
   machines = sorted({line["machine"] for found in by_point.values() for line in found.values()})

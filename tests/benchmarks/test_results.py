@@ -86,6 +86,15 @@ def test_distances_are_no_shares_and_a_system_without_a_run_is_left_out():
   assert results.table("tiny-invariance", lines("Random", 0.9)) == ""
 
 
+def test_an_option_is_compared_by_what_it_gains():
+  found = [{**line(series, seed, 0, 0, 0, row="tiny-options"), "figures": {"kNN top-1": value}}
+           for series, values in (("PIRL", (0.20, 0.21)), ("temperature=0.2", (0.22, 0.24)))
+           for seed, value in enumerate(values)]
+  half = 100 * stats.t.ppf(0.975, 1) * 0.005  # of the gains 0.02 and 0.03
+  assert f"| temperature=0.2 - PIRL | +2.5 [{2.5 - half:.1f}, +{2.5 + half:.1f}] not decided | |" in results.table(
+    "tiny-options", found)
+
+
 @pytest.mark.parametrize("name", results.ROWS)
 def test_each_row_is_a_study_that_can_be_run(name, tmp_path):
   row = results.ROWS[name]
