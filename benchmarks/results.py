@@ -135,7 +135,7 @@ ROWS = {
                          "num_negatives": 0}}),
   "tiny-options-24": _options(24, ("knn", "linear"), {
     "nearest_positive=0.5": {"nearest_positive": 0.5},
-    "nearest and angle": {"nearest_positive": 0.5, "angle_weight": 0.4}}),
+    "angle_weight=0.4": {"angle_weight": 0.4}}),
   "tiny-invariance": Row(
     "Tiny-ImageNet-40, ResNet-8, 24 epochs", (*FOLDER, "--config.settings.evaluate.split=val"),
     {"PIRL": ("pirl", {"num_epochs": 24}), "NPID++": ("npid", {"num_epochs": 24}),
