@@ -151,8 +151,9 @@ def check_config(config: ConfigDict) -> None:
   if config.num_negatives == 0 and config.own_row_is_negative:
     raise UserError("own_row_is_negative=True is not possible: num_negatives=0 takes every row once, and an image has "
                     "its own row as the positive")
-  for field in OF_THE_BANK if config.objective != "invariant" else ():
-    if (value := _get(config, field)) != _get(get_base(), field):
+  base = get_base()
+  for field in OF_THE_BANK if not system.has_bank(config) else ():
+    if (value := _get(config, field)) != _get(base, field):
       raise UserError(f"{field}={value} is not possible with objective={config.objective!r}, which has no memory bank")
   if tuple(config.negative_ranks) != (0, 1) and config.loss == "nce":
     raise UserError(f"negative_ranks={tuple(config.negative_ranks)} is not possible with loss='nce', which counts on "
