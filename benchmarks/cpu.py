@@ -4,7 +4,7 @@ Three programs take turns, each in a process of its own that stays alive, one ru
 bank (trunk, both passes, heads, softmax over given negatives, SGD), PyTorch's equal of that (its CPU wheel has to be
 installed: pip install torch==2.13.0), and our whole step (views, memory bank, health figures). All allocate memory in
 the same way, that of `launch.py`. The last line is JSON: `ratio` is the smallest ratio of PyTorch's time to ours for
-equal work, over all networks and numbers of threads; above 1 ours is faster.
+equal work, over all networks and numbers of threads; above 1 ours is faster. Ours compile as `launch.py` compiles.
 
   python -m benchmarks.cpu                                  # both networks, one and two threads
   python -m benchmarks.cpu --networks embedded --threads 1 --rounds 20
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import turns
-from pirl_jax.runtime import memory
+from pirl_jax.runtime import compiling, memory
 
 NETWORKS = {
   # name: (variant of configs/pirl.py, what else is set, rows of the bank)
@@ -156,6 +156,7 @@ def _create_torch(network):
 def serve(program: str, network: str) -> None:
   """Runs steps of a program when asked to, see `turns.serve`."""
   memory.keep_freed()
+  compiling.compile_for_cpu()
   turns.serve({"trunk": _create_trunk, "torch": _create_torch, "step": _create_step}[program](network))
 
 

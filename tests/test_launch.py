@@ -12,6 +12,7 @@ import pytest
 
 from pirl_jax.configs import pirl
 from pirl_jax.errors import UserError
+from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.training import pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -145,8 +146,11 @@ def test_folder_of_images_with_a_broken_one_trains_and_names_it_without_tensorfl
   (tmp_path / "trap" / "tensorflow").mkdir(parents=True)
   (tmp_path / "trap" / "tensorflow" / "__init__.py").write_text(
     f"open({str(tmp_path / 'imported')!r}, 'w')\nraise ImportError('trap')")
-  first = launch(*arguments, "--config.num_epochs=1", PYTHONPATH=str(tmp_path / "trap"))
+  first = launch(*arguments, "--config.num_epochs=1", PYTHONPATH=str(tmp_path / "trap"), JAX_PLATFORMS="cpu")
   assert first.returncode == 0, first.stderr
+  with Checkpoints(tmp_path / "run" / "checkpoints", keep=1) as checkpoints:
+    rounding = checkpoints.read_meta(checkpoints.steps()[-1])["environment"]["rounding"]
+  assert "--xla_backend_optimization_level=1" in rounding["XLA_FLAGS"]
   assert not (tmp_path / "imported").exists()
   assert "dogs/broken.jpg" in first.stdout
   assert (tmp_path / "run" / "views.png").exists()

@@ -29,7 +29,7 @@ from pirl_jax.method import losses
 from pirl_jax.method.negatives import Scores
 from pirl_jax.models import resnet
 from pirl_jax.models.heads import ClassHead, ImageHead
-from pirl_jax.runtime import caching
+from pirl_jax.runtime import caching, compiling
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.rows import read_rows
@@ -133,6 +133,7 @@ def launched(config, workdir, patch):
                       ("KEEP_MEMORY", False), ("COMPILATION_CACHE", None)):
     patch.setattr(command, flag, SimpleNamespace(value=value))
   patch.setattr(caching, "keep_compiled", lambda folder: None)  # the tests have a cache of their own
+  patch.setattr(compiling, "compile_for_cpu", lambda: None)  # it sets the environment of all tests
   patch.setattr(jobs, "quiet", lambda: None)
   command.main(["launch.py"])
   return read

@@ -19,7 +19,7 @@ from pirl_jax.configs.data_sets import CHOSEN, leave_open
 from pirl_jax.errors import UserError
 from pirl_jax.launching import config_files, jobs, usage
 from pirl_jax.launching.ending import leave
-from pirl_jax.runtime import memory, speaking
+from pirl_jax.runtime import compiling, memory, speaking
 from pirl_jax.storage.settings import field_problem, flatten
 
 CONFIG = config_files.define_flag()
@@ -169,6 +169,7 @@ def main(_: list[str]) -> None:
   """Runs the job that the config names."""
   if KEEP_MEMORY.value:
     memory.keep_freed()
+  compiling.compile_for_cpu()
   workdir = os.path.expanduser(WORKDIR.value)  # shells leave the ~ of --workdir=~/runs as it is
   if workdir.startswith("~"):
     raise UserError(f"--workdir={workdir}: there is no such user; ./{workdir} is a folder of that name")

@@ -1,0 +1,29 @@
+"""How XLA compiles for a CPU."""
+
+import importlib.util
+import os
+from importlib import metadata
+
+_FLAG = "--xla_backend_optimization_level"
+
+
+def compile_for_cpu() -> bool:
+  """Makes XLA leave out LLVM's later passes where JAX can have no other device than a CPU. Returns whether it does.
+
+  The passes take a third of the time of compiling, and the step of the embedded run is 4 % slower with them: XLA writes
+  vectors into its programs by itself. The setting changes this process alone, through XLA_FLAGS; if XLA_FLAGS has that
+  flag already, the flag stays. Call this before JAX looks for a device.
+  """
+  given = os.environ.get("XLA_FLAGS", "")
+  if _FLAG in given or not _is_alone():
+    return False
+  os.environ["XLA_FLAGS"] = f"{given} {_FLAG}=1".strip()
+  return True
+
+
+def _is_alone() -> bool:
+  """Returns whether JAX can have no other device than a CPU: it was told so, or nothing else is installed."""
+  if platforms := os.environ.get("JAX_PLATFORMS"):
+    return platforms == "cpu"
+  return not (any(importlib.util.find_spec(name) for name in ("libtpu", "jax_plugins"))
+              or metadata.entry_points(group="jax_plugins"))
