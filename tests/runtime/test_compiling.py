@@ -19,7 +19,7 @@ def installed(monkeypatch):
   return says
 
 
-def test_for_a_cpu_alone_the_later_passes_are_left_out(installed, monkeypatch):
+def test_for_a_cpu_alone_the_level_is_1(installed, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=programs")
   assert compiling.compile_for_cpu()
   assert os.environ["XLA_FLAGS"] == "--xla_dump_to=programs --xla_backend_optimization_level=1"
