@@ -12,6 +12,7 @@ from pirl_jax.data.crops import FORMATS, BrokenImage
 from pirl_jax.data.reading import read_record
 from pirl_jax.data.records import Source
 from pirl_jax.errors import UserError
+from pirl_jax.runtime import memory
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.runtime.chips import Chip
 from pirl_jax.runtime.devices import num_cores
@@ -60,7 +61,7 @@ def facts_of(mesh: Mesh, source: Source) -> Facts:
   return Facts(
     platform=device.platform, device=device.device_kind, num_devices=mesh.size,
     device_bytes=mesh_lib.device_bytes(), bfloat16=_has_bfloat16(device), num_cores=num_cores(),
-    host_bytes=mesh_lib.host_bytes(), num_images=len(source),
+    host_bytes=memory.host_bytes(), num_images=len(source),
     num_classes=source.num_labels, shorter_side=_shorter_side(source))
 
 

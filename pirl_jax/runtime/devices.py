@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from pirl_jax.runtime import mesh
+from pirl_jax.runtime import memory, mesh
 
 GPU_TRACES = ("/proc/driver/nvidia/version", "/dev/nvidia0")
 """Files that NVIDIA's driver makes."""
@@ -22,7 +22,7 @@ def lines() -> Iterator[str]:
   device = jax.devices()[0]
   if device.platform == "cpu":
     number = f"{jax.device_count()} x " if jax.device_count() > 1 else ""
-    yield f"devices: {number}CPU ({num_cores()} cores, {mesh.host_bytes() / 2**30:.1f} GiB)"
+    yield f"devices: {number}CPU ({num_cores()} cores, {memory.host_bytes() / 2**30:.1f} GiB)"
     if warning := unused_card():
       yield warning
     return

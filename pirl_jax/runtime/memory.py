@@ -1,15 +1,32 @@
-"""Settings of the C library's memory allocator that make XLA's CPU backend faster."""
+"""The memory of this machine, and settings of the C library's allocator that make XLA's CPU backend faster.
 
+Without JAX: the settings come before JAX is imported.
+"""
+
+import contextlib
 import ctypes
 import mmap
 import os
 import sys
+from pathlib import Path
 
 # glibc's malloc.h
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 _HUGE_SHARE = 4
 """A quarter of the machine's memory may lie on huge pages: addresses, which cost nothing until they are used."""
+
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Files with the memory that a container may use, of both versions of Linux's control groups."""
+
+
+def host_bytes() -> int:
+  """Returns the memory of this machine in bytes, or of the container in which the program runs if that is less."""
+  found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+  for path in LIMITS:
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+      found.append(int(path.read_bytes()))
+  return min(found)
 
 
 def keep_freed() -> bool:
@@ -40,7 +57,7 @@ def _ask_for_huge_pages(library: ctypes.CDLL) -> None:
   library.malloc.argtypes, library.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
   library.free.argtypes = [ctypes.c_void_p]
   library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-  size = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE // _HUGE_SHARE
+  size = host_bytes() // _HUGE_SHARE
   if start := library.malloc(size):  # none where addresses are limited (`ulimit -v`)
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     library.madvise(first, (start + size - first) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)

@@ -1,14 +1,11 @@
 """The mesh of devices, and the two ways to lay out an array on the mesh."""
 
-import contextlib
-import os
-from pathlib import Path
-
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pirl_jax.errors import UserError
+from pirl_jax.runtime import memory
 
 AXIS = "data"
 """The only mesh axis: a batch is split over it, and so are the rows of the memory bank."""
@@ -36,20 +33,7 @@ def device_bytes() -> int:
   device = jax.local_devices()[0]
   if stats := device.memory_stats():
     return stats["bytes_limit"]
-  return host_bytes() // jax.local_device_count()
-
-
-LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Files with the memory that a container may use, of both versions of Linux's control groups."""
-
-
-def host_bytes() -> int:
-  """Returns the memory of this machine in bytes, or of the container in which the program runs if that is less."""
-  found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-  for path in LIMITS:
-    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-      found.append(int(path.read_bytes()))
-  return min(found)
+  return memory.host_bytes() // jax.local_device_count()
 
 
 def split(mesh: Mesh) -> NamedSharding:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pirl_jax.errors import UserError
-from pirl_jax.runtime import devices, mesh, out_of_memory
+from pirl_jax.runtime import devices, memory, out_of_memory
 
 
 def test_a_line_names_the_devices(monkeypatch):
@@ -17,11 +17,11 @@ def test_a_line_names_the_devices(monkeypatch):
 
 
 def test_a_container_has_the_memory_that_it_may_use(tmp_path, monkeypatch):
-  whole = mesh.host_bytes()
+  whole = memory.host_bytes()
   for text, expected in (("max\n", whole), (f"{whole * 8}\n", whole), ("123456789\n", 123456789)):
     (tmp_path / "memory.max").write_text(text)
-    monkeypatch.setattr(mesh, "LIMITS", (tmp_path / "memory.max", tmp_path / "none"))
-    assert mesh.host_bytes() == expected
+    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "memory.max", tmp_path / "none"))
+    assert memory.host_bytes() == expected
 
 
 @pytest.mark.parametrize("trace, plugin, words", [
