@@ -132,7 +132,9 @@ ROWS = {
     "angle_weight=0.4": {"angle_weight": 0.4},
     "temperature=0.2": {"temperature": 0.2},
     "momentum encoder": {"bank.encoder_momentum": 0.999, "bank.momentum": 0.0, "bank.max_age": 64,
-                         "num_negatives": 0}}),
+                         "num_negatives": 0},
+    "RandAugment": {"photometric.group_probability": 0.0, "photometric.randaugment_operations": 2,
+                    "pretext_photometric.group_probability": 0.66, "pretext_photometric.randaugment_operations": 0}}),
   "tiny-options-24": _options(24, ("knn", "linear"), {
     "nearest_positive=0.5": {"nearest_positive": 0.5},
     "angle_weight=0.4": {"angle_weight": 0.4}}),
@@ -349,6 +351,8 @@ def main() -> None:
   running, drawing = commands.add_parser("run"), commands.add_parser("pictures")
   running.add_argument("row", choices=ROWS)
   running.add_argument("--images", default="", help="folder of the images, not for textures")
+  running.add_argument("--series", help="points of the row, with commas between them; all if it is not given",
+                       type=lambda text: text.split(","))
   running.add_argument("--seeds", required=True, type=lambda text: [int(seed) for seed in text.split(",")])
   drawing.add_argument("--images", default="", help="folder of the images of neighbours and map; without, neither")
   for one in (running, drawing):
@@ -360,7 +364,10 @@ def main() -> None:
   if given.command is None:
     parser.error("nothing to do: run, write, pictures or --check")
   if given.command == "run":
-    lines = run(given.row, series=ROWS[given.row].points, seeds=given.seeds, workdir=given.workdir, images=given.images)
+    points = ROWS[given.row].points
+    if unknown := set(given.series or ()) - points.keys():
+      parser.error(f"{given.row} has no {', '.join(sorted(unknown))}; its points are {', '.join(points)}")
+    lines = run(given.row, series=given.series or points, seeds=given.seeds, workdir=given.workdir, images=given.images)
     keep_all(lines, given.workdir)
   if given.command == "pictures":
     draw(given.images, given.workdir)

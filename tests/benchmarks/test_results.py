@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import sys
 
 import pytest
 from scipy import stats
@@ -106,6 +107,25 @@ def test_each_row_is_a_study_that_can_be_run(name, tmp_path):
     assert all(trial.config.seed == 3 for trial in trials)
     rates = {trial.point.series: trial.config.optimizer.learning_rate for trial in trials}
     assert name == "textures" or rates == {one: 0.05 if one == "Jigsaw" else 0.1 for one in row.points}
+
+
+@pytest.mark.parametrize("series, expected", [
+  ([], ["PIRL", "NPID++"]), (["--series=NPID++"], ["NPID++"]), (["--series=NPID++,PIRL"], ["NPID++", "PIRL"])])
+def test_all_points_of_a_row_run_unless_some_are_named(monkeypatch, series, expected):
+  asked = []
+  monkeypatch.setattr(results, "run", lambda name, **given: asked.append((name, list(given["series"]))) or [])
+  for name in ("keep_all", "write"):
+    monkeypatch.setattr(results, name, lambda *given: None)
+  monkeypatch.setattr(sys, "argv", ["results", "run", "tiny-6", "--seeds=1", *series])
+  results.main()
+  assert asked == [("tiny-6", expected)]
+
+
+def test_an_unknown_point_of_a_row_is_named(monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["results", "run", "tiny-6", "--seeds=1", "--series=PIRL,SimCLR"])
+  with pytest.raises(SystemExit):
+    results.main()
+  assert "tiny-6 has no SimCLR; its points are PIRL, NPID++" in capsys.readouterr().err
 
 
 def test_each_figure_is_taken_from_the_evaluation_that_its_name_says(monkeypatch, tmp_path):
