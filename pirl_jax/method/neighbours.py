@@ -104,8 +104,7 @@ def ranked(negatives: Negatives, still: Negatives, shares: tuple[float, float], 
     skipped = jnp.floor(low * number).astype(jnp.int32)
     below = jnp.where(skipped > 0, score_of_rank(still, skipped, num_images), below)
   if high < 1:
-    taken = jnp.ceil(high * number).astype(jnp.int32)
-    lowest = jnp.where(taken > 0, score_of_rank(still, taken, num_images), lowest)
+    lowest = score_of_rank(still, jnp.ceil(high * number).astype(jnp.int32), num_images)
   return Ranked(negatives, lowest, below)
 
 

@@ -85,6 +85,9 @@ def test_negatives_between_two_shares_of_the_ranks(shares, expected):
   chosen = neighbours.ranked(of_all, of_all, shares, 1)
   total, number = chosen.sum(lambda score, weight: (score * weight, weight))
   assert (total[0], number[0]) == (sum(expected), len(expected))
+  none = negatives.Scores(score, np.zeros_like(score))
+  total, number = neighbours.ranked(none, none, shares, 1).sum(lambda score, weight: (score * weight, weight))
+  assert (total[0], number[0]) == (0, 0)
 
 
 @pytest.mark.parametrize("what", ["nearest", "ranked"])

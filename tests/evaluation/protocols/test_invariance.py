@@ -199,6 +199,7 @@ def test_a_collapsed_network_is_told_by_the_separation_and_an_invariant_one_too(
   known = measure(Model(Knows(), {}), source=Colours(21))
   assert known.figures["matched"]["max"] < 1e-3 and known.figures["separation"] == 1
   assert sum(known.curve.y) * 2 / 40 == pytest.approx(1)  # a density
+  np.testing.assert_allclose(known.curve.x, 0.025 + 0.05 * np.arange(40))  # at the centres of the bins
   assert known.table["mean distance"] == known.figures["matched"]["mean"]
 
 
