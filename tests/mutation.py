@@ -33,11 +33,13 @@ KNOWN = ROOT / ".cache" / "mutation"
 EXPLAINED = Path(__file__).parent / "stored" / "explained_mutants.json"
 """{mutant: why no test can or should notice it}."""
 
-SCOPE = ("method/*.py", "views/*.py", "models/*.py", "evaluation/protocols/knn.py", "evaluation/protocols/linear.py",
-         "evaluation/protocols/svm.py", "storage/checkpoints.py", "storage/checksums.py")
+SCOPE = ("method/*.py", "views/*.py", "models/*.py",
+         *(f"evaluation/protocols/{name}.py" for name in ("invariance", "knn", "linear", "svm")),
+         "storage/checkpoints.py", "storage/checksums.py")
 TESTS = ("tests/views", "tests/models", "tests/storage", "tests/method", "tests/test_properties.py",
-         *(f"tests/evaluation/{name}.py" for name in ("protocols/test_knn", "protocols/test_linear",
-                                                      "protocols/test_svm", "protocols/test_semi_supervised",
+         *(f"tests/evaluation/{name}.py" for name in ("protocols/test_invariance", "protocols/test_knn",
+                                                      "protocols/test_linear", "protocols/test_svm",
+                                                      "protocols/test_semi_supervised", "test_evaluate",
                                                       "test_protocols", "test_layers")), "tests/test_formats.py")
 LIBRARIES = ("jax", "jax.numpy", "flax.linen", "optax", "orbax.checkpoint", "numpy", "scipy.stats", "cv2", "PIL.Image",
              "sklearn.svm", "hypothesis", "ml_collections", "absl.flags", "matplotlib.pyplot", "tensorflow_datasets",
