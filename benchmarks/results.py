@@ -151,52 +151,46 @@ LOOKED = "tiny-invariance"
 
 
 def run(name: str, *, series: Iterable[str], seeds: Sequence[int], workdir: str, images: str) -> list[dict[str, Any]]:
-  """Trains and evaluates what is not finished, and returns a line of `KEPT` for each run."""
+  """Trains and evaluates what is not finished, and returns a line of `KEPT` for each run, with `layers` beside it.
+
+  `layers` is {layer: linear top-1}, empty without the evaluation "linear". What a command has measured is read as soon
+  as it ends: another command with other seeds of this row, in the same folder, writes the same file.
+  """
   row, series = ROWS[name], list(series)
+  figures: dict[tuple[str, int], dict[str, float]] = {(one, seed): {} for one in series for seed in seeds}
+  layers: dict[tuple[str, int], dict[str, float]] = {key: {} for key in figures}
+  folders = {}
   for evaluation in row.evaluations:
     command = row.command(name, evaluation, series=series, seeds=seeds, workdir=workdir, images=images)
     print(shlex.join(["python", "launch.py", *command]), flush=True)
     subprocess.run([sys.executable, "launch.py", *command], cwd=ROOT, check=True)
-  figures: dict[tuple[str, int], dict[str, float]] = {}
-  folders = {}
-  for evaluation, found in _measured(name, workdir):
-    key = found["series"], int(found["seed"])
-    folders[key] = Path(found["run"])
-    for figure in {found["figure"], f"{evaluation}: {found['figure']}"} & row.figures.keys():
-      figures.setdefault(key, {})[figure] = float(found["value"])
-  if missing := [f"{one}, seed {seed}" for one, seed in sorted(folders)
-                 if figures.get((one, seed), {}).keys() != row.figures.keys()]:
+    for key, found in _measured(Path(workdir) / f"{name}-{evaluation}"):
+      if key in figures:
+        folders[key] = Path(found["run"])
+        for figure in {found["figure"], f"{evaluation}: {found['figure']}"} & row.figures.keys():
+          figures[key][figure] = float(found["value"])
+        if evaluation == "linear" and found["layer"]:
+          layers[key][found["layer"]] = float(found["value"])
+  if missing := [f"{one}, seed {seed}" for (one, seed), found in sorted(figures.items())
+                 if found.keys() != row.figures.keys()]:
     sys.exit(f"error: {name} has not all figures of {'; '.join(missing)}: an evaluation was stopped. Nothing was kept; "
              "the same command goes on.")
   return [{"row": name, "series": one, "seed": seed, "figures": figures[one, seed],
            "seconds": json.loads((folder / "trained.json").read_text())["seconds"],
-           "run": folder.name.rpartition("-")[0], "machine": machine()}
+           "run": folder.name.rpartition("-")[0], "machine": machine(), "layers": layers[one, seed]}
           for (one, seed), folder in sorted(folders.items())]
 
 
-def _measured(name: str, workdir: str) -> Iterable[tuple[str, dict[str, str]]]:
-  """Yields (evaluation, line of its study.csv) of a row that was run."""
-  for evaluation in ROWS[name].evaluations:
-    with open(Path(workdir) / f"{name}-{evaluation}" / "study.csv", newline="") as file:
-      for found in csv.DictReader(file):
-        yield evaluation, found
+def _measured(study: Path) -> Iterable[tuple[tuple[str, int], dict[str, str]]]:
+  """Yields ((series, seed), line of study.csv) of a study that was run."""
+  with open(study / "study.csv", newline="") as file:
+    for found in csv.DictReader(file):
+      yield (found["series"], int(found["seed"])), found
 
 
 def folder_of(line: Mapping[str, Any], workdir: str) -> Path:
   """Returns the folder of the run of a kept line."""
   return Path(workdir) / "runs" / f"{line['run']}-{line['seed']}"
-
-
-def traces(lines: Sequence[Mapping[str, Any]], workdir: str) -> list[dict[str, Any]]:
-  """Returns a line of `TRACES` for each run of a row that was run with the evaluation "linear"."""
-  layers: dict[tuple[str, str, int], dict[str, float]] = {}
-  for row in {line["row"] for line in lines}:
-    for evaluation, one in _measured(row, workdir):
-      if evaluation == "linear" and one["layer"]:
-        layers.setdefault((row, one["series"], int(one["seed"])), {})[one["layer"]] = float(one["value"])
-  keys = [(line, (line["row"], line["series"], line["seed"])) for line in lines]
-  return [{**dict(zip(("row", "series", "seed"), key, strict=True)),
-           **pictures.trace(folder_of(line, workdir), layers[key])} for line, key in keys if key in layers]
 
 
 def first_lines(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
@@ -220,14 +214,15 @@ def keep(lines: Iterable[dict[str, Any]], kept: Path = KEPT) -> None:
 
 
 def keep_all(lines: Sequence[dict[str, Any]], workdir: str) -> None:
-  """Keeps lines of `KEPT`, the curves of their runs, and the card of each that has the first seed of its point.
+  """Keeps the lines that `run` returns, the curves of their runs, and the card of each first seed of a point.
 
   A run that is kept already, with these seconds, was trained before and keeps the machine that trained it.
   """
   machines = {_training(line): line["machine"] for line in read(KEPT)}
-  lines = [{**line, "machine": machines.get(_training(line), line["machine"])} for line in lines]
-  keep(lines, KEPT)
-  keep(traces(lines, workdir), TRACES)
+  kept = [{**line, "machine": machines.get(_training(line), line["machine"])} for line in lines]
+  keep([{name: value for name, value in line.items() if name != "layers"} for line in kept], KEPT)
+  keep([{**{name: line[name] for name in ("row", "series", "seed")},
+         **pictures.trace(folder_of(line, workdir), line["layers"])} for line in lines if line["layers"]], TRACES)
   first = first_lines(read(KEPT))
   for line in lines:
     if first[line["row"], line["series"]]["seed"] == line["seed"]:

@@ -42,11 +42,10 @@ def test_a_line_takes_the_place_of_an_older_one_of_the_same_run(tmp_path):
 
 def test_a_run_keeps_the_machine_that_trained_it(monkeypatch, tmp_path):
   monkeypatch.setattr(results, "KEPT", tmp_path / "kept")
-  monkeypatch.setattr(results, "traces", lambda *_: [])
   monkeypatch.setattr(results, "TRACES", tmp_path / "traces")
   monkeypatch.setattr(results, "first_lines", lambda lines: {("tiny-24", "PIRL"): {"seed": 99}})
   results.keep([line("PIRL", 0, 0.1, 0.1, 0.1), line("PIRL", 1, 0.1, 0.1, 0.1)], results.KEPT)
-  elsewhere = {"machine": "another machine"}
+  elsewhere = {"machine": "another machine", "layers": {}}
   results.keep_all([{**line("PIRL", 0, 0.2, 0.2, 0.2), **elsewhere},  # evaluated again
                     {**line("PIRL", 1, 0.2, 0.2, 0.2), **elsewhere, "seconds": 99.0}], "work")  # trained again
   assert [(found["machine"], found["figures"]["kNN top-1"]) for found in results.read(results.KEPT)] == [
@@ -138,20 +137,43 @@ def test_each_figure_is_taken_from_the_evaluation_that_its_name_says(monkeypatch
     folder.mkdir(exist_ok=True)
     value = 0.25 if name.endswith("plain") else 0.75
     (folder / "study.csv").write_text("series,seed,figure,layer,value,run\n" + "".join(
-      f"PIRL,3,{figure},,{value},{tmp_path}/pirl-1-3\n"
-      for figure in evaluated))
+      f"PIRL,{seed},{figure},,{value},{tmp_path}/pirl-1-{seed}\n"
+      for figure in evaluated for seed in (3, 4)))  # seed 4 is another command's
 
   (tmp_path / "pirl-1-3").mkdir()
   (tmp_path / "pirl-1-3" / "trained.json").write_text('{"seconds": 5.0}')
   monkeypatch.setattr(results.subprocess, "run", run)
   found, = results.run("tiny-invariance", series=["PIRL"], seeds=[3], workdir=str(tmp_path), images="")
   assert asked == ["tiny-invariance-plain", "tiny-invariance-corrected"]
-  assert (found["run"], found["seconds"]) == ("pirl-1", 5.0)
+  assert (found["run"], found["seed"], found["seconds"], found["layers"]) == ("pirl-1", 3, 5.0, {})
   assert found["figures"] == {"plain: mean distance": 0.25, "plain: separation": 0.25, "corrected: separation": 0.75,
                               "corrected: distance over that to another image": 0.75}
   evaluated.remove("separation")
   with pytest.raises(SystemExit, match=r"tiny-invariance has not all figures of PIRL, seed 3: .* goes on"):
     results.run("tiny-invariance", series=["PIRL"], seeds=[3], workdir=str(tmp_path), images="")
+
+
+def test_two_commands_of_a_row_in_one_folder_do_not_take_each_others_figures(monkeypatch, tmp_path):
+  """Both write the same study.csv; what another command writes after this one has ended is not read."""
+  def study_csv(evaluation, seed):
+    folder = tmp_path / f"tiny-6-{evaluation}"
+    folder.mkdir(exist_ok=True)
+    figures = [("kNN top-1", "")] if evaluation == "knn" else [
+      (f"linear top-1 of {layer}", layer) for layer in ("res2", "res3", "res4")]
+    (folder / "study.csv").write_text("series,seed,figure,layer,value,run\n" + "".join(
+      f"PIRL,{seed},{figure},{layer},{seed / 10},{tmp_path}/pirl-1-{seed}\n" for figure, layer in figures))
+
+  def run(command, **_):
+    evaluation = next(flag for flag in command if flag.startswith("--config.name=")).rpartition("-")[2]
+    study_csv(evaluation, 3)
+    study_csv("linear" if evaluation == "knn" else "knn", 4)  # the other command is at the other evaluation
+
+  (tmp_path / "pirl-1-3").mkdir()
+  (tmp_path / "pirl-1-3" / "trained.json").write_text('{"seconds": 5.0}')
+  monkeypatch.setattr(results.subprocess, "run", run)
+  found, = results.run("tiny-6", series=["PIRL"], seeds=[3], workdir=str(tmp_path), images="")
+  assert found["seed"] == 3 and found["figures"] == dict.fromkeys(results.FIGURES, 0.3)
+  assert found["layers"] == {"res2": 0.3, "res3": 0.3, "res4": 0.3}
 
 
 def test_curves_are_kept_of_every_run_and_the_card_of_the_first_seed_alone(monkeypatch, tmp_path):
@@ -161,14 +183,14 @@ def test_curves_are_kept_of_every_run_and_the_card_of_the_first_seed_alone(monke
   exported = []
   monkeypatch.setattr(results.cards, "export", lambda run, folder: exported.append((run.name, folder.name)) or run.name)
   monkeypatch.setattr(results.cards, "keep", exported.append)
-  rows = [("linear", {"series": one, "seed": str(seed), "layer": layer, "value": str(seed / 10)})
-          for one in ("PIRL", "NPID++") for seed in (1, 2) for layer in ("res2", "res3", "")]
-  monkeypatch.setattr(results, "_measured", lambda name, workdir: rows)
   results.keep([line("PIRL", 1, 0, 0, 0)], results.KEPT)
-  results.keep_all([line("PIRL", 2, 0, 0, 0), line("NPID++", 2, 0, 0, 0)], "work")
+  layers = {"res2": 0.2, "res3": 0.3}
+  results.keep_all([{**line("PIRL", 2, 0, 0, 0), "layers": layers}, {**line("NPID++", 2, 0, 0, 0), "layers": layers},
+                    {**line("NPID++", 3, 0, 0, 0), "layers": {}}], "work")
+  assert not any("layers" in found for found in results.read(results.KEPT))
   assert exported == [("NPID++-1-2", "NPID++-1-2"), "NPID++-1-2"]  # PIRL's first seed is 1, and is not run now
   assert [(found["series"], found["folder"], found["layers"]) for found in results.read(tmp_path / "traces")] == [
-    ("NPID++", "NPID++-1-2", {"res2": 0.2, "res3": 0.2}), ("PIRL", "PIRL-1-2", {"res2": 0.2, "res3": 0.2})]
+    ("NPID++", "NPID++-1-2", layers), ("PIRL", "PIRL-1-2", layers)]
 
 
 def test_the_page_and_the_kept_lines_belong_together(tmp_path):
