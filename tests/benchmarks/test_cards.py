@@ -17,8 +17,13 @@ KEPT = [(row, series, line) for (row, series), line in results.first_lines(resul
         if cards.read(f"{line['run']}-{line['seed']}")]
 
 
-def config_of(row, series, seed, folder):
-  config = study_of(flag.replace("{images}", "tiny-imagenet-40") for flag in row.flags)
+IMAGES = {"cifar10-10": "cifar10"}
+"""{row: the last name of its folder of images}; that of every other row is tiny-imagenet-40."""
+
+
+def config_of(name, series, seed, folder):
+  row = results.ROWS[name]
+  config = study_of(flag.replace("{images}", IMAGES.get(name, "tiny-imagenet-40")) for flag in row.flags)
   config.points = [(series, "", *row.points[series])]
   point, = read_points(config)
   return create_trial(config, point, seed, folder).config.to_dict()
@@ -27,7 +32,7 @@ def config_of(row, series, seed, folder):
 @pytest.mark.parametrize("name, series, line", KEPT)
 def test_a_card_has_the_config_of_its_row(tmp_path, name, series, line):
   card = cards.read(f"{line['run']}-{line['seed']}")
-  now = json.loads(json.dumps(config_of(results.ROWS[name], series, line["seed"], tmp_path)))
+  now = json.loads(json.dumps(config_of(name, series, line["seed"], tmp_path)))
   assert difference(upgrade_config(card["config"]), now, free=("name",)) is None
   assert card["digest"] == cards.digest_of(card["config"])
   assert card["seeds"] == {"run": line["seed"]} and len(card["weights"]["sha256"]) == 64
