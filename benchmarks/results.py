@@ -111,9 +111,10 @@ def _photographs(data: str, split: str, network: str, epochs: int, **fields: Any
              {"PIRL": ("pirl", given), "NPID++": ("npid", given)})
 
 
-def _options(epochs: int, evaluations: tuple[str, ...], points: Mapping[str, dict[str, Any]]) -> Row:
+def _options(epochs: int, evaluations: tuple[str, ...], points: Mapping[str, dict[str, Any]],
+             data: str = "Tiny-ImageNet-40", split: str = "val", flags: tuple[str, ...] = ()) -> Row:
   figures = FIGURES if "linear" in evaluations else {DECIDES: FIGURES[DECIDES]}
-  return Row(f"Tiny-ImageNet-40, ResNet-8, {epochs} epochs", (*FOLDER, "--config.settings.evaluate.split=val"),
+  return Row(f"{data}, ResNet-8, {epochs} epochs", (*FOLDER, f"--config.settings.evaluate.split={split}", *flags),
              {name: ("pirl", {"num_epochs": epochs, **fields}) for name, fields in {"PIRL": {}, **points}.items()},
              evaluations, figures, section="options", gains=True)
 
@@ -138,6 +139,9 @@ ROWS = {
   "tiny-options-24": _options(24, ("knn", "linear"), {
     "nearest_positive=0.5": {"nearest_positive": 0.5},
     "angle_weight=0.4": {"angle_weight": 0.4}}),
+  "cifar10-60": _options(60, ("knn", "linear"), {
+    "temperature=0.2 at rate 0.2": {"temperature": 0.2, "optimizer.learning_rate": 0.2}},
+    data="CIFAR-10", split="test", flags=("--config.settings.checkpoint.every_steps=7810",)),
   "tiny-invariance": Row(
     "Tiny-ImageNet-40, ResNet-8, 24 epochs", (*FOLDER, "--config.settings.evaluate.split=val"),
     {"PIRL": ("pirl", {"num_epochs": 24}), "NPID++": ("npid", {"num_epochs": 24}),
