@@ -139,6 +139,9 @@ ROWS = {
   "tiny-options-24": _options(24, ("knn", "linear"), {
     "nearest_positive=0.5": {"nearest_positive": 0.5},
     "angle_weight=0.4": {"angle_weight": 0.4}}),
+  "cifar10-options-10": _options(10, ("knn",), {
+    "temperature=0.07 at rate 0.07": {"temperature": 0.07, "optimizer.learning_rate": 0.07}},
+    data="CIFAR-10", split="test"),
   "cifar10-60": _options(60, ("knn", "linear"), {
     "temperature=0.2 at rate 0.2": {"temperature": 0.2, "optimizer.learning_rate": 0.2}},
     data="CIFAR-10", split="test", flags=("--config.settings.checkpoint.every_steps=7810",)),

@@ -17,7 +17,7 @@ KEPT = [(row, series, line) for (row, series), line in results.first_lines(resul
         if cards.read(f"{line['run']}-{line['seed']}")]
 
 
-IMAGES = {"cifar10-10": "cifar10", "cifar10-60": "cifar10"}
+IMAGES = dict.fromkeys(("cifar10-10", "cifar10-60", "cifar10-options-10"), "cifar10")
 """{row: the last name of its folder of images}; that of every other row is tiny-imagenet-40."""
 
 
