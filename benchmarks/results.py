@@ -105,9 +105,10 @@ class Row:
             *EVALUATIONS[evaluation], f"--config.points={points}"]
 
 
-def _photographs(data: str, split: str, network: str, epochs: int, **fields: Any) -> Row:
-  given = {"num_epochs": epochs, **{name.replace("__", "."): value for name, value in fields.items()}}
-  return Row(f"{data}, {network}, {epochs} epochs", (*FOLDER, f"--config.settings.evaluate.split={split}"),
+def _photographs(data: str, split: str, network: str, epochs: int, fields: Mapping[str, Any] | None = None,
+                 flags: tuple[str, ...] = ()) -> Row:
+  given = {"num_epochs": epochs, **(fields or {})}
+  return Row(f"{data}, {network}, {epochs} epochs", (*FOLDER, f"--config.settings.evaluate.split={split}", *flags),
              {"PIRL": ("pirl", given), "NPID++": ("npid", given)})
 
 
@@ -119,10 +120,11 @@ def _options(epochs: int, evaluations: tuple[str, ...], points: Mapping[str, dic
              evaluations, figures, section="options", gains=True)
 
 
-ROWS = {
+ROWS = {  # those with `checkpoint.every_steps` are saved on the way: a run can be cut into pieces
   "tiny-24": _photographs("Tiny-ImageNet-40", "val", "ResNet-8", 24),
   "tiny-6": _photographs("Tiny-ImageNet-40", "val", "ResNet-8", 6),
-  "tiny-wide-12": _photographs("Tiny-ImageNet-40", "val", "ResNet-8 twice as wide", 12, model__width=2),
+  "tiny-wide-12": _photographs("Tiny-ImageNet-40", "val", "ResNet-8 twice as wide", 12, {"model.width": 2},
+                               ("--config.settings.checkpoint.every_steps=936",)),
   "cifar10-10": _photographs("CIFAR-10", "test", "ResNet-8", 10),
   "textures": Row("embedded textures, 1,024 images, ResNet-8, 24 epochs", QUIET,
                   {"PIRL": ("pirl", {}), "NPID++": ("npid", {})}),
