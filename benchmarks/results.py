@@ -120,7 +120,7 @@ def _options(epochs: int, evaluations: tuple[str, ...], points: Mapping[str, dic
              evaluations, figures, section="options", gains=True)
 
 
-ROWS = {  # those with `checkpoint.every_steps` are saved on the way: a run can be cut into pieces
+ROWS = {  # with a `checkpoint.every_steps` of their own: saved on the way, so a run can be cut into pieces
   "tiny-24": _photographs("Tiny-ImageNet-40", "val", "ResNet-8", 24),
   "tiny-6": _photographs("Tiny-ImageNet-40", "val", "ResNet-8", 6),
   "tiny-wide-12": _photographs("Tiny-ImageNet-40", "val", "ResNet-8 twice as wide", 12, {"model.width": 2},
