@@ -105,30 +105,37 @@ class Row:
             *EVALUATIONS[evaluation], f"--config.points={points}"]
 
 
-def _photographs(data: str, split: str, network: str, epochs: int, fields: Mapping[str, Any] | None = None,
-                 flags: tuple[str, ...] = ()) -> Row:
-  given = {"num_epochs": epochs, **(fields or {})}
-  return Row(f"{data}, {network}, {epochs} epochs", (*FOLDER, f"--config.settings.evaluate.split={split}", *flags),
+HELD_OUT = {"Tiny-ImageNet-40": "val", "CIFAR-10": "test"}
+"""{data set: the sub-folder of its held-out images}."""
+
+
+def _flags(data: str, *more: str) -> tuple[str, ...]:
+  return *FOLDER, f"--config.settings.evaluate.split={HELD_OUT[data]}", *more
+
+
+def _photographs(data: str, network: str, epochs: int, *more: str, **fields: Any) -> Row:
+  given = {"num_epochs": epochs, **{name.replace("__", "."): value for name, value in fields.items()}}
+  return Row(f"{data}, {network}, {epochs} epochs", _flags(data, *more),
              {"PIRL": ("pirl", given), "NPID++": ("npid", given)})
 
 
-def _options(epochs: int, evaluations: tuple[str, ...], points: Mapping[str, dict[str, Any]],
-             data: str = "Tiny-ImageNet-40", split: str = "val", flags: tuple[str, ...] = ()) -> Row:
+def _options(data: str, epochs: int, evaluations: tuple[str, ...], points: Mapping[str, dict[str, Any]],
+             *more: str) -> Row:
   figures = FIGURES if "linear" in evaluations else {DECIDES: FIGURES[DECIDES]}
-  return Row(f"{data}, ResNet-8, {epochs} epochs", (*FOLDER, f"--config.settings.evaluate.split={split}", *flags),
+  return Row(f"{data}, ResNet-8, {epochs} epochs", _flags(data, *more),
              {name: ("pirl", {"num_epochs": epochs, **fields}) for name, fields in {"PIRL": {}, **points}.items()},
              evaluations, figures, section="options", gains=True)
 
 
-ROWS = {  # with a `checkpoint.every_steps` of their own: saved on the way, so a run can be cut into pieces
-  "tiny-24": _photographs("Tiny-ImageNet-40", "val", "ResNet-8", 24),
-  "tiny-6": _photographs("Tiny-ImageNet-40", "val", "ResNet-8", 6),
-  "tiny-wide-12": _photographs("Tiny-ImageNet-40", "val", "ResNet-8 twice as wide", 12, {"model.width": 2},
-                               ("--config.settings.checkpoint.every_steps=936",)),
-  "cifar10-10": _photographs("CIFAR-10", "test", "ResNet-8", 10),
+ROWS = {
+  "tiny-24": _photographs("Tiny-ImageNet-40", "ResNet-8", 24),
+  "tiny-6": _photographs("Tiny-ImageNet-40", "ResNet-8", 6),
+  "tiny-wide-12": _photographs("Tiny-ImageNet-40", "ResNet-8 twice as wide", 12,
+                               "--config.settings.checkpoint.every_steps=936", model__width=2),
+  "cifar10-10": _photographs("CIFAR-10", "ResNet-8", 10),
   "textures": Row("embedded textures, 1,024 images, ResNet-8, 24 epochs", QUIET,
                   {"PIRL": ("pirl", {}), "NPID++": ("npid", {})}),
-  "tiny-options": _options(6, ("knn",), {
+  "tiny-options": _options("Tiny-ImageNet-40", 6, ("knn",), {
     "nearest_positive=0.5": {"nearest_positive": 0.5},
     "hardest 8 %": {"negative_ranks": (0.0, 0.08)},
     "ring of 1 to 10 %": {"negative_ranks": (0.01, 0.1)},
@@ -138,22 +145,22 @@ ROWS = {  # with a `checkpoint.every_steps` of their own: saved on the way, so a
                          "num_negatives": 0},
     "RandAugment": {"photometric.group_probability": 0.0, "photometric.randaugment_operations": 2,
                     "pretext_photometric.group_probability": 0.66, "pretext_photometric.randaugment_operations": 0}}),
-  "tiny-options-24": _options(24, ("knn", "linear"), {
+  "tiny-options-24": _options("Tiny-ImageNet-40", 24, ("knn", "linear"), {
     "nearest_positive=0.5": {"nearest_positive": 0.5},
     "angle_weight=0.4": {"angle_weight": 0.4}}),
-  "cifar10-options-10": _options(10, ("knn",), {
-    "temperature=0.07 at rate 0.07": {"temperature": 0.07, "optimizer.learning_rate": 0.07}},
-    data="CIFAR-10", split="test"),
-  "cifar10-60": _options(60, ("knn", "linear"), {
+  "cifar10-options-10": _options("CIFAR-10", 10, ("knn",), {
+    "temperature=0.07 at rate 0.07": {"temperature": 0.07, "optimizer.learning_rate": 0.07}}),
+  "cifar10-60": _options("CIFAR-10", 60, ("knn", "linear"), {
     "temperature=0.2 at rate 0.2": {"temperature": 0.2, "optimizer.learning_rate": 0.2}},
-    data="CIFAR-10", split="test", flags=("--config.settings.checkpoint.every_steps=7810",)),
+    "--config.settings.checkpoint.every_steps=7810"),
   "tiny-invariance": Row(
-    "Tiny-ImageNet-40, ResNet-8, 24 epochs", (*FOLDER, "--config.settings.evaluate.split=val"),
+    "Tiny-ImageNet-40, ResNet-8, 24 epochs", _flags("Tiny-ImageNet-40"),
     {"PIRL": ("pirl", {"num_epochs": 24}), "NPID++": ("npid", {"num_epochs": 24}),
      "Jigsaw": ("jigsaw", {"num_epochs": 24, "optimizer.learning_rate": 0.05}),
      "Random": ("random_init", {"num_epochs": 0})},
     ("plain", "corrected"), INVARIANCE, share=False, section="invariance"),
 }
+"""{name: row}. A row with a `checkpoint.every_steps` of its own is saved on the way, so its runs can be cut."""
 
 LOOKED = "tiny-invariance"
 """The row whose networks draw neighbours and map: that with the most systems."""
