@@ -153,6 +153,7 @@ ROWS = {
   "cifar10-60": _options("CIFAR-10", 60, ("knn", "linear"), {
     "temperature=0.2 at rate 0.2": {"temperature": 0.2, "optimizer.learning_rate": 0.2}},
     "--config.settings.checkpoint.every_steps=7810"),
+  "cifar10-150": _options("CIFAR-10", 150, ("knn", "linear"), {}, "--config.settings.checkpoint.every_steps=3905"),
   "tiny-invariance": Row(
     "Tiny-ImageNet-40, ResNet-8, 24 epochs", _flags("Tiny-ImageNet-40"),
     {"PIRL": ("pirl", {"num_epochs": 24}), "NPID++": ("npid", {"num_epochs": 24}),
