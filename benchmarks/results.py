@@ -85,6 +85,7 @@ class Row:
     share: True if the figures are shares, shown in %.
     section: of the page, a name of `MARKS`.
     gains: True if a difference is what another point gains over the first one, instead of the reverse.
+    shared: {series: another row, which trains and keeps the runs of this series}.
   """
 
   title: str
@@ -95,6 +96,7 @@ class Row:
   share: bool = True
   section: str = "tables"
   gains: bool = False
+  shared: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def command(self, name: str, evaluation: str, *, series: Iterable[str], seeds: Sequence[int], workdir: str,
               images: str) -> list[str]:
@@ -120,15 +122,19 @@ def _photographs(data: str, network: str, epochs: int, *more: str, **fields: Any
 
 
 def _options(data: str, epochs: int, evaluations: tuple[str, ...], points: Mapping[str, dict[str, Any]],
-             *more: str) -> Row:
+             *more: str, beside: str = "") -> Row:
   figures = FIGURES if "linear" in evaluations else {DECIDES: FIGURES[DECIDES]}
   return Row(f"{data}, ResNet-8, {epochs} epochs", _flags(data, *more),
              {name: ("pirl", {"num_epochs": epochs, **fields}) for name, fields in {"PIRL": {}, **points}.items()},
-             evaluations, figures, section="options", gains=True)
+             evaluations, figures, section="options", gains=True, shared={"PIRL": beside} if beside else {})
 
 
 ROWS = {
   "tiny-24": _photographs("Tiny-ImageNet-40", "ResNet-8", 24),
+  "tiny-24-time": Row(
+    "Tiny-ImageNet-40, ResNet-8, the same time", _flags("Tiny-ImageNet-40"),
+    {"PIRL": ("pirl", {"num_epochs": 24}), "NPID++, 48 epochs": ("npid", {"num_epochs": 48})},
+    shared={"PIRL": "tiny-24"}),
   "tiny-6": _photographs("Tiny-ImageNet-40", "ResNet-8", 6),
   "tiny-wide-12": _photographs("Tiny-ImageNet-40", "ResNet-8 twice as wide", 12,
                                "--config.settings.checkpoint.every_steps=936", model__width=2),
@@ -144,12 +150,13 @@ ROWS = {
     "momentum encoder": {"bank.encoder_momentum": 0.999, "bank.momentum": 0.0, "bank.max_age": 64,
                          "num_negatives": 0},
     "RandAugment": {"photometric.group_probability": 0.0, "photometric.randaugment_operations": 2,
-                    "pretext_photometric.group_probability": 0.66, "pretext_photometric.randaugment_operations": 0}}),
+                    "pretext_photometric.group_probability": 0.66, "pretext_photometric.randaugment_operations": 0}},
+    beside="tiny-6"),
   "tiny-options-24": _options("Tiny-ImageNet-40", 24, ("knn", "linear"), {
     "nearest_positive=0.5": {"nearest_positive": 0.5},
-    "angle_weight=0.4": {"angle_weight": 0.4}}),
+    "angle_weight=0.4": {"angle_weight": 0.4}}, beside="tiny-24"),
   "cifar10-options-10": _options("CIFAR-10", 10, ("knn",), {
-    "temperature=0.07 at rate 0.07": {"temperature": 0.07, "optimizer.learning_rate": 0.07}}),
+    "temperature=0.07 at rate 0.07": {"temperature": 0.07, "optimizer.learning_rate": 0.07}}, beside="cifar10-10"),
   "cifar10-60": _options("CIFAR-10", 60, ("knn", "linear"), {
     "temperature=0.2 at rate 0.2": {"temperature": 0.2, "optimizer.learning_rate": 0.2}},
     "--config.settings.checkpoint.every_steps=7810"),
@@ -256,34 +263,44 @@ def read(kept: Path = KEPT) -> list[dict[str, Any]]:
   return [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
 
 
-def table(name: str, lines: Sequence[dict[str, Any]]) -> str:
-  """Returns the section of a row in Markdown, "" if its first point has no run.
+def shown(name: str, lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, Mapping[str, Any]]]:
+  """Returns {series: {seed: line}} of what a row shows, {} without a line of its first point and one of its own.
 
-  Points without a run are left out; only seeds that all other points have are compared.
+  Points without a line are left out, and so are seeds that not all other points have.
   """
-  row = ROWS[name]
-  by_point = {one: found for one in row.points if (found := {
-    line["seed"]: line for line in lines if line["row"] == name and line["series"] == one})}
-  reference, *others = row.points
-  seeds = sorted(set.intersection(*map(set, by_point.values()))) if reference in by_point else []
-  if not seeds:
+  row, lines = ROWS[name], list(lines)
+  of_series = {one: found for one in row.points if (found := {
+    line["seed"]: line for line in lines if (line["row"], line["series"]) == (row.shared.get(one, name), one)})}
+  if next(iter(row.points)) not in of_series or of_series.keys() <= row.shared.keys():
+    return {}
+  seeds = sorted(set.intersection(*map(set, of_series.values())))
+  return {one: {seed: found[seed] for seed in seeds} for one, found in of_series.items()} if seeds else {}
+
+
+def table(name: str, lines: Sequence[dict[str, Any]]) -> str:
+  """Returns the section of a row in Markdown, "" if the row shows nothing."""
+  row, of_series = ROWS[name], shown(name, lines)
+  if not of_series:
     return ""
+  reference, *others = of_series
+  seeds = list(of_series[reference])
   text = [f"#### {row.title}", "", f"Seeds {', '.join(map(str, seeds))}.", "",
           f"| | {' | '.join(row.figures.values())} | seconds of a run |", f"|---|{'---|' * (len(row.figures) + 1)}"]
-  for one, found in by_point.items():
-    cells = [_spread([found[seed]["figures"][figure] for seed in seeds], row.share) for figure in row.figures]
-    text.append(f"| {one} | {' | '.join(cells)} | {statistics.median(found[seed]['seconds'] for seed in seeds):.0f} |")
-  for one in filter(by_point.get, others):
+  for one, found in of_series.items():
+    cells = [_spread([line["figures"][figure] for line in found.values()], row.share) for figure in row.figures]
+    seconds = statistics.median(line["seconds"] for line in found.values())
+    text.append(f"| {one} | {' | '.join(cells)} | {seconds:.0f} |")
+  for one in others:
     pair = (one, reference) if row.gains else (reference, one)
-    cells = [_difference(paired_difference(*([by_point[point][seed]["figures"][figure] for seed in seeds]
+    cells = [_difference(paired_difference(*([line["figures"][figure] for line in of_series[point].values()]
                                              for point in pair)), row.share) for figure in row.figures]
     text.append(f"| {' - '.join(pair)} | {' | '.join(cells)} | |")
   if (pictures.PICTURES / f"{name}.png").exists():
     text += ["", f"![{row.title}: loss, negatives and layers](results/{name}.png)"]
-  machines = sorted({line["machine"] for found in by_point.values() for line in found.values()})
-  runs = ", ".join(f"`{found[seeds[0]]['run']}`" for found in by_point.values())
+  machines = sorted({line["machine"] for found in of_series.values() for line in found.values()})
+  runs = ", ".join(f"`{found[seeds[0]]['run']}`" for found in of_series.values())
   commands = [shlex.join(["python", "launch.py", *row.command(
-    name, evaluation, series=by_point, seeds=seeds, workdir="runs/results", images="IMAGES")])
+    name, evaluation, series=of_series, seeds=seeds, workdir="runs/results", images="IMAGES")])
     for evaluation in row.evaluations]
   return "\n".join([*text, "", f"Runs: {runs} (the digests of their configs). {'; '.join(machines)}.", "",
                     *_exported(name, lines), "<details><summary>commands</summary>", "", "```bash", *commands, "```",
@@ -292,9 +309,9 @@ def table(name: str, lines: Sequence[dict[str, Any]]) -> str:
 
 def _exported(name: str, lines: Iterable[dict[str, Any]]) -> list[str]:
   """Returns lines of Markdown that name the cards of the row's exported networks; none if there are none."""
-  found, first = [], first_lines(lines)
-  for series in ROWS[name].points:
-    line = first.get((name, series), {"run": "", "seed": ""})
+  row, found, first = ROWS[name], [], first_lines(lines)
+  for series in row.points:
+    line = first.get((row.shared.get(series, name), series), {"run": "", "seed": ""})
     run = f"{line['run']}-{line['seed']}"
     if card := cards.read(run):
       found.append(f"[{series}](results/cards/{run}.json), weights `{card['weights']['sha256'][:16]}`, config "
@@ -337,8 +354,8 @@ def write(page: Path = PAGE, kept: Path = KEPT) -> None:
 def draw(images: str, workdir: str) -> None:
   """Writes the picture of each row and, if the folder of images is given, neighbours and map of the row `LOOKED`."""
   for name, row in ROWS.items():
-    kept = [line for line in read(TRACES) if line["row"] == name]
-    pictures.save_row(name, row.title, sorted(kept, key=lambda line: list(row.points).index(line["series"])))
+    found = shown(name, read(TRACES)).values()
+    pictures.save_row(name, row.title, [line for of_seed in found for line in of_seed.values()])
   if images:
     runs = {series: folder_of(line, workdir) for (row, series), line in first_lines(read()).items() if row == LOOKED}
     pictures.save_networks({one: runs[one] for one in ROWS[LOOKED].points if one in runs}, images, ROWS[LOOKED].title)
@@ -376,9 +393,9 @@ def main() -> None:
   if given.command is None:
     parser.error("nothing to do: run, write, pictures or --check")
   if given.command == "run":
-    points = ROWS[given.row].points
-    if unknown := set(given.series or ()) - points.keys():
-      parser.error(f"{given.row} has no {', '.join(sorted(unknown))}; its points are {', '.join(points)}")
+    points = [one for one in ROWS[given.row].points if one not in ROWS[given.row].shared]
+    if unknown := set(given.series or ()) - set(points):
+      parser.error(f"{given.row} trains no {', '.join(sorted(unknown))}; its points are {', '.join(points)}")
     lines = run(given.row, series=given.series or points, seeds=given.seeds, workdir=given.workdir, images=given.images)
     keep_all(lines, given.workdir)
   if given.command == "pictures":

@@ -17,13 +17,10 @@ KEPT = [(row, series, line) for (row, series), line in results.first_lines(resul
         if cards.read(f"{line['run']}-{line['seed']}")]
 
 
-IMAGES = dict.fromkeys(("cifar10-10", "cifar10-60", "cifar10-options-10"), "cifar10")
-"""{row: the last name of its folder of images}; that of every other row is tiny-imagenet-40."""
-
-
 def config_of(name, series, seed, folder):
   row = results.ROWS[name]
-  config = study_of(flag.replace("{images}", IMAGES.get(name, "tiny-imagenet-40")) for flag in row.flags)
+  images = "cifar10" if row.title.startswith("CIFAR-10") else "tiny-imagenet-40"  # the last name of the folder
+  config = study_of(flag.replace("{images}", images) for flag in row.flags)
   config.points = [(series, "", *row.points[series])]
   point, = read_points(config)
   return create_trial(config, point, seed, folder).config.to_dict()

@@ -42,10 +42,12 @@ def test_each_row_with_curves_has_its_picture():
   rows = {line["row"] for line in results.read(results.TRACES)}
   assert {path.stem for path in pictures.PICTURES.glob("*.png")} == {*rows, "neighbours", "map"}
   for row in rows:
-    kept = [line for line in results.read(results.TRACES) if line["row"] == row]
-    figures = {(line["series"], line["seed"]): line["figures"] for line in results.read() if line["row"] == row}
-    for line in kept:
-      assert line["layers"]["res3"] == figures[line["series"], line["seed"]]["linear top-1 of res3"]
+    traces, lines = (results.shown(row, results.read(file)) for file in (results.TRACES, results.KEPT))
+    assert traces.keys() == lines.keys()
+    for series, of_seed in traces.items():
+      assert of_seed.keys() == lines[series].keys()
+      for seed, trace in of_seed.items():
+        assert trace["layers"]["res3"] == lines[series][seed]["figures"]["linear top-1 of res3"]
 
 
 def test_neighbours_and_map_show_what_the_networks_find(monkeypatch, tmp_path):

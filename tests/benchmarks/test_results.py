@@ -87,12 +87,38 @@ def test_distances_are_no_shares_and_a_system_without_a_run_is_left_out():
 
 
 def test_an_option_is_compared_by_what_it_gains():
-  found = [{**line(series, seed, 0, 0, 0, row="tiny-options"), "figures": {"kNN top-1": value}}
-           for series, values in (("PIRL", (0.20, 0.21)), ("temperature=0.2", (0.22, 0.24)))
+  reference, option = ("PIRL", "tiny-6"), ("temperature=0.2", "tiny-options")
+  found = [{**line(series, seed, 0, 0, 0, row=row), "figures": {"kNN top-1": value}}
+           for (series, row), values in ((reference, (0.20, 0.21)), (option, (0.22, 0.24)))
            for seed, value in enumerate(values)]
   half = 100 * stats.t.ppf(0.975, 1) * 0.005  # of the gains 0.02 and 0.03
   assert f"| temperature=0.2 - PIRL | +2.5 [{2.5 - half:.1f}, +{2.5 + half:.1f}] not decided | |" in results.table(
     "tiny-options", found)
+
+
+def test_a_row_shows_runs_that_another_row_keeps_and_trains_none_of_them(monkeypatch, capsys):
+  name, other = "tiny-options-24", "tiny-24"
+  assert results.ROWS[name].shared == {"PIRL": other}
+  reference = [line("PIRL", seed, 0.2 + seed / 100, 0.3, 0.3, row=other) for seed in range(3)]
+  option = [line("angle_weight=0.4", seed, 0.5, 0.3, 0.3, row=name) for seed in (1, 2, 7)]
+  theirs = [line("PIRL", 1, 0.9, 0.9, 0.9, row="tiny-6"), line("NPID++", 1, 0.9, 0.9, 0.9, row=other)]
+  found = results.shown(name, [*theirs, *reference, *option])
+  assert found == {"PIRL": {1: reference[1], 2: reference[2]}, "angle_weight=0.4": {1: option[0], 2: option[1]}}
+  assert results.shown(name, reference) == {} and results.shown(name, option) == {}
+  assert results.shown(name, [*reference, option[2]]) == {}  # no seed of both
+  monkeypatch.setattr(sys, "argv", ["results", "run", name, "--seeds=1", "--series=PIRL"])
+  with pytest.raises(SystemExit):
+    results.main()
+  assert f"{name} trains no PIRL; its points are nearest_positive=0.5, angle_weight=0.4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name, row in results.ROWS.items() if row.shared])
+def test_shared_runs_are_the_same_study_in_both_rows(name, tmp_path):
+  row = results.ROWS[name]
+  for series, other in row.shared.items():
+    ours, theirs = (results.ROWS[one].command("a", "knn", series=[series], seeds=[3], workdir="runs", images="b")
+                    for one in (name, other))
+    assert ours == theirs and series not in results.ROWS[other].shared
 
 
 @pytest.mark.parametrize("name", results.ROWS)
@@ -125,7 +151,7 @@ def test_an_unknown_point_of_a_row_is_named(monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["results", "run", "tiny-6", "--seeds=1", "--series=PIRL,SimCLR"])
   with pytest.raises(SystemExit):
     results.main()
-  assert "tiny-6 has no SimCLR; its points are PIRL, NPID++" in capsys.readouterr().err
+  assert "tiny-6 trains no SimCLR; its points are PIRL, NPID++" in capsys.readouterr().err
 
 
 def test_each_figure_is_taken_from_the_evaluation_that_its_name_says(monkeypatch, tmp_path):
