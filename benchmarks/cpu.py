@@ -59,11 +59,12 @@ def _create_trunk(network):
 
   from pirl_jax import system
   from pirl_jax.method import memory_bank, optimizer
+  from pirl_jax.models.network import create_variables
 
   config = _config(network)
   model = system.network_of(config, num_classes=0)
   sgd = optimizer.create_optimizer(optax.constant_schedule(0.05), momentum=0.9, weight_decay=1e-4)
-  variables = jax.jit(lambda: model.init(jax.random.key(0), *system.network_inputs(config), train=False))()
+  variables = create_variables(model, jax.random.key(0), *system.network_inputs(config))
   given = tuple(map(jnp.asarray, _inputs(config)))
 
   def objective(params, batch_stats, images, patches, own, negatives):

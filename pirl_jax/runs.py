@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from pirl_jax import system
 from pirl_jax.errors import UserError
-from pirl_jax.models.network import Model
+from pirl_jax.models.network import Model, variable_shapes
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.checkpoints import ASIDE, Checkpoints
 from pirl_jax.storage.checksums import checksums, json_checksum
@@ -104,7 +104,7 @@ def open_run(folder: Path, label: str, step: int, mesh: jax.sharding.Mesh) -> Ru
     except Exception as error:  # Orbax raises errors of many types; a meta of another program may lack any field
       raise UserError(f"{folder / 'checkpoints' / str(step)} is not a checkpoint of this program, or damaged "
                       f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
-    like = jax.eval_shape(lambda: network.init(jax.random.key(0), *inputs, train=False))
+    like = variable_shapes(network, *inputs)
     variables = checkpoints.restore_model(step, like, mesh)
   for path, value in jax.tree_util.tree_leaves_with_path(variables):
     if not np.isfinite(value).all():

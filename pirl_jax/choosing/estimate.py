@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from pirl_jax import system
 from pirl_jax.method import memory_bank
 from pirl_jax.method.negatives import CHUNK_ROWS
+from pirl_jax.models.network import variable_shapes
 from pirl_jax.models.resnet import ResNet
 
 KEPT = 0.9
@@ -170,7 +171,7 @@ def _count(config: str, num_classes: int) -> Counted:
     with nn.intercept_methods(record):
       return network.apply(variables, *inputs, train=True, mutable=["batch_stats"])
 
-  variables = jax.eval_shape(lambda: network.init(jax.random.key(0), *inputs, train=False))
+  variables = variable_shapes(network, *inputs)
   jax.eval_shape(forward, variables)
   parameters, statistics = (sum(leaf.size for leaf in jax.tree.leaves(variables[name]))
                             for name in ("params", "batch_stats"))

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from pirl_jax.method import memory_bank
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Network, create_variables
 from pirl_jax.runtime import mesh as mesh_lib
 
 
@@ -97,7 +97,7 @@ def create_state(seed: int, network: Network, optimizer: optax.GradientTransform
   """
   def init(seed: jax.Array) -> TrainState:
     params_key, bank_key = jax.random.split(jax.random.key(seed))
-    variables = network.init(params_key, *inputs, train=False)
+    variables = create_variables(network, params_key, *inputs)
     bank, usable = create_bank(bank_key, layout)
     # Flax creates running statistics in float32, but a step returns them in the type of the parameters.
     batch_stats = optax.tree_utils.tree_cast(variables["batch_stats"], jax.tree.leaves(variables["params"])[0].dtype)

@@ -1,6 +1,7 @@
 """The whole network of a run (one trunk for both views, and a head for each view), and ensembles of networks."""
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -9,6 +10,26 @@ import jax.numpy as jnp
 
 from pirl_jax.models.heads import ImageHead
 from pirl_jax.models.resnet import ResNet
+
+
+@partial(jax.jit, static_argnums=0)
+def create_variables(network: nn.Module, key: jax.Array, *inputs: jax.Array | None) -> Any:
+  """Returns new variables {"params", "batch_stats": tree} of a network or a trunk, drawn from the key.
+
+  JAX keeps the traced program. For the same network and shapes the code of the network, which takes a second for a
+  ResNet-50, runs once in a process: for the state of a run, and for all `variable_shapes`.
+
+  Args:
+    network: what is called with these inputs and `train=False`.
+    key: for the parameters.
+    inputs: one of each kind, see `system.network_inputs`; only shapes matter.
+  """
+  return network.init(key, *inputs, train=False)
+
+
+def variable_shapes(network: nn.Module, *inputs: jax.Array | None) -> Any:
+  """Returns the shapes of what `create_variables` gives, a `jax.ShapeDtypeStruct` for each array."""
+  return create_variables.eval_shape(network, jax.random.key(0), *inputs)
 
 
 class Network(nn.Module):

@@ -20,6 +20,7 @@ from pirl_jax.method import memory_bank
 from pirl_jax.method.momentum_encoder import CROP
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.method.state import state_shardings
+from pirl_jax.models.network import variable_shapes
 from pirl_jax.models.pooling import max_pool
 from pirl_jax.planning.loss_program import loss_programs
 from pirl_jax.runtime.mesh import SPLIT, WHOLE
@@ -149,7 +150,7 @@ def _pool(config: ConfigDict, count: int, device: Mesh) -> tuple[Callable, tuple
 
 def _evaluation(config: ConfigDict, count: int, device: Mesh) -> tuple[Callable, tuple]:
   network = system.network_of(config, num_classes=1_000)
-  variables = jax.eval_shape(lambda: network.init(jax.random.key(0), *system.network_inputs(config), train=False))
+  variables = variable_shapes(network, *system.network_inputs(config))
 
   def run(variables: Any, image: jax.Array) -> Any:
     return network.apply(variables, normalise_image(image), method=lambda net, x: net.trunk(x, train=False)["pooled"])

@@ -12,7 +12,7 @@ import jax
 from pirl_jax import system
 from pirl_jax.configs.base import get_base
 from pirl_jax.errors import UserError
-from pirl_jax.models.network import Model, Network
+from pirl_jax.models.network import Model, Network, variable_shapes
 from pirl_jax.runs import Run, open_run, run_folder
 from pirl_jax.runtime import mesh as mesh_lib
 from pirl_jax.storage.files import read_json
@@ -111,7 +111,7 @@ def _open_own(path: Path, label: str) -> Run:
   except Exception as error:  # a card that was changed may lack any field
     raise UserError(f"{path / CARD} is damaged, or written by another version of the program "
                     f"({type(error).__name__})") from error
-  like: Any = jax.eval_shape(lambda: network.init(jax.random.key(0), *inputs, train=False))
+  like: Any = variable_shapes(network, *inputs)
   network = network if with_heads else Network(network.trunk)
   variables: dict[str, Any] = {}
   trunk = {kind: tree["trunk"] for kind, tree in like.items()}

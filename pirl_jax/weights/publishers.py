@@ -19,7 +19,7 @@ import numpy as np
 
 from pirl_jax.errors import UserError
 from pirl_jax.models.heads import ClassHead, ImageHead, PatchesClassHead, PatchesHead
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Network, variable_shapes
 from pirl_jax.models.resnet import ARCHITECTURES, STEMS, create_resnet
 from pirl_jax.weights.containers import Stored, leaves_of
 from pirl_jax.weights.names import COUNTER, from_torch, shapes_in_torch
@@ -137,7 +137,7 @@ def network_of_tree(tree: Mapping[str, Any], what: str, *, stem: str = "", dtype
   settings = trunk_settings(trunk, what, stem=stem)
   resnet = create_resnet(settings["model.arch"], width=settings["model.width"], stem=settings["model.stem"],
                          dtype=dtype)
-  like = jax.eval_shape(lambda: resnet.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False))
+  like = variable_shapes(resnet, jnp.zeros((1, 64, 64, 3)))
   arrays = fitting(trunk, shapes_in_torch(like), what, f"the trunk {settings['model.arch']}")
   variables = {kind: {"trunk": tree} for kind, tree in from_torch(arrays, like).items()}
   network, remarks = Network(resnet), ()

@@ -11,7 +11,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation import layers
 from pirl_jax.evaluation.layers import check_layers, layer_features, layer_names, pool
 from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Network, create_variables, variable_shapes
 from pirl_jax.models.resnet import create_resnet
 
 # vissl's table: (H, C) of the map, kernel, stride, padding, points a side. ResNet-50 at 224 pixels, then twice as wide.
@@ -107,8 +107,7 @@ def test_a_small_map_stays_as_it_is():
 def create(arch, *, size, width=1, stem="imagenet", dtype=jnp.float32):
   """A network, the shapes of its variables, and those of its layers at `size` pixels."""
   network = Network(create_resnet(arch, width=width, stem=stem, dtype=dtype), ImageHead(128), PatchesHead(128))
-  variables = jax.eval_shape(lambda: network.init(
-    jax.random.key(0), jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 9, 32, 32, 3)), train=False))
+  variables = variable_shapes(network, jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 9, 32, 32, 3)))
   forward_fn = layer_features(network, (*layer_names(network), "embedding"))
   return network, {layer: x.shape for layer, x in jax.eval_shape(
     forward_fn, variables, jax.ShapeDtypeStruct((5, size, size, 3), jnp.float32)).items()}
@@ -135,8 +134,8 @@ def test_no_layer_is_longer_than_allowed(arch, size, stem):
 @pytest.fixture(scope="module")
 def tiny():
   network = Network(create_resnet("resnet8", stem="3x3"), ImageHead(24), PatchesHead(24))
-  variables = jax.jit(lambda: network.init(
-    jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 9, 8, 8, 3)), train=False))()
+  variables = create_variables(
+    network, jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 9, 8, 8, 3)))
   rng = np.random.default_rng(0)
   stats = jax.tree.map(lambda x: x + 0.2 * rng.random(x.shape, np.float32), variables["batch_stats"])
   return network, {"params": variables["params"], "batch_stats": stats}

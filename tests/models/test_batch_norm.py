@@ -10,7 +10,7 @@ import pytest
 
 from pirl_jax.models.batch_norm import create_batch_norm, in_groups
 from pirl_jax.models.heads import ClassHead, ImageHead, PatchesClassHead, PatchesHead
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Network, create_variables
 from pirl_jax.models.resnet import ResNet
 
 
@@ -77,7 +77,7 @@ def test_a_group_of_a_network_is_images_with_all_their_patches(name, patches):
   rng, size, plain = np.random.default_rng(0), 3, network(name)
   image = rng.normal(size=(2 * size, 8, 8, 3)).astype(np.float32) if plain.image_head else None
   pretext = rng.normal(size=(2 * size, patches, 6, 6, 3)).astype(np.float32) if patches else None
-  variables = plain.init(jax.random.key(0), image, pretext, train=False)
+  variables = create_variables(plain, jax.random.key(0), image, pretext)
 
   def run(network, views):
     return network.apply(variables, *views, train=True, mutable=["batch_stats"])

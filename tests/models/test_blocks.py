@@ -11,7 +11,7 @@ from oracles import shadows
 
 from pirl_jax.models import heads, resnet
 from pirl_jax.models.heads import ImageHead, PatchesClassHead, PatchesHead
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Network, variable_shapes
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.weights.names import from_torch, to_torch
 
@@ -77,8 +77,7 @@ def compute(case, view, dtype):
     patch.setattr(heads, "PATCH_FEATURES", 6)
     network = create_network(case, dtype, patch)
     example = jnp.zeros((1, 4, 16, 16, 3), dtype)
-    like = jax.eval_shape(lambda: network.init(jax.random.key(0), example[0] if network.image_head else None, example,
-                                               train=False))
+    like = variable_shapes(network, example[0] if network.image_head else None, example)
     variables = stored_variables(case, like, dtype)
 
     def embed(params, given, train):

@@ -1,3 +1,6 @@
+from collections.abc import Callable
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +9,7 @@ from flax.errors import ModifyScopeVariableError
 
 from pirl_jax.errors import UserError
 from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.network import Network
+from pirl_jax.models.network import Network, create_variables, variable_shapes
 from pirl_jax.models.resnet import ResNet, create_resnet
 
 
@@ -15,9 +18,33 @@ def count(tree):
 
 
 def shapes(network, image_size, patch_size, patches=9):
-  return jax.eval_shape(lambda: network.init(
-    jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)),
-    jnp.zeros((1, patches, patch_size, patch_size, 3)), train=False))["params"]
+  return variable_shapes(network, jnp.zeros((1, image_size, image_size, 3)),
+                         jnp.zeros((1, patches, patch_size, patch_size, 3)))["params"]
+
+
+class Counting(nn.Module):
+  """A layer that notes each time that its code runs."""
+
+  note: Callable
+
+  @nn.compact
+  def __call__(self, image, pretext, *, train):
+    self.note(train)
+    return nn.Dense(2)(image)
+
+
+def test_the_code_of_a_network_runs_once_for_its_shapes_and_its_variables():
+  ran, image = [], jnp.zeros((1, 3))
+  network, key = Counting(ran.append), jax.random.key(3)
+  found = variable_shapes(network, image, None)
+  assert found["params"]["Dense_0"]["kernel"].shape == (3, 2) and ran == [False]
+  inside = jax.jit(lambda key: create_variables(network, key, image, None))(key)
+  alone = create_variables(network, key, image, None)
+  assert variable_shapes(network, image, None) == found and ran == [False]
+  expected = network.init(key, image, None, train=False)
+  for one in (inside, alone):
+    jax.tree.map(np.testing.assert_array_equal, one, expected)
+  assert variable_shapes(network, jnp.zeros((1, 5)), None)["params"]["Dense_0"]["kernel"].shape == (5, 2)
 
 
 @pytest.mark.parametrize("arch, trunk", [
@@ -41,7 +68,7 @@ def test_mlp_heads_have_a_hidden_layer_as_wide_as_the_trunk():
 
 def test_width_multiplies_every_layer():
   network = create_resnet("resnet50", width=2)
-  params = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False))["params"]
+  params = variable_shapes(network, jnp.zeros((1, 64, 64, 3)))["params"]
   assert params["conv1"]["kernel"].shape == (7, 7, 3, 128)
   features = jax.eval_shape(lambda: network.init_with_output(
     jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False))[0]
@@ -65,8 +92,8 @@ def test_stages_have_names_and_sizes(arch, stem, size, expected):
 
 def test_weights_start_as_in_pytorch():
   network = Network(create_resnet("resnet18"), ImageHead(128), PatchesHead(128))
-  params = jax.jit(lambda: network.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 9, 32, 32, 3)),
-                                        train=False))()["params"]
+  params = create_variables(
+    network, jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 9, 32, 32, 3)))["params"]
   for layer, fan_in in ((params["trunk"]["conv1"]["kernel"], 7 * 7 * 3),
                         (params["trunk"]["res4_0"]["conv2"]["kernel"], 3 * 3 * 256),
                         (params["image_head"]["embedding"]["kernel"], 512),
@@ -84,7 +111,7 @@ def test_network_joins_trunk_and_heads_patches_first():
   rng = np.random.default_rng(0)
   image = rng.normal(size=(4, 12, 12, 3)).astype(np.float32)
   pretext = rng.normal(size=(4, 9, 8, 8, 3)).astype(np.float32)
-  variables = network.init(jax.random.key(0), image, pretext, train=False)
+  variables = create_variables(network, jax.random.key(0), image, pretext)
   (image_emb, pretext_emb), updated = network.apply(variables, image, pretext, train=True, mutable=["batch_stats"])
 
   params = variables["params"]
@@ -106,8 +133,7 @@ def test_network_joins_trunk_and_heads_patches_first():
 def test_unless_told_otherwise_a_network_does_not_train(method):
   network = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(8), PatchesHead(8))
   view = jnp.zeros((2, 4, 8, 8, 3) if method == "embed_pretext" else (2, 8, 8, 3))
-  variables = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)),
-                                                  jnp.zeros((1, 4, 8, 8, 3)), train=False))
+  variables = variable_shapes(network, jnp.zeros((1, 8, 8, 3)), jnp.zeros((1, 4, 8, 8, 3)))
   jax.eval_shape(lambda variables: network.apply(variables, view, method=method), variables)
   with pytest.raises(ModifyScopeVariableError):  # it would move the running statistics
     jax.eval_shape(lambda variables: network.apply(variables, view, train=True, method=method), variables)
@@ -118,7 +144,7 @@ def test_trunk_against_pytorch_operations_by_hand():
   network = create_resnet("resnet8", stem="3x3s2")
   rng = np.random.default_rng(0)
   image = rng.normal(size=(2, 9, 9, 3)).astype(np.float32)
-  variables = network.init(jax.random.key(0), image, train=False)
+  variables = create_variables(network, jax.random.key(0), image)
   variables = jax.tree.map(lambda x: x + 0.1 * np.abs(rng.normal(size=x.shape)).astype(np.float32), variables)
   features = network.apply(variables, image, train=False)
 
@@ -161,7 +187,7 @@ def test_trunk_against_pytorch_operations_by_hand():
 def test_bfloat16_keeps_parameters_statistics_and_pooled_features_in_float32():
   network = create_resnet("resnet8", stem="3x3", dtype=jnp.bfloat16)
   image = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
-  variables = network.init(jax.random.key(0), image, train=False)
+  variables = create_variables(network, jax.random.key(0), image)
   features, updated = network.apply(variables, image, train=True, mutable=["batch_stats"])
   assert features["res4"].dtype == jnp.bfloat16
   assert {x.dtype for x in jax.tree.leaves((variables, updated, features["pooled"]))} == {jnp.dtype("float32")}
@@ -181,7 +207,7 @@ def test_rematerialisation_changes_memory_alone():
   """By the stage: same names, values and gradients; of a stage of four blocks its input is kept, and no block's."""
   plain = ResNet(blocks=(4, 4), bottleneck=False, channels=8, stem="3x3s2")
   image = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
-  variables = plain.init(jax.random.key(1), image, train=False)
+  variables = create_variables(plain, jax.random.key(1), image)
 
   def loss(params, network):
     features, updated = network.apply({**variables, "params": params}, image, train=True, mutable=["batch_stats"])

@@ -9,6 +9,7 @@ import pytest
 from networks import arrays_of, randomised, small_bottleneck, small_trunk, trunk_model
 
 from pirl_jax.errors import UserError
+from pirl_jax.models.network import variable_shapes
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.weights import equality
 from pirl_jax.weights.names import COUNTER, from_torch, shapes_in_torch, to_torch
@@ -99,7 +100,7 @@ def test_features_that_are_not_finite_are_refused():
   ("resnet50", 318, 23_508_032), ("resnet18", 120, 11_176_512)])
 def test_the_names_and_sizes_are_torchvisions(arch, num_arrays, num_parameters):
   trunk = create_resnet(arch)
-  like = jax.eval_shape(lambda: trunk.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False))
+  like = variable_shapes(trunk, jnp.zeros((1, 64, 64, 3)))
   names = shapes_in_torch(like)
   counters = {name.rpartition(".")[0] for name in names if name.endswith("running_var")}
   assert len(names) + len(counters) == num_arrays
@@ -111,7 +112,7 @@ def test_the_names_and_sizes_are_torchvisions(arch, num_arrays, num_parameters):
 
 def test_the_way_out_and_in_is_bit_equal():
   trunk = small_bottleneck()
-  like = jax.eval_shape(lambda: trunk.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False))
+  like = variable_shapes(trunk, jnp.zeros((1, 64, 64, 3)))
   variables = randomised(like)
   arrays = to_torch(variables)
   assert all(value.dtype == np.int64 and value.shape == () for name, value in arrays.items() if name.endswith(COUNTER))

@@ -18,7 +18,7 @@ from pirl_jax.errors import UserError
 from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.protocols import export
 from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.network import Model, Network
+from pirl_jax.models.network import Model, Network, create_variables
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh
 
@@ -46,8 +46,8 @@ KEPT = np.setdiff1d(np.arange(NUM), Odd.broken)
 @pytest.fixture(scope="module")
 def model():
   network = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(12), PatchesHead(12))
-  init = jax.jit(lambda key: network.init(key, jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 9, 5, 5, 3)), train=False))
-  return Model(network, init(jax.random.key(0)))
+  return Model(network, create_variables(
+    network, jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 9, 5, 5, 3))))
 
 
 def plain_features(model, layer):

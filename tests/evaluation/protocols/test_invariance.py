@@ -14,7 +14,7 @@ from pirl_jax.evaluation.inputs import Images
 from pirl_jax.evaluation.protocols.invariance import NO_AUGMENTATION, InvarianceSettings, measure_invariance
 from pirl_jax.method.randomness import view_keys
 from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.network import Model, Network
+from pirl_jax.models.network import Model, Network, create_variables
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh
 from pirl_jax.views.jigsaw import Jigsaw
@@ -39,7 +39,7 @@ class Textures(TextureSource):
 
 @pytest.fixture(scope="module")
 def model():
-  variables = NETWORK.init(jax.random.key(1), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 9, 5, 5, 3)), train=False)
+  variables = create_variables(NETWORK, jax.random.key(1), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 9, 5, 5, 3)))
   # Biases tell nothing of the image; without them embeddings of a new network differ enough to compare.
   params = jax.tree.map(lambda x: x if x.ndim > 1 else jnp.zeros_like(x), variables["params"]["image_head"])
   return Model(NETWORK, {**variables, "params": {**variables["params"], "image_head": params}})

@@ -34,7 +34,7 @@ from pirl_jax.evaluation.protocols.linear import (
 )
 from pirl_jax.evaluation.subjects import Subject
 from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.network import Model, Network
+from pirl_jax.models.network import Model, Network, create_variables
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runs import Run
 from pirl_jax.runtime.mesh import create_mesh, split, whole
@@ -57,7 +57,7 @@ def pretrained():
 
   @jax.jit
   def create(image):
-    variables = network.init(jax.random.key(1), image[:1], jnp.zeros((1, 4, 8, 8, 3)), train=False)
+    variables = create_variables(network, jax.random.key(1), image[:1], jnp.zeros((1, 4, 8, 8, 3)))
     zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
     _, updated = network.apply({"params": variables["params"], "batch_stats": zeros}, image, train=True,
                                mutable=["batch_stats"], method="features")

@@ -23,7 +23,7 @@ from pirl_jax.evaluation.protocols.semi_supervised import SemiSupervisedSettings
 from pirl_jax.method.optimizer import create_optimizer
 from pirl_jax.models.classifier import Classifier, on_trunk
 from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.network import Model, Network
+from pirl_jax.models.network import Model, Network, create_variables
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import AXIS, create_mesh, split, whole
 from pirl_jax.views.normalisation import normalise_image
@@ -41,8 +41,8 @@ TEST = TextureSource(50, size=SIZE, split="test")
 def pretrained():
   """A network with batch statistics that are not those of its start."""
   network = Network(create_resnet("resnet8", stem="3x3s2"), ImageHead(8), PatchesHead(8))
-  variables = jax.device_get(jax.jit(lambda: network.init(
-    jax.random.key(1), jnp.zeros((1, SIZE, SIZE, 3)), jnp.zeros((1, 4, 8, 8, 3)), train=False))())
+  variables = jax.device_get(create_variables(
+    network, jax.random.key(1), jnp.zeros((1, SIZE, SIZE, 3)), jnp.zeros((1, 4, 8, 8, 3))))
   rng = np.random.default_rng(0)
   stats = jax.tree.map(lambda x: x + 0.1 * rng.random(x.shape, np.float32), variables["batch_stats"])
   return Model(network, {"params": variables["params"], "batch_stats": stats})

@@ -19,7 +19,7 @@ from pirl_jax.evaluation.protocols import svm
 from pirl_jax.evaluation.protocols.svm import average_precision
 from pirl_jax.figures.curves import Curve
 from pirl_jax.models.heads import ImageHead, PatchesHead
-from pirl_jax.models.network import Model, Network
+from pirl_jax.models.network import Model, Network, create_variables
 from pirl_jax.models.resnet import create_resnet
 from pirl_jax.runtime.mesh import create_mesh
 from pirl_jax.views.normalisation import normalise_image
@@ -90,8 +90,8 @@ NETWORK = Network(create_resnet("resnet8", width=1, stem="3x3s2"), ImageHead(16)
 
 @pytest.fixture(scope="module")
 def model():
-  variables = jax.jit(lambda: NETWORK.init(
-    jax.random.key(1), jax.numpy.zeros((1, 16, 16, 3)), jax.numpy.zeros((1, 9, 5, 5, 3)), train=False))()
+  variables = create_variables(
+    NETWORK, jax.random.key(1), jax.numpy.zeros((1, 16, 16, 3)), jax.numpy.zeros((1, 9, 5, 5, 3)))
   return Model(NETWORK, variables)
 
 
