@@ -156,7 +156,9 @@ ROWS = {
     "nearest_positive=0.5": {"nearest_positive": 0.5},
     "angle_weight=0.4": {"angle_weight": 0.4}}, beside="tiny-24"),
   "cifar10-options-10": _options("CIFAR-10", 10, ("knn",), {
-    "temperature=0.07 at rate 0.07": {"temperature": 0.07, "optimizer.learning_rate": 0.07}}, beside="cifar10-10"),
+    "temperature=0.07 at rate 0.07": {"temperature": 0.07, "optimizer.learning_rate": 0.07},
+    "bank.momentum=0": {"bank.momentum": 0.0},
+    "every row and infonce": {"num_negatives": 0, "loss": "infonce"}}, beside="cifar10-10"),
   "cifar10-60": _options("CIFAR-10", 60, ("knn", "linear"), {
     "temperature=0.2 at rate 0.2": {"temperature": 0.2, "optimizer.learning_rate": 0.2}},
     "--config.settings.checkpoint.every_steps=7810"),
