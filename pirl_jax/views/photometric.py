@@ -105,8 +105,8 @@ def draw_photometric(key: jax.Array, *, recipe: Recipe) -> Photometric:
   )
 
 
-# Inside a step, `jit` changes nothing in the compiled program, but JAX keeps what it has traced: tracing these operations
-# took two fifths of the time that a step takes before XLA sees it, for views.png and then for every step of the process.
+# In a step `jit` changes nothing of the compiled program, but JAX keeps what it has traced. To trace these operations
+# took two fifths of the time before XLA sees a step: once for views.png, and again for each step of the process.
 @jax.jit
 def apply_photometric(image: jax.Array, drawn: Photometric) -> jax.Array:
   """Returns `image` (f32[3, H, W], whole levels) after every operation in `drawn`, same shape and range.
