@@ -185,7 +185,7 @@ def run(name: str, *, series: Iterable[str], seeds: Sequence[int], workdir: str,
   row, series = ROWS[name], list(series)
   figures: dict[tuple[str, int], dict[str, float]] = {(one, seed): {} for one in series for seed in seeds}
   layers: dict[tuple[str, int], dict[str, float]] = {key: {} for key in figures}
-  folders = {}
+  folders: dict[tuple[str, int], Path] = {}
   for evaluation in row.evaluations:
     command = row.command(name, evaluation, series=series, seeds=seeds, workdir=workdir, images=images)
     print(shlex.join(["python", "launch.py", *command]), flush=True)
@@ -197,21 +197,27 @@ def run(name: str, *, series: Iterable[str], seeds: Sequence[int], workdir: str,
           figures[key][figure] = float(found["value"])
         if evaluation == "linear" and found["layer"]:
           layers[key][found["layer"]] = float(found["value"])
-  if missing := [f"{one}, seed {seed}" for (one, seed), found in sorted(figures.items())
-                 if found.keys() != row.figures.keys()]:
-    sys.exit(f"error: {name} has not all figures of {'; '.join(missing)}: an evaluation was stopped. Nothing was kept; "
-             "the same command goes on.")
+    # A study that was stopped ends well, too; the next evaluation would train on.
+    _check_complete(name, [key for key in figures if key not in folders])
+  _check_complete(name, [key for key, found in figures.items() if found.keys() != row.figures.keys()])
   return [{"row": name, "series": one, "seed": seed, "figures": figures[one, seed],
            "seconds": json.loads((folder / "trained.json").read_text())["seconds"],
            "run": folder.name.rpartition("-")[0], "machine": machine(), "layers": layers[one, seed]}
           for (one, seed), folder in sorted(folders.items())]
 
 
+def _check_complete(name: str, missing: Iterable[tuple[str, int]]) -> None:
+  if told := [f"{one}, seed {seed}" for one, seed in sorted(missing)]:
+    sys.exit(f"error: {name} has not all figures of {'; '.join(told)}: it was stopped. Nothing was kept; the same "
+             "command goes on.")
+
+
 def _measured(study: Path) -> Iterable[tuple[tuple[str, int], dict[str, str]]]:
-  """Yields ((series, seed), line of study.csv) of a study that was run."""
-  with open(study / "study.csv", newline="") as file:
-    for found in csv.DictReader(file):
-      yield (found["series"], int(found["seed"])), found
+  """Yields ((series, seed), line of study.csv) of a study; nothing if it was stopped before its first figure."""
+  if (study / "study.csv").exists():
+    with open(study / "study.csv", newline="") as file:
+      for found in csv.DictReader(file):
+        yield (found["series"], int(found["seed"])), found
 
 
 def folder_of(line: Mapping[str, Any], workdir: str) -> Path:

@@ -180,6 +180,14 @@ def test_each_figure_is_taken_from_the_evaluation_that_its_name_says(monkeypatch
     results.run("tiny-invariance", series=["PIRL"], seeds=[3], workdir=str(tmp_path), images="")
 
 
+def test_a_row_whose_training_is_stopped_begins_no_other_evaluation(monkeypatch, tmp_path):
+  asked = []
+  monkeypatch.setattr(results.subprocess, "run", lambda command, **_: asked.append(command))
+  with pytest.raises(SystemExit, match=r"tiny-6 has not all figures of NPID\+\+, seed 3; PIRL, seed 3: .* goes on"):
+    results.run("tiny-6", series=["PIRL", "NPID++"], seeds=[3], workdir=str(tmp_path), images="")
+  assert len(asked) == 1
+
+
 def test_two_commands_of_a_row_in_one_folder_do_not_take_each_others_figures(monkeypatch, tmp_path):
   """Both write the same study.csv; what another command writes after this one has ended is not read."""
   def study_csv(evaluation, seed):
