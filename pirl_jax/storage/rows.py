@@ -99,6 +99,21 @@ def read_rows(path: str | os.PathLike, last_step: int = LAST_STEP) -> Rows:
   return rows
 
 
+def training_seconds(rows: Sequence[Mapping[str, Any]], batch_size: int) -> float:
+  """Returns how long the steps of a run took, in seconds, in all pieces together and without evaluations and saves.
+
+  Args:
+    rows: of the whole run. `images_per_second` of a row is the mean since the row before it.
+    batch_size: images of a step.
+  """
+  seconds, before = 0.0, 0
+  for row in rows:
+    if rate := row.get("images_per_second"):
+      seconds += (row["step"] - before) * batch_size / rate
+      before = row["step"]
+  return seconds
+
+
 def _lines(path: str | os.PathLike) -> Iterator[bytes]:
   try:
     with open(path, "rb") as file:

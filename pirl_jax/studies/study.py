@@ -25,6 +25,8 @@ from pirl_jax.evaluation import evaluate
 from pirl_jax.evaluation.protocols import protocol_of, reading_of
 from pirl_jax.storage.checkpoints import Checkpoints
 from pirl_jax.storage.files import write_json
+from pirl_jax.storage.logbook import METRICS
+from pirl_jax.storage.rows import read_rows, training_seconds
 from pirl_jax.studies.points import MARK, Point, Trial, create_trial, named, read_points
 from pirl_jax.studies.report import report
 from pirl_jax.training import pretrain
@@ -154,9 +156,9 @@ def run_trials(waiting: Sequence[Trial]) -> None:
 
 def train_trial(trial: Trial) -> None:
   """Pre-trains the run of a trial, or resumes it, and marks it as trained."""
-  started = time.perf_counter()
   pretrain.run(trial.config, str(trial.folder))
   with Checkpoints(trial.folder / "checkpoints", keep=trial.config.checkpoint.keep) as checkpoints:
     step = checkpoints.steps()[-1]
   if jax.process_index() == 0:
-    write_json(trial.folder / MARK, {"step": step, "seconds": round(time.perf_counter() - started, 1)})
+    seconds = training_seconds(read_rows(trial.folder / METRICS), trial.config.batch_size)
+    write_json(trial.folder / MARK, {"step": step, "seconds": round(seconds, 1)})

@@ -12,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 from pirl_jax.figures import plots
 from pirl_jax.storage import logbook
 from pirl_jax.storage.logbook import Logbook
-from pirl_jax.storage.rows import read_rows
+from pirl_jax.storage.rows import read_rows, training_seconds
 
 
 class Clock:
@@ -78,6 +78,22 @@ def test_a_row_holds_metrics_speed_and_waiting(tmp_path, clock):
       {"step": 5, "epoch": 0.5, "loss": 2.5, "learning_rate": 0.1, "images_per_second": 40.0,
        "data_wait": 0.25},
       {"step": 10, "epoch": 1.0, "loss": 2.0, "images_per_second": 80.0, "data_wait": 0.0}]
+
+
+def test_the_time_of_a_run_is_that_of_all_its_pieces_without_pauses(tmp_path, clock):
+  for start, end, seconds in ((0, 10, 3), (10, 20, 5), (20, 40, 20)):  # each piece is a process
+    with open_logbook(tmp_path, start_step=start) as book:
+      for step in range(start + 5, end + 1, 5):
+        clock.now += seconds
+        book.log(step, {"loss": 1.0}, data_wait_seconds=0.0)
+      with book.paused():
+        clock.now += 1_000
+    if start == 0:
+      with open_logbook(tmp_path, start_step=10) as book:  # lost: its steps come again
+        clock.now += 700
+        book.log(15, {"loss": 1.0}, data_wait_seconds=0.0)
+  assert training_seconds(read_rows(tmp_path / "metrics.jsonl"), 32) == pytest.approx(2 * 3 + 2 * 5 + 4 * 20)
+  assert training_seconds([], 32) == 0.0
 
 
 def test_the_clock_runs_on_after_an_error_in_a_pause(tmp_path, clock):

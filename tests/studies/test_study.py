@@ -512,7 +512,8 @@ def test_a_study_of_real_runs(tmp_path):
   assert len(stored["runs"]) == cell["num_seeds"] == 2 and all(0 <= value <= 1 for value in cell["values"])
   for run in stored["runs"]:
     folder = Path(run["folder"])
-    assert json.loads((folder / "trained.json").read_text())["step"] == 8
+    trained = json.loads((folder / "trained.json").read_text())
+    assert trained["step"] == 8 and 0 < trained["seconds"] < 600
     (result,) = (json.loads(path.read_text()) for path in (folder / "results").glob("*.json"))
     assert result["settings"]["run_config"]["seed"] == run["seed"] and result["settings"]["knn"]["k"] == 20
   before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
